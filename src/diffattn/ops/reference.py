@@ -1,0 +1,166 @@
+"""The definitions, written as the paper writes them: slow, explicit, and what every other backend is measured against.
+
+Given, with H query heads that share G groups of keys and values:
+
+    q1, q2  (B, T, H, D)      k1, k2  (B, S, G, D)      v  (B, S, G, Dv)      lam  broadcastable to (B, T, H)
+
+    map_pos  = softmax(scale · q1 k1ᵀ)              (B, H, T, S)
+    map_neg  = softmax(scale · q2 k2ᵀ)              (B, H, T, S)
+    map_diff = map_pos − lam · map_neg              (B, H, T, S)
+    output   = map_diff v                           (B, T, H, Dv)
+
+Letters in the einsums: b batch, t query, s key, h head, d width of a key, e width of a value. Nothing here is fused or
+padded, so float64 inputs give a float64-exact answer, `torch.autograd.gradcheck` runs on it, and the maps can be looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+
+class DiffMaps(NamedTuple):
+    """The three attention maps of one layer, each (B, H, T, S). Masked entries are exactly 0."""
+
+    map_pos: Tensor
+    map_neg: Tensor
+    map_diff: Tensor
+
+
+def visible_keys(queries: int, keys: int, causal: bool, key_padding: Tensor | None, device: torch.device) -> Tensor:
+    """Which key each query sees, as booleans that broadcast to (B, 1, T, S).
+
+    Causal is bottom-right aligned: query t sees keys up to S − T + t, so the last query sees every key. T = 3, S = 5:
+
+        1 1 1 0 0
+        1 1 1 1 0
+        1 1 1 1 1
+
+    `key_padding`, bool (B, S), is True where a key is padding; its column becomes 0 for every query of that sequence.
+    """
+    visible = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device)
+    if causal:
+        query_t = torch.arange(queries, device=device)[:, None]
+        key_s = torch.arange(keys, device=device)[None, :]
+        visible = (key_s <= keys - queries + query_t)[None, None]
+    if key_padding is not None:
+        visible = visible & ~key_padding[:, None, None, :]
+    return visible
+
+
+def as_lam(lam: Tensor | float, like: Tensor) -> Tensor:
+    """λ as a tensor beside `like`: in float32 for half-precision and float32 inputs, in float64 for float64 ones."""
+    return torch.as_tensor(lam, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def _softmax_map(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> Tensor:
+    """softmax(scale · q kᵀ) over the visible keys, (B, H, T, S)."""
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores = scale * torch.einsum("bthd,bshd->bhts", q, k)
+    # The lowest finite number instead of -inf: a row without any visible key stays finite, in the gradients too,
+    # and the second fill turns that row into zeros.
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1).masked_fill(~visible, 0.0)
+
+
+def _apply_map(attention: Tensor, v: Tensor) -> Tensor:
+    """The product of a map (B, H, T, S) with the values, (B, T, H, Dv)."""
+    v = v.repeat_interleave(attention.shape[1] // v.shape[2], dim=2)
+    return torch.einsum("bhts,bshe->bthe", attention, v)
+
+
+def softmax_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_padding: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention, the twin that differential attention replaces: softmax(scale · q kᵀ) v.
+
+    Shapes, masks and the default scale are those of `diff_attention_reference`, with one query and one key.
+
+    >>> q, k, v = torch.randn(2, 5, 6, 8), torch.randn(2, 7, 3, 8), torch.randn(2, 7, 3, 4)
+    >>> softmax_attention_reference(q, k, v).shape
+    torch.Size([2, 5, 6, 4])
+    """
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    visible = visible_keys(q.shape[1], k.shape[1], causal, key_padding, q.device)
+    return _apply_map(_softmax_map(q, k, scale, visible), v)
+
+
+@overload
+def diff_attention_reference(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor | float,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    key_padding: Tensor | None = ...,
+    return_maps: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def diff_attention_reference(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor | float,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    key_padding: Tensor | None = ...,
+    return_maps: Literal[True],
+) -> tuple[Tensor, DiffMaps]: ...
+
+
+def diff_attention_reference(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor | float,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_padding: Tensor | None = None,
+    return_maps: bool = False,
+) -> Tensor | tuple[Tensor, DiffMaps]:
+    """Differential attention by its definition: (softmax(q1 k1ᵀ · scale) − λ · softmax(q2 k2ᵀ · scale)) v.
+
+    Arguments are those of `diffattn.ops.dispatch.diff_attention`, which also checks them; this function does not.
+    `return_maps=True` returns `(output, DiffMaps(map_pos, map_neg, map_diff))`, each map (B, H, T, S) in v's dtype.
+    The maps take O(B·H·T·S) memory: this is the definition, not a way to train.
+
+    Source: arXiv 2410.05258v2, section 2.1, equation 1; for V2 the authors' post of 20 January 2026.
+
+    >>> q1, k1, q2, k2, v = (torch.randn(2, 5, 4, 8) for _ in range(5))
+    >>> output, maps = diff_attention_reference(q1, k1, q2, k2, v, 0.8, return_maps=True)
+    >>> output.shape, maps.map_diff.sum(-1).allclose(torch.tensor(0.2), atol=1e-5)
+    (torch.Size([2, 5, 4, 8]), True)
+    """
+    batch, queries, heads, width = q1.shape
+    scale = 1.0 / math.sqrt(width) if scale is None else scale
+    visible = visible_keys(queries, k1.shape[1], causal, key_padding, q1.device)
+
+    map_pos = _softmax_map(q1, k1, scale, visible)
+    map_neg = _softmax_map(q2, k2, scale, visible)
+    lam_BHT1 = as_lam(lam, v).expand(batch, queries, heads).transpose(1, 2)[..., None]
+    map_diff = (map_pos - lam_BHT1 * map_neg).to(v.dtype)
+    output = _apply_map(map_diff, v)
+    if return_maps:
+        return output, DiffMaps(map_pos, map_neg, map_diff)
+    return output

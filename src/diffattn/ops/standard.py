@@ -1,0 +1,139 @@
+"""Differential attention as ONE standard attention call: lay out, call, combine.
+
+The maps are linear in nothing but the values, so the two softmaxes can be two query heads of one ordinary grouped-query
+call, and the subtraction can wait until after the product with v:
+
+    V1 (k1, k2 differ)    key head [k1, k2] of width 2D, query heads [q1, 0] and [0, q2], so that
+                          [q1, 0]·[k1, k2] = q1·k1 and [0, q2]·[k1, k2] = q2·k2;  scale 1/√D of the half width
+    V2 (k1 is k2)         key head k1 of width D, query heads q1 and q2
+    both                  output = o[2i] − λ · o[2i+1]
+
+Any engine that serves grouped-query attention therefore serves this. The price is in FLOPs: with Dv = 2D a pair of heads
+costs 16D per query and key in either form, against 8D (V1) for maps that are subtracted first.
+
+Shape letters: B batch, T queries, S keys, H output heads, G key/value groups, D width of q and k, W common width of the call.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffattn.ops.reference import as_lam, visible_keys
+
+
+def pad_queries(q: Tensor) -> Tensor:
+    """Zero-pads pairs of query heads so that each half of a key head [k1, k2] meets its own query.
+
+        head 2i   (signal)   q[2i]    →  [q[2i], 0]
+        head 2i+1 (noise)    q[2i+1]  →  [0, q[2i+1]]
+
+    `q` is (..., n, d) with n even and pairs adjacent, any dtype; the result is (..., n, 2d), in the same dtype.
+    The zeros are written, not multiplied in, so an infinity in one half never becomes NaN in the other.
+
+    >>> pad_queries(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist()
+    [[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 4.0]]
+    """
+    signal, noise = q.unflatten(-2, (-1, 2)).unbind(-2)
+    return _pad_pair(signal, noise)
+
+
+def _pad_pair(signal: Tensor, noise: Tensor) -> Tensor:
+    """(..., n/2, d) twice → (..., n, 2d): per pair the flat row [signal, 0, 0, noise], cut into two heads."""
+    # One stack is one write forward and two reads backward. Writing slices into zeros costs 2 to 3 times as much,
+    # most of it in the backward pass, which copies the whole gradient once per slice.
+    zeros = torch.zeros_like(signal)
+    row = torch.stack([signal, zeros, zeros, noise], dim=-2)
+    return row.unflatten(-2, (2, 2)).flatten(-2).flatten(-3, -2)
+
+
+def subtract(o: Tensor, lam: Tensor) -> Tensor:
+    """The subtraction that makes attention differential: o[2i] − λ · o[2i+1].
+
+    `o` is (B, T, 2h, V) with pairs adjacent, `lam` broadcasts to (B, T, h); the result is (B, T, h, V). Half-precision
+    inputs are subtracted and returned in float32, because two nearly equal maps cancel and a norm may follow; float64
+    stays float64. Where the result is to be in the model's dtype, the caller casts it.
+
+    >>> subtract(torch.tensor([[[[5.0], [4.0]]]]), torch.tensor([0.5])).tolist()
+    [[[[3.0]]]]
+    """
+    lam = as_lam(lam, o)[..., None]
+    # unbind's backward is one stack; that of o[..., 0::2, :] is a buffer of zeros per slice and their sum.
+    signal, noise = o.unflatten(-2, (-1, 2)).unbind(-2)
+    return torch.addcmul(signal.to(lam.dtype), lam, noise.to(lam.dtype), value=-1)
+
+
+def standard_diff_attention(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor | float,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_padding: Tensor | None = None,
+) -> Tensor:
+    """Differential attention through exactly one `torch.nn.functional.scaled_dot_product_attention`.
+
+    Arguments and result are those of `diffattn.ops.dispatch.diff_attention`, which also checks them. Passing the same
+    tensor object as k1 and k2 selects the V2 form, whose keys are half as wide. The result has v's dtype.
+
+    >>> q1, k1, q2, k2, v = (torch.randn(2, 5, 4, 8) for _ in range(5))
+    >>> standard_diff_attention(q1, k1, q2, k2, v, 0.8).shape
+    torch.Size([2, 5, 4, 8])
+    """
+    value_width = v.shape[-1]
+    scale = 1.0 / math.sqrt(q1.shape[-1]) if scale is None else scale
+
+    if k1 is k2:
+        q_BTNW = torch.stack([q1, q2], dim=-2).flatten(-3, -2)
+        k_BSGW = k1
+    else:
+        q_BTNW = _pad_pair(q1, q2)
+        k_BSGW = torch.cat([k1, k2], dim=-1)
+    # The flash kernel on CPU wants one width for keys and values; without it the call would hold every score in memory.
+    width = max(q_BTNW.shape[-1], value_width)
+    q, k, v_padded = (_widen(x, width).transpose(1, 2) for x in (q_BTNW, k_BSGW, v))
+
+    mask, dead = _mask(q1.shape[1], k1.shape[1], causal, key_padding, q1.device)
+    o = F.scaled_dot_product_attention(
+        q,
+        k,
+        v_padded,
+        attn_mask=mask,
+        # SDPA aligns its causal mask top-left, which is ours only where T = S.
+        is_causal=causal and mask is None and q1.shape[1] == k1.shape[1],
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    output = subtract(o.transpose(1, 2)[..., :value_width], as_lam(lam, v))
+    if dead is not None:
+        output = output.masked_fill(dead, 0.0)
+    return output.to(v.dtype)
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    """Zeros behind the last dimension up to `width`; they add nothing to a score and are cut from the output."""
+    missing = width - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing else x
+
+
+def _mask(
+    queries: int, keys: int, causal: bool, key_padding: Tensor | None, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The boolean mask that SDPA needs, or None, and the rows (B, T, 1, 1) that see no key, or None if there are none."""
+    if key_padding is None:
+        # One query sees every key, and T = S is SDPA's own causal mask, which needs no tensor.
+        if not causal or queries in (1, keys):
+            return None, None
+        return visible_keys(queries, keys, causal, None, device), None
+    visible = visible_keys(queries, keys, causal, key_padding, device)
+    # SDPA kernels disagree about a row without keys (zeros, NaN or a mean). Such a row is given every key, which is
+    # finite in all of them, forward and backward, and its output is replaced by zeros.
+    dead = ~visible.any(dim=-1, keepdim=True)
+    return visible | dead, dead.transpose(1, 2)

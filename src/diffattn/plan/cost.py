@@ -1,0 +1,240 @@
+"""What a shape costs before anything is built: parameters, FLOPs per token, bytes of cache.
+
+The model that is counted: pre-RMSNorm decoder layers, softmax or differential attention with RoPE, a SwiGLU
+feed-forward network (gate, up, down), no biases, one final RMSNorm. D, n, G, d as in ``ModelShape``; F is
+``intermediate_size``, V ``vocab_size``, L ``num_layers``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from diffattn.errors import ConfigError
+from diffattn.plan.shape import ModelShape, check_positive_int
+
+PHASES = ("forward", "training")
+
+# FLOPs of attention per query-key pair and pair of baseline heads, in units of d: (products as wide as q and k,
+# products as wide as v). A product of width w costs 2w. The forms that a variant does not have are absent.
+#   V1 definition: two maps of width d, and one product of their difference with V of width 2d.
+#   V1 standard: the one call with q padded to [q1, 0] and [0, q2], so every width is 2d.
+#   V2 definition: four maps of width d, and two products of a difference with V of width d.
+_SOFTMAX = (4, 4)
+_ATTENTION: dict[str, dict[str, tuple[int, int]]] = {
+    "softmax": dict.fromkeys(("definition", "fused", "standard", "two_calls", "four_calls"), _SOFTMAX),
+    "diff_v1": {
+        "definition": (4, 4),
+        "fused": (4, 4),
+        "standard": (8, 8),
+        "two_calls": (4, 8),
+        "four_calls": (8, 8),
+    },
+    "diff_v2": {"definition": (8, 4), "fused": (8, 4), "standard": (8, 8)},
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters by part, summed over the layers.
+
+    ``embedding`` V·D; ``lm_head`` V·D, or 0 when it is the embedding; ``attention`` the projections with λ and the gain
+    of V1's norm; ``feed_forward`` 3·D·F per layer; ``norms`` the RMSNorm gains, 2·D per layer and D at the end.
+
+    >>> Parameters(embedding=8, lm_head=0, attention=4, feed_forward=6, norms=2).total
+    20
+    """
+
+    embedding: int
+    lm_head: int
+    attention: int
+    feed_forward: int
+    norms: int
+
+    @property
+    def non_embedding(self) -> int:
+        """Everything but the embedding and the output projection, so the same whether these two are tied or not."""
+        return self.attention + self.feed_forward + self.norms
+
+    @property
+    def total(self) -> int:
+        """All parameters, each counted once."""
+        return self.embedding + self.lm_head + self.non_embedding
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per token, a multiply-add being two: ``model`` by the definition, ``executed`` by a backend.
+
+    >>> Flops(model=100, executed=150).executed
+    150
+    """
+
+    model: int
+    executed: int
+
+
+def count_parameters(shape: ModelShape, attention: str, *, subln_affine: bool = True) -> Parameters:
+    """Count the parameters of one variant of a shape.
+
+    Attention per layer: W_Q and W_O n·d·D each, W_K and W_V G·d·D each. V1 adds its four λ vectors, 4d, and the
+    gain of its norm, 2d. V2 doubles W_Q and adds W_λ, D·n.
+
+    Args:
+        shape: the softmax Transformer being replaced.
+        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        subln_affine: whether V1's norm has a learnable gain, as the authors' code, or none, as the paper. Default: True.
+
+    Raises:
+        ConfigError: a variant that is unknown or that the shape cannot carry.
+
+    Source: arXiv 2410.05258v2, section 2; "Differential Transformer V2" (20 January 2026).
+
+    >>> shape = ModelShape.preset("3M")
+    >>> count_parameters(shape, "diff_v1").total - count_parameters(shape, "softmax").total
+    960
+    """
+    shape.check_variant(attention)
+    small = {"diff_v1": (6 if subln_affine else 4) * shape.head_dim}.get(attention, 0)
+    embedding = shape.vocab_size * shape.hidden_size
+    return Parameters(
+        embedding=embedding,
+        lm_head=0 if shape.tie_word_embeddings else embedding,
+        attention=shape.num_layers * (_attention_matrices(shape, attention) + small),
+        feed_forward=shape.num_layers * 3 * shape.hidden_size * shape.intermediate_size,
+        norms=(2 * shape.num_layers + 1) * shape.hidden_size,
+    )
+
+
+def match_parameters(
+    shape: ModelShape, attention: str, *, subln_affine: bool = True, tolerance: float = 0.005
+) -> ModelShape:
+    """Return the shape with which a variant has as many parameters as the softmax twin has with the given one.
+
+    Softmax and V1 return the shape as it is: V1's λ and gains are the whole difference. V2 spends n·d·D + D·n more per
+    layer on W_Q and W_λ, so its feed-forward network gets narrower by (n·d + n)/3: to the nearest multiple of 8, or,
+    where that misses the tolerance, to the nearest integer.
+
+    Args:
+        shape: the softmax Transformer being replaced.
+        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        subln_affine: as in ``count_parameters``. Default: True.
+        tolerance: largest allowed difference of the totals, as a share of the softmax total. Default: 0.005.
+
+    Raises:
+        ConfigError: a variant that the shape cannot carry, or no width of at least 1 within the tolerance.
+
+    Source: the matching rule is ours; the sizes are those of ``count_parameters``.
+
+    >>> shape = ModelShape.preset("3M")
+    >>> shape.intermediate_size, match_parameters(shape, "diff_v2").intermediate_size
+    (512, 448)
+    """
+    wanted = count_parameters(shape, "softmax").total
+    surplus = count_parameters(shape, attention, subln_affine=subln_affine).total - wanted
+    if attention != "diff_v2":
+        return shape
+    exact = shape.intermediate_size - surplus / (3 * shape.hidden_size * shape.num_layers)
+    for width in (8 * round(exact / 8), round(exact)):
+        if width >= 1:
+            narrowed = replace(shape, intermediate_size=width)
+            if abs(count_parameters(narrowed, attention).total - wanted) <= tolerance * wanted:
+                return narrowed
+    raise ConfigError(
+        f"intermediate_size={shape.intermediate_size} given; a matched diff_v2 needs it narrowed by "
+        f"{shape.intermediate_size - exact:.1f}, to a whole width of at least 1 within {tolerance:.2%} of {wanted} "
+        "parameters; widen intermediate_size or leave the pair unmatched"
+    )
+
+
+def flops_per_token(
+    shape: ModelShape, attention: str, *, context: int, phase: str = "training", backend: str = "standard"
+) -> Flops:
+    """FLOPs per token, averaged over one causal sequence.
+
+    ``linear = 2 · (matrix parameters of the layers + V·D of the output projection)``; the embedding lookup is none.
+    ``attention = L · n/2 · c · (T + 1)/2`` with T the context: a query sees (T + 1)/2 keys on average. Masked pairs are
+    not counted, although a backend that works in tiles does some of them. c, per query-key pair and pair of baseline
+    heads, is the sum of the products as wide as q and k, and those as wide as v:
+
+    ====================================== ======= ======= =======
+    backend                                softmax diff_v1 diff_v2
+    ====================================== ======= ======= =======
+    definition, fused (maps subtracted)    4d + 4d 4d + 4d 8d + 4d
+    standard (one call; V1's q padded)     4d + 4d 8d + 8d 8d + 8d
+    two_calls (V of width 2d)              4d + 4d 4d + 8d
+    four_calls                             4d + 4d 8d + 8d
+    ====================================== ======= ======= =======
+
+    Training, model: 3 × forward. Training, executed: linear 3 × forward; attention's backward pass recomputes the
+    scores, as flash kernels do. It has three products as wide as q and k (scores, dQ, dK) and two as wide as v (dP,
+    dV) where the forward pass has one of each: 2.5 × forward where both cost the same (8d, then 20d), 3·4d + 2·8d for
+    V1's two_calls. Norms, RoPE, exponentials, λ and element-wise work are not counted, nor is gradient checkpointing.
+
+    Args:
+        shape: the shape that is built: for a matched V2, what ``match_parameters`` returned.
+        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        context: tokens T in the sequence, at least 1.
+        phase: ``"forward"`` or ``"training"``. Default: ``"training"``.
+        backend: a row of the table; softmax has the same cost in each. Default: ``"standard"``.
+
+    Returns:
+        ``model``, which no backend changes, and ``executed``; whole FLOPs per token.
+
+    Raises:
+        ConfigError: an unknown variant, phase or backend, one that the variant does not have, or a context below 1.
+
+    Source: arXiv 2410.05258v2, sections 2 and 3.1, and the authors' flashdiff_1 (two calls) and flashdiff_2 (four).
+
+    >>> flops = flops_per_token(ModelShape.preset("3M"), "diff_v1", context=256, phase="forward")
+    >>> flops.model, flops.executed
+    (6489984, 6983424)
+    """
+    shape.check_variant(attention)
+    check_positive_int("context", context)
+    forms = _ATTENTION[attention]
+    for key, value, known in (("phase", phase, PHASES), ("backend", backend, tuple(forms))):
+        if value not in known:
+            of = f" of {attention}" if key == "backend" else ""
+            raise ConfigError(f"{key}={value!r} given; a {key}{of} is wanted; use one of {', '.join(known)}")
+    matrices = shape.num_layers * (
+        _attention_matrices(shape, attention) + 3 * shape.hidden_size * shape.intermediate_size
+    )
+    linear = 2 * (matrices + shape.vocab_size * shape.hidden_size)
+    training = phase == "training"
+    # L · n/2 · (T + 1)/2 times c = units · d; every entry of the table is a multiple of 4, so this stays whole.
+    per_four = shape.num_layers * shape.num_heads * shape.head_dim * (context + 1)
+    by_definition = sum(forms["definition"]) * per_four // 4
+    wide_as_q, wide_as_v = (units * per_four // 4 for units in forms[backend])
+    executed = 4 * wide_as_q + 3 * wide_as_v if training else wide_as_q + wide_as_v
+    passes = 3 if training else 1
+    return Flops(model=passes * (linear + by_definition), executed=passes * linear + executed)
+
+
+def cache_bytes_per_token(shape: ModelShape, attention: str, *, bytes_per_value: int) -> int:
+    """Bytes that one token keeps in the key/value cache: ``2 · G · d · L · bytes_per_value``, for every variant.
+
+    V1 caches G/2 keys and G/2 values of width 2d, V2 what softmax does: the differential map costs no cache.
+
+    Args:
+        shape: the softmax Transformer being replaced.
+        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
+
+    Raises:
+        ConfigError: a variant that is unknown or that the shape cannot carry, or bytes below 1.
+
+    Source: arXiv 2410.05258v2, section 2; "Differential Transformer V2".
+
+    >>> cache_bytes_per_token(ModelShape.preset("3M"), "diff_v2", bytes_per_value=2)
+    3840
+    """
+    shape.check_variant(attention)
+    check_positive_int("bytes_per_value", bytes_per_value)
+    return 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * bytes_per_value
+
+
+def _attention_matrices(shape: ModelShape, attention: str) -> int:
+    """Parameters of one layer's attention that take part in a matrix product with the hidden states."""
+    n, G, d, D = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.hidden_size
+    plain = 2 * n * d * D + 2 * G * d * D
+    return plain + n * d * D + D * n if attention == "diff_v2" else plain

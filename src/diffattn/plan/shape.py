@@ -1,0 +1,250 @@
+"""The shape of a model: the softmax Transformer that is being replaced, in numbers.
+
+One shape describes a whole pair. The variant of attention is not a part of it, so that a DIFF Transformer and its
+softmax twin are planned and built from the same object and differ in one word.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.resources
+import math
+import tomllib
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from diffattn.errors import ConfigError
+
+VARIANTS = ("softmax", "diff_v1", "diff_v2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes of the softmax Transformer that a DIFF Transformer replaces.
+
+    ``D = hidden_size``, ``n = num_heads``, ``G = num_kv_heads``, ``d = head_dim``: the query and output projections are
+    ``n·d × D`` and ``D × n·d``, the key and value projections ``G·d × D``. V1 turns these n heads into n/2 output heads
+    (the paper's "heads"), V2 into n output heads with 2n queries; neither changes a number here.
+
+    Args:
+        hidden_size: width D of the residual stream.
+        num_layers: decoder layers.
+        num_heads: softmax heads n; twice the number of V1 heads that the paper prints.
+        num_kv_heads: key/value heads G, a divisor of n. Default: n.
+        head_dim: head width d, even. Default: ``hidden_size / num_heads``, which must be whole.
+        intermediate_size: width of the SwiGLU feed-forward network.
+        vocab_size: rows of the embedding.
+        tie_word_embeddings: whether the output projection is the embedding. Default: True.
+        max_position_embeddings: longest sequence, in tokens. Default: 2048.
+        rope_theta: base of the rotary frequencies, above 0. Default: 10000.
+        name: what the shape is called. Default: empty; the file's stem when read from a file.
+        source: where the numbers come from. Default: empty.
+
+    Raises:
+        ConfigError: a number that no model can have.
+
+    Source: arXiv 2410.05258v2, section 2 and Table 10.
+
+    >>> shape = ModelShape(hidden_size=64, num_layers=2, num_heads=4, intermediate_size=176, vocab_size=256)
+    >>> shape.num_kv_heads, shape.head_dim
+    (4, 16)
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    # None stands for "not given" in the call alone: after __post_init__ both are always integers.
+    num_kv_heads: int = None  # type: ignore[assignment]
+    head_dim: int = None  # type: ignore[assignment]
+    intermediate_size: int
+    vocab_size: int
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    name: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for key in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size"):
+            check_positive_int(key, getattr(self, key))
+        check_positive_int("max_position_embeddings", self.max_position_embeddings)
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_heads:
+                raise ConfigError(
+                    f"hidden_size={self.hidden_size} with num_heads={self.num_heads} given; without head_dim, a "
+                    "hidden_size that num_heads divides is wanted; change one of them or set head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        check_positive_int("num_kv_heads", self.num_kv_heads)
+        check_positive_int("head_dim", self.head_dim)
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads={self.num_heads} with num_kv_heads={self.num_kv_heads} given; a num_kv_heads that divides "
+                f"num_heads is wanted; leave it out for num_kv_heads={self.num_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"head_dim={self.head_dim} given; an even width is wanted, because RoPE rotates pairs of channels; "
+                f"set head_dim={self.head_dim + 1}"
+            )
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ConfigError(
+                f"tie_word_embeddings={self.tie_word_embeddings!r} given; a truth value is wanted; use true or false"
+            )
+        theta: Any = self.rope_theta
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
+            raise ConfigError(f"rope_theta={theta!r} given; a finite number above 0 is wanted; the default is 10000.0")
+        for key in ("name", "source"):
+            if not isinstance(getattr(self, key), str):
+                raise ConfigError(f"{key}={getattr(self, key)!r} given; text is wanted; put it in quotes")
+
+    def check_variant(self, attention: str) -> None:
+        """Raise unless this shape can carry the variant; return nothing.
+
+        V1 joins heads two by two: (q1, q2) of one output head, (k1, k2) of one key head, and two values of width d into
+        one of width 2d. So n and G must be even. Softmax and V2 take every shape.
+
+        Args:
+            attention: one of ``VARIANTS``.
+
+        Raises:
+            ConfigError: an unknown variant, or V1 with an odd n or G.
+
+        Source: arXiv 2410.05258v2, section 2.1.
+
+        >>> ModelShape.preset("3M").check_variant("diff_v1")
+        """
+        if attention not in VARIANTS:
+            raise ConfigError(
+                f"attention={attention!r} given; one of {', '.join(VARIANTS)} is wanted{_nearest(attention, VARIANTS)}"
+            )
+        if attention == "diff_v1" and self.num_heads % 2:
+            raise ConfigError(
+                f"num_heads={self.num_heads} given; diff_v1 wants an even number of heads, because it joins them two "
+                'by two; change num_heads or take attention="diff_v2"'
+            )
+        if attention == "diff_v1" and self.num_kv_heads % 2:
+            # n is even and G is odd and divides n, so 2G divides n as well.
+            raise ConfigError(
+                f"num_kv_heads={self.num_kv_heads} given; diff_v1 wants an even number of key/value heads, because it "
+                f'joins them two by two; set num_kv_heads={2 * self.num_kv_heads} or take attention="diff_v2"'
+            )
+
+    @classmethod
+    def preset(cls, name: str) -> ModelShape:
+        """A shape that comes with the package, by name; ``presets()`` lists them.
+
+        Raises:
+            ConfigError: no preset has this name.
+
+        >>> ModelShape.preset("1.4B").num_heads
+        16
+        """
+        known = _presets()
+        if name not in known:
+            raise ConfigError(
+                f"preset {name!r} given; one of {', '.join(known)} is wanted{_nearest(name, known)}; "
+                "or give the path of a .toml file"
+            )
+        return known[name]
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> ModelShape:
+        """Read a shape from a TOML file whose keys are the fields of this class.
+
+        Raises:
+            ConfigError: the file is missing, unreadable or no TOML, or has an unknown, missing or impossible key.
+
+        >>> ModelShape.from_toml("absent.toml")
+        Traceback (most recent call last):
+        diffattn.errors.ConfigError: 'absent.toml' given; a TOML file is wanted; no file has this path
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(f"{str(path)!r} given; a TOML file is wanted; no file has this path") from None
+        except OSError as error:
+            raise ConfigError(
+                f"{str(path)!r} given; a readable TOML file is wanted; the system says: {error.strerror}"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{str(path)!r} given; a TOML file in UTF-8 is wanted; byte {error.start} is not UTF-8: save it again"
+            ) from error
+        return _parse(text, str(path), path.stem)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> ModelShape:
+        """A shape by the name of a preset, or by the path of a TOML file. A preset's name wins over a file's.
+
+        Raises:
+            ConfigError: neither a preset nor a file; or what ``from_toml`` raises.
+
+        >>> ModelShape.load("3M") == ModelShape.preset("3M")
+        True
+        """
+        text = str(name_or_path)
+        if text not in _presets() and (text.endswith(".toml") or Path(text).is_file()):
+            return cls.from_toml(text)
+        return cls.preset(text)
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the shapes that come with the package, smallest first.
+
+    >>> presets()[:3]
+    ('300K', '3M', '30M')
+    """
+    return tuple(_presets())
+
+
+def check_positive_int(key: str, value: object) -> None:
+    """Raise a ``ConfigError`` unless the value is an integer of at least 1; True is no integer here.
+
+    >>> check_positive_int("context", 1)
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{key}={value!r} given; a positive integer is wanted; write it without quotes or a point")
+
+
+@functools.cache
+def _presets() -> dict[str, ModelShape]:
+    folder = importlib.resources.files("diffattn.plan").joinpath("presets")
+    files = {file.name.removesuffix(".toml"): file for file in folder.iterdir() if file.name.endswith(".toml")}
+    shapes = {name: _parse(file.read_text(encoding="utf-8"), file.name, name) for name, file in files.items()}
+    return dict(sorted(shapes.items(), key=lambda item: (item[1].num_layers * item[1].hidden_size ** 2, item[0])))
+
+
+def _parse(text: str, origin: str, name: str) -> ModelShape:
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin!r} given; valid TOML is wanted; correct this: {error}") from error
+    keys = [field.name for field in fields(ModelShape)]
+    for key in values:
+        if key not in keys:
+            raise ConfigError(
+                f"{origin!r} gives the unknown key {key!r}; keys of a shape are wanted"
+                f"{_nearest(key, keys) or ': ' + ', '.join(keys)}"
+            )
+    required = [field.name for field in fields(ModelShape) if field.default is MISSING]
+    if missing := [key for key in required if key not in values]:
+        raise ConfigError(
+            f"{origin!r} gives no {', '.join(missing)}; {', '.join(required)} are wanted; add what is missing"
+        )
+    try:
+        return ModelShape(**{"name": name, **values})
+    except ConfigError as error:
+        raise ConfigError(f"{origin!r}: {error}") from None
+
+
+def _nearest(given: object, known: Iterable[str]) -> str:
+    by_lower = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(str(given).lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
