@@ -134,7 +134,7 @@ def test_no_width_matches():
     thin = dataclasses.replace(PRIME, intermediate_size=30)
     refused(lambda: match_parameters(thin, "diff_v2"), "intermediate_size=30 given", "narrowed by 30.0", "widen")
     assert match_parameters(dataclasses.replace(PRIME, intermediate_size=31), "diff_v2").intermediate_size == 1
-    odd = dataclasses.replace(PRIME, num_heads=8, num_kv_heads=4)
+    odd = dataclasses.replace(PRIME, num_heads=8, head_dim=12)  # exact: 163 - 8·13/3, no integer
     refused(lambda: match_parameters(odd, "diff_v2", tolerance=0.0), "0.00%")
 
 

@@ -178,7 +178,7 @@ def test_presets_are_the_files_that_ship():
 
 def test_bad_files_are_refused_in_one_line(tmp_path):
     path = tmp_path / "mine.toml"
-    refused(lambda: ModelShape.load(path), str(path), "no file has this path")
+    refused(lambda: ModelShape.load(path), str(path), "there is none: check the path")
     refused(lambda: ModelShape.from_toml(tmp_path), str(tmp_path), "a readable TOML file is wanted")
     for text, words in [
         (TOML + "\nnum_kv_heads =\n", ("valid TOML", "line 6")),

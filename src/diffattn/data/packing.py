@@ -1,8 +1,4 @@
-"""Documents packed into blocks of tokens: memory-mapped, cached by content, in an order that resumes exactly.
-
-A token file is document, separator, document, separator, ... as little-endian uint16 (uint32 above 65,536 tokens), cut
-into blocks of `context` tokens wherever they fall. The training and the held-out documents are two files.
-"""
+"""Token files as blocks of tokens: memory-mapped, cached by content, in an order that resumes exactly."""
 
 import errno
 import hashlib
@@ -11,9 +7,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +18,13 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from diffattn.data.text import Corpus, Document, Split, read_corpus, split_by_document
-from diffattn.data.tokenizer import byte_lengths, pieces, train_tokenizer
+from diffattn.data.text import Corpus, Split, read_corpus, split_by_document
+from diffattn.data.tokenizer import FORMAT, byte_lengths, check_token_files, write_token_files
 from diffattn.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1
-BATCH_CHARACTERS = 1 << 22
 STALE_SECONDS = 86_400
 
 
@@ -51,9 +45,7 @@ class TokenBlocks:
             raise ConfigError(f"context={context}: wanted at least 2, so that a block has a token to predict")
         count = os.path.getsize(path) // np.dtype(dtype).itemsize
         if count < context:
-            raise DataError(
-                f"{part}: {count} tokens, but one block takes {context}; give more text or a context of at most {count}"
-            )
+            raise DataError(f"{part}: {count} tokens, one block takes {context}; give more text or a shorter context")
         self.path, self.dtype, self.context, self.part = Path(path), dtype, context, part
         self.tokens = np.memmap(path, dtype=dtype, mode="r")
 
@@ -68,19 +60,15 @@ class TokenBlocks:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A data loader's worker opens the file itself; the default would copy the tokens into the message.
-        return _open_blocks, (self.path, self.dtype, self.context, self.part)
-
-
-def _open_blocks(path: Path, dtype: str, context: int, part: str) -> TokenBlocks:
-    return TokenBlocks(path, dtype=dtype, context=context, part=part)
+        return partial(TokenBlocks, dtype=self.dtype, context=self.context, part=self.part), (self.path,)
 
 
 class TrainingOrder(Dataset[dict[str, torch.Tensor]]):
     """The samples of a run: sample i is block `p[i % n]` of n, with p the permutation of epoch `i // n`.
 
-    A permutation sorts n raw numbers of Philox seeded by (seed, epoch), which NumPy keeps the same in every version. So a
-    sample depends on seed and i alone, and a run that goes on at sample i sees what an uninterrupted one would have seen.
-    Read it in sequence: a sampler that shuffles again would undo this.
+    A permutation sorts n raw numbers of Philox seeded by (seed, epoch), which NumPy keeps the same in every version.
+    So a sample depends on seed and i alone, and a run that goes on at sample i sees what an uninterrupted one would
+    have seen. Read it in sequence: a sampler that shuffles again would undo this.
 
     Arguments:
         blocks: the training part.
@@ -147,9 +135,8 @@ class PreparedData:
     validation_bytes_per_token: float
 
     def sample_text(self, n_chars: int = 400) -> str:
-        """Give the first sentences of the first held-out document: at most `n_chars` characters, cut at a sentence
-        (else at a word) where there is one."""
-        # A character takes four tokens at most.
+        """Give at most `n_chars` characters of the first held-out document: whole sentences, else whole words."""
+        # A character is four bytes at most, and a token one at least.
         ids = self.validation.tokens[: 4 * n_chars + 4].tolist()
         separator = self.tokenizer.eos_token_id
         text = self.tokenizer.decode(ids[: ids.index(separator)] if separator in ids else ids).strip()
@@ -189,39 +176,71 @@ def prepare_data(
     split = split_by_document(corpus, validation_fraction=validation_fraction)
     key = json.dumps([FORMAT, corpus.digest, float(validation_fraction), vocab_size])
     folder = cache_root(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:32]
-    manifest = _whole(folder)
-    if manifest is None:
-        try:
-            _build(folder, split, corpus.digest, vocab_size)
-        except OSError as error:
-            raise ConfigError(
-                f"cache folder {folder.parent} cannot be written ({error.strerror or error}); "
-                "name one that can: DIFFATTN_CACHE=/path/to/folder"
-            ) from None
-        manifest = json.loads((folder / "manifest.json").read_text())
+    try:
+        manifest = check_token_files(folder) or _build(folder, split, corpus.digest, vocab_size)
+    except OSError as error:
+        raise ConfigError(
+            f"cache folder {folder.parent} cannot be written ({error.strerror or error}); "
+            "name one that can: DIFFATTN_CACHE=/path/to/folder"
+        ) from None
     return _open(folder, manifest, corpus, split, context)
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
     """Give the folder that token files are kept in: `cache_dir`, else what the environment says."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache_dir or os.environ.get("DIFFATTN_CACHE") or Path(base) / "diffattn").expanduser()
+    root = cache_dir or os.environ.get("DIFFATTN_CACHE") or Path(base) / "diffattn"
+    return Path(os.path.expanduser(root))
 
 
-def encode_documents(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str]) -> Iterator[list[int]]:
-    """Encode documents, each followed by the separator; a separator spelled inside a document stays text."""
-    backend = tokenizer.backend_tokenizer
-    before, backend.encode_special_tokens = backend.encode_special_tokens, True
-    try:
-        batch: list[tuple[str, bool]] = []
-        waiting = 0
-        for text in texts:
-            parts = list(pieces(text))
-            batch += [(part, number == len(parts)) for number, part in enumerate(parts, start=1)]
-            waiting += len(text)
-            if waiting >= BATCH_CHARACTERS:
-                yield from _encode(tokenizer, batch)
-                batch, waiting = [], 0
-        yield from _encode(tokenizer, batch)
-    finally:
-        backend.encode_special_tokens = before
+def _open(folder: Path, manifest: dict[str, Any], corpus: Corpus, split: Split, context: int) -> PreparedData:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
+    documents = {"train": split.train, "validation": split.validation}
+    blocks = {
+        side: TokenBlocks(
+            folder / f"{side}.bin", dtype=manifest["files"][f"{side}.bin"]["dtype"], context=context, part=part
+        )
+        for side, part in (("train", f"{corpus.name}, training part"), ("validation", f"{corpus.name}, held-out part"))
+    }
+    facts = {
+        "name": corpus.name,
+        "digest": corpus.digest,
+        "documents": {side: len(documents[side]) for side in documents},
+        "bytes": {side: sum(len(document.text.encode()) for document in documents[side]) for side in documents},
+        "tokens": {side: len(blocks[side].tokens) for side in blocks},
+        "blocks": {side: len(blocks[side]) for side in blocks},
+        "vocab_size": len(tokenizer),
+        "context": context,
+        "note": split.note,
+    }
+    held_out = blocks["validation"].tokens[: len(blocks["validation"]) * context].reshape(-1, context)
+    bytes_per_token = float(byte_lengths(tokenizer)[held_out].mean())
+    return PreparedData(tokenizer, blocks["train"], blocks["validation"], facts, bytes_per_token)
+
+
+def _build(folder: Path, split: Split, digest: str, vocab_size: int) -> dict[str, Any]:
+    """Make a cache folder under a temporary name and rename it, so that no one ever sees a half-written one."""
+    root = folder.parent
+    root.mkdir(parents=True, exist_ok=True)
+    prefix = f"{folder.name}.tmp-"
+    for left in root.glob(f"{prefix}*"):
+        # What a killed process left behind; a younger one may still be at work.
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=root, prefix=prefix, ignore_cleanup_errors=True) as scratch:
+        new = Path(scratch) / "new"
+        write_token_files(new, split, digest, vocab_size)
+        if folder.exists() and check_token_files(folder) is None:
+            with suppress(FileNotFoundError):
+                os.rename(folder, Path(scratch) / "damaged")
+        try:
+            os.rename(new, folder)
+        except OSError as error:
+            # Another process was first, with the same content.
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return manifest

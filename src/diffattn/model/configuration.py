@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
 from diffattn.errors import ConfigError
-from diffattn.plan.shape import VARIANTS, ModelShape
+from diffattn.plan.shape import VARIANTS, ModelShape, check_positive_int
 
 
 def lambda_init_schedule(layer: int) -> float:
@@ -43,7 +43,8 @@ class DiffTransformerConfig(PreTrainedConfig):
         subln_affine: V1 only. Whether the norm of each head's output has a learnable gain
             (the authors' code has one since October 2024; the paper's text and ``diffllama`` have none).
         subln_eps: V1 only. ε of that norm.
-        rope_parameters: as in ``transformers``; default ``{"rope_type": "default", "rope_theta": 10000.0}``.
+        rope_parameters: as in ``transformers``, which fills in ``rope_type="default"`` and, from the keyword
+            ``rope_theta`` where it is given, ``rope_theta=10000.0``.
 
     The other fields are those of ``LlamaConfig``. Defaults are the paper's 1.4B V1 model.
 
@@ -56,7 +57,7 @@ class DiffTransformerConfig(PreTrainedConfig):
     """
 
     model_type = "diff_transformer"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     attention: str = "diff_v1"
     vocab_size: int = 100288
@@ -85,23 +86,27 @@ class DiffTransformerConfig(PreTrainedConfig):
         if self.attention not in VARIANTS:
             raise ConfigError(f"attention is {self.attention!r}; wanted one of {', '.join(VARIANTS)}")
         v1 = self.attention == "diff_v1"
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads // (1 if self.attention == "softmax" else 2)
-        if self.head_dim is None:
-            # n heads of width D / n are replaced; the one call has 2n of them under V2 and width 2d under V1.
-            width = self.hidden_size // max(self.num_attention_heads, 1)
-            self.head_dim = width if self.attention == "softmax" else 2 * width
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; wanted at least 1")
+                     "max_position_embeddings"):  # fmt: skip
+            check_positive_int(name, getattr(self, name))
         if self.attention != "softmax" and self.num_attention_heads % 2:
             raise ConfigError(
                 f"num_attention_heads is {self.num_attention_heads}; {self.attention} pairs query heads, "
                 "so the one attention call needs an even number: choose one more or one less"
             )
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads // (1 if self.attention == "softmax" else 2)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ConfigError(
+                    f"hidden_size is {self.hidden_size}, num_attention_heads {self.num_attention_heads}, head_dim not "
+                    "given; wanted a hidden_size that num_attention_heads divides: change one of them or set head_dim"
+                )
+            # n heads of width D / n are replaced; the one call has 2n of them under V2 and width 2d under V1.
+            width = self.hidden_size // self.num_attention_heads
+            self.head_dim = width if self.attention == "softmax" else 2 * width
+        for name in ("num_key_value_heads", "head_dim"):
+            check_positive_int(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads is {self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads}; "
@@ -119,6 +124,13 @@ class DiffTransformerConfig(PreTrainedConfig):
             raise ConfigError(
                 f"head_dim is {self.head_dim}; rotary positions turn pairs of channels"
                 f"{' of each half head' if v1 else ''}: choose a multiple of {4 if v1 else 2}"
+            )
+        if self.lambda_init is not None and not (
+            isinstance(self.lambda_init, int | float) and 0 <= self.lambda_init < 1
+        ):
+            raise ConfigError(
+                f"lambda_init is {self.lambda_init!r}; wanted a number from 0 to below 1, because each head is scaled "
+                "by 1 - lambda_init: leave it out for the paper's schedule"
             )
         super().__post_init__(**kwargs)
 
@@ -155,7 +167,7 @@ class DiffTransformerConfig(PreTrainedConfig):
             "head_dim": heads[2],
             "max_position_embeddings": shape.max_position_embeddings,
             "tie_word_embeddings": shape.tie_word_embeddings,
-            "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+            "rope_theta": shape.rope_theta,
         }
         return cls(**(fields | overrides))
 

@@ -73,7 +73,8 @@ def build_pair(
 
 def _build(config: DiffTransformerConfig, seed: int) -> DiffTransformerForCausalLM:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # torch.manual_seed would seed every CUDA device too, whose state is not put back.
+        torch.default_generator.manual_seed(seed)
         return DiffTransformerForCausalLM(config)
 
 

@@ -1,7 +1,7 @@
 """`diff_attention()`: one function, a table of backends, and every check of its arguments.
 
-A backend is asked whether it supports a call and answers None or one sentence that begins with its name. "auto" takes the
-first backend of the table that answers None. A backend asked for by name either serves the call or raises its sentence.
+A backend is asked whether it supports a call and answers None or one sentence that begins with its name. "auto" takes
+the first backend of the table that answers None. A backend asked for by name serves the call or raises its sentence.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _check_options(
     keys = k1.shape[1]
     if causal and queries > keys:
         raise ConfigError(
-            f"{queries} queries over {keys} keys with causal=True: the first {queries - keys} queries would see no key; "
+            f"{queries} queries over {keys} keys with causal=True: the first {queries - keys} would see no key; "
             "wanted keys >= queries: pass the cached keys too, or causal=False"
         )
     if scale is not None and not (math.isfinite(scale) and scale > 0):
@@ -181,7 +181,7 @@ def _check_options(
         raise ConfigError(f"lam is a {type(lam).__name__}; wanted a float or a tensor: wrap it in torch.tensor()")
     if key_padding is not None and (key_padding.dtype != torch.bool or key_padding.shape != (batch, keys)):
         raise ConfigError(
-            f"key_padding is {_dtype(key_padding)} {_shape(key_padding)}; wanted bool ({batch}, {keys}), (batch, keys), "
+            f"key_padding is {_dtype(key_padding)} {_shape(key_padding)}; wanted bool ({batch}, {keys}), "
             "True where a key is padding: for a 1/0 attention_mask pass attention_mask == 0"
         )
 

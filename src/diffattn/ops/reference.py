@@ -10,7 +10,7 @@ Given, with H query heads that share G groups of keys and values:
     output   = map_diff v                           (B, T, H, Dv)
 
 Letters in the einsums: b batch, t query, s key, h head, d width of a key, e width of a value. Nothing here is fused or
-padded, so float64 inputs give a float64-exact answer, `torch.autograd.gradcheck` runs on it, and the maps can be looked at.
+padded: it is clean in float64, `torch.autograd.gradcheck` runs on it, and the maps can be looked at.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 """Differential attention as ONE standard attention call: lay out, call, combine.
 
-The maps are linear in nothing but the values, so the two softmaxes can be two query heads of one ordinary grouped-query
-call, and the subtraction can wait until after the product with v:
+The product with v is linear, so the subtraction can wait until after it, and the two softmaxes can be two query heads
+of one ordinary grouped-query call:
 
     V1 (k1, k2 differ)    key head [k1, k2] of width 2D, query heads [q1, 0] and [0, q2], so that
                           [q1, 0]·[k1, k2] = q1·k1 and [0, q2]·[k1, k2] = q2·k2;  scale 1/√D of the half width
     V2 (k1 is k2)         key head k1 of width D, query heads q1 and q2
     both                  output = o[2i] − λ · o[2i+1]
 
-Any engine that serves grouped-query attention therefore serves this. The price is in FLOPs: with Dv = 2D a pair of heads
-costs 16D per query and key in either form, against 8D (V1) for maps that are subtracted first.
+Any engine that serves grouped-query attention therefore serves this. The price is in FLOPs: per query, key and output
+head V1 (Dv = 2D) costs 16D, against 8D when the maps are subtracted first, and V2 (Dv = D) 8D against 6D.
 
-Shape letters: B batch, T queries, S keys, H output heads, G key/value groups, D width of q and k, W common width of the call.
+Shape letters: B batch, T queries, S keys, N = 2H query heads, H output heads, G key/value groups, D width of q and k,
+W common width of the call.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _widen(x: Tensor, width: int) -> Tensor:
 def _mask(
     queries: int, keys: int, causal: bool, key_padding: Tensor | None, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The boolean mask that SDPA needs, or None, and the rows (B, T, 1, 1) that see no key, or None if there are none."""
+    """The boolean mask that SDPA needs, or None, and the rows (B, T, 1, 1) that see no key, or None."""
     if key_padding is None:
         # One query sees every key, and T = S is SDPA's own causal mask, which needs no tensor.
         if not causal or queries in (1, keys):

@@ -82,7 +82,7 @@ def count_parameters(shape: ModelShape, attention: str, *, subln_affine: bool = 
     Args:
         shape: the softmax Transformer being replaced.
         attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
-        subln_affine: whether V1's norm has a learnable gain, as the authors' code, or none, as the paper. Default: True.
+        subln_affine: whether V1's norm has a learnable gain (the authors' code) or none (the paper). Default: True.
 
     Raises:
         ConfigError: a variant that is unknown or that the shape cannot carry.
@@ -140,7 +140,7 @@ def match_parameters(
             if abs(count_parameters(narrowed, attention).total - wanted) <= tolerance * wanted:
                 return narrowed
     raise ConfigError(
-        f"intermediate_size={shape.intermediate_size} given; a matched diff_v2 needs it narrowed by "
+        f"intermediate_size={shape.intermediate_size} given; a matched diff_v2 wants it narrowed by "
         f"{shape.intermediate_size - exact:.1f}, to a whole width of at least 1 within {tolerance:.2%} of {wanted} "
         "parameters; widen intermediate_size or leave the pair unmatched"
     )

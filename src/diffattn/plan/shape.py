@@ -162,13 +162,13 @@ class ModelShape:
 
         >>> ModelShape.from_toml("absent.toml")
         Traceback (most recent call last):
-        diffattn.errors.ConfigError: 'absent.toml' given; a TOML file is wanted; no file has this path
+        diffattn.errors.ConfigError: 'absent.toml' given; a TOML file is wanted; there is none: check the path
         """
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise ConfigError(f"{str(path)!r} given; a TOML file is wanted; no file has this path") from None
+            raise ConfigError(f"{str(path)!r} given; a TOML file is wanted; there is none: check the path") from None
         except OSError as error:
             raise ConfigError(
                 f"{str(path)!r} given; a readable TOML file is wanted; the system says: {error.strerror}"
@@ -230,8 +230,7 @@ def _parse(text: str, origin: str, name: str) -> ModelShape:
     for key in values:
         if key not in keys:
             raise ConfigError(
-                f"{origin!r} gives the unknown key {key!r}; keys of a shape are wanted"
-                f"{_nearest(key, keys) or ': ' + ', '.join(keys)}"
+                f"{origin!r} gives the unknown key {key!r}; one of {', '.join(keys)} is wanted{_nearest(key, keys)}"
             )
     required = [field.name for field in fields(ModelShape) if field.default is MISSING]
     if missing := [key for key in required if key not in values]:
@@ -247,4 +246,4 @@ def _parse(text: str, origin: str, name: str) -> ModelShape:
 def _nearest(given: object, known: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in known}
     found = difflib.get_close_matches(str(given).lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
+    return f"; did you mean {by_lower[found[0]]!r}?" if found else "; correct the name"

@@ -85,6 +85,7 @@ def style() -> Iterator[None]:
         "grid.color": GRID,
         "grid.linewidth": 0.8,
         "text.color": INK,
+        "text.hinting": "none",
         # A token such as "$x$" is text, not a formula.
         "text.parse_math": False,
         "xtick.color": MUTED,

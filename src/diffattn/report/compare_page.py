@@ -96,7 +96,7 @@ def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _maps(maps: Mapping[str, Any]) -> dict[str, Any] | None:
-    if not maps or not maps.get("variants"):
+    if not maps.get("variants") or not maps.get("tokens"):
         return None
     limit, largest = scale(maps)
 

@@ -18,6 +18,7 @@ Curves = Sequence[dict[str, Any]]
 MARKERS = "os^Dv<>P"
 SMOOTH_ABOVE = 100
 MOST_POINTS = 300
+LEGEND_ROW, SEEDS_IN_A_ROW = 20, 5
 
 
 def names_of(curves: Curves) -> list[str]:
@@ -56,12 +57,12 @@ def points(series: Sequence[dict[str, Any]]) -> tuple["np.ndarray", "np.ndarray"
 
 
 def loss_range(drawn: Sequence[tuple["np.ndarray", "np.ndarray"]]) -> tuple[float, float] | None:
-    """A range that holds everything after the first tenth of the tokens, so that the start does not flatten the end."""
+    """A range that holds everything after the first quarter of the tokens: the start must not flatten the end."""
     finite = [(tokens[np.isfinite(losses)], losses[np.isfinite(losses)]) for tokens, losses in drawn]
     finite = [pair for pair in finite if len(pair[0])]
     if not finite:
         return None
-    start = 0.1 * max(tokens.max() for tokens, _ in finite)
+    start = 0.25 * max(tokens.max() for tokens, _ in finite)
     late = [losses[tokens >= start] for tokens, losses in finite]
     kept = np.concatenate([values for values in late if len(values)])
     low, high = float(kept.min()), float(kept.max())
@@ -104,38 +105,39 @@ def label_axes(ax: "Axes") -> None:
     ax.grid(True)
 
 
-def draw_legend(fig: "Figure", curves: Curves, columns: int, left: float = 0.0) -> None:
-    """Variants by colour and line, seeds by marker, at the top left of the figure; `left` is in CSS pixels."""
+def draw_legend(fig: "Figure", curves: Curves, columns: int, left: float = 0.0, top: float = 2.0) -> None:
+    """Variants by colour and line, under them seeds by marker; `left` and `top` are in CSS pixels."""
     from matplotlib.lines import Line2D
 
-    names = names_of(curves)
-    handles = []
+    names, width, height = names_of(curves), fig.get_figwidth() * 72, fig.get_figheight() * 72
+    variants, seeds = [], []
     for name in names:
         colour, line = charts.look(name, names)
-        handles.append(Line2D([], [], color=colour, linestyle=line, linewidth=1.8, label=name))
+        variants.append(Line2D([], [], color=colour, linestyle=line, linewidth=1.8, label=name))
     for place, seed in enumerate(seeds_of(curves)):
         marker = MARKERS[place % len(MARKERS)]
-        handles.append(
-            Line2D([], [], color=charts.MUTED, marker=marker, markersize=5, linestyle="", label=f"seed {seed}")
-        )
-    width = fig.get_figwidth() * 72
-    top = 1 - 2 / (fig.get_figheight() * 72)
-    place_at = {"loc": "upper left", "bbox_to_anchor": (left / width, top), "borderaxespad": 0, "borderpad": 0}
-    fig.legend(handles=handles, ncols=columns, columnspacing=1.4, handlelength=2.6, handletextpad=0.6, **place_at)
+        look: dict[str, Any] = {"color": charts.MUTED, "marker": marker, "markersize": 5, "linestyle": ""}
+        seeds.append(Line2D([], [], label=f"seed {seed}", **look))
+    for handles, length, ncols in ((variants, 2.6, columns), (seeds, 0.8, max(columns, SEEDS_IN_A_ROW))):
+        shape: dict[str, Any] = {"handlelength": length, "columnspacing": 1.4, "handletextpad": 0.6, "borderpad": 0}
+        corner = (left / width, 1 - top / height)
+        fig.legend(handles=handles, ncols=ncols, loc="upper left", bbox_to_anchor=corner, borderaxespad=0, **shape)
+        top += LEGEND_ROW * math.ceil(len(handles) / ncols)
 
 
 def legend_height(curves: Curves, columns: int) -> int:
     """The room in CSS pixels that the legend takes."""
-    return 18 * math.ceil((len(names_of(curves)) + len(seeds_of(curves))) / columns) + 14
+    seed_rows = math.ceil(len(seeds_of(curves)) / max(columns, SEEDS_IN_A_ROW))
+    return LEGEND_ROW * (math.ceil(len(names_of(curves)) / columns) + seed_rows)
 
 
 def curve_figure(curves: Curves, wide: bool) -> "Figure":
     """Training beside validation on a wide screen, above it on a narrow one."""
     columns = 8 if wide else 3
-    top = legend_height(curves, columns) + 24
+    top = legend_height(curves, columns) + 36
     panel, gap = (330, 0) if wide else (235, 78)
     left = 58 if wide else 50
-    width = (charts.WIDE - 2 * left - 30) / 2 if wide else charts.NARROW - left - 10
+    width = (charts.WIDE - 2 * left - 30) / 2 if wide else charts.NARROW - left - 18
     height = top + panel + 48 if wide else top + 2 * panel + gap + 48
     fig = charts.figure(charts.WIDE if wide else charts.NARROW, height)
     for place, (part, title) in enumerate((("train", "Training"), ("validation", "Validation"))):
@@ -154,7 +156,7 @@ def curve_caption(curves: Curves) -> str:
     how = f"a moving average over {window} steps" if window > 1 else "every step"
     return (
         f"One line per seed. Training: {how}. Validation: every evaluation. "
-        "The loss axis fits what follows the first tenth of the tokens; the start may lie above the frame."
+        "The loss axis fits what follows the first quarter of the tokens; the start may lie above the frame."
     )
 
 

@@ -44,17 +44,25 @@ def difference_figure(result: Mapping[str, Any], wide: bool) -> "Figure":
     """One row per pair: the mean, the interval, each seed, and the numbers above them."""
     pairs, names = result["pairs"], list(result["variants"])
     width = WIDE if wide else charts.NARROW
-    fig = charts.figure(width, ROW * len(pairs) + 74)
+    fig = charts.figure(width, ROW * len(pairs) + 66)
     ax = charts.axes(fig, 14, 22, width - 28, ROW * len(pairs))
     reach = 0.0
     for place, (name, pair) in enumerate(pairs.items()):
         difference, colour = pair["val_loss_difference"], charts.look(name, names).colour
         mean, low, high = (difference[key] for key in ("mean", "low", "high"))
         each = seed_differences(result, name)
-        row = place + 0.62
+        row = place + 0.64
         ax.text(0.0, place + 0.22, name, transform=ax.get_yaxis_transform(), weight="bold", va="center", color=colour)
         text = f"{signed(mean)}   ({interval_text(difference, len(result['seeds']))})"
-        ax.text(1.0, place + 0.22, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=11)
+        # The zero line must not strike a number through.
+        clear = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        at_right: dict[str, Any] = {
+            "transform": ax.get_yaxis_transform(),
+            "ha": "right",
+            "va": "center",
+            "fontsize": 11,
+        }
+        ax.text(1.0, place + 0.22, text, bbox=clear, **at_right)
         if low is not None and high is not None:
             ax.plot([low, high], [row, row], color=colour, linewidth=3, solid_capstyle="butt")
             ax.plot([low, high], [row, row], color=colour, linestyle="", marker="|", markersize=13, markeredgewidth=2)
@@ -77,8 +85,9 @@ def _frame(ax: Any) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     ax.axvline(0, color=charts.INK, linewidth=1.2, zorder=1)
-    ax.text(0.495, 1.0, f"← better than {BASELINE}  ", transform=ax.transAxes, ha="right", va="bottom", fontsize=11)
-    ax.text(0.505, 1.0, "  worse →", transform=ax.transAxes, ha="left", va="bottom", fontsize=11)
+    for word, place, side in ((f"← better than {BASELINE}", -8, "right"), ("worse →", 8, "left")):
+        shown = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": side, "va": "bottom", "fontsize": 11}
+        ax.annotate(word, (0.5, 1.0), (place, 2), **shown)
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5, symmetric=True))

@@ -1,5 +1,6 @@
 """Numbers for people, and the one definition of the comparison table that the terminal and the page share."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ BASELINE = "softmax"
 def _number(value: float, scale: float) -> str:
     """Three significant digits; fewer where the shorter number is exact."""
     scaled = value / scale
-    if scaled == round(scaled, 1) and abs(scaled) < 1000:
+    if scaled == round(scaled, 0 if abs(scaled) >= 100 else 1):
         return f"{scaled:.1f}".removesuffix(".0")
     return f"{scaled:.{_digits(scaled)}f}"
 
@@ -34,112 +35,107 @@ def _scaled(value: float, base: float, prefixes: Sequence[str]) -> tuple[str, st
     return _number(value, scale), prefixes[-1]
 
 
-def _unusual(value: float | None) -> str | None:
-    """The text of a number that cannot be scaled, or None."""
-    if value is None:
-        return MISSING
-    if math.isnan(value):
-        return "not a number"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return None
+def _or_words(finite: Callable[[float], str]) -> Callable[[float | None], str]:
+    """The formatter, with words for what is not a finite number."""
+
+    @functools.wraps(finite)
+    def written(value: float | None) -> str:
+        if value is None:
+            return MISSING
+        if math.isnan(value):
+            return "not a number"
+        if math.isinf(value):
+            return "∞" if value > 0 else "−∞"
+        return finite(value)
+
+    return written
 
 
-def count(value: float | None) -> str:
+@_or_words
+def count(value: float) -> str:
     """A count in thousands, millions, billions.
 
     >>> count(3_021_312), count(812), count(999_999)
     ('3.02 M', '812', '1.00 M')
     """
-    if (text := _unusual(value)) is not None or value is None:
-        return text or MISSING
     return " ".join(_scaled(value, 1000, ("", "k", "M", "B", "T"))).strip()
 
 
-def size(value: float | None) -> str:
+@_or_words
+def size(value: float) -> str:
     """Bytes, in powers of 1024.
 
     >>> size(1228.8), size(812), size(12_130_000)
     ('1.2 KiB', '812 B', '11.6 MiB')
     """
-    if (text := _unusual(value)) is not None or value is None:
-        return text or MISSING
     return " ".join(_scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB")))
 
 
-def flops(value: float | None) -> str:
+@_or_words
+def flops(value: float) -> str:
     """Floating-point operations, in powers of 1000.
 
     >>> flops(12_345_678)
     '12.3 MFLOP'
     """
-    if (text := _unusual(value)) is not None or value is None:
-        return text or MISSING
     return " ".join(_scaled(value, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")))
 
 
-def seconds(value: float | None) -> str:
+@_or_words
+def seconds(value: float) -> str:
     """A duration.
 
     >>> seconds(0.0351), seconds(3.21), seconds(125), seconds(3720)
     ('35.1 ms', '3.21 s', '2 min 05 s', '1 h 02 min')
     """
-    if (text := _unusual(value)) is not None or value is None:
-        return text or MISSING
     if abs(value) < 1:
         return " ".join(_scaled(value * 1e6, 1000, ("µs", "ms", "s")))
     if round(value, _digits(value)) < 60:
         return f"{_number(value, 1)} s"
-    whole = round(value)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def loss(value: float | None) -> str:
+@_or_words
+def loss(value: float) -> str:
     """A loss or another quality, to four decimals.
 
     >>> loss(3.41234)
     '3.4123'
     """
-    if (text := _unusual(value)) is not None or value is None:
-        return text or MISSING
     return f"{value:.4f}"
 
 
-def signed(value: float | None) -> str:
+@_or_words
+def signed(value: float) -> str:
     """A difference with its sign; never rounded to zero, for the sign of an interval's end matters.
 
     >>> signed(0.0123), signed(-0.5), signed(-0.00001), signed(0.0)
     ('+0.0123', '−0.5000', '−1.0e-05', '0.0000')
     """
-    if (text := _unusual(value)) is not None or value is None:
-        return text or MISSING
     if value == 0:
         return "0.0000"
     digits = f"{abs(value):.4f}" if abs(value) >= 0.00005 else f"{abs(value):.1e}"
     return ("+" if value > 0 else "−") + digits
 
 
-def whole(value: float | None) -> str:
+@_or_words
+def whole(value: float) -> str:
     """A number that is read as it is.
 
     >>> whole(5461)
     '5,461'
     """
-    if (text := _unusual(value)) is not None or value is None:
-        return text or MISSING
     return exact(value)
 
 
-def exact(value: float | None) -> str:
+@_or_words
+def exact(value: float) -> str:
     """Every digit, for a tooltip.
 
     >>> exact(3021312), exact(0.1)
     ('3,021,312', '0.1')
     """
-    if (text := _unusual(value)) is not None or value is None:
-        return text or MISSING
     return f"{int(value):,}" if float(value).is_integer() else repr(float(value))
 
 
@@ -154,14 +150,14 @@ class Measure(NamedTuple):
 
 
 MEASURES = [
-    Measure("val_loss", "Validation loss", loss, "nats per token", "mean over the seeds, then each seed"),
-    Measure("bits_per_byte", "Bits per byte", loss, "", "mean over the seeds, then each seed"),
+    Measure("val_loss", "Validation loss", loss, "nats per token"),
+    Measure("bits_per_byte", "Bits per byte", loss),
     Measure("parameters", "Parameters", count),
     Measure("attention_parameters", "Attention parameters", count),
     Measure("intermediate_size", "FFN width", whole),
     Measure("model_flops_per_token", "Model FLOPs", flops, "per token", "what the definition costs"),
     Measure("executed_flops_per_token", "Executed FLOPs", flops, "per token", "what the backend does"),
-    Measure("train_tokens_per_second", "Training speed", count, "tokens per second"),
+    Measure("train_tokens_per_second", "Training speed", count, "tokens/s"),
     Measure("train_peak_bytes", "Training peak memory", size),
     Measure("cache_bytes_per_token", "KV cache", size, "per token"),
     Measure("checkpoint_bytes", "Checkpoint on disk", size),
@@ -181,7 +177,7 @@ class Cell(NamedTuple):
 
 def cell(measure: Measure, variant: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> Cell:
     """The cell of one measure and variant; a list is one value per seed and reads as its mean."""
-    values = variant.get(measure.key)
+    values: Any = variant.get(measure.key)
     mean = _mean(values)
     seeds = tuple(measure.format(value) for value in values) if isinstance(values, list | tuple) else ()
     every = ", ".join(exact(value) for value in values) if seeds else exact(mean)

@@ -23,9 +23,9 @@ def token_label(token: str) -> str:
     """A token as an axis shows it: never empty, never long, no character that an SVG refuses.
 
     >>> [token_label(t) for t in ("the", " ", "internationalisation", "a\\nb")]
-    ['the', '␣', 'internatio…', 'a␤b']
+    ['the', '␣', 'internatio…', 'a↵b']
     """
-    shown = "".join("␤" if c == "\n" else "␣" if c.isspace() else c if c.isprintable() else "·" for c in token)
+    shown = "".join("↵" if c == "\n" else "␣" if c.isspace() else c if c.isprintable() else "·" for c in token)
     return shown if len(shown) <= LONGEST_LABEL else shown[: LONGEST_LABEL - 1] + "…"
 
 
@@ -33,7 +33,7 @@ def panels(entry: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, "np.nda
     """The maps that a variant has, with everything after the query masked."""
     length = len(tokens)
     future = np.triu(np.ones((length, length), dtype=bool), 1)
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for key in PANELS:
         if key in entry:
             weights = np.asarray(entry[key], dtype=float)
@@ -63,7 +63,7 @@ def scale(maps: Mapping[str, Any]) -> tuple[float, float]:
 def lambda_text(entry: Mapping[str, Any]) -> str:
     """λ as a title says it: one number, or its range over the tokens.
 
-    >>> lambda_text({"lam": 0.3555}), lambda_text({"lam": [0.2, 0.58]}), lambda_text({})
+    >>> lambda_text({"lam": 0.3556}), lambda_text({"lam": [0.2, 0.58]}), lambda_text({})
     ('λ = 0.356', 'λ from 0.200 to 0.580 over the tokens', '')
     """
     lam = entry.get("lam")
@@ -94,7 +94,7 @@ def draw_map(ax: "Axes", weights: "np.ndarray", limit: float) -> Any:
 def label_tokens(ax: "Axes", tokens: Sequence[str], font: float, rows: bool = True, columns: bool = True) -> None:
     """Queries on the left, keys below."""
     places, labels = range(len(tokens)), [token_label(token) for token in tokens]
-    shared = {"fontsize": font, "rotation_mode": "anchor", "color": charts.INK}
+    shared: dict[str, Any] = {"fontsize": font, "rotation_mode": "anchor", "color": charts.INK}
     ax.set_xticks(places, labels if columns else [""] * len(labels), rotation=90, ha="right", va="center", **shared)
     ax.set_yticks(places, labels if rows else [""] * len(labels), ha="right", va="center", **shared)
     ax.tick_params(length=0, pad=3)
@@ -116,7 +116,7 @@ def colour_bar(ax: "Axes", image: Any, limit: float, largest: float, across: boo
         format=lambda value, _: f"{value:.3g}".replace("-", "−"),
     )
     bar.set_label("attention weight", fontsize=11, labelpad=2)
-    bar.outline.set_edgecolor(charts.MUTED)  # type: ignore[operator]
+    bar.outline.set_edgecolor(charts.MUTED)
 
 
 def map_figure(maps: Mapping[str, Any], name: str, limit: float, largest: float, wide: bool) -> "Figure":
@@ -126,7 +126,7 @@ def map_figure(maps: Mapping[str, Any], name: str, limit: float, largest: float,
     total = charts.WIDE if wide else charts.NARROW
     # The labels' room depends on their size and theirs on the cells; a guess of the side settles it.
     font = min(11.0, (310 if wide else 300) / len(tokens) * 0.9)
-    room, axis_name, gap, bar = label_room(tokens, font), 18, 16, 78
+    room, axis_name, gap, bar = label_room(tokens, font), 21, 16, 92
     left, below, title = room + axis_name, room + axis_name, 24
     side = (total - left - 2 * gap - bar) / 3 if wide else total - left - 4
     if wide:
@@ -146,7 +146,7 @@ def map_figure(maps: Mapping[str, Any], name: str, limit: float, largest: float,
         ax.set_title(PANELS[key], fontsize=13, pad=6)
         ax.set_xlabel("key (attended token)", fontsize=11, labelpad=2)
         if not wide or place == 0:
-            ax.set_ylabel("query", fontsize=11, labelpad=2)
+            ax.set_ylabel("query", fontsize=11, labelpad=5)
     colour_bar(bar_axes, image, limit, largest, across=not wide)
     return fig
 

@@ -1,10 +1,11 @@
 """One compact figure for a README: the loss curves on the left, every variant's maps on the right."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from diffattn.report import charts
-from diffattn.report.curve_chart import Curves, draw_curves, draw_legend
+from diffattn.report.curve_chart import Curves, draw_curves, draw_legend, legend_height
 from diffattn.report.map_chart import (
     PANELS,
     colour_bar,
@@ -34,13 +35,14 @@ def picture_figure(curves: Curves, maps: Mapping[str, Any], names: Sequence[str]
     height = 4 + len(rows) * step + below
     fig = charts.figure(WIDTH, height)
 
-    curves_top, between = 62, 74
+    columns = max(len(names), 3)
+    curves_top, between = legend_height(curves, columns) + 40, 74
     panel = (height - curves_top - between - 50) / 2
     for place, (part, title) in enumerate((("train", "Training loss"), ("validation", "Validation loss"))):
         ax = charts.axes(fig, LEFT, curves_top + place * (panel + between), CURVES_WIDTH, panel)
         draw_curves(ax, curves, part)
         ax.set_title(title)
-    draw_legend(fig, curves, columns=max(len(names), 3), left=LEFT)
+    draw_legend(fig, curves, columns=columns, left=LEFT, top=10)
 
     limit, largest = scale(maps)
     across = WIDTH - 3 * SIDE - 2 * GAP - 4
@@ -61,6 +63,11 @@ def picture_figure(curves: Curves, maps: Mapping[str, Any], names: Sequence[str]
         beside = (place_of_name[0] + 66 / WIDTH, place_of_name[1])
         fig.text(*beside, f"{note}, {lam}" if lam else note, fontsize=11, va="bottom")
         if row == 0 and len(found) == 1:
-            bar = charts.axes(fig, across + SIDE + GAP + 24, top + 0.42 * SIDE, 2 * SIDE - 40, 12)
+            beside_it = across + SIDE + GAP + 24
+            sentence = textwrap.fill(maps["text"], 58, max_lines=4)
+            fig.text(
+                beside_it / WIDTH, 1 - top / height, sentence, fontsize=11, style="italic", va="top", linespacing=1.4
+            )
+            bar = charts.axes(fig, beside_it, top + 0.55 * SIDE, 2 * SIDE - 40, 12)
             colour_bar(bar, image, limit, largest, across=True)
     return fig

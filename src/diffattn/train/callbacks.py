@@ -1,0 +1,172 @@
+"""What happens beside the optimizer: rows of metrics, the end of a diverged run, Ctrl-C, and the live line."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from diffattn.errors import TrainingError
+from diffattn.train.files import explained, write_text
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step, as it is shown while training: ``tokens_per_second`` and ``seconds_left`` are estimates."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+class Interruption:
+    """Ends a run on Ctrl-C or SIGTERM at once, but never between an optimizer step and its row of metrics.
+
+    Inside ``with``, a signal raises KeyboardInterrupt; while shielded, it is raised as soon as the shield is lowered.
+    """
+
+    def __init__(self) -> None:
+        self.shielded = False
+        self._pending = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.shielded:
+            self._pending = True
+        else:
+            raise KeyboardInterrupt
+
+    def shield(self) -> None:
+        self.shielded = True
+
+    def lower(self) -> None:
+        self.shielded = False
+        if self._pending:
+            self._pending = False
+            raise KeyboardInterrupt
+
+
+class MetricsFile:
+    """``metrics.jsonl``: a row per step, and a row per measurement of the held-out loss."""
+
+    def __init__(self, path: Path, *, keep_to_step: int = 0) -> None:
+        self.path = path
+        self.rows = [row for row in read_metrics(path) if row["step"] <= keep_to_step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._stream = path.open("a", encoding="utf-8")
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with explained(self.path):
+            self._stream.write(json.dumps(row) + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; a last line that was cut by a kill is left out, a missing file has no rows."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # A complete file ends with a newline, so what stands behind the last one is a torn row or nothing.
+    return [json.loads(line) for line in lines[:-1]]
+
+
+class RunCallback(TrainerCallback):
+    """Writes the metrics, stops at a loss that is no number, shields the optimizer step, reports progress."""
+
+    def __init__(
+        self,
+        metrics: MetricsFile,
+        interruption: Interruption,
+        *,
+        tokens_per_step: int,
+        validation_blocks: int,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.metrics = metrics
+        self.interruption = interruption
+        self.tokens_per_step = tokens_per_step
+        self.validation_blocks = validation_blocks
+        self.on_progress = on_progress
+        self.seconds = next((row["seconds"] for row in reversed(metrics.rows)), 0.0)
+        self._recent: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.interruption.shield()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        took = time.perf_counter() - self._began
+        self.seconds += took
+        self._recent = [*self._recent[-19:], took]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        # The Trainer keeps every row in its state and writes them all into each checkpoint; ours are in the file.
+        state.log_history.clear()
+        if not logs or "loss" not in logs:
+            return
+        step, loss, norm = state.global_step, logs["loss"], logs.get("grad_norm", 0.0)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(
+                f"the loss at step {step} is {loss} (gradient norm {norm}), wanted a number: the last checkpoint "
+                "before it is kept; start again with a lower --learning-rate or more warmup"
+            )
+        self.metrics.append(
+            {
+                "step": step,
+                "tokens": step * self.tokens_per_step,
+                "seconds": round(self.seconds, 4),
+                "loss": loss,
+                "grad_norm": norm,
+                "learning_rate": logs["learning_rate"],
+            }
+        )
+        if self.on_progress is not None:
+            pace = sum(self._recent) / len(self._recent)
+            left = (state.max_steps - step) * pace
+            self.on_progress(Progress(step, state.max_steps, loss, self.tokens_per_step / pace, left))
+        self.interruption.lower()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        self.metrics.append(
+            {
+                "step": state.global_step,
+                "tokens": state.global_step * self.tokens_per_step,
+                "seconds": round(self.seconds, 4),
+                "val_loss": metrics["eval_loss"],
+                "val_blocks": self.validation_blocks,
+            }
+        )
+
+
+def warn(line: str) -> None:
+    """One line on stderr that the user should see."""
+    print(line, file=sys.stderr)

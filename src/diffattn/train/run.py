@@ -1,0 +1,288 @@
+"""One training run: a model, prepared text and a recipe in; a folder with metrics, checkpoints and the model out."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, SequentialSampler, Subset
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+
+from diffattn.data.packing import PreparedData, TrainingOrder, ValidationBlocks
+from diffattn.errors import CheckpointError, ConfigError
+from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.train.callbacks import Interruption, MetricsFile, Progress, RunCallback, read_metrics, warn
+from diffattn.train.checkpoint import checkpoints, last_good, prune, seal
+from diffattn.train.files import whole_folder, writable_folder, write_json
+from diffattn.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run measured: held-out loss in nats per token, bits per byte, median training speed."""
+
+    folder: Path
+    val_loss: float
+    bits_per_byte: float
+    train_tokens_per_second: float
+
+    @property
+    def model_folder(self) -> Path:
+        """Where ``save_pretrained`` wrote the trained model and its tokenizer."""
+        return self.folder / "model"
+
+
+def train(
+    model: DiffTransformerForCausalLM,
+    data: PreparedData,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> TrainResult:
+    """Train ``model`` on ``data`` and write the folder ``out``.
+
+    The folder holds ``config.json`` (recipe, model, data), ``metrics.jsonl`` (a row per step), ``checkpoint-N``
+    (sealed with a manifest), ``model`` (``save_pretrained``) and ``result.json``. A run that was cut at any moment and
+    is resumed continues to exactly the losses of an uninterrupted one; a finished run is not trained again.
+
+    Args:
+        model: float32 weights, trained in place; ``recipe.dtype`` says in what dtype products are computed.
+        data: from :func:`diffattn.data.packing.prepare_data`.
+        recipe: see :class:`Recipe`.
+        out: the run folder. Without ``resume`` it must not hold a run.
+        resume: continue from the last good checkpoint in ``out``, or start where there is none.
+        on_progress: called after each step.
+
+    Raises:
+        ConfigError: ``out`` holds a run already, belongs to another one, or cannot be written.
+        TrainingError: the loss is not a number, or the disk is full; the last good checkpoint is kept.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the steps so far were saved.
+    """
+    folder = writable_folder(Path(out))
+    recipe = recipe.resolved()
+    if math.ceil(recipe.warmup_fraction * recipe.steps) > recipe.steps:
+        raise ConfigError(f"steps is {recipe.steps}; wanted more than the warmup's")
+    _claim(folder, {"recipe": recipe.to_dict(), "model": model.config.to_diff_dict(), "data": data.facts}, resume)
+    finished = read_result(folder)
+    if finished is not None:
+        return finished
+
+    start, skipped = last_good(folder)
+    for line in skipped:
+        warn(f"{folder}: {line}")
+    step = start[0] if start else 0
+    metrics = MetricsFile(folder / "metrics.jsonl", keep_to_step=step)
+    # Only the newest checkpoints may hold steps whose rows were lost with the file's last block.
+    if step and not any(row["step"] == step for row in metrics.rows):
+        raise CheckpointError(
+            f"{folder / 'metrics.jsonl'} ends before step {step} of the checkpoint; wanted the rows up to it: "
+            "restore the file, or start again with another --out"
+        )
+    order = TrainingOrder(
+        data.train, seed=recipe.seed, num_samples=recipe.steps * recipe.batch_size * recipe.gradient_accumulation
+    )
+    validation = ValidationBlocks(data.validation)
+    some = Subset(validation, range(min(len(validation), recipe.evaluation_blocks)))
+    with Interruption() as interruption:
+        callback = RunCallback(
+            metrics,
+            interruption,
+            tokens_per_step=recipe.tokens_per_step(data.train.context),
+            validation_blocks=len(some),
+            on_progress=on_progress,
+        )
+        trainer = _PlainTrainer(model, recipe, folder, order, some, interruption, callback)
+        try:
+            if start is not None:
+                trainer.restore(start[1], metrics)
+            if step < recipe.steps:
+                trainer.train(resume_from_checkpoint=str(start[1]) if start else None)
+            callback.validation_blocks = len(validation)
+            measured = trainer.evaluate(validation)
+        except KeyboardInterrupt:
+            interruption.shield()
+            trainer.save_now()
+            raise
+        finally:
+            metrics.close()
+        interruption.shield()
+        result = _finish(folder, model, data, measured["eval_loss"])
+        prune(folder, 1)
+    return result
+
+
+def speed(rows: list[dict[str, Any]]) -> float:
+    """Training tokens per second from rows of metrics: the median over steps, the first ones left out."""
+    steps = [row for row in rows if "loss" in row]
+    if len(steps) < 2:
+        return steps[0]["tokens"] / steps[0]["seconds"] if steps else math.nan
+    pairs = list(zip(steps, steps[1:], strict=False))
+    settled = pairs[min(5, len(pairs) - 1) :]
+    return statistics.median(
+        (after["tokens"] - before["tokens"]) / max(after["seconds"] - before["seconds"], 1e-4)
+        for before, after in settled
+    )
+
+
+def read_result(folder: Path) -> TrainResult | None:
+    """The result of a finished run folder, or None where it is not finished."""
+    file = folder / "result.json"
+    if not file.exists():
+        return None
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    return TrainResult(folder, stored["val_loss"], stored["bits_per_byte"], stored["train_tokens_per_second"])
+
+
+def _claim(folder: Path, config: dict[str, Any], resume: bool) -> None:
+    """Write ``config.json``, or compare it with what is there."""
+    file = folder / "config.json"
+    if not file.exists():
+        write_json(file, config)
+        return
+    if not resume:
+        raise ConfigError(f"{folder} holds a run already; continue it with --resume or choose another --out")
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(config))
+    for part in wanted:
+        for key in wanted[part]:
+            if stored.get(part, {}).get(key) != wanted[part][key]:
+                raise ConfigError(
+                    f"{folder} was started with {part} {key} = {stored.get(part, {}).get(key)!r}, now it is "
+                    f"{wanted[part][key]!r}; resume with the same settings or choose another --out"
+                )
+
+
+def _finish(folder: Path, model: DiffTransformerForCausalLM, data: PreparedData, val_loss: float) -> TrainResult:
+    with whole_folder(folder / "model") as target:
+        model.save_pretrained(target)
+        data.tokenizer.save_pretrained(target)
+    result = TrainResult(
+        folder,
+        val_loss=val_loss,
+        bits_per_byte=val_loss / math.log(2) / data.validation_bytes_per_token,
+        train_tokens_per_second=speed(read_metrics(folder / "metrics.jsonl")),
+    )
+    write_json(
+        folder / "result.json",
+        {
+            "val_loss": result.val_loss,
+            "bits_per_byte": result.bits_per_byte,
+            "train_tokens_per_second": result.train_tokens_per_second,
+        },
+    )
+    return result
+
+
+def _every(steps: int, times: int) -> int:
+    return max(1, math.ceil(steps / times)) if times else steps + 1
+
+
+def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+    """The recipe in the words of ``transformers``."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=2 * recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(recipe.warmup_fraction * recipe.steps),
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.beta1,
+        adam_beta2=recipe.beta2,
+        max_grad_norm=recipe.max_grad_norm,
+        optim="adamw_torch_fused",
+        seed=recipe.seed,
+        bf16=recipe.dtype == "bfloat16",
+        use_cpu=recipe.device == "cpu",
+        eval_strategy="steps" if recipe.evaluations else "no",
+        eval_steps=_every(recipe.steps, recipe.evaluations),
+        save_strategy="steps",
+        save_steps=_every(recipe.steps, recipe.checkpoints),
+        save_total_limit=None,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+class _PlainTrainer(Trainer):
+    """The library's Trainer with our order of blocks and checkpoints that are sealed before they appear."""
+
+    def __init__(
+        self,
+        model: DiffTransformerForCausalLM,
+        recipe: Recipe,
+        folder: Path,
+        order: TrainingOrder,
+        validation: Dataset,
+        interruption: Interruption,
+        callback: RunCallback,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=training_arguments(recipe, folder),
+            train_dataset=order,
+            eval_dataset=validation,
+            callbacks=[callback],
+        )
+        self.remove_callback(PrinterCallback)
+        self._folder = folder
+        self._writing: Path | None = None
+        self._keep = recipe.keep_checkpoints
+        self._interruption = interruption
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._writing or self._folder)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        shielded = self._interruption.shielded
+        self._interruption.shield()
+        target = self._folder / f"checkpoint-{self.state.global_step}"
+        with whole_folder(target) as partial:
+            self._writing = partial
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._writing = None
+            # The library wrote into a folder of the checkpoint's name inside ours.
+            inner = partial / target.name
+            for file in inner.iterdir():
+                file.rename(partial / file.name)
+            inner.rmdir()
+            # The library's pickle of its own arguments; the recipe is in config.json.
+            (partial / "training_args.bin").unlink(missing_ok=True)
+            seal(partial)
+        prune(self._folder, self._keep)
+        if not shielded:
+            self._interruption.lower()
+
+    def restore(self, checkpoint: Path, metrics: MetricsFile) -> None:
+        """Load the weights, and measure the held-out loss where the run was cut between saving and measuring."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        due = self.args.eval_strategy == "steps" and self.state.global_step % self.args.eval_steps == 0
+        if due and not any(row["step"] == self.state.global_step and "val_loss" in row for row in metrics.rows):
+            self.evaluate()
+
+    def save_now(self) -> None:
+        """A checkpoint of the last complete step, unless there is one."""
+        done = [step for step, _ in checkpoints(self._folder)]
+        if self.state.global_step and self.state.global_step not in done:
+            self._save_checkpoint(self.model, trial=None)

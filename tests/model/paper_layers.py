@@ -1,0 +1,209 @@
+"""The attention layers, written from the papers a second time, and versions that are wrong in ways that have shipped.
+
+``w`` holds a layer's parameters by the names that the package gives them. Everything is computed in the dtype of ``x``,
+λ in float32 at least.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffattn.ops.reference import diff_attention_reference, softmax_attention_reference
+from diffattn.plan.shape import ModelShape
+
+Weights = dict[str, Tensor]
+
+
+def rotary(heads: Tensor, theta: float) -> Tensor:
+    """Turn channels (i, i + d/2) of ``(B, T, heads, d)`` by the angle t·θ^(−2i/d)."""
+    half = heads.shape[-1] // 2
+    frequency = theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(heads.shape[1], dtype=torch.float64)[:, None, None] * frequency
+    cos, sin = angle.cos().to(heads.dtype), angle.sin().to(heads.dtype)
+    x, y = heads[..., :half], heads[..., half:]
+    return torch.cat([x * cos - y * sin, x * sin + y * cos], dim=-1)
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+class PaperSoftmax:
+    """Grouped-query softmax attention with rotary positions."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        self.shape = shape
+        self.scale = shape.head_dim**-0.5
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        return rotary(heads, self.shape.rope_theta)
+
+    def project(self, x: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (
+            (x @ w[f"{name}_proj.weight"].mT).unflatten(-1, (-1, self.shape.head_dim)) for name in ("q", "k", "v")
+        )
+        return self.rotate(q), self.rotate(k), v
+
+    def __call__(self, x: Tensor, w: Weights) -> Tensor:
+        q, k, v = self.project(x, w)
+        return softmax_attention_reference(q, k, v, scale=self.scale).flatten(2) @ w["o_proj.weight"].mT
+
+
+class PaperV1(PaperSoftmax):
+    """arXiv 2410.05258, section 2, with the learnable gain of the authors' code where ``w`` has one."""
+
+    eps = 1e-5
+
+    def __init__(self, shape: ModelShape, lambda_init: float) -> None:
+        super().__init__(shape)
+        self.lambda_init = lambda_init
+        self.factor = 1 - lambda_init
+
+    def pair(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        return heads[:, :, 0::2], heads[:, :, 1::2]
+
+    def lam(self, w: Weights) -> Tensor:
+        q1, k1, q2, k2 = (w[f"lam.lambda_{name}"] for name in ("q1", "k1", "q2", "k2"))
+        return (q1 @ k1).exp() - (q2 @ k2).exp() + self.lambda_init
+
+    def head(self, q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
+        (q1, q2), (k1, k2) = self.pair(q), self.pair(k)
+        return rms_norm(diff_attention_reference(q1, k1, q2, k2, v, lam, scale=self.scale), self.eps)
+
+    def __call__(self, x: Tensor, w: Weights) -> Tensor:
+        q, k, v = self.project(x, w)
+        v = v.flatten(2).unflatten(-1, (-1, 2 * self.shape.head_dim))
+        y = self.factor * self.head(q, k, v, self.lam(w)) * w.get("subln.weight", 1.0)
+        return y.to(x.dtype).flatten(2) @ w["o_proj.weight"].mT
+
+
+class PaperV2(PaperSoftmax):
+    """The authors' post of 20 January 2026: 2n queries, the keys and values of the softmax layer, λ per token."""
+
+    def pair(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        return heads[:, :, 0::2], heads[:, :, 1::2]
+
+    def lam(self, x: Tensor, w: Weights) -> Tensor:
+        return torch.sigmoid((x @ w["lambda_proj.weight"].mT).to(torch.promote_types(x.dtype, torch.float32)))
+
+    def __call__(self, x: Tensor, w: Weights) -> Tensor:
+        q, k, v = self.project(x, w)
+        q1, q2 = self.pair(q)
+        y = diff_attention_reference(q1, k, q2, k, v, self.lam(x, w), scale=self.scale)
+        return y.flatten(2) @ w["o_proj.weight"].mT
+
+
+class _Halves:
+    def pair(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = heads.chunk(2, dim=2)
+        return first, second
+
+
+class _ScaleOf2d:
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.scale = 1 / math.sqrt(2 * self.shape.head_dim)
+
+
+class _RopeOver2d:
+    def rotate(self, heads: Tensor) -> Tensor:
+        wide = heads.flatten(2).unflatten(-1, (-1, 2 * self.shape.head_dim))
+        return super().rotate(wide).flatten(2).unflatten(-1, (-1, self.shape.head_dim))
+
+
+class _NoRope:
+    def rotate(self, heads: Tensor) -> Tensor:
+        return heads
+
+
+class _PairsByHalvesV1(_Halves, PaperV1): ...
+
+
+class _ScaleOf2dV1(_ScaleOf2d, PaperV1): ...
+
+
+class _RopeOver2dV1(_RopeOver2d, PaperV1): ...
+
+
+class _LambdaSignFlipped(PaperV1):
+    def lam(self, w: Weights) -> Tensor:
+        return -super().lam(w)
+
+
+class _LambdaInitAlone(PaperV1):
+    def lam(self, w: Weights) -> Tensor:
+        return 0 * super().lam(w) + self.lambda_init
+
+
+class _NoFactor(PaperV1):
+    def __init__(self, shape: ModelShape, lambda_init: float) -> None:
+        super().__init__(shape, lambda_init)
+        self.factor = 1.0
+
+
+class _NormBeforeSubtraction(PaperV1):
+    def head(self, q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
+        (q1, q2), (k1, k2) = self.pair(q), self.pair(k)
+        o1, o2 = (softmax_attention_reference(q, k, v, scale=self.scale) for q, k in ((q1, k1), (q2, k2)))
+        return rms_norm(o1, self.eps) - lam * rms_norm(o2, self.eps)
+
+
+class _NormOverAllHeads(PaperV1):
+    def head(self, q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
+        (q1, q2), (k1, k2) = self.pair(q), self.pair(k)
+        y = diff_attention_reference(q1, k1, q2, k2, v, lam, scale=self.scale)
+        return rms_norm(y.flatten(2), self.eps).unflatten(-1, y.shape[-2:])
+
+
+class _ValuesOfWidthD(PaperV1):
+    def head(self, q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
+        half = self.shape.head_dim
+        return super().head(q, k, torch.cat([v[..., :half], v[..., :half]], dim=-1), lam)
+
+
+class _PairsByHalvesV2(_Halves, PaperV2): ...
+
+
+class _ScaleOf2dV2(_ScaleOf2d, PaperV2): ...
+
+
+class _NoSigmoid(PaperV2):
+    def lam(self, x: Tensor, w: Weights) -> Tensor:
+        return (x @ w["lambda_proj.weight"].mT).float()
+
+
+class _MapsSwapped(PaperV2):
+    def pair(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        return heads[:, :, 1::2], heads[:, :, 0::2]
+
+
+class _NormedV2(PaperV2):
+    def __call__(self, x: Tensor, w: Weights) -> Tensor:
+        q, k, v = self.project(x, w)
+        q1, q2 = self.pair(q)
+        y = rms_norm(diff_attention_reference(q1, k, q2, k, v, self.lam(x, w)), 1e-5)
+        return y.flatten(2) @ w["o_proj.weight"].mT
+
+
+class _ScaleOf2dSoftmax(_ScaleOf2d, PaperSoftmax): ...
+
+
+class _NoRopeSoftmax(_NoRope, PaperSoftmax): ...
+
+
+KNOWN_WRONG: dict[str, tuple[type, ...]] = {
+    "softmax": (_ScaleOf2dSoftmax, _NoRopeSoftmax),
+    "diff_v1": (
+        _LambdaSignFlipped,
+        _LambdaInitAlone,
+        _NoFactor,
+        _NormBeforeSubtraction,
+        _NormOverAllHeads,
+        _ScaleOf2dV1,
+        _RopeOver2dV1,
+        _PairsByHalvesV1,
+        _ValuesOfWidthD,
+    ),
+    "diff_v2": (_PairsByHalvesV2, _ScaleOf2dV2, _NoSigmoid, _MapsSwapped, _NormedV2),
+}

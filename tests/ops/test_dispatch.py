@@ -1,0 +1,159 @@
+"""diff_attention(): the choice of a backend, the arguments it takes, and what it says about the ones it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from comparison import forward_and_gradients, make_inputs
+from torch import Tensor
+
+from diffattn.errors import ConfigError, UnsupportedError
+from diffattn.ops import dispatch
+from diffattn.ops.dispatch import BACKENDS, Backend, diff_attention
+from diffattn.ops.reference import diff_attention_reference
+from diffattn.ops.standard import standard_diff_attention
+
+X = make_inputs(B=2, T=5, S=7, H=6, G=3, D=4, Dv=11)
+
+
+def call(**changes: Any) -> Tensor:
+    """diff_attention on X with some of its arguments changed."""
+    return diff_attention(**{**X._asdict(), **changes})
+
+
+def refusing(*args: Any, **options: Any) -> str:
+    return "picky: odd head widths are not supported"
+
+
+def unreachable(*args: Any, **options: Any) -> Tensor:
+    raise AssertionError("a backend ran that had refused")
+
+
+def test_auto_is_the_first_backend_that_supports_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(BACKENDS) == ["standard", "reference"]
+    assert call().equal(standard_diff_attention(*X[:6]))
+    picky = {"picky": Backend(unreachable, refusing)}
+    monkeypatch.setattr(dispatch, "BACKENDS", {**picky, "reference": BACKENDS["reference"]})
+    assert call().equal(diff_attention_reference(*X[:6]))
+    monkeypatch.setattr(dispatch, "BACKENDS", picky)
+    with pytest.raises(UnsupportedError, match="picky: odd head widths"):
+        call()
+
+
+def test_a_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(backend="reference").equal(diff_attention_reference(*X[:6]))
+    assert call(backend="standard").equal(standard_diff_attention(*X[:6]))
+    monkeypatch.setitem(dispatch.BACKENDS, "picky", Backend(unreachable, refusing))
+    with pytest.raises(UnsupportedError, match="picky: odd head widths"):
+        call(backend="picky")
+    with pytest.raises(ConfigError, match="'fast' is unknown; choose one of auto, standard, reference, picky"):
+        call(backend="fast")
+
+
+@pytest.mark.parametrize("backend", ["standard", "reference"])
+def test_options_reach_every_backend(backend: str) -> None:
+    key_padding = torch.zeros(2, 7, dtype=torch.bool)
+    key_padding[0, 2] = True
+    plain = call(backend=backend)
+    for option in ({"causal": False}, {"scale": 0.9}, {"key_padding": key_padding}, {"lam": 0.1}):
+        changed = call(backend=backend, **option)
+        assert not changed.allclose(plain, atol=1e-3)
+        torch.testing.assert_close(changed, call(backend="reference", **option))
+
+
+@pytest.mark.parametrize("backend", ["standard", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("lam_shape", [None, (), (1,), (6,), (5, 6), (5, 1), (2, 1, 6), (1, 1, 1), (2, 5, 6)])
+def test_lam_shapes(backend: str, dtype: torch.dtype, lam_shape: tuple[int, ...] | None) -> None:
+    lam = 0.8 if lam_shape is None else torch.rand(lam_shape)
+    tensors = {name: value.to(dtype) for name, value in X._asdict().items() if name in X._fields[:5]}
+    output = call(backend=backend, lam=lam, **tensors)
+    full = torch.as_tensor(lam, dtype=torch.promote_types(dtype, torch.float32)).expand(2, 5, 6)
+    assert output.dtype == dtype
+    assert output.equal(call(backend=backend, lam=full, **tensors))
+
+
+@pytest.mark.parametrize("backend", ["standard", "reference"])
+@pytest.mark.parametrize("one_key", [False, True], ids=["V1", "V2"])
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"B": 0, "S": 11}, {"T": 0, "S": 3}], ids=str)
+def test_empty(backend: str, one_key: bool, sizes: dict[str, int]) -> None:
+    for pad in (False, True):
+        x = make_inputs(**sizes, one_key=one_key)
+        if pad:
+            x = x._replace(key_padding=torch.zeros(x.k1.shape[:2], dtype=torch.bool))
+        output, *gradients = forward_and_gradients(lambda *a, **o: diff_attention(*a, backend=backend, **o), x)
+        assert output.shape == (*x.q1.shape[:3], x.v.shape[-1])
+        for gradient, tensor in zip(gradients, x[:6], strict=True):
+            assert gradient.shape == tensor.shape
+            assert gradient.eq(0).all()
+
+
+@pytest.mark.parametrize("backend", ["standard", "reference"])
+def test_no_keys_at_all_gives_zeros(backend: str) -> None:
+    output = call(backend=backend, causal=False, k1=X.k1[:, :0], k2=X.k2[:, :0], v=X.v[:, :0])
+    assert output.shape == (2, 5, 6, 11)
+    assert output.eq(0).all()
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape)
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"k2": zeros(2, 7, 12)}, r"k2 has 3 dimensions, \(2, 7, 12\); wanted \(batch, sequence, heads, width\)"),
+    "no width": ({"v": zeros(2, 7, 3, 0)}, r"v is \(2, 7, 3, 0\); wanted at least one head and a width"),
+    "no heads": ({"q1": zeros(2, 5, 0, 4)}, r"q1 is \(2, 5, 0, 4\); wanted at least one head"),
+    "dtypes": ({"v": X.v.bfloat16()}, "inputs mix dtypes or devices .*v bfloat16 on cpu.*cast or move"),
+    "devices": ({"v": X.v.to("meta")}, "inputs mix dtypes or devices .*v float32 on meta"),
+    "integers": ({n: getattr(X, n).int() for n in X._fields[:5]}, "inputs are int32; wanted one of float16, bfloat16"),
+    "q1, q2": ({"q2": zeros(2, 5, 3, 4)}, r"q1 is \(2, 5, 6, 4\) and q2 is \(2, 5, 3, 4\); wanted equal shapes"),
+    "k1, k2": ({"k2": zeros(2, 8, 3, 4)}, r"k1 is \(2, 7, 3, 4\) and k2 is \(2, 8, 3, 4\); wanted equal shapes"),
+    "widths": (
+        {"k1": zeros(2, 7, 3, 8), "k2": zeros(2, 7, 3, 8)},
+        "q1 has width 4 and k1 has width 8; wanted the same",
+    ),
+    "batch": ({"v": zeros(1, 7, 3, 11)}, "batch is 2 in q1, 2 in k1 and 1 in v; wanted one batch size"),
+    "S": ({"v": zeros(2, 8, 3, 11)}, r"k1 is \(2, 7, 3, 4\) and v is \(2, 8, 3, 11\); wanted the same sequence"),
+    "G": ({"v": zeros(2, 7, 1, 11)}, "wanted the same sequence and groups"),
+    "groups": (
+        {"k1": zeros(2, 7, 4, 4), "k2": zeros(2, 7, 4, 4), "v": zeros(2, 7, 4, 11)},
+        "6 query heads cannot share 4 key/value groups",
+    ),
+    "T > S": (
+        {"k1": zeros(2, 3, 3, 4), "k2": zeros(2, 3, 3, 4), "v": zeros(2, 3, 3, 11)},
+        "5 queries over 3 keys with causal=True: the first 2 would see no key; wanted keys >= queries",
+    ),
+    "scale below 0": ({"scale": -1.0}, "scale=-1.0; wanted a finite number above 0"),
+    "scale 0": ({"scale": 0}, "scale=0; wanted"),
+    "scale NaN": ({"scale": float("nan")}, "scale=nan; wanted"),
+    "lam per sequence": ({"lam": zeros(2)}, r"lam is \(2,\); wanted a shape that broadcasts .*\(2, 5, 6\)"),
+    "lam too long": ({"lam": zeros(2, 5, 6, 1)}, r"lam is \(2, 5, 6, 1\); wanted a shape"),
+    "lam of integers": ({"lam": torch.ones(6, dtype=torch.long)}, "lam is int64; wanted a floating-point dtype"),
+    "lam a list": ({"lam": [0.8]}, "lam is a list; wanted a float or a tensor"),
+    "attention_mask": ({"key_padding": torch.ones(2, 7, dtype=torch.long)}, r"int64 \(2, 7\); wanted bool \(2, 7\)"),
+    "key_padding shape": ({"key_padding": zeros(2, 5).bool()}, r"bool \(2, 5\); wanted bool \(2, 7\), True where"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_with_the_way_out(mistake: str) -> None:
+    changes, message = MISTAKES[mistake]
+    with pytest.raises(ConfigError, match=message) as raised:
+        call(**changes)
+    assert "\n" not in str(raised.value)
+    assert ";" in str(raised.value)
+
+
+def test_a_batch_of_lam_for_a_batch_of_one_is_refused() -> None:
+    x = make_inputs(B=1)
+    with pytest.raises(ConfigError, match="lam is"):
+        diff_attention(*x[:5], torch.rand(3, 7, 6))
+
+
+def test_compiles_to_one_graph() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(diff_attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*X[:6]), diff_attention(*X[:6]))
+    torch.testing.assert_close(compiled(*X[:5], 0.8, causal=False), diff_attention(*X[:5], 0.8, causal=False))
