@@ -1,4 +1,4 @@
-"""Models of a few thousand parameters whose attention is far from uniform, so that a mistake in it shows in the logits."""
+"""Models of a few thousand parameters whose attention is far from uniform: a mistake in it shows in the logits."""
 
 import torch
 from torch import Tensor

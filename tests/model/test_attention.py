@@ -90,7 +90,9 @@ def test_layer_is_the_papers_forward_and_in_every_gradient(attention, config, im
     layer = layer_of(attention, implementation, **config).to(dtype)
     paper, x = paper_of(attention, layer), inputs(dtype)
     names = ["output", "d_x", *(f"d_{name}" for name, _ in layer.named_parameters())]
-    assert ("subln.weight" in dict(layer.named_parameters())) == (attention == "diff_v1" and "subln_affine" not in config)
+    assert ("subln.weight" in dict(layer.named_parameters())) == (
+        attention == "diff_v1" and "subln_affine" not in config
+    )
     actual = run_layer(layer, x)
     expected, eager = run_paper(paper, layer, torch.float64, x), run_paper(paper, layer, dtype, x)
     compare(actual[:1], expected[:1], eager[:1])

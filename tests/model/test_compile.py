@@ -50,8 +50,7 @@ def test_decoding_step_with_a_static_cache_compiles_into_one_graph_for_every_pos
     cache = StaticCache(config=model.config, max_cache_len=11)
     pieces = [model(ids[:, :4], past_key_values=cache).logits]
     for position in range(4, 9):
-        at = torch.full((2, 1), position)
-        pieces.append(compiled(ids[:, position : position + 1], position_ids=at, past_key_values=cache).logits)
+        pieces.append(compiled(ids[:, position : position + 1], past_key_values=cache).logits)
     assert_same_logits(torch.cat(pieces, dim=1), model(ids).logits)
     assert len(graphs) == 1
 

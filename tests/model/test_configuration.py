@@ -64,7 +64,10 @@ def test_heads_not_given_are_those_of_plain_attention(attention, heads):
 def test_lambda_init_follows_the_depth_or_is_one_constant():
     assert [round(lambda_init_schedule(layer), 4) for layer in (0, 1, 2, 27)] == [0.2, 0.3555, 0.4707, 0.7998]
     scheduled = DiffTransformerConfig.from_shape(SHAPE, "diff_v1")
-    assert [scheduled.layer_lambda_init(layer) for layer in (0, 2)] == [lambda_init_schedule(0), lambda_init_schedule(2)]
+    assert [scheduled.layer_lambda_init(layer) for layer in (0, 2)] == [
+        lambda_init_schedule(0),
+        lambda_init_schedule(2),
+    ]
     constant = DiffTransformerConfig.from_shape(SHAPE, "diff_v1", lambda_init=0.5)
     assert [constant.layer_lambda_init(layer) for layer in (0, 39)] == [0.5, 0.5]
     layers = small_model("diff_v1").model.layers
@@ -150,7 +153,7 @@ def test_what_cannot_work_is_refused_in_one_line(wrong, words):
     ],
 )
 def test_a_shape_that_the_variant_cannot_take_is_refused(numbers, attention):
-    with pytest.raises(ConfigError, match="given; .* want"):
+    with pytest.raises(ConfigError, match=r"given; .* want"):
         DiffTransformerConfig.from_shape(dataclasses.replace(SHAPE, **numbers), attention)
 
 

@@ -216,7 +216,7 @@ def _open(folder: Path, manifest: dict[str, Any], corpus: Corpus, split: Split, 
         "note": split.note,
     }
     held_out = blocks["validation"].tokens[: len(blocks["validation"]) * context].reshape(-1, context)
-    bytes_per_token = float(byte_lengths(tokenizer)[held_out].mean())
+    bytes_per_token = float(byte_lengths(tokenizer)[held_out[:, 1:]].mean())
     return PreparedData(tokenizer, blocks["train"], blocks["validation"], facts, bytes_per_token)
 
 

@@ -18,7 +18,7 @@ from diffattn.errors import ConfigError, DataError
 SEPARATOR = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
 COMPRESSED = {".gz": gzip.decompress, ".xz": lzma.decompress}
-_SEPARATOR_LINE = re.compile(r"(?:\A|(?<=\n))(?:<\|endoftext\|>|\f)\r?(?:\n|\Z)")
+_SEPARATOR_LINE = re.compile(r"(?m)^(?:<\|endoftext\|>|\f)\r?(?:\n|\Z)")
 _PARAGRAPH_END = re.compile(r"\n[ \t\r]*\n")
 
 

@@ -28,8 +28,8 @@ SMALLEST_VOCABULARY = 257
 # Bounds the memory of encoding, whatever the length of a document.
 BATCH_CHARACTERS = 1 << 22
 
-# Between a word and a single space or line end with a word after it, byte-level BPE always parts its input.
-_WORD_BOUNDARY = re.compile(r"(?<=\S)[ \n](?=\S)")
+# Byte-level BPE never joins a word to the space or line end after it.
+_WORD_BOUNDARY = re.compile(r"(?<=\S)[ \n]")
 
 
 def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:

@@ -41,6 +41,11 @@ class Float32Module(nn.Module):
 class DifferentialLambda(Float32Module):
     """V1's λ = exp(λ_q1·λ_k1) − exp(λ_q2·λ_k2) + λ_init: one number per layer, float32 (arXiv 2410.05258, eq. 2)."""
 
+    lambda_q1: Tensor
+    lambda_k1: Tensor
+    lambda_q2: Tensor
+    lambda_k2: Tensor
+
     def __init__(self, width: int, lambda_init: float) -> None:
         super().__init__()
         self.lambda_init = lambda_init

@@ -37,6 +37,7 @@ class DiffRotaryEmbedding(Float32Module):
 
     inv_freq: Tensor
     original_inv_freq: Tensor
+    attention_scaling: float
 
     def __init__(self, config: DiffTransformerConfig) -> None:
         super().__init__()
@@ -57,6 +58,7 @@ class DiffRotaryEmbedding(Float32Module):
     def compute_default_rope_parameters(config: DiffTransformerConfig, **_: Any) -> tuple[Tensor, float]:
         """Frequencies θ^(−2i/d) for i below d/2, and the scale of cos and sin (1)."""
         assert config.rope_parameters is not None
+        assert config.head_dim is not None
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
 

@@ -15,6 +15,17 @@ from diffattn.plan.cost import match_parameters
 from diffattn.plan.shape import ModelShape
 
 MATCHES = ("parameters", "shape")
+_OF_THE_SHAPE = {
+    "attention",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+    "vocab_size",
+}
 
 
 class Pair(NamedTuple):
@@ -30,14 +41,17 @@ def pair_config(
     """The configuration of ``shape``'s variant: under ``match="parameters"`` V2's feed-forward width is narrowed."""
     if match not in MATCHES:
         raise ConfigError(f"match is {match!r}; wanted one of {', '.join(MATCHES)}")
+    if of_the_shape := sorted(_OF_THE_SHAPE & config.keys()):
+        raise ConfigError(
+            f"{', '.join(of_the_shape)} given beside the shape; wanted in it, because the pair is matched by its "
+            "numbers: use dataclasses.replace on the shape"
+        )
     if match == "parameters":
         shape = match_parameters(shape, attention, subln_affine=config.get("subln_affine", True))
     return DiffTransformerConfig.from_shape(shape, attention, **config)
 
 
-def build_pair(
-    shape: ModelShape, attention: str, *, seed: int = 0, match: str = "parameters", **config: Any
-) -> Pair:
+def build_pair(shape: ModelShape, attention: str, *, seed: int = 0, match: str = "parameters", **config: Any) -> Pair:
     """Build a variant and its softmax twin with the same initial value in every tensor that they share.
 
     V1 shares all but its λ vectors and norm gains. V2 shares all but W_λ and the noise half of W_Q (its heads

@@ -1,0 +1,70 @@
+"""Paired differences with their intervals, and the one sentence that they allow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from scipy import stats
+
+
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, float | None]:
+    """Mean of ``values − baseline``, pair by pair, with its 95% interval by Student's t.
+
+    The i-th entries share a seed: initial values and order of the data. One pair has no interval (``None``).
+
+    >>> paired_difference([1.0, 2.0, 3.0], [1.5, 2.5, 3.5])
+    {'mean': -0.5, 'low': -0.5, 'high': -0.5}
+    """
+    differences = [a - b for a, b in zip(values, baseline, strict=True)]
+    count = len(differences)
+    mean = math.fsum(differences) / count
+    if count < 2:
+        return {"mean": mean, "low": None, "high": None}
+    spread = math.sqrt(math.fsum((x - mean) ** 2 for x in differences) / (count - 1))
+    half = float(stats.t.ppf(0.975, count - 1)) * spread / math.sqrt(count)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def verdict(name: str, difference: dict[str, float | None], *, seeds: int, surplus: float) -> str:
+    """One plain sentence: "lower", "higher" or "no difference seen".
+
+    Args:
+        name: the variant.
+        difference: from :func:`paired_difference`, in nats per token; negative is better.
+        seeds: the pairs behind it.
+        surplus: parameters of the variant over those of its twin, minus 1.
+
+    >>> verdict("diff_v2", {"mean": 0.01, "low": -0.02, "high": 0.04}, seeds=2, surplus=0.0)
+    'diff_v2: no difference seen in held-out loss (mean +0.0100, 95% interval -0.0200 to +0.0400, 2 seeds).'
+    """
+    mean, low, high = difference["mean"], difference["low"], difference["high"]
+    assert mean is not None
+    aside = f", with {surplus:+.1%} parameters" if abs(surplus) > 0.005 else ""
+    if low is None or high is None:
+        return (
+            f"{name}: no difference seen in held-out loss, because one seed gives no interval (difference {mean:+.4f}"
+            f"{aside})."
+        )
+    facts = f"95% interval {low:+.4f} to {high:+.4f}, {seeds} seeds{aside}"
+    if low <= 0 <= high:
+        return f"{name}: no difference seen in held-out loss (mean {mean:+.4f}, {facts})."
+    return f"{name}: held-out loss {'lower' if mean < 0 else 'higher'} by {abs(mean):.4f} nats per token ({facts})."
+
+
+def pairs(variants: dict[str, dict[str, Any]], baseline: str = "softmax") -> dict[str, dict[str, Any]]:
+    """Every variant against its softmax twin: difference, verdict and ratio of parameters."""
+    if baseline not in variants:
+        return {}
+    result = {}
+    for name, row in variants.items():
+        if name != baseline:
+            difference = paired_difference(row["val_loss"], variants[baseline]["val_loss"])
+            ratio = row["parameters"] / variants[baseline]["parameters"]
+            result[name] = {
+                "val_loss_difference": difference,
+                "verdict": verdict(name, difference, seeds=len(row["val_loss"]), surplus=ratio - 1),
+                "parameters_ratio": ratio,
+            }
+    return result
