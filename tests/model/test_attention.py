@@ -111,6 +111,24 @@ def test_comparison_rejects_every_known_wrong_layer(attention, dtype):
             compare(wrong, expected, eager)
 
 
+@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2"])
+def test_half_precision_subtracts_and_norms_in_float32_and_rounds_once(attention):
+    layer, x = layer_of(attention).bfloat16(), inputs(torch.bfloat16)
+    config = layer.config
+    o = torch.randn(3, LENGTH, config.num_attention_heads, config.head_dim).bfloat16()
+    signal, noise = o[:, :, 0::2].float(), o[:, :, 1::2].float()
+    if attention == "diff_v1":
+        y = signal - layer.lam() * noise
+        gain = layer.subln.weight.float()
+        y = torch.nn.functional.rms_norm(y, (config.head_dim,), gain, config.subln_eps) * (1 - layer.lam.lambda_init)
+    else:
+        y = signal - layer.lambda_proj(x).float().sigmoid()[..., None] * noise
+    actual, expected = layer.combine(o, x), y.bfloat16()
+    assert actual.dtype == torch.bfloat16
+    # Another order of the same float32 steps may round the last bit of a few values the other way.
+    assert (actual != expected).float().mean() < 0.01
+
+
 def test_v1_is_finite_and_near_the_definition_when_its_maps_nearly_cancel():
     layer, x = layer_of("diff_v1", lambda_init=0.99), inputs()
     with torch.no_grad():

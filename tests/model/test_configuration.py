@@ -50,7 +50,7 @@ def test_configuration_survives_a_file(attention, tmp_path):
     assert DiffTransformerConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
-def test_defaults_are_the_papers_one_and_a_half_billion_v1_model():
+def test_defaults_are_the_papers_1_4B_v1_model():
     shape = dataclasses.replace(ModelShape.preset("1.4B"), name="", source="")
     assert DiffTransformerConfig().shape() == shape
 

@@ -29,15 +29,12 @@ ORDERS = {
         assert not loaded, loaded
     """,
     "diffattn after the Auto classes": "from transformers import AutoModelForCausalLM; import diffattn",
-    "the modules that our model needs first, one by one": """
+    # Either of these imports the Auto classes while it is itself half-way, and our model needs it whole.
+    "a module that our model needs, first": "import diffattn; import transformers.modeling_layers",
+    "Llama, first": """
         import diffattn
         import transformers.models.llama.modeling_llama
         import transformers.generation.utils
-        import transformers.modeling_layers
-    """,
-    "our model first, then diffattn's names": """
-        import diffattn.model.modeling
-        from diffattn import DiffTransformerConfig, build_pair
     """,
 }
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from model.small_models import SHAPE, small_model, tokens
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import diffattn  # noqa: F401 - registers the model with the Auto classes
@@ -108,6 +109,18 @@ def test_a_half_precision_file_holds_float32_lambda_and_comes_back_as_it_was(tmp
     assert_lambda_and_rope_kept(loaded, model)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(loaded(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+def test_lambda_that_a_file_holds_in_half_precision_is_used_in_float32(dtype, tmp_path):
+    small_model("diff_v1").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.dtype == dtype
+    for name, tensor in lambdas(loaded).items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, small_model("diff_v1").state_dict()[name].bfloat16().float())
 
 
 @pytest.mark.parametrize("attention", VARIANTS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from diffattn.model.attention import DiffV1Attention, DiffV2Attention
+from diffattn.model.attention import DiffV1Attention, DiffV2Attention, SoftmaxAttention
 from diffattn.model.modeling import DiffTransformerForCausalLM
 
 
@@ -25,6 +25,7 @@ def attention_maps(model: DiffTransformerForCausalLM, input_ids: Tensor, *, laye
         head: output head, from 0.
     """
     attention = model.model.layers[layer].self_attn
+    assert isinstance(attention, SoftmaxAttention)
     seen: list[Tensor] = []
     hook = attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     implementation, training = model.config._attn_implementation, model.training

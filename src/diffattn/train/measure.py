@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -41,7 +42,7 @@ def measure_step(model: DiffTransformerForCausalLM, data: PreparedData, recipe: 
     what ran before in the process. On CPU it is summed from the allocator's events in torch's profiler.
     """
     device = recipe.device
-    model.to(device).train()  # type: ignore[arg-type]
+    model.to(device).train()
     order = TrainingOrder(data.train, seed=recipe.seed, num_samples=recipe.batch_size)
     ids = torch.stack([order[index]["input_ids"] for index in range(recipe.batch_size)]).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -69,6 +70,8 @@ def peak_bytes(function: Callable[[], None], alive: Iterable[Tensor], device: st
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
+    # Else the profiler's library prints a line at every start and stop.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()

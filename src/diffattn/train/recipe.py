@@ -43,8 +43,8 @@ class Recipe:
     seed: int = 0
     """Of the initial values and of the order of the training blocks."""
     dtype: str = "auto"
-    """``float32``, ``bfloat16`` (autocast over float32 weights), or ``auto``: bfloat16 where the machine has matrix
-    units for it (CUDA, AMX), else float32."""
+    """``float32``, ``bfloat16`` (autocast over float32 weights), or ``auto``: bfloat16 where the machine multiplies it
+    in hardware, else float32."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``: cuda where there is one."""
     attn_implementation: str = "sdpa"
@@ -92,11 +92,10 @@ class Recipe:
 
 
 def fast_bfloat16(device: str) -> bool:
-    """Whether bfloat16 products are several times faster than float32 ones: CUDA with bfloat16, or a CPU with AMX.
-
-    AVX512-BF16 without AMX does not count: measured on small models, casting costs what the products gain.
-    """
-    return torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_amx_tile_supported()
+    """Whether the machine multiplies bfloat16 in hardware: CUDA with bfloat16, or a CPU with AMX or AVX512-BF16."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def _check(name: str, given: object, good: bool, wanted: str) -> None:

@@ -1,0 +1,35 @@
+# make compare   the main job: train softmax, V1 and V2, and write a report      make test   all tests
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help setup compare test check benchmarks
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST); echo "make setup     the environment alone      make check   style, types, imports      make benchmarks   measured ratios"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "diffattn: $$($(PYTHON) --version) given, Python 3.11 or newer wanted: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+compare: $(READY)
+	$(BIN)/diffattn compare $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+benchmarks: $(READY)
+	$(BIN)/python -m benchmarks.training_step --out benchmarks/results/training_step.jsonl
+	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup.jsonl

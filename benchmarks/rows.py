@@ -1,0 +1,74 @@
+"""What the benchmarks share: where a row comes from, its statistics, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def provenance(module: str, **machine: Any) -> dict[str, Any]:
+    """The command, the versions and the machine, which every row of a run carries."""
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "diffattn")},
+        },
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), **machine, "load_before": round(os.getloadavg()[0], 2)},
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile, to six digits."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
+    return {
+        name: float(f"{value:.6g}")
+        for name, value in (("median", statistics.median(values)), ("p20", fifths[0]), ("p80", fifths[-1]))
+    }
+
+
+def ratio(
+    numerators: Sequence[float], denominators: Sequence[float], at_most: float | None
+) -> dict[str, float | bool | None]:
+    """Ratios round by round, so that a slow minute of the machine weighs on both sides; with the limit to keep."""
+    row: dict[str, float | bool | None] = {**spread([a / b for a, b in zip(numerators, denominators, strict=True)])}
+    if at_most is not None:
+        row |= {"at_most": at_most, "kept": row["median"] <= at_most}  # type: ignore[operator]
+    return row
+
+
+class Writer:
+    """Writes rows as JSON lines to stdout and, where a path is given, to a new file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("", encoding="utf-8")
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        line = json.dumps(row)
+        print(line, flush=True)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def _cpu() -> str:
+    """The processor's name with what tells its generation apart, because a virtual machine may hide the model's name."""
+    try:
+        fields = dict(
+            (part.strip() for part in line.split(":", 1))
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+        )
+    except OSError:
+        return platform.processor() or platform.machine()
+    return f"{fields.get('model name', platform.machine())} (family {fields.get('cpu family')}, model {fields.get('model')})"

@@ -1,0 +1,94 @@
+"""What a person sees of a run, on stderr: notes, one live line per model, the table, how to continue."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shlex
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import rich.console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from diffattn.errors import ConfigError
+from diffattn.train.callbacks import Progress as Step
+
+RUNS = Path("runs")
+
+
+class Console:
+    """Names the run folder, shows a run's progress where stderr is a terminal, and says how to go on after Ctrl-C."""
+
+    def __init__(self, verb: str, out: Path | None, *, resume: bool) -> None:
+        self.verb = verb
+        self.command = shlex.join(["diffattn", *sys.argv[1:]])
+        self.folder = out if out is not None else _newest(verb) if resume else _new(verb)
+        self._screen = rich.console.Console(stderr=True, highlight=False)
+        self._live = Progress(
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description}"),
+            console=self._screen,
+            disable=not self._screen.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Console:
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+        if kind is KeyboardInterrupt:
+            self.note(f"stopped; what was trained is kept: diffattn {self.verb} --resume --out {self.folder}")
+
+    def note(self, line: str) -> None:
+        self._screen.print(line, soft_wrap=True, markup=False)
+
+    def progress(self, name: str, step: Step) -> None:
+        """The live line of one model."""
+        minutes, seconds = divmod(round(step.seconds_left), 60)
+        text = (
+            f"{name:<16} step {step.step}/{step.steps}  loss {step.loss:.3f}  "
+            f"{step.tokens_per_second:,.0f} tokens/s  {minutes}:{seconds:02d} left"
+        )
+        if name not in self._tasks:
+            self._tasks[name] = self._live.add_task(text, total=step.steps)
+        self._live.update(self._tasks[name], completed=step.step, description=text)
+
+    def table(self, result: dict[str, Any]) -> None:
+        """The comparison as the report has it, and the verdict of each pair."""
+        from diffattn.report.format import compare_rows
+
+        header, *rows = compare_rows(result)
+        table = Table(*header, box=rich.box.SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*row)
+        self._screen.print(table)
+        for pair in result["pairs"].values():
+            self.note(pair["verdict"])
+
+
+def print_json(result: object) -> None:
+    """One JSON object on stdout."""
+    json.dump(result, sys.stdout, indent=1, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+def _new(verb: str) -> Path:
+    return RUNS / f"{verb}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _newest(verb: str) -> Path:
+    found = sorted(path for path in RUNS.glob(f"{verb}-*") if (path / "config.json").exists())
+    if not found:
+        raise ConfigError(f"no {verb} run in {RUNS}/ to resume; wanted its folder: name it with --out")
+    return found[-1]

