@@ -54,9 +54,10 @@ def _fail(line: str, *, status: int) -> int:
 
 def _one_line(box: str, arguments: list[str]) -> str:
     """What the parser says in a box of several lines, as one line."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    parts = " ".join(lines).split("─")
-    sentence = parts[0].strip().rstrip(".")
+    # A title, a rule in some terminals, what is wrong, a rule, hints.
+    lines = [line.strip("│╭╰╮╯ ") for line in box.splitlines()][1:]
+    parts = re.split("[─-]{5,}", " ".join(lines))
+    sentence = next((part.strip().rstrip(".") for part in parts if part.strip()), "these options cannot be read")
     nearest = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(parts))
     verb = f" {arguments[0]}" if arguments and arguments[0] in VERBS else ""
     return f"{sentence}{f'; perhaps you meant {nearest[1]}' if nearest else ''}; see diffattn{verb} --help"

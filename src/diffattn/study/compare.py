@@ -29,11 +29,11 @@ from diffattn.report.compare_page import render_compare, render_picture
 from diffattn.study.maps import attention_maps, token_labels
 from diffattn.study.statistics import pairs
 from diffattn.train.callbacks import Progress, read_metrics
-from diffattn.train.files import writable_folder, write_json, write_text
+from diffattn.train.files import write_json, write_text
 from diffattn.train.measure import StepCost, measure_load, measure_step
 from diffattn.train.recipe import Recipe
 from diffattn.train.run import TrainResult, train
-from diffattn.train.single import check_context, empty_folder_removed
+from diffattn.train.single import check_context, new_folder
 
 DEFAULT_STEPS = 160
 DEFAULT_MINUTES = 6.5
@@ -157,8 +157,7 @@ def compare(
         options = _same_options(stored["options"], options, folder)
         began -= stored["plan"]["seconds"] if "plan" in stored else 0.0
     study = _Study(options := options or Comparison(), folder)
-    writable_folder(folder)
-    with empty_folder_removed(folder):
+    with new_folder(folder):
         data = prepare_data(options.text, vocab_size=study.shape.vocab_size, context=study.context)
     config = stored or {"options": dataclasses.asdict(options), "command": command}
     write_json(folder / "config.json", config)

@@ -50,8 +50,7 @@ def train_shape(
     context = check_context(shape, context)
     if resume and not (Path(out) / "config.json").exists():
         raise ConfigError(f"{out} holds no run to resume; wanted its config.json: name its folder with --out")
-    folder = writable_folder(Path(out))
-    with empty_folder_removed(folder):
+    with new_folder(Path(out)) as folder:
         data = prepare_data(text, vocab_size=shape.vocab_size, context=context)
     model = build_pair(shape, attention, seed=recipe.seed, match=match).model
     return train(model, data, recipe, folder, resume=resume, on_progress=on_progress)
@@ -69,11 +68,13 @@ def check_context(shape: ModelShape, context: int | None) -> int:
 
 
 @contextlib.contextmanager
-def empty_folder_removed(folder: Path) -> Iterator[None]:
-    """Where an error ends the block, take the folder away again if it is still empty: nothing is half-written."""
+def new_folder(path: Path) -> Iterator[Path]:
+    """Make a run folder; where an error ends the block, take away what was made and is still empty."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        yield
+        yield writable_folder(path)
     except DiffattnError:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise

@@ -1,0 +1,7 @@
+"""``python -m diffattn`` is ``diffattn``."""
+
+import sys
+
+from diffattn.cli.main import main
+
+sys.exit(main())
