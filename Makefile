@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup compare test check benchmarks
+.PHONY: help setup compare test check benchmarks test-lowest
 .DEFAULT_GOAL := help
 
 help:
@@ -33,3 +33,9 @@ check: $(READY)
 benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.training_step --out benchmarks/results/training_step.jsonl
 	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup.jsonl
+
+# Apart from .venv: the lowest releases that pyproject.toml allows.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . pytest pytest-timeout hypothesis
+	.venv-lowest/bin/python -m pytest $(ARGS)

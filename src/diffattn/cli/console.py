@@ -33,20 +33,19 @@ class Console:
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description}"),
             console=self._screen,
-            disable=not self._screen.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Console:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.stop()
+        if self._tasks:
+            self._live.stop()
         if kind is KeyboardInterrupt:
             self.note(f"stopped; what was trained is kept: diffattn {self.verb} --resume --out {self.folder}")
 
@@ -54,7 +53,11 @@ class Console:
         self._screen.print(line, soft_wrap=True, markup=False)
 
     def progress(self, name: str, step: Step) -> None:
-        """The live line of one model."""
+        """The live line of one model; nothing where stderr is not a terminal."""
+        if not self._screen.is_terminal:
+            return
+        if not self._tasks:
+            self._live.start()
         minutes, seconds = divmod(round(step.seconds_left), 60)
         text = (
             f"{name:<16} step {step.step}/{step.steps}  loss {step.loss:.3f}  "

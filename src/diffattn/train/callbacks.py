@@ -85,17 +85,28 @@ class MetricsFile:
             self._stream.write(json.dumps(row) + "\n")
             self._stream.flush()
 
+    def held_out(self, step: int) -> list[float]:
+        """The held-out losses that were measured at a step, in order."""
+        return [row["val_loss"] for row in self.rows if row["step"] == step and "val_loss" in row]
+
     def close(self) -> None:
-        self._stream.close()
+        # Closing writes what a full disk refused before.
+        with explained(self.path):
+            self._stream.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line that was cut by a kill is left out, a missing file has no rows."""
+    """The rows of a ``metrics.jsonl`` up to the first that is torn or damaged; a missing file has no rows."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
     # A complete file ends with a newline, so what stands behind the last one is a torn row or nothing.
-    return [json.loads(line) for line in lines[:-1]]
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 class RunCallback(TrainerCallback):
@@ -137,10 +148,7 @@ class RunCallback(TrainerCallback):
             return
         step, loss, norm = state.global_step, logs["loss"], logs.get("grad_norm", 0.0)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(
-                f"the loss at step {step} is {loss} (gradient norm {norm}), wanted a number: the last checkpoint "
-                "before it is kept; start again with a lower --learning-rate or more warmup"
-            )
+            raise diverged(f"the loss at step {step} is {loss} (gradient norm {norm})")
         self.metrics.append(
             {
                 "step": step,
@@ -158,6 +166,8 @@ class RunCallback(TrainerCallback):
         self.interruption.lower()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        if not math.isfinite(metrics["eval_loss"]):
+            raise diverged(f"the held-out loss at step {state.global_step} is {metrics['eval_loss']}")
         self.metrics.append(
             {
                 "step": state.global_step,
@@ -167,6 +177,14 @@ class RunCallback(TrainerCallback):
                 "val_blocks": self.validation_blocks,
             }
         )
+
+
+def diverged(what: str) -> TrainingError:
+    """The end of a run whose numbers are none any more."""
+    return TrainingError(
+        f"{what}, wanted a number: the last checkpoint before it is kept; "
+        "start again with a lower --learning-rate or more warmup"
+    )
 
 
 def warn(line: str) -> None:

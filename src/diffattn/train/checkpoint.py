@@ -27,6 +27,8 @@ def defect(folder: Path) -> str | None:
         return "it has no manifest, so it was not completed"
     except ValueError:
         return "its manifest is damaged"
+    if not isinstance(manifest, dict) or not manifest:
+        return "its manifest names no files"
     for name, expected in manifest.items():
         file = folder / name
         if not file.is_file():

@@ -34,7 +34,7 @@ class Recipe:
     learning_rate: float = 2e-3
     """Peak of the schedule."""
     warmup_fraction: float = 0.05
-    """Share of the steps in which the learning rate rises."""
+    """Share of the steps in which the learning rate rises; at least one step is left to the decay."""
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -63,8 +63,10 @@ class Recipe:
                      "keep_checkpoints"):  # fmt: skip
             _check(name, getattr(self, name), isinstance(getattr(self, name), int) and getattr(self, name) >= 1,
                    "a whole number of at least 1")  # fmt: skip
-        _check("evaluations", self.evaluations, self.evaluations >= 0, "0 or more")
-        _check("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2147483647")
+        _check("evaluations", self.evaluations, isinstance(self.evaluations, int) and self.evaluations >= 0,
+               "a whole number, 0 or more")  # fmt: skip
+        _check("seed", self.seed, isinstance(self.seed, int) and 0 <= self.seed < 2**31,
+               "a whole number, 0 to 2147483647")  # fmt: skip
         _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "a finite number above 0")
         _check("warmup_fraction", self.warmup_fraction, 0 <= self.warmup_fraction < 1, "0 or more, below 1")
         for name in ("weight_decay", "max_grad_norm"):

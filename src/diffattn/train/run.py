@@ -17,9 +17,9 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from diffattn.data.packing import PreparedData, TrainingOrder, ValidationBlocks
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.train.callbacks import Interruption, MetricsFile, Progress, RunCallback, read_metrics, warn
+from diffattn.train.callbacks import Interruption, MetricsFile, Progress, RunCallback, diverged, read_metrics, warn
 from diffattn.train.checkpoint import checkpoints, last_good, prune, seal
-from diffattn.train.files import whole_folder, writable_folder, write_json
+from diffattn.train.files import sync, whole_folder, writable_folder, write_json
 from diffattn.train.recipe import Recipe
 
 
@@ -68,8 +68,6 @@ def train(
     """
     folder = writable_folder(Path(out))
     recipe = recipe.resolved()
-    if math.ceil(recipe.warmup_fraction * recipe.steps) > recipe.steps:
-        raise ConfigError(f"steps is {recipe.steps}; wanted more than the warmup's")
     _claim(folder, {"recipe": recipe.to_dict(), "model": model.config.to_diff_dict(), "data": data.facts}, resume)
     finished = read_result(folder)
     if finished is not None:
@@ -106,7 +104,9 @@ def train(
             if step < recipe.steps:
                 trainer.train(resume_from_checkpoint=str(start[1]) if start else None)
             callback.validation_blocks = len(validation)
-            measured = trainer.evaluate(validation)
+            # The last step has the measurement that was due there, then this one, which a cut run may have made.
+            if len(metrics.held_out(recipe.steps)) == min(1, recipe.evaluations):
+                trainer.evaluate(validation)
         except KeyboardInterrupt:
             interruption.shield()
             trainer.save_now()
@@ -114,8 +114,9 @@ def train(
         finally:
             metrics.close()
         interruption.shield()
-        result = _finish(folder, model, data, measured["eval_loss"])
+        result = _finish(folder, model, data, metrics.held_out(recipe.steps)[-1])
         prune(folder, 1)
+        interruption.lower()
     return result
 
 
@@ -195,7 +196,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         gradient_accumulation_steps=recipe.gradient_accumulation,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(recipe.warmup_fraction * recipe.steps),
+        warmup_steps=min(math.ceil(recipe.warmup_fraction * recipe.steps), recipe.steps - 1),
         weight_decay=recipe.weight_decay,
         adam_beta1=recipe.beta1,
         adam_beta2=recipe.beta2,
@@ -255,6 +256,10 @@ class _PlainTrainer(Trainer):
         shielded = self._interruption.shielded
         self._interruption.shield()
         target = self._folder / f"checkpoint-{self.state.global_step}"
+        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):
+            raise diverged(f"after step {self.state.global_step} a weight is infinite or NaN")
+        # A checkpoint that outlives a power cut is of no use without the rows up to it.
+        sync(self._folder / "metrics.jsonl")
         with whole_folder(target) as partial:
             self._writing = partial
             try:
@@ -277,8 +282,9 @@ class _PlainTrainer(Trainer):
         """Load the weights, and measure the held-out loss where the run was cut between saving and measuring."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        due = self.args.eval_strategy == "steps" and self.state.global_step % self.args.eval_steps == 0
-        if due and not any(row["step"] == self.state.global_step and "val_loss" in row for row in metrics.rows):
+        step = self.state.global_step
+        due = step % self.args.eval_steps == 0 or step == self.args.max_steps
+        if self.args.eval_strategy == "steps" and due and not metrics.held_out(step):
             self.evaluate()
 
     def save_now(self) -> None:
