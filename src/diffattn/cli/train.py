@@ -17,7 +17,7 @@ def train(
     text: str = "sotu",
     context: int | None = None,
     match: Literal["parameters", "shape"] = "parameters",
-    batch_size: int = 8,
+    batch_size: int = 4,
     gradient_accumulation: int = 1,
     learning_rate: float = 2e-3,
     warmup_fraction: float = 0.05,

@@ -152,7 +152,7 @@ def prepare_data(
     *,
     vocab_size: int,
     context: int,
-    validation_fraction: float = 0.05,
+    validation_fraction: float = 0.02,
     text_column: str = "text",
     cache_dir: str | Path | None = None,
 ) -> PreparedData:

@@ -101,7 +101,7 @@ def read_corpus(source: str | Path, *, text_column: str = "text") -> Corpus:
     return Corpus.of(str(source), documents)
 
 
-def split_by_document(corpus: Corpus, *, validation_fraction: float = 0.05) -> Split:
+def split_by_document(corpus: Corpus, *, validation_fraction: float = 0.02) -> Split:
     """Hold whole documents out, chosen by the hash of their content.
 
     Documents are visited in the order of their SHA-256 and held out until `validation_fraction` of the bytes is

@@ -35,7 +35,7 @@ from diffattn.train.recipe import Recipe
 from diffattn.train.run import TrainResult, train
 from diffattn.train.single import check_context, new_folder
 
-DEFAULT_STEPS = 160
+DEFAULT_STEPS = 250
 DEFAULT_MINUTES = 6.5
 """Without ``steps`` and ``minutes``: this many steps, fewer where they would take longer than this."""
 
@@ -60,7 +60,7 @@ class Comparison:
     """Tokens per block; default: the shape's max_position_embeddings."""
     match: str = "parameters"
     """``parameters``: V2's feed-forward width is narrowed until the totals match. ``shape``: it has more parameters."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Blocks per step."""
     learning_rate: float = 2e-3
     """Peak of the schedule."""

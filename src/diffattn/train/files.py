@@ -14,6 +14,8 @@ from typing import Any
 from diffattn.errors import ConfigError, TrainingError
 
 PARTIAL = ".partial"
+# What torch.save makes of a write that fails, which leaves no number.
+_TORCH_WRITE_FAILED = ("file write failed", "basic_ios::clear: iostream error")
 
 
 def writable_folder(path: Path) -> Path:
@@ -97,7 +99,7 @@ def is_disk_full(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in full:
             return True
-        if any(os.strerror(number) in str(seen) for number in full) or "file write failed" in str(seen):
+        if any(words in str(seen) for words in (*map(os.strerror, full), *_TORCH_WRITE_FAILED)):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -63,7 +63,10 @@ def measure_step(model: DiffTransformerForCausalLM, data: PreparedData, recipe: 
 
 
 def peak_bytes(function: Callable[[], None], alive: Iterable[Tensor], device: str) -> int:
-    """Most bytes of tensors alive at once while ``function`` runs, the tensors ``alive`` before it included."""
+    """Most bytes of tensors alive at once while ``function`` runs, the tensors ``alive`` before it included.
+
+    On CPU ``function`` must not free those: the profiler does not see the end of what began before it.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -22,12 +22,12 @@ class Recipe:
     learning rate and batch are those of small models.
 
     >>> Recipe(steps=10).tokens_per_step(context=256)
-    2048
+    1024
     """
 
     steps: int = 300
     """Optimizer steps."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Blocks of ``context`` tokens in one forward pass."""
     gradient_accumulation: int = 1
     """Forward passes per optimizer step."""
@@ -36,6 +36,7 @@ class Recipe:
     warmup_fraction: float = 0.05
     """Share of the steps in which the learning rate rises; at least one step is left to the decay."""
     weight_decay: float = 0.1
+    """Of matrices; the gains of norms and the λ vectors are not decayed."""
     beta1: float = 0.9
     beta2: float = 0.95
     max_grad_norm: float = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -62,10 +63,13 @@ def train(
         on_progress: called after each step.
 
     Raises:
-        ConfigError: ``out`` holds a run already, belongs to another one, or cannot be written.
+        ConfigError: ``out`` holds a run already, belongs to another one, or cannot be written; or the attention
+            function is unknown or not installed.
+        CheckpointError: ``config.json`` or ``metrics.jsonl`` in ``out`` is damaged or cut short.
         TrainingError: the loss is not a number, or the disk is full; the last good checkpoint is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the steps so far were saved.
     """
+    _use_attention(model, recipe.attn_implementation)
     folder = writable_folder(Path(out))
     recipe = recipe.resolved()
     _claim(folder, {"recipe": recipe.to_dict(), "model": model.config.to_diff_dict(), "data": data.facts}, resume)
@@ -77,13 +81,13 @@ def train(
     for line in skipped:
         warn(f"{folder}: {line}")
     step = start[0] if start else 0
-    metrics = MetricsFile(folder / "metrics.jsonl", keep_to_step=step)
-    # Only the newest checkpoints may hold steps whose rows were lost with the file's last block.
-    if step and not any(row["step"] == step for row in metrics.rows):
+    written = folder / "metrics.jsonl"
+    if step and not any(row["step"] == step for row in read_metrics(written)):
         raise CheckpointError(
-            f"{folder / 'metrics.jsonl'} ends before step {step} of the checkpoint; wanted the rows up to it: "
+            f"{written} ends before step {step} of the checkpoint; wanted the rows up to it: "
             "restore the file, or start again with another --out"
         )
+    metrics = MetricsFile(written, keep_to_step=step)
     order = TrainingOrder(
         data.train, seed=recipe.seed, num_samples=recipe.steps * recipe.batch_size * recipe.gradient_accumulation
     )
@@ -125,7 +129,7 @@ def speed(rows: list[dict[str, Any]]) -> float:
     steps = [row for row in rows if "loss" in row]
     if len(steps) < 2:
         return steps[0]["tokens"] / steps[0]["seconds"] if steps else math.nan
-    pairs = list(zip(steps, steps[1:], strict=False))
+    pairs = list(itertools.pairwise(steps))
     settled = pairs[min(5, len(pairs) - 1) :]
     return statistics.median(
         (after["tokens"] - before["tokens"]) / max(after["seconds"] - before["seconds"], 1e-4)
@@ -142,6 +146,14 @@ def read_result(folder: Path) -> TrainResult | None:
     return TrainResult(folder, stored["val_loss"], stored["bits_per_byte"], stored["train_tokens_per_second"])
 
 
+def _use_attention(model: DiffTransformerForCausalLM, name: str) -> None:
+    """Have the layer's one call served by a function of that name."""
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"attn_implementation is {name!r}: {str(error).splitlines()[0]}") from error
+
+
 def _claim(folder: Path, config: dict[str, Any], resume: bool) -> None:
     """Write ``config.json``, or compare it with what is there."""
     file = folder / "config.json"
@@ -150,7 +162,10 @@ def _claim(folder: Path, config: dict[str, Any], resume: bool) -> None:
         return
     if not resume:
         raise ConfigError(f"{folder} holds a run already; continue it with --resume or choose another --out")
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged ({error}); restore it, or start again with another --out") from error
     wanted = json.loads(json.dumps(config))
     for part in wanted:
         for key in wanted[part]:
@@ -249,6 +264,10 @@ class _PlainTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        # The library goes by names, and would decay the gain of V1's norm but no other norm's.
+        return [name for name, weight in model.named_parameters() if weight.ndim >= 2]
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing or self._folder)
 
@@ -258,9 +277,9 @@ class _PlainTrainer(Trainer):
         target = self._folder / f"checkpoint-{self.state.global_step}"
         if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):
             raise diverged(f"after step {self.state.global_step} a weight is infinite or NaN")
-        # A checkpoint that outlives a power cut is of no use without the rows up to it.
-        sync(self._folder / "metrics.jsonl")
         with whole_folder(target) as partial:
+            # A checkpoint that outlives a power cut is of no use without the rows up to it.
+            sync(self._folder / "metrics.jsonl")
             self._writing = partial
             try:
                 super()._save_checkpoint(model, trial)

@@ -1,0 +1,146 @@
+"""A disk that is full ends a run with one line and loses nothing."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+from train.small_run import RECIPE, assert_same_run, at, checkpoint_steps, partials, rows, run
+
+from diffattn.data.packing import PreparedData
+from diffattn.errors import TrainingError
+from diffattn.train import checkpoint, files
+
+
+def fail(error: Exception) -> Callable[..., None]:
+    def failing(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return failing
+
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+FULL: list[tuple[str, Exception]] = [
+    (
+        "transformers.modeling_utils.safe_save_file",
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ),
+    (
+        "torch.save",
+        RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0: "
+                     "file write failed"),
+    ),
+    ("diffattn.train.run.seal", OSError(errno.EDQUOT, "Disk quota exceeded")),
+    ("diffattn.train.files.os.fsync", NO_SPACE),
+    ("diffattn.train.callbacks.json.dumps", NO_SPACE),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "error"), FULL, ids=[where for where, _ in FULL])
+def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(
+    where: str, error: Exception, stopped: Path, whole: Path, data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill() -> None:
+        monkeypatch.setattr(where, fail(error))
+
+    with pytest.raises(TrainingError) as raised:
+        run(data, stopped, resume=True, on_progress=at(7, fill))
+    line = str(raised.value)
+    assert line.startswith("the disk is full: could not write ")
+    assert line.endswith("free some space and continue with --resume")
+    assert "\n" not in line
+    assert partials(stopped) == []
+    assert checkpoint_steps(stopped) == [3, 6]
+    assert checkpoint.defect(stopped / "checkpoint-6") is None
+    monkeypatch.undo()
+    run(data, stopped, resume=True)
+    assert_same_run(stopped, whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """A file system of 1.4 MB, and a function that gives it another size."""
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root and mount")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", disk], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield disk, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True) and None
+    # An error that is being reported may still hold a file open.
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize("step", [5, 7, 10])
+def test_a_disk_that_is_really_full(
+    step: int, small_disk: tuple[Path, Callable[[str], None]], whole: Path, data: PreparedData
+) -> None:
+    disk, resize = small_disk
+    folder, filler = disk / "run", disk / "filler"
+
+    def fill() -> None:
+        # No room at all; too little for the weights; for the weights but not for the optimizer's state.
+        room = {5: 0, 7: 60_000, 10: 200_000}[step]
+        filler.write_bytes(bytes(shutil.disk_usage(disk).free - room))
+
+    with pytest.raises(TrainingError, match="the disk is full"):
+        run(data, folder, on_progress=at(step, fill))
+    assert partials(folder) == []
+    good, skipped = checkpoint.last_good(folder)
+    assert skipped == []
+    assert good is not None
+    assert good[0] == 3 * (step // 3)
+    with pytest.raises(TrainingError, match="the disk is full"):
+        run(data, folder, resume=True)
+    filler.unlink()
+    resize("8m")
+    run(data, folder, resume=True)
+    assert_same_run(folder, whole)
+
+
+def test_a_row_that_a_full_disk_refuses_ends_the_run_with_one_line(tmp_path: Path, data: PreparedData) -> None:
+    """/dev/full refuses every write, also the one in closing the file."""
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    folder = tmp_path / "run"
+    original = files.os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        original(source, target)
+        if target.name == "metrics.jsonl":
+            target.unlink()
+            target.symlink_to("/dev/full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffattn.train.files.os.replace", replace)
+        with pytest.raises(TrainingError, match=r"the disk is full: could not write .*metrics\.jsonl"):
+            run(data, folder)
+    (folder / "metrics.jsonl").unlink()
+    run(data, folder, resume=True)
+    assert [row["step"] for row in rows(folder) if "loss" in row] == list(range(1, RECIPE.steps + 1))
+
+
+def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file.json"
+    files.write_json(file, {"a": 1})
+    monkeypatch.setattr("diffattn.train.files.os.replace", fail(NO_SPACE))
+    with pytest.raises(TrainingError):
+        files.write_json(file, {"a": 2})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), files.whole_folder(tmp_path / "folder"):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    assert list(tmp_path.iterdir()) == []
+    assert files.is_disk_full(NO_SPACE)
+    assert not files.is_disk_full(ValueError("a file of that name"))
