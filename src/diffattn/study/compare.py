@@ -36,7 +36,7 @@ from diffattn.train.run import TrainResult, train
 from diffattn.train.single import check_context, new_folder
 
 DEFAULT_STEPS = 250
-DEFAULT_MINUTES = 6.5
+DEFAULT_MINUTES = 6.0
 """Without ``steps`` and ``minutes``: this many steps, fewer where they would take longer than this."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import math
 import signal
@@ -53,6 +55,9 @@ class Interruption:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if kind is KeyboardInterrupt:
+            # A process that ends looks through all objects of the libraries for cycles, for more than a second.
+            atexit.register(gc.freeze)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.shielded:
