@@ -8,7 +8,7 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,23 +26,19 @@ def provenance(module: str, **machine: Any) -> dict[str, Any]:
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile, to six digits."""
+def spread(values: Sequence[float], at_most: float | None = None) -> dict[str, float | bool]:
+    """Median, 20th and 80th percentile, to six digits; with a limit also whether the median keeps it."""
     fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
-    return {
+    row: dict[str, float | bool] = {
         name: float(f"{value:.6g}")
         for name, value in (("median", statistics.median(values)), ("p20", fifths[0]), ("p80", fifths[-1]))
     }
+    return row if at_most is None else row | {"at_most": at_most, "kept": row["median"] <= at_most}
 
 
-def ratio(
-    numerators: Sequence[float], denominators: Sequence[float], at_most: float | None
-) -> dict[str, float | bool | None]:
-    """Ratios round by round, so that a slow minute of the machine weighs on both sides; with the limit to keep."""
-    row: dict[str, float | bool | None] = {**spread([a / b for a, b in zip(numerators, denominators, strict=True)])}
-    if at_most is not None:
-        row |= {"at_most": at_most, "kept": row["median"] <= at_most}  # type: ignore[operator]
-    return row
+def pairwise(operation: Callable[[float, float], float], a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """``operation`` round by round, so that a slow minute of the machine weighs on both sides."""
+    return [operation(x, y) for x, y in zip(a, b, strict=True)]
 
 
 class Writer:
@@ -63,12 +59,11 @@ class Writer:
 
 
 def _cpu() -> str:
-    """The processor's name with what tells its generation apart, because a virtual machine may hide the model's name."""
+    """The processor's name, family and model number: a virtual machine may hide what the name says elsewhere."""
     try:
-        fields = dict(
-            (part.strip() for part in line.split(":", 1))
-            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-        )
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return f"{fields.get('model name', platform.machine())} (family {fields.get('cpu family')}, model {fields.get('model')})"
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = facts.get("model name", platform.machine())
+    return f"{name} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"

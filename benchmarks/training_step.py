@@ -10,6 +10,7 @@ compares neighbours in time. One JSON line per problem and model.
 from __future__ import annotations
 
 import argparse
+import operator
 import os
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.rows import Writer, provenance, ratio, spread
+from benchmarks.rows import Writer, pairwise, provenance, spread
 from diffattn import DiffTransformerForCausalLM, ModelShape
 from diffattn.model.pairing import pair_config
 from diffattn.plan.cost import flops_per_token, match_parameters
@@ -39,10 +40,6 @@ class Problem:
     dtype: str
     batch: int
     context: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.dtype} {self.batch}x{self.context}"
 
 
 @dataclass(frozen=True)
@@ -91,9 +88,7 @@ def _llama_fields(shape: ModelShape) -> dict[str, object]:
 
 MODELS = "tests/model/test_modeling.py::"
 ENTRIES = (
-    Entry(
-        "softmax", ours("softmax"), "softmax", "standard", MODELS + "test_softmax_model_is_llama", {"llama": 1.05}
-    ),
+    Entry("softmax", ours("softmax"), "softmax", "standard", MODELS + "test_softmax_model_is_llama", {"llama": 1.05}),
     Entry(
         "diff_v1",
         ours("diff_v1"),
@@ -174,7 +169,7 @@ def row(problem: Problem, entry: Entry, seconds: dict[str, list[float]]) -> dict
         "rounds": len(mine),
         "seconds": spread(mine),
         "ratio_to": {
-            name: ratio(mine, seconds[name], entry.at_most.get(name))
+            name: spread(pairwise(operator.truediv, mine, seconds[name]), entry.at_most.get(name))
             for name in REFERENCES
             if name in seconds and name != entry.name
         },

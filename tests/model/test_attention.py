@@ -96,7 +96,9 @@ def test_layer_is_the_papers_forward_and_in_every_gradient(attention, config, im
     actual = run_layer(layer, x)
     expected, eager = run_paper(paper, layer, torch.float64, x), run_paper(paper, layer, dtype, x)
     compare(actual[:1], expected[:1], eager[:1])
-    compare(actual[1:], expected[1:], eager[1:], factor=3.0, names=names[1:])
+    # λ is float32, but its gradient is a sum of terms that were rounded to the layer's dtype.
+    floors = [2 * torch.finfo(dtype).eps * want.abs().max().item() for want in expected[1:]]
+    compare(actual[1:], expected[1:], eager[1:], factor=3.0, names=names[1:], floors=floors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -56,6 +56,8 @@ def test_decoding_step_with_a_static_cache_compiles_into_one_graph_for_every_pos
 
 
 @pytest.mark.timeout(240)
+# The compiler calls a function of its own that it has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch._prims_common.check`:FutureWarning")
 def test_the_default_compiler_keeps_the_training_step():
     model = small_model("diff_v1", shape=ONE_LAYER).train()
     assert_same_step(model, torch.compile(model, fullgraph=True))

@@ -56,7 +56,7 @@ def test_v2_shares_the_signal_half_of_its_queries_and_the_leading_columns(match)
 @pytest.mark.parametrize("attention", ["diff_v1", "diff_v2"])
 def test_what_is_not_shared_repeats_no_values_of_the_twin(attention):
     # λ with the spread of the projections, so that a repeated draw would be the same number.
-    model, twin = build_pair(SHAPE, attention, seed=5, match="shape", lambda_std=0.02)
+    model, twin = build_pair(SHAPE, attention, seed=5, match="shape", lambda_std=0.02, initializer_range=0.02)
     taken = torch.cat([tensor.flatten() for tensor in twin.state_dict().values()])
     own = own_values(model, attention)
     for tensor in own:
