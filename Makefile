@@ -33,6 +33,7 @@ check: $(READY)
 
 benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.training_step --out benchmarks/results/training_step.jsonl
+	$(BIN)/python -m benchmarks.attention_call --out benchmarks/results/attention_call.jsonl
 	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup.jsonl
 
 # Apart from .venv: the lowest releases that pyproject.toml allows.
