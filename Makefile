@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup compare test check benchmarks test-lowest
+.PHONY: help setup compare test asan check benchmarks test-lowest
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,10 @@ compare: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
+# The compiled kernel under AddressSanitizer and UBSan: about a minute.
+asan: $(READY)
+	$(BIN)/python tests/asan_fused_cpu.py
+
 check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -33,7 +37,7 @@ check: $(READY)
 
 benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.training_step --out benchmarks/results/training_step.jsonl
-	$(BIN)/python -m benchmarks.attention_call --out benchmarks/results/attention_call.jsonl
+	$(BIN)/python -m benchmarks.attention --out benchmarks/results/attention.jsonl
 	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup.jsonl
 
 # Apart from .venv: the lowest releases that pyproject.toml allows.

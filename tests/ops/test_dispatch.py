@@ -10,12 +10,14 @@ from comparison import forward_and_gradients, make_inputs
 from torch import Tensor
 
 from diffattn.errors import ConfigError, UnsupportedError
-from diffattn.ops import dispatch
+from diffattn.ops import build, dispatch, fused_cpu
 from diffattn.ops.dispatch import BACKENDS, Backend, diff_attention
 from diffattn.ops.reference import diff_attention_reference
 from diffattn.ops.standard import standard_diff_attention
 
 X = make_inputs(B=2, T=5, S=7, H=6, G=3, D=4, Dv=11)
+NO_KERNEL = fused_cpu.unsupported(*X[:6])
+needs_the_kernel = pytest.mark.skipif(NO_KERNEL is not None, reason=str(NO_KERNEL))
 
 
 def call(**changes: Any) -> Tensor:
@@ -32,8 +34,11 @@ def unreachable(*args: Any, **options: Any) -> Tensor:
 
 
 def test_auto_is_the_first_backend_that_supports_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(BACKENDS) == ["standard", "reference"]
-    assert call().equal(standard_diff_attention(*X[:6]))
+    assert list(BACKENDS) == ["fused_cpu", "standard", "reference"]
+    first = standard_diff_attention if NO_KERNEL else fused_cpu.fused_cpu_diff_attention
+    assert call().equal(first(*X[:6]))
+    double = make_inputs(T=5, S=7, dtype=torch.float64)
+    assert diff_attention(*double[:6]).equal(standard_diff_attention(*double[:6]))
     picky = {"picky": Backend(unreachable, refusing)}
     monkeypatch.setattr(dispatch, "BACKENDS", {**picky, "reference": BACKENDS["reference"]})
     assert call().equal(diff_attention_reference(*X[:6]))
@@ -48,8 +53,36 @@ def test_a_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(dispatch.BACKENDS, "picky", Backend(unreachable, refusing))
     with pytest.raises(UnsupportedError, match="picky: odd head widths"):
         call(backend="picky")
-    with pytest.raises(ConfigError, match="'fast' is unknown; choose one of auto, standard, reference, picky"):
+    with pytest.raises(ConfigError, match=r"'fast' is unknown; choose one of auto, fused_cpu, standard, .*, picky"):
         call(backend="fast")
+
+
+REFUSALS = {
+    "no compiler": ({}, "fused_cpu: no compiler"),
+    "float64": ({n: getattr(X, n).double() for n in X._fields[:5]}, "fused_cpu: float64 inputs are not supported"),
+    "device": ({n: getattr(X, n).to("meta") for n in X._fields[:5]}, "fused_cpu: meta inputs are not supported"),
+    "width": (make_inputs(T=5, S=7, Dv=257)._asdict(), "fused_cpu: heads of 257 are not supported"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_the_kernel_says_why_it_does_not_serve(refusal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, sentence = REFUSALS[refusal]
+    monkeypatch.setattr(build, "unavailable", lambda dtype: "fused_cpu: no compiler")
+    with pytest.raises(UnsupportedError, match=sentence):
+        call(backend="fused_cpu", **changes)
+    expected = call(backend="standard", **changes)
+    actual = call(**changes)
+    assert actual.shape == expected.shape
+    assert actual.is_meta or actual.equal(expected)
+
+
+@needs_the_kernel
+def test_the_kernel_serves_through_its_name() -> None:
+    key_padding = torch.zeros(2, 7, dtype=torch.bool)
+    key_padding[0, 2] = True
+    for option in ({}, {"causal": False}, {"scale": 0.9}, {"key_padding": key_padding}, {"lam": 0.1}):
+        torch.testing.assert_close(call(backend="fused_cpu", **option), call(backend="reference", **option))
 
 
 @pytest.mark.parametrize("backend", ["standard", "reference"])

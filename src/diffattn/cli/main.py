@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from diffattn.cli.compare import compare
+from diffattn.cli.doctor import doctor
 from diffattn.cli.train import train
 from diffattn.errors import DiffattnError, TrainingError
 
-VERBS: dict[str, Callable[..., Callable[[], int]]] = {"compare": compare, "train": train}
+VERBS: dict[str, Callable[..., Callable[[], int]]] = {"compare": compare, "train": train, "doctor": doctor}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

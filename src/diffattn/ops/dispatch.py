@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffattn.errors import ConfigError, UnsupportedError
+from diffattn.ops import fused_cpu
 from diffattn.ops.reference import diff_attention_reference
 from diffattn.ops.standard import standard_diff_attention
 
@@ -32,6 +33,7 @@ def _supports_everything(*args: Any, **options: Any) -> str | None:
 
 
 BACKENDS: dict[str, Backend] = {
+    "fused_cpu": Backend(fused_cpu.fused_cpu_diff_attention, fused_cpu.unsupported),
     "standard": Backend(standard_diff_attention, _supports_everything),
     "reference": Backend(diff_attention_reference, _supports_everything),
 }
@@ -70,8 +72,9 @@ def diff_attention(
         scale: factor of the scores, above 0; default 1/√D. V1's D is the half width, not that of the values.
         key_padding: bool (B, S), True where a key is padding and is ignored, as in PyTorch's `key_padding_mask`.
             A query that sees no key at all gives zeros.
-        backend: "auto", or a name from the table `BACKENDS`: "standard" (one scaled_dot_product_attention call) or
-            "reference" (the definition, which holds both maps in memory).
+        backend: "auto", or a name from the table `BACKENDS`: "fused_cpu" (the compiled kernel, for float32 and bfloat16
+            on CPU), "standard" (one scaled_dot_product_attention call) or "reference" (the definition, which holds
+            both maps in memory).
 
     The inputs share one device and one dtype: float16, bfloat16, float32 or float64.
 

@@ -1,0 +1,274 @@
+"""Compiles the C++ sources of `csrc/` and keeps the library in the cache folder, whole or not at all.
+
+    <cache>/kernels/<sources, flags, torch>-<compiler>/    fused_cpu.so and build.json, which holds its checksum
+                                              ….tmp-*/     a build in progress, renamed to the above once it is whole
+                                              ….lock       held by the process that builds, let go of by the system
+                                              ….log        what the compiler said when it last failed
+
+The cache folder is ``$DIFFATTN_CACHE``, else ``$XDG_CACHE_HOME/diffattn``, else ``~/.cache/diffattn``; where it cannot
+be written, a temporary folder serves this process. ``CXX`` names the compiler (default: the first of g++, c++,
+clang++), ``MAX_JOBS`` limits the files compiled at once, and ``DIFFATTN_VERBOSE=1`` shows what the compiler says.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffattn.errors import UnsupportedError
+
+SOURCES = Path(__file__).parent / "csrc"
+LIBRARY = "fused_cpu.so"
+COMPILE_SECONDS = 600.0
+
+_FLAGS = "-O3 -std=c++20 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
+_COMPILERS = ("g++", "c++", "clang++")
+_MACHINE = {"AVX512": "-march=x86-64-v4 -mprefer-vector-width=512", "AVX2": "-march=x86-64-v3"}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished library, and the seconds that compiling it took."""
+
+    path: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is compiled, and with what: everything that the name of its folder depends on."""
+
+    sources: dict[str, bytes]
+    flags: str
+    compiler: list[str]
+    version: str | None
+    key: str
+    folder: str
+
+    @classmethod
+    def of_this_machine(cls) -> Recipe:
+        files = sorted(path for path in SOURCES.glob("*") if path.suffix in (".cpp", ".h"))
+        sources = {path.name: path.read_bytes() for path in files}
+        flags = f"{_FLAGS} {_MACHINE.get(torch.backends.cpu.get_cpu_capability(), '')}".strip()
+        key = _digest([[name, content.hex()] for name, content in sources.items()], flags, torch.__version__)
+        compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in _COMPILERS if shutil.which(name)][:1]
+        path = shutil.which(compiler[0]) if compiler else None
+        if path is None:
+            return cls(sources, flags, [], None, key, key)
+        version = shlex.join(compiler)
+        # One that cannot even tell its version is left to fail at compiling, where its words go into the log.
+        with suppress(OSError, subprocess.TimeoutExpired):
+            said = subprocess.run(
+                [*compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=30
+            )
+            version = next(iter(said.stdout.splitlines()), version)
+        folder = f"{key}-{_digest(os.path.realpath(path), compiler[1:], version)}"
+        return cls(sources, flags, compiler, version, key, folder)
+
+
+def _digest(*facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def say(line: str) -> None:
+    print(f"diffattn: {line}", file=sys.stderr, flush=True)
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(os.environ.get("DIFFATTN_CACHE") or Path(base) / "diffattn"))
+
+
+def find(recipe: Recipe) -> Built | None:
+    """A finished and undamaged library of this recipe; of any compiler where this machine has none."""
+    kernels = cache_folder() / "kernels"
+    folders = [kernels / recipe.folder] if recipe.compiler else sorted(kernels.glob(f"{recipe.key}-*/"))
+    return next((built for folder in folders if ".tmp-" not in folder.name and (built := _read(folder))), None)
+
+
+def _read(folder: Path) -> Built | None:
+    try:
+        facts = json.loads((folder / "build.json").read_text())
+        # The loader would touch pages that a truncated file does not have, and the process would end.
+        if hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest() != facts["sha256"]:
+            return None
+        return Built(str(folder / LIBRARY), float(facts["seconds"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def build(recipe: Recipe, *, force: bool, keep: bool = False) -> Built:
+    """Compile, unless another process does so first and `force` is off; with `keep` in the cache or not at all."""
+    if sys.platform != "linux":
+        raise UnsupportedError(f"fused_cpu: the kernel serves Linux, not {sys.platform}; use the standard path")
+    if not recipe.compiler:
+        raise no_compiler()
+    asked = time.time()
+    try:
+        kernels = _writable_folder(keep)
+        log = kernels / f"{recipe.folder}.log"
+        with _held(kernels / f"{recipe.folder}.lock"):
+            if not force and (built := _read(kernels / recipe.folder)):
+                return built
+            if log.exists() and log.stat().st_mtime > asked:
+                # The process that this one waited for has just failed at the same.
+                raise _compile_error(log)
+            for left in kernels.glob(f"{recipe.folder}.tmp-*"):
+                # Under the lock, so whoever made it was killed.
+                shutil.rmtree(left, ignore_errors=True)
+            return _build_in(kernels, recipe, log)
+    except (OSError, NotImplementedError) as error:
+        raise _not_compiled(str(error), "name a folder that can be written with DIFFATTN_CACHE") from error
+
+
+def _build_in(kernels: Path, recipe: Recipe, log: Path) -> Built:
+    """Compile under a temporary name and rename, so that no one ever sees half a library."""
+    folder = kernels / recipe.folder
+    prefix = f"{recipe.folder}.tmp-"
+    with tempfile.TemporaryDirectory(dir=kernels, prefix=prefix, ignore_cleanup_errors=True) as scratch:
+        say("compiling the fused CPU kernel, once (about 30 s) …")
+        began = time.monotonic()
+        library = _compile(recipe, Path(scratch) / "work", log)
+        seconds = round(time.monotonic() - began, 1)
+        facts = {
+            "sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
+            "seconds": seconds, "compiler": recipe.version, "flags": recipe.flags, "torch": torch.__version__,
+        }  # fmt: skip
+        new = Path(scratch) / "new"
+        new.mkdir()
+        os.rename(library, new / LIBRARY)
+        (new / "build.json").write_text(json.dumps(facts, indent=1))
+        if folder.exists():
+            os.rename(folder, Path(scratch) / "old")
+        os.rename(new, folder)
+    log.unlink(missing_ok=True)
+    say(f"compiled in {seconds:.0f} s → {folder / LIBRARY}")
+    return Built(str(folder / LIBRARY), seconds)
+
+
+def _writable_folder(keep: bool) -> Path:
+    """The folder to build in: the cache's, else one of this process alone."""
+    kernels = cache_folder() / "kernels"
+    try:
+        kernels.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=kernels):
+            return kernels
+    except OSError as error:
+        if keep:
+            raise
+        own = tempfile.mkdtemp(prefix="diffattn-")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        say(
+            f"cache folder {kernels} cannot be written ({error.strerror or error}), so this process compiles the "
+            "kernel for itself alone; name a folder that can: DIFFATTN_CACHE=/path/to/folder"
+        )
+        return Path(own)
+
+
+@contextmanager
+def _held(lock: Path) -> Iterator[None]:
+    """Waits for the process that builds the same; the system lets go of the lock of one that died."""
+    import filelock
+
+    held = filelock.FileLock(lock, timeout=COMPILE_SECONDS + 60)
+    try:
+        held.acquire()
+    except filelock.Timeout:
+        raise _not_compiled(f"another process still holds {lock}", "end that one") from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _compile(recipe: Recipe, work: Path, log: Path) -> Path:
+    """Run ninja in the new folder `work` on a copy of the sources; what it said goes to `log` where it failed."""
+    work.mkdir()
+    for name, content in recipe.sources.items():
+        (work / name).write_bytes(content)
+    (work / "build.ninja").write_text(_ninja_file(recipe))
+    # The wheel's program lies beside the interpreter, which is on PATH only where the environment was activated.
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if ninja is None:
+        raise _not_compiled("ninja not found", "pip install ninja")
+    jobs = os.environ.get("MAX_JOBS") or str(min(8, len(os.sched_getaffinity(0))))
+    # The log is read for "error:", which compilers translate.
+    environment = os.environ | {"LC_ALL": "C"}
+    with (work / "log").open("wb") as output:
+        run = subprocess.Popen(
+            [ninja, "-v", "-j", jobs], cwd=work, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+        try:
+            run.wait(COMPILE_SECONDS)
+        except BaseException as end:
+            # Whatever ended the waiting, Ctrl-C too: ninja passes this on to its compilers, which it could not do with
+            # a signal that ends it at once.
+            run.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                run.wait(5)
+            run.kill()
+            run.wait()
+            if not isinstance(end, subprocess.TimeoutExpired):
+                raise
+            minutes = f"{COMPILE_SECONDS / 60:.0f} minutes"
+            raise _not_compiled(f"{recipe.version} took over {minutes}", "name another compiler with CXX") from None
+    if os.environ.get("DIFFATTN_VERBOSE") == "1":
+        sys.stderr.write((work / "log").read_text(errors="replace"))
+    if run.returncode or not (work / LIBRARY).exists():
+        os.replace(work / "log", log)
+        raise _compile_error(log)
+    return work / LIBRARY
+
+
+def _ninja_file(recipe: Recipe) -> str:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    compiler = shlex.join(recipe.compiler)
+    includes = " ".join(f"-isystem {shlex.quote(path)}" for path in include_paths("cpu"))
+    folders = " ".join(f"-L{shlex.quote(path)}" for path in library_paths("cpu"))
+    # g++ is not told of OpenMP here: its symbols are then found in the libgomp that libtorch_cpu brings, where a second
+    # one would be a second pool of threads. clang's own names are in no library that torch brings.
+    openmp = "-fopenmp" if "clang" in str(recipe.version) else ""
+    compiling = f"{compiler} {recipe.flags} -I. {includes} -c"
+    linking = f"{compiler} -shared {openmp} {folders} -Wl,--no-as-needed -lc10 -ltorch_cpu"
+    objects = {name: f"{name}.o" for name in recipe.sources if name.endswith(".cpp")}
+    lines = [
+        f"rule compile\n  command = {compiling.replace('$', '$$')} $in -o $out",
+        f"rule link\n  command = {linking.replace('$', '$$')} $in -o $out",
+        *(f"build {built}: compile {name}" for name, built in objects.items()),
+        f"build {LIBRARY}: link {' '.join(objects.values())}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _compile_error(log: Path) -> UnsupportedError:
+    lines = log.read_text(errors="replace").splitlines()
+    first = next((line.strip() for line in lines if "error:" in line or "fatal:" in line), "no error was named")
+    # A folder of this process alone is gone when a person looks.
+    where = f", see {log}" if log.is_relative_to(cache_folder()) else ""
+    return _not_compiled(f"{first[:300]}{where}", "install a C++20 compiler")
+
+
+def no_compiler() -> UnsupportedError:
+    return _not_compiled(f"{os.environ.get('CXX') or 'g++'} not found", "install a C++20 compiler")
+
+
+def _not_compiled(reason: str, way_out: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"fused_cpu: the kernel could not be compiled ({reason}); {way_out}, then run: diffattn doctor --build"
+    )

@@ -1,0 +1,359 @@
+// Backward: the maps are recomputed from the saved log-sum-exps, tile by tile (keys × rows, a lane is a query).
+//
+//   for each tile    A1 = 2^(c k1 q1ᵀ − lse1),  A2 likewise,  dP = v d_oᵀ;  D1 += A1 ∘ dP,  D2 += A2 ∘ dP
+//   for each tile    P = A1 − λ A2,  dS1 = scale A1 ∘ (dP − D1),  dS2 = −scale λ A2 ∘ (dP − D2)
+//                    d_v += P d_o,  d_k1 += dS1 q1,  d_k2 += dS2 q2,  d_q1ᵀ += k1ᵀ dS1,  d_q2ᵀ += k2ᵀ dS2
+//
+// D1 and D2 are sums over all keys of a row and neither is a function of the saved output (only D1 − λ D2 is), so a
+// block of rows holds its tiles of A1, A2 and dP until both are known. The gradients of keys and values are summed in
+// float32: in place in float32, in memory of the worker in bfloat16. Where that memory would be large, only a span of
+// the keys is summed at a time; the blocks that see an earlier span return to it with D1 and D2 known.
+#include "backward.h"
+
+namespace diffattn {
+namespace {
+
+constexpr int64_t kSums = 2 << 20;
+
+// Float32 sums of the gradients of one group's keys and values, for keys from `start` on.
+struct Sums {
+  float *k1, *k2, *v;
+  int64_t k_row, v_row, start;
+
+  float* at(float* base, int64_t row, int64_t s) const {
+    return base + (s - start) * row;
+  }
+};
+
+template <typename scalar, int rows>
+class Worker {
+  static constexpr bool half = sizeof(scalar) == 2;
+
+ public:
+  Worker(const Backward<scalar>& f, Arena& arena, int64_t span)
+      : f_(f),
+        p_(f.p),
+        a1_(arena.take<scalar>(f.p.S * rows)),
+        a2_(arena.take<scalar>(f.p.S * rows)),
+        dp_(arena.take<scalar>(f.p.S * rows)),
+        scores_(arena.take<float>(std::max(3 * f.p.tile * rows, 5 * f.p.tile * rows * int64_t(sizeof(scalar)) / 4))),
+        tile_(reinterpret_cast<scalar*>(scores_)),
+        k_(arena.take<scalar>(f.p.tile * f.p.D)),
+        q1_columns_(arena.take<scalar>(f.p.D * rows)),
+        q2_columns_(arena.take<scalar>(f.p.D * rows)),
+        do_columns_(arena.take<scalar>(f.p.Dv * rows)),
+        // Columns are done with before the rows are needed, unless a block returns to a span.
+        q1_rows_(span < f.p.S ? arena.take<scalar>(f.p.D * rows) : q1_columns_),
+        q2_rows_(span < f.p.S ? arena.take<scalar>(f.p.D * rows) : q2_columns_),
+        do_rows_(span < f.p.S ? arena.take<scalar>(f.p.Dv * rows) : do_columns_),
+        dq1_(arena.take<float>(f.p.D * rows)),
+        dq2_(arena.take<float>(f.p.D * rows)),
+        lse1_(arena.take<float>(rows)),
+        lse2_(arena.take<float>(rows)),
+        rest1_(arena.take<float>(rows)),
+        rest2_(arena.take<float>(rows)),
+        lam_(arena.take<float>(rows)),
+        d1_(arena.take<float>(rows)),
+        d2_(arena.take<float>(rows)),
+        d_rows_(arena.take<float>(span < f.p.S ? 2 * rows * Lanes<rows>::blocks(f.p) : 0)) {}
+
+  // One block of rows against the keys of `sums`, which are those in [span.begin, span.end).
+  void block(int64_t b, int64_t g, int64_t index, Range span, const Sums& sums) {
+    const Lanes<rows> lanes(p_, g, index);
+    const Range keys = visible(p_, b, lanes.t_max);
+    if (keys.begin == keys.end) {
+      if (span.end == p_.S)
+        write(b, lanes, /*empty=*/true);
+      return;
+    }
+    const int64_t begin = keys.begin / p_.tile, end = (keys.end + p_.tile - 1) / p_.tile;
+    const bool first = keys.end > span.begin && keys.end <= span.end;
+    const bool again = keys.end > span.end && keys.begin < span.end;
+    if (!first && !again)
+      return;
+    pack(b, lanes);
+    if (first)
+      hold(b, g, lanes, keys, begin, end);
+    if (first && several_spans())
+      keep(index);
+    if (again)
+      recall(index);
+    auto row = [&](const View<const scalar>& x) {
+      return [&x, b, &lanes](int64_t lane) {
+        return lane < lanes.count ? x.at(b, lanes.t[lane], lanes.head[lane]) : nullptr;
+      };
+    };
+    pack_rows(row(f_.q1), rows, p_.D, q1_rows_);
+    pack_rows(row(f_.q2), rows, p_.D, q2_rows_);
+    pack_rows(row(f_.d_output), rows, p_.Dv, do_rows_);
+    const int64_t lowest = std::max(begin, span.begin / p_.tile);
+    const int64_t from = first ? begin : lowest;
+    const int64_t to = first ? end : std::min(end, (span.end + p_.tile - 1) / p_.tile);
+    // Backwards: the tiles held last are the ones still in the caches.
+    for (int64_t tile = to - 1; tile >= from; --tile) {
+      const int64_t start = tile * p_.tile, m = tile_rows(p_, tile, keys.end);
+      if (!first)
+        maps(b, g, lanes, start, m, /*sum=*/false, first ? start : 0);
+      gradients(first ? start : 0, m);
+      const scalar *p = tile_, *s1 = p + p_.tile * rows, *s2 = s1 + p_.tile * rows;
+      if (first) {
+        query_gradient(f_.k1, b, g, start, m, s2 + p_.tile * rows, dq1_, tile != to - 1);
+        query_gradient(f_.k2, b, g, start, m, s2 + 2 * p_.tile * rows, dq2_, tile != to - 1);
+      }
+      if (tile < lowest)
+        continue;
+      multiply(m, p_.Dv, rows, p, rows, do_rows_, p_.Dv, sums.at(sums.v, sums.v_row, start), sums.v_row, true);
+      multiply(m, p_.D, rows, s1, rows, q1_rows_, p_.D, sums.at(sums.k1, sums.k_row, start), sums.k_row, true);
+      multiply(m, p_.D, rows, s2, rows, q2_rows_, p_.D, sums.at(sums.k2, sums.k_row, start), sums.k_row, true);
+    }
+    if (first)
+      write(b, lanes, /*empty=*/false);
+  }
+
+ private:
+  void pack(int64_t b, const Lanes<rows>& lanes) {
+    pack_columns(f_.q1, b, lanes, p_.D, q1_columns_);
+    pack_columns(f_.q2, b, lanes, p_.D, q2_columns_);
+    pack_columns(f_.d_output, b, lanes, p_.Dv, do_columns_);
+    for (int64_t lane = 0; lane < rows; ++lane) {
+      const int64_t h = lanes.head[lane], t = lanes.t[lane];
+      std::tie(lse1_[lane], rest1_[lane]) = f_.kept(0, b, h, t);
+      std::tie(lse2_[lane], rest2_[lane]) = f_.kept(1, b, h, t);
+      lam_[lane] = *f_.lam.at(b, t, h);
+    }
+  }
+
+  // A1, A2 and dP of a tile, at row `at` of the held tiles; adds their products to D1 and D2 where `sum` says so.
+  void maps(int64_t b, int64_t g, const Lanes<rows>& lanes, int64_t start, int64_t m, bool sum, int64_t at) {
+    constexpr int columns = rows / kLanes;
+    float *s1 = scores_, *s2 = s1 + p_.tile * rows, *s3 = s2 + p_.tile * rows;
+    score_tile(p_, f_.k1, b, g, start, m, lanes, q1_columns_, s1);
+    score_tile(p_, f_.k2, b, g, start, m, lanes, q2_columns_, s2);
+    multiply(m, rows, p_.Dv, f_.v.at(b, start, g), f_.v.row, do_columns_, rows, s3, rows, false);
+    scalar *a1 = a1_ + at * rows, *a2 = a2_ + at * rows, *dp = dp_ + at * rows;
+    Floats lse1[columns], lse2[columns], d1[columns] = {}, d2[columns] = {};
+    for (int c = 0; c < columns; ++c) {
+      lse1[c] = load(lse1_ + c * kLanes);
+      lse2[c] = load(lse2_ + c * kLanes);
+    }
+    for (int64_t first = 0; first < m; first += kLanes) {
+      // Sums of sixteen, then of those: a long chain of additions would round more than all else here.
+      Floats part1[columns] = {}, part2[columns] = {};
+      for (int64_t i = first; i < std::min(first + kLanes, m); ++i)
+#pragma GCC unroll 4
+        for (int c = 0; c < columns; ++c) {
+          const int64_t j = i * rows + c * kLanes;
+          // What is held is what is summed, so that a row's dS sum to 0 after rounding too.
+          const Floats x = store_as(a1 + j, map_of(load(s1 + j), lse1[c], rest1_ + c * kLanes));
+          const Floats y = store_as(a2 + j, map_of(load(s2 + j), lse2[c], rest2_ + c * kLanes));
+          const Floats z = store_as(dp + j, load(s3 + j));
+          part1[c] += x * z;
+          part2[c] += y * z;
+        }
+      for (int c = 0; c < columns; ++c) {
+        d1[c] += part1[c];
+        d2[c] += part2[c];
+      }
+    }
+    for (int c = 0; sum && c < columns; ++c) {
+      store(d1_ + c * kLanes, load(d1_ + c * kLanes) + d1[c]);
+      store(d2_ + c * kLanes, load(d2_ + c * kLanes) + d2[c]);
+    }
+  }
+
+  Floats map_of(Floats score, Floats lse, const float* rest) const {
+    Floats x = score * p_.log2_scale - lse;
+    if constexpr (!half)
+      x -= load(rest);
+    return exp2<exp_degree<scalar>>(x);
+  }
+
+  void hold(int64_t b, int64_t g, const Lanes<rows>& lanes, Range keys, int64_t begin, int64_t end) {
+    std::fill(d1_, d1_ + rows, 0.0f);
+    std::fill(d2_, d2_ + rows, 0.0f);
+    for (int64_t tile = begin; tile < end; ++tile)
+      maps(b, g, lanes, tile * p_.tile, tile_rows(p_, tile, keys.end), /*sum=*/true, tile * p_.tile);
+  }
+
+  void keep(int64_t index) {
+    std::copy(d1_, d1_ + rows, d_rows_ + 2 * index * rows);
+    std::copy(d2_, d2_ + rows, d_rows_ + (2 * index + 1) * rows);
+  }
+
+  void recall(int64_t index) {
+    std::copy_n(d_rows_ + 2 * index * rows, rows, d1_);
+    std::copy_n(d_rows_ + (2 * index + 1) * rows, rows, d2_);
+  }
+
+  // P, dS1 and dS2 of a held tile (tile × rows), and behind them dS1 and dS2 as (rows × tile).
+  void gradients(int64_t at, int64_t m) {
+    const int64_t size = p_.tile * rows;
+    const scalar *a1 = a1_ + at * rows, *a2 = a2_ + at * rows, *dp = dp_ + at * rows;
+    for (int lane = 0; lane < rows; lane += kLanes) {
+      const Floats d1 = load(d1_ + lane), d2 = load(d2_ + lane), lam = load(lam_ + lane), minus = lam * -p_.scale;
+      for (int64_t first = 0; first < m; first += kLanes) {
+        Words s1[kLanes], s2[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          if (first + i >= m) {
+            s1[i] = s2[i] = Words{};
+            continue;
+          }
+          const int64_t j = (first + i) * rows + lane;
+          const Floats x = load(a1 + j), y = load(a2 + j), z = load(dp + j);
+          const Floats u = x * p_.scale * (z - d1), w = y * minus * (z - d2);
+          store(tile_ + j, x - lam * y);
+          store(tile_ + size + j, u);
+          store(tile_ + 2 * size + j, w);
+          s1[i] = (Words)u;
+          s2[i] = (Words)w;
+        }
+        transpose(s1);
+        transpose(s2);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          scalar* to = tile_ + 3 * size + (lane + i) * p_.tile + first;
+          store(to, (Floats)s1[i]);
+          store(to + size, (Floats)s2[i]);
+        }
+      }
+    }
+  }
+
+  // dq (rows × D) += dS (rows × m) · k
+  void query_gradient(
+      const View<const scalar>& keys, int64_t b, int64_t g, int64_t start, int64_t m, const scalar* s, float* dq,
+      bool add) {
+    pack_rows([&](int64_t i) { return keys.at(b, start + i, g); }, m, p_.D, k_);
+    const int64_t inner = (m + kPair<scalar> - 1) / kPair<scalar> * kPair<scalar>;
+    multiply(rows, p_.D, inner, s, p_.tile, k_, p_.D, dq, p_.D, add);
+  }
+
+  bool several_spans() const {
+    return q1_rows_ != q1_columns_;
+  }
+
+  void write(int64_t b, const Lanes<rows>& lanes, bool empty) {
+    for (int64_t lane = 0; lane < lanes.count; ++lane) {
+      const int64_t h = lanes.head[lane], t = lanes.t[lane];
+      scalar *dq1 = f_.d_q1.at(b, t, h), *dq2 = f_.d_q2.at(b, t, h);
+      for (int64_t i = 0; i < p_.D; ++i) {
+        dq1[i] = scalar(empty ? 0.0f : dq1_[lane * p_.D + i]);
+        dq2[i] = scalar(empty ? 0.0f : dq2_[lane * p_.D + i]);
+      }
+      *f_.d_lam.at(b, t, h) = empty ? 0.0f : -d2_[lane];
+    }
+  }
+
+  const Backward<scalar>& f_;
+  const Problem& p_;
+  scalar *a1_, *a2_, *dp_;
+  float* scores_;
+  scalar *tile_, *k_;  // the gradients of a tile take the place of its scores
+  scalar *q1_columns_, *q2_columns_, *do_columns_, *q1_rows_, *q2_rows_, *do_rows_;
+  float *dq1_, *dq2_, *lse1_, *lse2_, *rest1_, *rest2_, *lam_, *d1_, *d2_, *d_rows_;
+};
+
+template <typename scalar>
+void copy_rows(const float* from, int64_t row, int64_t count, int64_t width, scalar* to, int64_t to_row, bool add) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < width; ++j)
+      to[i * to_row + j] = scalar((add ? float(to[i * to_row + j]) : 0.0f) + from[i * row + j]);
+}
+
+template <typename scalar, int rows>
+void run(const Backward<scalar>& f) {
+  const Problem& p = f.p;
+  const int64_t blocks = Lanes<rows>::blocks(p), groups = p.B * p.G, threads = at::get_num_threads();
+  const int64_t parts = std::max<int64_t>(
+      1, std::min(blocks, groups % threads == 0 || groups >= 4 * threads ? 1 : (2 * threads + groups - 1) / groups));
+  // In place only where one worker sums all of a group, in the dtype of the sums.
+  const bool in_place = parts == 1 && sizeof(scalar) == sizeof(float);
+  const int64_t width = (p.one_key ? 1 : 2) * p.D + p.Dv;
+  // Keys whose sums take kSums bytes of a worker; all of them where they are summed in place or by several workers.
+  const int64_t fitting = kSums / (width * int64_t(sizeof(float))) / p.tile * p.tile;
+  const int64_t span = in_place || parts > 1 ? p.S : std::min(p.S, std::max(fitting, p.tile));
+  at::Tensor partial;
+  if (parts > 1)
+    partial = at::empty({groups * parts, p.S * width}, at::kFloat);
+
+  auto clear = [&](View<scalar> x, int64_t b, int64_t g, int64_t columns) {
+    for (int64_t s = 0; s < p.S; ++s)
+      std::fill_n(x.at(b, s, g), columns, scalar(0.0f));
+  };
+  auto layout = [&](Arena& arena) {
+    Worker<scalar, rows>(f, arena, span);
+    if (!in_place && parts == 1)
+      arena.take<float>(std::min(span, p.S) * width);
+  };
+  share(groups * parts, layout, [&](int64_t unit, Arena arena) {
+    Worker<scalar, rows> worker(f, arena, span);
+    const int64_t b = unit / parts / p.G, g = unit / parts % p.G;
+    float* memory = nullptr;
+    if (parts > 1)
+      memory = partial.data_ptr<float>() + unit * p.S * width;
+    else if (!in_place)
+      memory = arena.take<float>(std::min(span, p.S) * width);
+    for (int64_t begin = (p.S - 1) / span * span; begin >= 0; begin -= span) {
+      const int64_t end = std::min(p.S, begin + span), count = end - begin;
+      Sums sums{};
+      if constexpr (sizeof(scalar) == sizeof(float)) {
+        if (in_place) {
+          sums = {f.d_k1.at(b, begin, g), p.one_key ? f.d_k1.at(b, begin, g) : f.d_k2.at(b, begin, g),
+                  f.d_v.at(b, begin, g), f.d_k1.row, f.d_v.row, begin};
+          clear(f.d_k1, b, g, p.D);
+          if (!p.one_key)
+            clear(f.d_k2, b, g, p.D);
+          clear(f.d_v, b, g, p.Dv);
+        }
+      }
+      if (!in_place) {
+        sums = {memory, p.one_key ? memory : memory + count * p.D, memory + count * (width - p.Dv), p.D, p.Dv, begin};
+        std::fill_n(memory, count * width, 0.0f);
+      }
+      for (int64_t block = blocks - 1 - unit % parts; block >= 0; block -= parts)
+        worker.block(b, g, block, {begin, end}, sums);
+      if (parts == 1 && !in_place) {
+        copy_rows(sums.k1, p.D, count, p.D, f.d_k1.at(b, begin, g), f.d_k1.row, false);
+        if (!p.one_key)
+          copy_rows(sums.k2, p.D, count, p.D, f.d_k2.at(b, begin, g), f.d_k2.row, false);
+        copy_rows(sums.v, p.Dv, count, p.Dv, f.d_v.at(b, begin, g), f.d_v.row, false);
+      }
+    }
+  });
+  if (parts == 1)
+    return;
+  // The parts of a group, always in the same order.
+  const float* all = partial.const_data_ptr<float>();
+  at::parallel_for(0, groups * p.S, 64, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t b = i / p.S / p.G, g = i / p.S % p.G, s = i % p.S;
+      auto add = [&](int64_t offset, int64_t columns, scalar* out) {
+        for (int64_t j = 0; j < columns; ++j) {
+          float total = 0.0f;
+          for (int64_t part = 0; part < parts; ++part)
+            total += all[((b * p.G + g) * parts + part) * p.S * width + offset + s * columns + j];
+          out[j] = scalar(total);
+        }
+      };
+      add(0, p.D, f.d_k1.at(b, s, g));
+      if (!p.one_key)
+        add(p.S * p.D, p.D, f.d_k2.at(b, s, g));
+      add(p.S * (width - p.Dv), p.Dv, f.d_v.at(b, s, g));
+    }
+  });
+}
+
+}  // namespace
+
+// Blocks of 32 rows: what they hold fits into the second cache up to 2,000 keys, and 64 gain nothing.
+template <typename scalar>
+void run_backward(const Backward<scalar>& f) {
+  if (f.p.R * f.p.T > 16)
+    run<scalar, 32>(f);
+  else
+    run<scalar, 16>(f);
+}
+
+template void run_backward(const Backward<float>&);
+template void run_backward(const Backward<at::BFloat16>&);
+
+}  // namespace diffattn

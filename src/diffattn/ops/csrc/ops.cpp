@@ -1,0 +1,173 @@
+// The operators: checked tensors in, kernels chosen, tensors out.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "backward.h"
+#include "forward.h"
+
+namespace diffattn {
+namespace {
+
+using at::Tensor;
+
+// The inputs in a layout that the products read: unit stride along the width, rows apart by at least the width.
+Tensor readable(const Tensor& x) {
+  const bool width = x.size(3) == 1 || x.stride(3) == 1, rows = x.size(1) == 1 || x.stride(1) >= x.size(3);
+  return width && rows ? x : x.contiguous();
+}
+
+struct Inputs {
+  Tensor q1, k1, q2, k2, v, lam, first;
+  Problem p;
+
+  Inputs(
+      const Tensor& q1_, const Tensor& k1_, const Tensor& q2_, const std::optional<Tensor>& k2_, const Tensor& v_,
+      const Tensor& lam_, const std::optional<Tensor>& first_, bool causal, double scale)
+      : q1(readable(q1_)),
+        k1(readable(k1_)),
+        q2(readable(q2_)),
+        k2(k2_ ? readable(*k2_) : k1),
+        v(readable(v_)),
+        lam(lam_) {
+    const int64_t B = q1.size(0), T = q1.size(1), S = k1.size(1), H = q1.size(2), G = k1.size(2);
+    TORCH_CHECK(
+        q1.sizes() == q2.sizes() && k1.sizes() == k2.sizes() && k1.size(3) == q1.size(3) && H % G == 0 &&
+            v.size(0) == B && v.size(1) == S && v.size(2) == G && k1.size(0) == B,
+        "fused_cpu: shapes do not fit");
+    TORCH_CHECK(
+        lam.scalar_type() == at::kFloat && lam.dim() == 3 && lam.size(0) == B && lam.size(1) == T && lam.size(2) == H,
+        "fused_cpu: lam must be float32 (batch, queries, heads)");
+    for (const Tensor& x : {k1, q2, k2, v})
+      TORCH_CHECK(x.scalar_type() == q1.scalar_type(), "fused_cpu: dtypes differ");
+    TORCH_CHECK(
+        v.scalar_type() == at::kFloat || (q1.size(3) % 2 == 0 && v.size(3) % 2 == 0),
+        "fused_cpu: widths must be even in bfloat16");
+    if (first_) {
+      TORCH_CHECK(
+          first_->scalar_type() == at::kInt && first_->dim() == 2 && first_->size(0) == B && first_->size(1) == S,
+          "fused_cpu: first_query must be int32 (batch, keys)");
+      first = first_->contiguous();
+    }
+    TORCH_CHECK(first_ || !causal || T <= S, "fused_cpu: more queries than keys with causal=True");
+    p = {B, T, S, H, G, H / G, q1.size(3), v.size(3), S > 512 ? 128 : 64, !k2_, causal, float(scale), float(scale * kLog2E),
+         first_ ? first.const_data_ptr<int32_t>() : nullptr};
+  }
+};
+
+template <typename scalar>
+View<const scalar> reading(const Tensor& x) {
+  return {x.const_data_ptr<scalar>(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// Whether a forward call is one of few queries, split over the keys.
+bool decodes(const Problem& p) {
+  return p.T <= 8;
+}
+
+template <typename scalar>
+Forward<scalar> forward(const Inputs& x, const Tensor& output, const Tensor& lse) {
+  return {x.p, reading<scalar>(x.q1), reading<scalar>(x.k1), reading<scalar>(x.q2), reading<scalar>(x.k2),
+          reading<scalar>(x.v), reading<float>(x.lam), view<scalar>(output), lse.data_ptr<float>()};
+}
+
+std::tuple<Tensor, Tensor> fused_cpu(
+    const Tensor& q1, const Tensor& k1, const Tensor& q2, const std::optional<Tensor>& k2, const Tensor& v,
+    const Tensor& lam, const std::optional<Tensor>& first_query, bool causal, double scale) {
+  const Inputs x(q1, k1, q2, k2, v, lam, first_query, causal, scale);
+  const Problem& p = x.p;
+  Tensor output = at::empty({p.B, p.T, p.H, p.Dv}, v.options());
+  Tensor lse = at::empty({v.scalar_type() == at::kFloat ? 4 : 2, p.B, p.H, p.T}, lam.options());
+  if (output.numel() == 0)
+    return {output, lse};
+  auto run = [&]<typename scalar>(scalar) {
+    const auto f = forward<scalar>(x, output, lse);
+    if (decodes(p))
+      run_decoding(f);
+    else
+      run_forward(f);
+  };
+  if (v.scalar_type() == at::kFloat)
+    run(float());
+  else
+    run(at::BFloat16());
+  return {output, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_cpu_backward(
+    const Tensor& d_output_, const Tensor& q1, const Tensor& k1, const Tensor& q2, const std::optional<Tensor>& k2,
+    const Tensor& v, const Tensor& lam, const std::optional<Tensor>& first_query, const Tensor& lse_, bool causal,
+    double scale) {
+  const Inputs x(q1, k1, q2, k2, v, lam, first_query, causal, scale);
+  const Problem& p = x.p;
+  const Tensor d_output = readable(d_output_);
+  Tensor lse = lse_.contiguous();
+  TORCH_CHECK(
+      d_output.scalar_type() == v.scalar_type() && d_output.sizes() == at::IntArrayRef({p.B, p.T, p.H, p.Dv}),
+      "fused_cpu_backward: d_output does not fit");
+  TORCH_CHECK(
+      lse.scalar_type() == at::kFloat && lse.numel() == (v.scalar_type() == at::kFloat ? 4 : 2) * p.B * p.H * p.T,
+      "fused_cpu_backward: lse does not fit");
+  const auto q_shape = {p.B, p.T, p.H, p.D}, k_shape = {p.B, p.S, p.G, p.D};
+  Tensor d_q1 = at::empty(q_shape, v.options()), d_q2 = at::empty(q_shape, v.options());
+  Tensor d_k1 = at::empty(k_shape, v.options());
+  Tensor d_k2 = p.one_key ? at::empty({0}, v.options()) : at::empty(k_shape, v.options());
+  Tensor d_v = at::empty({p.B, p.S, p.G, p.Dv}, v.options());
+  Tensor d_lam = at::empty({p.B, p.T, p.H}, lam.options());
+  if (d_output.numel() == 0 || v.numel() == 0) {
+    for (Tensor* x : {&d_q1, &d_q2, &d_k1, &d_k2, &d_v, &d_lam})
+      x->zero_();
+    return {d_q1, d_k1, d_q2, d_k2, d_v, d_lam};
+  }
+  auto run = [&]<typename scalar>(scalar) {
+    if (decodes(p)) {
+      // Decoding sums scores in another order than the products here, and a map that is normalised by the sum of others
+      // does not quite sum to 1: its gradients would not cancel where they have to.
+      lse = at::empty_like(lse);
+      run_forward(forward<scalar>(x, at::empty({p.B, p.T, p.H, p.Dv}, v.options()), lse));
+    }
+    run_backward(Backward<scalar>{
+        p, reading<scalar>(d_output), reading<scalar>(x.q1), reading<scalar>(x.k1), reading<scalar>(x.q2),
+        reading<scalar>(x.k2), reading<scalar>(x.v), reading<float>(x.lam), lse.const_data_ptr<float>(),
+        view<scalar>(d_q1), view<scalar>(d_k1), view<scalar>(d_q2),
+        p.one_key ? View<scalar>{} : view<scalar>(d_k2), view<scalar>(d_v), view<float>(d_lam)});
+  };
+  if (v.scalar_type() == at::kFloat)
+    run(float());
+  else
+    run(at::BFloat16());
+  return {d_q1, d_k1, d_q2, d_k2, d_v, d_lam};
+}
+
+// Whether this processor has the matrix products that the kernels are made of, by trying one.
+bool probe(int64_t bfloat16) {
+  constexpr int64_t n = 16;
+  float c[n * n];
+  try {
+    if (bfloat16) {
+      std::vector<at::BFloat16> ones(n * n, at::BFloat16(1.0f));
+      at::native::cpublas::brgemm(n, n, n, n, n, n, false, ones.data(), ones.data(), c, /*is_vnni=*/true);
+    } else {
+      std::vector<float> ones(n * n, 1.0f);
+      at::native::cpublas::brgemm(n, n, n, n, n, n, false, ones.data(), ones.data(), c, /*is_vnni=*/false);
+    }
+    at::native::cpublas::brgemm_release(bfloat16);
+  } catch (const std::exception&) {
+    return false;
+  }
+  return std::all_of(c, c + n * n, [](float x) { return x == n; });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(diffattn, library) {
+  library.def("fused_cpu_probe(int bfloat16) -> bool", probe);
+}
+
+TORCH_LIBRARY_IMPL(diffattn, CPU, library) {
+  library.impl("fused_cpu", fused_cpu);
+  library.impl("fused_cpu_backward", fused_cpu_backward);
+}
+
+}  // namespace diffattn

@@ -1,0 +1,177 @@
+"""Differential attention on CPU in one compiled kernel that subtracts the maps before the product with the values.
+
+    output = P v,  P = A1 − λ ∘ A2,  A1 = softmax(scale · q1 k1ᵀ),  A2 = softmax(scale · q2 k2ᵀ)
+
+    forward   saves the two log-sum-exps of each row and neither map: float32 (2, B, H, T), for float32 inputs
+              (4, B, H, T), the second half of which is what rounding took from the first
+    backward  dP = d_out vᵀ,  D1 = rowsum(A1 ∘ dP),  D2 = rowsum(A2 ∘ dP),
+              dS1 = scale · A1 ∘ (dP − D1),  dS2 = −scale · λ ∘ A2 ∘ (dP − D2),
+              d_q1 = dS1 k1,  d_k1 = dS1ᵀ q1,  d_q2 = dS2 k2,  d_k2 = dS2ᵀ q2,  d_v = Pᵀ d_out,  d_lam = −D2
+
+Per query, key and output head that is 4D + 2Dv forward and 10D + 5Dv backward multiply-adds: what softmax attention
+costs whose values are as wide as both halves of D, where one standard call costs twice as much. `csrc/` holds the
+kernel, docs/kernel.md its blocking and its measured limits.
+
+Shape letters: B batch, T queries, S keys, H output heads, G key/value groups, D width of q and k, Dv width of v.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffattn.errors import UnsupportedError
+from diffattn.ops import build
+from diffattn.ops.reference import as_lam
+
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_WIDTH = 256
+
+# `first_query` (B, S) int32 is the mask in O(S): query t sees key s where first_query[b, s] <= t. Without it every
+# query sees every key, or with `causal` those up to S − T + t. `k2` is None where both maps share their keys.
+_INPUTS = "Tensor q1, Tensor k1, Tensor q2, Tensor? k2, Tensor v, Tensor lam, Tensor? first_query"
+torch.library.define("diffattn::fused_cpu", f"({_INPUTS}, bool causal, float scale) -> (Tensor, Tensor)")
+torch.library.define(
+    "diffattn::fused_cpu_backward",
+    f"(Tensor d_output, {_INPUTS}, Tensor lse, bool causal, float scale) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def unsupported(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor | float,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_padding: Tensor | None = None,
+) -> str | None:
+    """None where the kernel serves this call of `diff_attention`, else one sentence that says why it does not.
+
+    The first call that gets as far as asking for the kernel compiles it (see `diffattn.ops.build`).
+    """
+    if q1.device.type != "cpu":
+        return f"fused_cpu: {q1.device.type} inputs are not supported; it serves cpu"
+    if any(x.dtype != v.dtype for x in (q1, k1, q2, k2)):
+        return "fused_cpu: inputs of several dtypes are not supported; cast them to one"
+    if v.dtype not in DTYPES:
+        return f"fused_cpu: {str(v.dtype).removeprefix('torch.')} inputs are not supported; it serves float32, bfloat16"
+    if max(q1.shape[-1], v.shape[-1]) > MAX_WIDTH:
+        return f"fused_cpu: heads of {max(q1.shape[-1], v.shape[-1])} are not supported; it serves widths up to 256"
+    return build.unavailable(v.dtype)
+
+
+def fused_cpu_diff_attention(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor | float,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_padding: Tensor | None = None,
+    first_query: Tensor | None = None,
+) -> Tensor:
+    """Differential attention through the compiled kernel, for calls to which `unsupported` answers None.
+
+    Arguments and result are those of `diffattn.ops.dispatch.diff_attention`, which also checks them. Passing the same
+    tensor object as k1 and k2 reads the keys once. `first_query`, int32 (B, S), replaces `causal` and `key_padding`:
+    query t sees key s where ``first_query[b, s] <= t``.
+    """
+    B, T, H, D = q1.shape
+    scale = 1.0 / math.sqrt(D) if scale is None else scale
+    if first_query is None and key_padding is not None:
+        first_query = first_visible_query(T, k1.shape[1], causal, key_padding)
+    lam = as_lam(lam, v).expand(B, T, H)
+    second = None if k2 is k1 else k2
+    width = v.shape[-1]
+    if v.dtype == torch.bfloat16:
+        # Half-precision products take pairs along the inner dimension.
+        q1, k1, q2, v = (_even(x) for x in (q1, k1, q2, v))
+        second = None if second is None else _even(second)
+    output, _ = torch.ops.diffattn.fused_cpu(q1, k1, q2, second, v, lam, first_query, causal, scale)
+    return output[..., :width]
+
+
+def _even(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 1)) if x.shape[-1] % 2 else x
+
+
+def first_visible_query(queries: int, keys: int, causal: bool, key_padding: Tensor) -> Tensor:
+    """int32 (B, S): the first query that sees each key; `queries` for a padding key, which none sees.
+
+    >>> first_visible_query(2, 4, True, torch.tensor([[True, False, False, False]])).tolist()
+    [[2, 0, 0, 1]]
+    """
+    position = torch.arange(keys, dtype=torch.int32, device=key_padding.device)
+    first = (position - (keys - queries)).clamp(min=0) if causal else torch.zeros_like(position)
+    return torch.where(key_padding, first.new_full((), queries), first)
+
+
+@torch.library.register_fake("diffattn::fused_cpu")
+def _(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor | None,
+    v: Tensor,
+    lam: Tensor,
+    first_query: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q1.shape
+    return v.new_empty(B, T, H, v.shape[-1]), v.new_empty(
+        4 if v.dtype == torch.float32 else 2, B, H, T, dtype=torch.float32
+    )
+
+
+@torch.library.register_fake("diffattn::fused_cpu_backward")
+def _(
+    d_output: Tensor,
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor | None,
+    v: Tensor,
+    lam: Tensor,
+    first_query: Tensor | None,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k = q1.new_empty(q1.shape), k1.new_empty(k1.shape)
+    d_k2 = k1.new_empty(0) if k2 is None else torch.empty_like(k)
+    return q, k, torch.empty_like(q), d_k2, v.new_empty(v.shape), lam.new_empty(lam.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx: Any, d_output: Tensor, d_lse: Tensor | None) -> tuple[Any, ...]:
+    *tensors, lse = ctx.saved_tensors
+    grads = torch.ops.diffattn.fused_cpu_backward(d_output, *tensors, lse, ctx.causal, ctx.scale)
+    d_q1, d_k1, d_q2, d_k2, d_v, d_lam = grads
+    return d_q1, d_k1, d_q2, (None if tensors[3] is None else d_k2), d_v, d_lam, None, None, None
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise UnsupportedError(
+        "fused_cpu: second derivatives are not supported; take them through diff_attention(backend='standard')"
+    )
+
+
+torch.library.register_autograd("diffattn::fused_cpu", _backward, setup_context=_save)
+torch.library.register_autograd("diffattn::fused_cpu_backward", _no_second_derivative)

@@ -1,0 +1,80 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffattn.cli.main import main
+from diffattn.ops import build, compiling
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process without a kernel, an empty cache, and sources that compile in a moment."""
+    for name in ("CXX", "DIFFATTN_FUSED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DIFFATTN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "_outcome", None)
+    monkeypatch.setattr(build, "_load_and_probe", lambda path: {torch.float32: True, torch.bfloat16: False})
+    monkeypatch.setattr(compiling, "SOURCES", tmp_path)
+    (tmp_path / "one.cpp").write_text("int one() { return 1; }\n")
+
+
+def facts(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> dict:
+    assert main(["doctor", "--json", *arguments]) == status
+    return json.loads(capsys.readouterr().out)
+
+
+def test_before_and_after_the_build(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    before = facts(capsys)
+    assert before["fused_cpu"]["pending"]
+    assert "not compiled yet" in before["fused_cpu"]["reasons"]["float32"]
+    assert not (tmp_path / "cache").exists()
+    after = facts(capsys, "--build")
+    assert after["build_failure"] is None
+    assert after["fused_cpu"]["active"] == ["float32"]
+    assert list(after["fused_cpu"]["reasons"]) == ["bfloat16"]
+    assert after["diff_attention"]["float32"] == before["diff_attention"]["float32"] == "fused_cpu"
+    assert after["diff_attention"]["bfloat16"] == "standard"
+    assert after["model_attention"] == {"float32": "diff_fused", "bfloat16": "diff_fused, by the standard call"}
+    assert after["cache"]["bytes"] > Path(after["fused_cpu"]["path"]).stat().st_size > before["cache"]["bytes"] == 0
+    assert after["versions"]["torch"] == torch.__version__
+
+
+def test_for_a_person(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["doctor", "--build"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "fused kernel, float32: active\n" in printed.err
+    assert "fused kernel, bfloat16: this processor has no working bfloat16 matrix products" in printed.err
+    assert f"cache folder: {tmp_path}/cache, " in printed.err
+    assert f"{torch.get_num_threads()} threads" in printed.err
+
+
+def test_a_failed_build_is_status_1_and_tells_the_way_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/absent/g++")
+    result = facts(capsys, "--build", status=1)
+    assert "/absent/g++ not found" in result["build_failure"]
+    assert result["diff_attention"] == {"float32": "standard", "bfloat16": "standard"}
+    assert main(["doctor", "--build"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("diffattn: fused_cpu: the kernel could not be compiled (/absent/g++ not found); install")
+    assert main(["doctor"]) == 0
+
+
+def test_switched_off(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFATTN_FUSED", "0")
+    result = facts(capsys)
+    assert set(result["fused_cpu"]["reasons"].values()) == {"fused_cpu: switched off by DIFFATTN_FUSED=0"}
+    assert result["diff_attention"]["float32"] == "standard"
+
+
+def test_help_needs_no_torch() -> None:
+    program = "import sys; from diffattn.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "doctor" in run.stdout

@@ -1,0 +1,386 @@
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffattn.errors import UnsupportedError
+from diffattn.ops import build, compiling
+
+# No header of torch, which takes seconds: what the kernel holds is not the matter here, and `_load_and_probe` is ours.
+SOURCES = {
+    "one.cpp": '#include "one.h"\nextern "C" int sum(int n) {\n  int s = 0;\n'
+    "#pragma omp parallel for reduction(+ : s)\n  for (int i = 0; i < n; ++i) s += one();\n  return s;\n}\n",
+    "two.cpp": '#include "one.h"\nint one() { return 1; }\n',
+    "one.h": "int one();\n",
+}
+PROCESS = """
+import sys
+from pathlib import Path
+from diffattn.ops import build, compiling
+compiling.SOURCES = Path(sys.argv[1])
+print(build.compile_kernel().path)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has asked for no kernel yet, an empty cache, sources of our own."""
+    for name in ("CXX", "DIFFATTN_FUSED", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DIFFATTN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "_outcome", None)
+    monkeypatch.setattr(build, "_load_and_probe", load_and_probe)
+    monkeypatch.setattr(compiling, "SOURCES", tmp_path / "csrc")
+    (tmp_path / "csrc").mkdir()
+    for name, text in SOURCES.items():
+        (tmp_path / "csrc" / name).write_text(text)
+
+
+def load_and_probe(path: str) -> dict[torch.dtype, bool]:
+    torch.ops.load_library(path)
+    return {torch.float32: True, torch.bfloat16: False}
+
+
+def compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Path:
+    """A compiler that first notes each link in the file that is returned, and then does `body`."""
+    script, links = folder / "cxx", folder / "links"
+    script.write_text(f'#!/bin/sh\ncase " $* " in *" -shared "*) echo link >> {links};; esac\n{body}\n')
+    script.chmod(0o755)
+    links.touch()
+    monkeypatch.setenv("CXX", str(script))
+    return links
+
+
+def folders(tmp_path: Path) -> list[Path]:
+    return [path for path in (tmp_path / "cache/kernels").glob("*") if path.is_dir()]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Both dtypes are refused in one sentence that holds the words and is said on stderr once; gives the sentence."""
+    reason = build.unavailable(torch.float32)
+    assert reason is not None
+    assert build.unavailable(torch.bfloat16) == reason
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == f"diffattn: {reason}"
+    assert printed.err.count(reason) == 1
+    assert printed.out == ""
+    assert reason.startswith("fused_cpu: ")
+    assert "diffattn doctor --build" in reason
+    assert "\n" not in reason
+    for word in words:
+        assert word in reason
+    return reason
+
+
+def test_it_compiles_once_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    links = compiler(tmp_path, monkeypatch, 'exec g++ "$@"')
+    assert build.status().pending
+    assert build.unavailable(torch.float32) is None
+    assert "bfloat16" in str(build.unavailable(torch.bfloat16))
+    assert "float16 inputs are not supported" in str(build.unavailable(torch.float16))
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "diffattn: compiling the fused CPU kernel, once (about 30 s) …"
+    (library,) = (tmp_path / "cache/kernels").glob("*/fused_cpu.so")
+    assert second.startswith("diffattn: compiled in ")
+    assert second.endswith(f"s → {library}")
+    assert library.parent.name.count("-") == 1
+    # As the next process would: nothing is asked of the compiler but its version, and nothing is said.
+    monkeypatch.setattr(build, "_outcome", None)
+    assert build.unavailable(torch.float32) is None
+    assert links.read_text() == "link\n"
+    assert capfd.readouterr().err == ""
+    status = build.status()
+    assert (status.active, status.path, status.pending) == (("float32",), str(library), False)
+    assert json.loads(json.dumps(status.__dict__))["bf16_matrix_kernels"] is False
+
+
+def test_the_only_openmp_is_the_one_of_torch() -> None:
+    assert build.unavailable(torch.float32) is None
+    path = build.status().path
+    assert path is not None
+    assert ctypes.CDLL(path).sum(1000) == 1000
+    linked = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu.so" in linked
+    assert "gomp" not in linked
+
+
+def test_a_compiled_function_takes_the_answer_as_a_constant() -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def add(x: torch.Tensor) -> torch.Tensor:
+        return x + (1 if build.unavailable(x.dtype) is None else -1)
+
+    assert add(torch.zeros(1)).item() == 1
+    assert add(torch.zeros(1, dtype=torch.bfloat16)).item() == -1
+
+
+def test_several_threads_compile_and_load_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    links = compiler(tmp_path, monkeypatch, 'exec g++ "$@"')
+    loads, answers = [], []
+
+    def probe(path: str) -> dict[torch.dtype, bool]:
+        loads.append(path)
+        return {torch.float32: True, torch.bfloat16: True}
+
+    monkeypatch.setattr(build, "_load_and_probe", probe)
+    threads = [threading.Thread(target=lambda: answers.append(build.unavailable(torch.float32))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [None] * 8
+    assert len(loads) == 1
+    assert links.read_text() == "link\n"
+
+
+def test_two_processes_at_once_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    links = compiler(tmp_path, monkeypatch, 'sleep 1; exec g++ "$@"')
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(compiling.SOURCES)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    said = [run.communicate(timeout=60) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert said[0][0] == said[1][0]
+    assert links.read_text() == "link\n"
+    assert Path(said[0][0].decode().strip()).is_file()
+
+
+def test_a_killed_build_leaves_nothing_that_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    links = compiler(tmp_path, monkeypatch, 'case " $* " in *" -shared "*) sleep 3;; esac; exec g++ "$@"')
+    run = subprocess.Popen([sys.executable, "-c", PROCESS, str(compiling.SOURCES)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not links.read_text():
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    (left,) = folders(tmp_path)
+    assert ".tmp-" in left.name
+    assert compiling.find(compiling.Recipe.of_this_machine()) is None
+    # The lock of the dead process blocks no one, and what it left is cleared away.
+    began = time.monotonic()
+    built = build.compile_kernel()
+    assert time.monotonic() - began < 20
+    assert folders(tmp_path) == [Path(built.path).parent]
+    assert build.unavailable(torch.float32) is None
+
+
+def lives(pid: str) -> bool:
+    try:
+        # "Z": ended, and waiting for its parent to notice.
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_ctrl_c_ends_the_compiler_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = tmp_path / "pid"
+    compiler(tmp_path, monkeypatch, f'case " $* " in *" -c "*) echo $$ >> {pid}; exec sleep 60;; esac; exec g++ "$@"')
+    run = subprocess.Popen([sys.executable, "-c", PROCESS, str(compiling.SOURCES)], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=10)
+    deadline = time.monotonic() + 5
+    assert b"KeyboardInterrupt" in said
+    while any(lives(line) for line in pid.read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert folders(tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "no record"])
+def test_a_damaged_library_is_made_anew(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    links = compiler(tmp_path, monkeypatch, 'exec g++ "$@"')
+    library = Path(build.compile_kernel().path)
+    sound = library.read_bytes()
+    if damage == "no record":
+        (library.parent / "build.json").unlink()
+    else:
+        library.write_bytes(sound[:5000] if damage == "cut" else sound[:5000] + b"?" + sound[5001:])
+    assert build.status().pending
+    assert build.unavailable(torch.float32) is None
+    assert library.read_bytes() == sound
+    assert links.read_text() == "link\nlink\n"
+
+
+def test_a_library_that_the_loader_refuses_is_made_anew_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    links = compiler(tmp_path, monkeypatch, 'exec g++ "$@"')
+    built = build.compile_kernel()
+    answers = iter([OSError("wrong C library"), None])
+
+    def probe(path: str) -> dict[torch.dtype, bool]:
+        if error := next(answers):
+            raise error
+        return {torch.float32: True, torch.bfloat16: True}
+
+    monkeypatch.setattr(build, "_load_and_probe", probe)
+    assert build.unavailable(torch.float32) is None
+    assert links.read_text() == "link\nlink\n"
+    assert build.status().path == built.path
+
+
+@pytest.mark.parametrize("change", ["source", "header", "capability", "torch", "compiler"])
+def test_what_is_compiled_anew(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = compiling.Recipe.of_this_machine()
+    if change == "compiler":
+        compiler(tmp_path, monkeypatch, 'exec g++ "$@"')
+    elif change == "capability":
+        capability = "AVX2" if torch.backends.cpu.get_cpu_capability() != "AVX2" else "DEFAULT"
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    elif change == "torch":
+        monkeypatch.setattr(torch, "__version__", "2.99.0")
+    else:
+        path = compiling.SOURCES / ("two.cpp" if change == "source" else "one.h")
+        path.write_text(path.read_text() + "\n")
+    assert compiling.Recipe.of_this_machine().folder != before.folder
+
+
+def test_a_changed_source_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    links = compiler(tmp_path, monkeypatch, 'exec g++ "$@"')
+    first = build.compile_kernel()
+    assert build.compile_kernel() == first
+    assert links.read_text() == "link\n"
+    (compiling.SOURCES / "two.cpp").write_text('#include "one.h"\nint one() { return 2; }\n')
+    assert build.compile_kernel().path != first.path
+    assert links.read_text() == "link\nlink\n"
+    build.compile_kernel(force=True)
+    assert links.read_text() == "link\nlink\nlink\n"
+
+
+def test_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "absent"))
+    assert "absent not found" in build.status().reasons["float32"]
+    assert capsys.readouterr().err == ""
+    refused(capsys, "absent not found", "install a C++20 compiler")
+    with pytest.raises(UnsupportedError, match="absent not found"):
+        build.compile_kernel(force=True)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "g++ not found" in str(compiling.no_compiler())
+    assert compiling.Recipe.of_this_machine().compiler == []
+
+
+def test_without_a_compiler_what_another_machine_compiled_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build.compile_kernel()
+    monkeypatch.setenv("CXX", str(tmp_path / "absent"))
+    assert build.unavailable(torch.float32) is None
+    assert build.status().path == built.path
+
+
+def test_once_a_compiler_is_there_the_same_process_uses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "absent"))
+    refused(capsys, "not found")
+    monkeypatch.delenv("CXX")
+    assert build.unavailable(torch.float32) is not None
+    build.compile_kernel()
+    assert build.unavailable(torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("exit 1", ["no error was named"]),
+        ("echo 'one.cpp:3:1: error: no such instruction'; exit 1", ["(one.cpp:3:1: error: no such instruction, see"]),
+        ("exit 0", ["no error was named"]),
+        ('while [ "$1" != -o ]; do shift || exit 1; done; echo garbage > "$2"', ["could not be loaded", "CXX"]),
+    ],
+)
+def test_a_broken_compiler(
+    body: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler(tmp_path, monkeypatch, body)
+    reason = refused(capsys, *words)
+    assert folders(tmp_path) == []
+    if ", see " in reason:
+        log = Path(reason.split(", see ")[1].split(");")[0])
+        assert "-fno-trapping-math" in log.read_text()
+    # It is not tried again in this process.
+    monkeypatch.delenv("CXX")
+    assert build.unavailable(torch.float32) == reason
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_in_the_source_names_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    (compiling.SOURCES / "two.cpp").write_text("int one() { return x; }\n")
+    refused(capsys, "two.cpp:1:", "error: 'x' was not declared")
+
+
+def test_a_compiler_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiling, "COMPILE_SECONDS", 0.5)
+    compiler(tmp_path, monkeypatch, 'case " $* " in *" -c "*) exec sleep 60;; esac; exec g++ "$@"')
+    began = time.monotonic()
+    refused(capsys, "took over", "CXX")
+    assert time.monotonic() - began < 10
+    assert folders(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DIFFATTN_CACHE", str(tmp_path / "file/cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with pytest.raises(UnsupportedError, match="DIFFATTN_CACHE"):
+        build.compile_kernel()
+    assert capsys.readouterr().err == ""
+    assert build.unavailable(torch.float32) is None
+    warning = capsys.readouterr().err.splitlines()[0]
+    assert f"{tmp_path}/file/cache/kernels cannot be written (Not a directory)" in warning
+    assert "DIFFATTN_CACHE=" in warning
+    path = build.status().path
+    assert path is not None
+    assert Path(path).is_relative_to(tmp_path)
+
+
+def test_a_folder_of_its_own_is_deleted_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "tmp").mkdir()
+    program = PROCESS.replace(
+        "build.compile_kernel()", "compiling.build(compiling.Recipe.of_this_machine(), force=False)"
+    )
+    environment = os.environ | {"DIFFATTN_CACHE": f"{tmp_path}/file", "TMPDIR": f"{tmp_path}/tmp"}
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(compiling.SOURCES)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.startswith(f"{tmp_path}/tmp/diffattn-")
+    assert list((tmp_path / "tmp").glob("diffattn-*")) == []
+
+
+def test_switched_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setenv("DIFFATTN_FUSED", "0")
+    assert build.unavailable(torch.float32) == "fused_cpu: switched off by DIFFATTN_FUSED=0"
+    assert set(build.status().reasons.values()) == {"fused_cpu: switched off by DIFFATTN_FUSED=0"}
+    assert not build.status().pending
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "cache").exists()
