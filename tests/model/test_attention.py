@@ -125,8 +125,10 @@ def test_half_precision_subtracts_and_norms_in_float32_and_rounds_once(attention
         y = torch.nn.functional.rms_norm(y, (config.head_dim,), gain, config.subln_eps) * (1 - layer.lam.lambda_init)
     else:
         y = signal - layer.lambda_proj(x).float().sigmoid()[..., None] * noise
-    actual, expected = layer.combine(o, x), y.bfloat16()
-    assert actual.dtype == torch.bfloat16
+    *_, lam = layer.project(x)
+    combined = layer.combine(o, lam)
+    assert combined.dtype == torch.float32
+    actual, expected = combined.bfloat16(), y.bfloat16()
     # Another order of the same float32 steps may round the last bit of a few values the other way.
     assert (actual != expected).float().mean() < 0.01
 

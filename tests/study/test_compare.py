@@ -137,7 +137,7 @@ def test_maps_of_the_page_are_the_models_own(tmp_path: Path) -> None:
         map_pos = torch.tensor(maps["map_pos"])
         torch.testing.assert_close(map_pos.sum(-1), torch.ones(12))
         assert map_pos.triu(1).abs().max() == 0
-        assert model.config._attn_implementation == "sdpa"
+        assert model.config._attn_implementation == ("sdpa" if name == "softmax" else "diff_fused")
         if name != "softmax":
             # Rows of the subtracted map sum to 1 − λ.
             lam = torch.tensor(maps["lam"]).expand(12)

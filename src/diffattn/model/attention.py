@@ -1,7 +1,9 @@
 """The attention layer of each variant, in four visible steps: project, position, attend, combine.
 
 Every layer makes exactly one call to the attention interface of ``transformers``, whatever the variant, so that each
-engine that serves a grouped-query model serves this one.
+engine that serves a grouped-query model serves this one. Under ``attn_implementation="diff_fused"`` that call is given
+λ and returns output heads that are subtracted already (see ``fused.py``); under any other name it is the standard call
+of padded queries (V1) and the subtraction follows it. The cache is the same under both.
 
 Shape suffixes: B batch, T queries, N query heads of the call, G key/value heads of the call, W head_dim of the call,
 n, g, d the same of the softmax Transformer that is replaced, D hidden size, H output heads, V width of an output head.
@@ -20,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.fused import DIFF_FUSED
 from diffattn.ops.standard import pad_queries, subtract
 
 
@@ -87,24 +90,45 @@ class SoftmaxAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=False)
         self.o_proj = nn.Linear(outputs, config.hidden_size, bias=False)
 
-    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def fused(self) -> bool:
+        """Whether the one call also subtracts."""
+        return self.config._attn_implementation == DIFF_FUSED
+
+    def lam_of(self, x_BTD: Tensor) -> Tensor | None:
+        """λ in float32, broadcastable to (B, T, H); softmax has none."""
+        return None
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         heads = (*x_BTD.shape[:-1], -1, self.width)
-        return self.q_proj(x_BTD).view(heads), self.k_proj(x_BTD).view(heads), self.v_proj(x_BTD)
+        q, k, v = self.q_proj(x_BTD).view(heads), self.k_proj(x_BTD).view(heads), self.v_proj(x_BTD)
+        return q, k, v, self.lam_of(x_BTD)
 
     def position(self, q_BTnd: Tensor, k_BTgd: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return rotate(q_BTnd, *rope), rotate(k_BTgd, *rope)
 
     def attend(
-        self, q_BTNW: Tensor, k_BTg: Tensor, v_BTg: Tensor, mask: Tensor | None, cache: Cache | None, **kwargs: Any
+        self,
+        q_BTNW: Tensor,
+        k_BTg: Tensor,
+        v_BTg: Tensor,
+        lam_BTH: Tensor | None,
+        mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         heads = (*q_BTNW.shape[:2], -1, self.head_dim)
         q, k, v = q_BTNW.transpose(1, 2), k_BTg.view(heads).transpose(1, 2), v_BTg.view(heads).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
+        # The paged cache of an engine is among the kwargs, as `cache`: the attention function updates that one.
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if self.fused:
+            kwargs["lam"] = lam_BTH
         return interface(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
 
-    def combine(self, o_BTNW: Tensor, x_BTD: Tensor) -> Tensor:
+    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
+        """Output heads (B, T, H, V) of the call's; in float32 where they are still to be rounded."""
         return o_BTNW
 
     def forward(
@@ -116,14 +140,22 @@ class SoftmaxAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """``(B, T, D)`` to ``(B, T, D)``, with the call's attention weights where the implementation returns them."""
-        q, k, v = self.project(hidden_states)
+        q, k, v, lam = self.project(hidden_states)
         q, k = self.position(q, k, position_embeddings)
-        o_BTNW, weights = self.attend(q, k, v, attention_mask, past_key_values, **kwargs)
-        y_BTHV = self.combine(o_BTNW, hidden_states)
+        o_BTNW, weights = self.attend(q, k, v, lam, attention_mask, past_key_values, **kwargs)
+        y_BTHV = self.combine(o_BTNW, lam).to(v.dtype)
         return self.o_proj(y_BTHV.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
-class DiffV1Attention(SoftmaxAttention):
+class DifferentialAttention(SoftmaxAttention):
+    """What the variants share: the subtraction, where the one call has not done it."""
+
+    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
+        assert lam_BTH is not None
+        return o_BTNW if self.fused else subtract(o_BTNW, lam_BTH)
+
+
+class DiffV1Attention(DifferentialAttention):
     """Differential attention V1 (arXiv 2410.05258, section 2) as one grouped call of width 2d.
 
     ``(1 − λ_init) · RMSNorm((softmax(Q1 K1ᵀ/√d) − λ·softmax(Q2 K2ᵀ/√d)) V)`` for n/2 heads with V of width 2d. A key
@@ -135,19 +167,24 @@ class DiffV1Attention(SoftmaxAttention):
         self.lam = DifferentialLambda(self.width, config.layer_lambda_init(layer_idx))
         self.subln = nn.RMSNorm(self.head_dim, eps=config.subln_eps, elementwise_affine=config.subln_affine)
 
-    def position(self, q_BTnd: Tensor, k_BTgd: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return pad_queries(rotate(q_BTnd, *rope)), rotate(k_BTgd, *rope)
+    def lam_of(self, x_BTD: Tensor) -> Tensor:
+        return self.lam()
 
-    def combine(self, o_BTNW: Tensor, x_BTD: Tensor) -> Tensor:
-        y = subtract(o_BTNW, self.lam())
+    def position(self, q_BTnd: Tensor, k_BTgd: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        q, k = super().position(q_BTnd, k_BTgd, rope)
+        return q if self.fused else pad_queries(q), k
+
+    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
+        y = super().combine(o_BTNW, lam_BTH)
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
         # 1 − λ_init rides on the gain: one pass less over y, and one less over its gradient.
         gain = y.new_full((self.head_dim,), 1.0 - self.lam.lambda_init)
         if self.subln.weight is not None:
             gain = gain * self.subln.weight
-        return F.rms_norm(y, (self.head_dim,), gain, self.subln.eps).to(o_BTNW.dtype)
+        return F.rms_norm(y, (self.head_dim,), gain, self.subln.eps)
 
 
-class DiffV2Attention(SoftmaxAttention):
+class DiffV2Attention(DifferentialAttention):
     """Differential attention V2 (the authors' post, January 2026): 2n query heads, keys and values of the baseline.
 
     ``softmax(Q_2i Kᵀ/√d) V − sigmoid(λ_i(x)) · softmax(Q_2i+1 Kᵀ/√d) V`` with λ(x) = x W_λ per token and head,
@@ -161,8 +198,8 @@ class DiffV2Attention(SoftmaxAttention):
     def lam(self, x_BTD: Tensor) -> Tensor:
         return torch.sigmoid(self.lambda_proj(x_BTD).float())
 
-    def combine(self, o_BTNW: Tensor, x_BTD: Tensor) -> Tensor:
-        return subtract(o_BTNW, self.lam(x_BTD)).to(o_BTNW.dtype)
+    def lam_of(self, x_BTD: Tensor) -> Tensor:
+        return self.lam(x_BTD)
 
 
 ATTENTION: dict[str, type[SoftmaxAttention]] = {

@@ -15,6 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -25,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from diffattn.errors import ConfigError
 from diffattn.model.attention import ATTENTION, DifferentialLambda, Float32Module, SoftmaxAttention
 from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.fused import DIFF_FUSED
 
 
 class DiffRotaryEmbedding(Float32Module):
@@ -116,6 +118,18 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": DiffDecoderLayer, "attentions": SoftmaxAttention}  # noqa: RUF012
     _keep_in_fp32_modules_strict = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """The library's choice; for a differential model ``diff_fused`` where nothing was asked for."""
+        differential = self.config.attention != "softmax"
+        if requested_attention is None and differential:
+            requested_attention = DIFF_FUSED
+        if requested_attention == DIFF_FUSED and not differential:
+            raise ConfigError(
+                f"attn_implementation is {DIFF_FUSED!r} and attention 'softmax', which has nothing to subtract; "
+                "wanted 'sdpa', or leave it out"
+            )
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Linear and embedding: N(0, initializer_range); norm gains: 1; rotary frequencies: remade. All by the base.
@@ -155,6 +169,9 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        # Rows that were packed one after another are told from the positions that were given; ours are never packed,
+        # which a traced graph could not find out and would make a mask for.
+        given_positions = position_ids
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
@@ -163,7 +180,7 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
             inputs_embeds=x,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=given_positions,
         )
         rope = self.rotary_emb(x, position_ids=position_ids)
         for layer in self.layers:
@@ -231,3 +248,21 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
+        """As of any model of ``transformers``, whose engine knows the standard call alone: its cache is paged.
+
+        Until the engine is stopped the model runs under ``sdpa``, or the flash implementation that the engine prefers.
+        """
+        before = self.config._attn_implementation
+        if before != DIFF_FUSED:
+            return super().init_continuous_batching(*args, **kwargs)
+        self.set_attn_implementation("sdpa")
+        try:
+            manager = super().init_continuous_batching(*args, **kwargs)
+        except BaseException:
+            self.set_attn_implementation(before)
+            raise
+        # What the engine puts back when it stops.
+        manager._original_attn_impl = before
+        return manager

@@ -48,8 +48,9 @@ class Recipe:
     in hardware, else float32."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``: cuda where there is one."""
-    attn_implementation: str = "sdpa"
-    """The attention function of ``transformers`` that serves the layer's one call."""
+    attn_implementation: str = "auto"
+    """The attention function of ``transformers`` that serves the layer's one call; ``auto`` leaves the model's own:
+    ``diff_fused`` in a differential model, ``sdpa`` in a softmax one, unless it was built with another."""
     evaluations: int = 4
     """Times that the held-out loss is measured while training, at equal distances."""
     evaluation_blocks: int = 128

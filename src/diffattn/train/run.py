@@ -148,6 +148,8 @@ def read_result(folder: Path) -> TrainResult | None:
 
 def _use_attention(model: DiffTransformerForCausalLM, name: str) -> None:
     """Have the layer's one call served by a function of that name."""
+    if name == "auto":
+        return
     try:
         model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:

@@ -1,0 +1,182 @@
+"""``attn_implementation="diff_fused"``: the fused kernel where it supports the call, the standard call elsewhere.
+
+An attention function of ``transformers`` that is given λ beside queries, keys and values, and returns output heads
+that are already subtracted. It is total: a call that the kernel does not serve (another device or dtype, no compiled
+kernel, a mask of its own per query and key) is padded, computed by ``sdpa`` and subtracted, with the same result up to
+rounding; ``diffattn doctor`` tells which of the two serves here.
+
+Its mask is O(S). Where the pattern is causal, as it is for all but packed sequences, the first query that sees a key
+says all about that key. T = 3 queries behind 2 cached keys, of which the first is padding:
+
+    0 1 1 0 0
+    0 1 1 1 0
+    0 1 1 1 1    is    first_query = 3 0 0 1 2
+
+Shape suffixes: B batch, T queries, S keys, N query heads, G key/value heads, W width of a key head, V of a value head,
+d width of a query, H output heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_tracing
+
+from diffattn.ops import fused_cpu
+from diffattn.ops.reference import visible_keys
+from diffattn.ops.standard import pad_queries, subtract
+
+DIFF_FUSED = "diff_fused"
+
+
+def diff_fused_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    lam: Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """``(softmax(Q1 K1ᵀ · scaling) − λ · softmax(Q2 K2ᵀ · scaling)) V`` for pairs of query heads.
+
+    Args:
+        module: the layer; the standard call reads ``num_key_value_groups`` and ``is_causal`` from it.
+        query: (B, N, T, d), pairs adjacent: heads 2i ask for the signal map, heads 2i + 1 for the noise map.
+        key: (B, G, S, W). W = 2d holds [k1, k2] (V1), W = d serves both maps (V2).
+        value: (B, G, S, V).
+        attention_mask: None for causal, bottom-right aligned; int32 (B, 1, 1, S), the first query that sees each key;
+            or any mask of ``sdpa``, which the standard call takes.
+        dropout: of the maps; only the standard call has it.
+        scaling: of the scores.
+        lam: λ in float32, broadcastable to (B, T, H).
+        kwargs: options of ``sdpa_attention_forward``; those that change the result take the standard call.
+
+    Returns:
+        Output heads (B, T, H, V), H = N / 2, and None for the weights, which no one has held. Half-precision ones may
+        be float32: the standard call leaves the rounding to the norm behind it.
+    """
+    q_BTNd, k_BSGW, v_BSGV = (x.transpose(1, 2) for x in (query, key, value))
+    # Views, whose backward is one stack or one concatenation; that of strided slices fills a buffer of zeros each.
+    q1, q2 = q_BTNd.unflatten(2, (-1, 2)).unbind(3)
+    k1, k2 = k_BSGW.chunk(2, dim=-1) if _holds_both_keys(query, key) else (k_BSGW, k_BSGW)
+    if (
+        _needs_standard_call(attention_mask, dropout, kwargs) is None
+        and fused_cpu.unsupported(q1, k1, q2, k2, v_BSGV, lam) is None
+    ):
+        output = fused_cpu.fused_cpu_diff_attention(
+            q1, k1, q2, k2, v_BSGV, lam, causal=True, scale=scaling,
+            first_query=None if attention_mask is None else attention_mask[:, 0, 0],
+        )  # fmt: skip
+        return output, None
+
+    if _holds_both_keys(query, key):
+        query = pad_queries(q_BTNd).transpose(1, 2)
+    mask, dead = _standard_mask(attention_mask, query, key, kwargs.get("is_causal"))
+    o_BTNV, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    output = subtract(o_BTNV, lam)
+    return output if dead is None else output.masked_fill(dead, 0.0), None
+
+
+def _holds_both_keys(query: Tensor, key: Tensor) -> bool:
+    return key.shape[-1] != query.shape[-1]
+
+
+def _needs_standard_call(mask: Tensor | None, dropout: float, options: dict[str, Any]) -> str | None:
+    """None where mask and options of a call can be the kernel's, else one sentence that says why they cannot."""
+    if mask is not None and mask.dtype != torch.int32:
+        return "diff_fused: a mask of its own per query and key needs the standard call"
+    if dropout:
+        return "diff_fused: dropout needs the standard call"
+    given = [name for name in ("cache", "position_bias", "softcap") if options.get(name) is not None]
+    if options.get("is_causal") is False:
+        given.append("is_causal=False")
+    if options.get("output_attentions"):
+        # Which says that it has none, as it does under its own name.
+        given.append("output_attentions")
+    return f"diff_fused: {', '.join(given)} needs the standard call" if given else None
+
+
+def _standard_mask(
+    mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask that ``sdpa`` takes for ours, and the rows (B, T, 1, 1) that see no key, or None."""
+    T, S = query.shape[2], key.shape[2]
+    if mask is None:
+        # Without a mask sdpa is causal from the top left, which is ours only where T = S.
+        if is_causal is False or T in (1, S):
+            return None, None
+        return visible_keys(T, S, True, None, query.device), None
+    if mask.dtype != torch.int32:
+        return mask, None
+    visible = mask <= torch.arange(T, dtype=torch.int32, device=mask.device)[:, None]
+    # Kernels disagree about a row without keys: it is given every key, and its output is replaced by zeros.
+    dead = ~visible.any(dim=-1, keepdim=True)
+    return visible | dead, dead.transpose(1, 2)
+
+
+def diff_fused_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of ``diff_fused_attention``: None or int32 (B, 1, 1, S) for the causal pattern, ``sdpa``'s elsewhere.
+
+    Arguments are those of ``transformers.masking_utils.sdpa_mask``; ``attention_mask`` is bool (B, keys), False where
+    a key is padding. The result has four dimensions, so that ``create_causal_mask`` takes it as it is when
+    ``generate`` has made it beforehand.
+
+    >>> diff_fused_mask(1, 3, 5, q_offset=2) is None
+    True
+    >>> diff_fused_mask(1, 3, 5, q_offset=2, attention_mask=torch.tensor([[False, True, True, True, True]])).tolist()
+    [[[[3, 0, 0, 1, 2]]]]
+    """
+    if mask_function is not causal_mask_function:
+        # Never None, which is causal here and may be bidirectional there.
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "device": device}
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if (
+        allow_is_causal_skip
+        and _sees_every_key(padding)
+        and not isinstance(q_offset, Tensor)
+        and not isinstance(kv_offset, Tensor)
+        and q_offset + q_length == kv_offset + kv_length
+    ):
+        return None
+    position = torch.arange(kv_length, device=device) + kv_offset
+    # The keys that a static cache has not written yet lie behind the last query, so this hides them too.
+    first_query = (position - q_offset).clamp(min=0).to(torch.int32).expand(batch_size, kv_length)
+    if padding is not None:
+        first_query = torch.where(padding[:, position], first_query, q_length)
+    return first_query[:, None, None, :]
+
+
+def _sees_every_key(padding: Tensor | None) -> bool:
+    """Whether no key is padding; False while a graph is traced, which cannot depend on values."""
+    return padding is None or (not is_tracing(padding) and bool(padding.all()))
+
+
+ALL_ATTENTION_FUNCTIONS.register(DIFF_FUSED, diff_fused_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(DIFF_FUSED, diff_fused_mask)
