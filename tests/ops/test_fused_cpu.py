@@ -164,3 +164,17 @@ def test_gradients_only_where_asked_for() -> None:
         assert torch.equal(grads[i], everything[1 + i])  # type: ignore[arg-type]
     with torch.no_grad():
         assert not fused_cpu_diff_attention(*leaves).requires_grad
+
+
+@pytest.mark.parametrize("one_key", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_sums_of_more_keys_than_a_worker_holds(causal: bool, one_key: bool) -> None:
+    """In bfloat16 the gradients of wide keys and values are summed span by span: 640 and 1024 keys at a time here."""
+    padding = torch.zeros(1, 1100, dtype=torch.bool)
+    padding[:, :700] = True
+    for past, key_padding in ((0, None), (1050, None), (1050, padding)):
+        x = make_inputs(
+            1, 1100 - past, 1100, 2, 1, 256, 256, dtype=torch.bfloat16, one_key=one_key, causal=causal,
+            key_padding=key_padding,
+        )  # fmt: skip
+        check(x)

@@ -8,6 +8,8 @@ from study.small_comparison import write_shape, write_text
 
 from diffattn.errors import ConfigError, DataError
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.ops import build
+from diffattn.plan.cost import flops_per_token
 from diffattn.study import compare as module
 from diffattn.study.compare import Comparison, compare
 from diffattn.train.callbacks import read_metrics
@@ -55,7 +57,12 @@ def test_result_has_what_is_promised(tmp_path: Path) -> None:
     assert v1["parameters"] - softmax["parameters"] == 2 * (4 * 8 + 2 * 8)
     assert abs(v2["parameters"] / softmax["parameters"] - 1) < 0.005
     assert v1["cache_bytes_per_token"] == v2["cache_bytes_per_token"] == softmax["cache_bytes_per_token"]
-    assert v1["executed_flops_per_token"] > v1["model_flops_per_token"]
+    assert softmax["attention_backend"] == "standard"
+    for name, row in (("diff_v1", v1), ("diff_v2", v2)):
+        assert row["attention_backend"] == ("fused" if build.unavailable(torch.float32) is None else "standard")
+        shape = DiffTransformerForCausalLM.from_pretrained(out / f"{name}-seed0" / "model").config.shape()
+        flops = flops_per_token(shape, name, context=result["recipe"]["context"], backend=row["attention_backend"])
+        assert row["executed_flops_per_token"] == flops.executed
     assert set(result["pairs"]) == {"diff_v1", "diff_v2"}
     for pair in result["pairs"].values():
         assert pair["val_loss_difference"]["low"] <= pair["val_loss_difference"]["high"]

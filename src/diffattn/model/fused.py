@@ -33,7 +33,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
 
-from diffattn.ops import fused_cpu
+from diffattn.ops import build, fused_cpu
 from diffattn.ops.reference import visible_keys
 from diffattn.ops.standard import pad_queries, subtract
 
@@ -90,6 +90,15 @@ def diff_fused_attention(
     o_BTNV, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     output = subtract(o_BTNV, lam)
     return output if dead is None else output.masked_fill(dead, 0.0), None
+
+
+def serving_backend(attention: str, device: str, dtype: torch.dtype) -> str:
+    """What serves a causal call of a model by default, as ``diffattn.plan.cost.flops_per_token`` names it.
+
+    ``dtype`` is that of queries, keys and values, under autocast that of the products. Compiles the kernel if need be.
+    """
+    fused = attention != "softmax" and device == "cpu" and dtype in fused_cpu.DTYPES
+    return "fused" if fused and build.unavailable(dtype) is None else "standard"
 
 
 def _holds_both_keys(query: Tensor, key: Tensor) -> bool:

@@ -21,6 +21,7 @@ import torch
 
 from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.errors import ConfigError
+from diffattn.model.fused import serving_backend
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.pairing import MATCHES, build_pair, pair_config
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token
@@ -255,8 +256,10 @@ def _result(
     for attention, results in runs.items():
         shape = pair_config(study.shape, attention, match=study.options.match).shape()
         parameters = count_parameters(shape, attention)
-        flops = flops_per_token(shape, attention, context=study.context, phase="training", backend="standard")
-        load = measure_load(results[0].model_folder, study.options.recipe(1, 0).device)
+        used = study.options.recipe(1, 0)
+        backend = serving_backend(attention, used.device, getattr(torch, used.dtype))
+        flops = flops_per_token(shape, attention, context=study.context, phase="training", backend=backend)
+        load = measure_load(results[0].model_folder, used.device)
         speeds = sorted(result.train_tokens_per_second for result in results)
         variants[attention] = {
             "parameters": parameters.total,
@@ -264,6 +267,7 @@ def _result(
             "intermediate_size": shape.intermediate_size,
             "val_loss": [result.val_loss for result in results],
             "bits_per_byte": [result.bits_per_byte for result in results],
+            "attention_backend": backend,
             "train_tokens_per_second": speeds[len(speeds) // 2],
             "train_peak_bytes": plan["peak_bytes"][attention],
             "cache_bytes_per_token": cache_bytes_per_token(shape, attention, bytes_per_value=4),

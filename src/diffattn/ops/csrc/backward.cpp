@@ -2,7 +2,7 @@
 //
 //   for each tile    A1 = 2^(c k1 q1ᵀ − lse1),  A2 likewise,  dP = v d_oᵀ;  D1 += A1 ∘ dP,  D2 += A2 ∘ dP
 //   for each tile    P = A1 − λ A2,  dS1 = scale A1 ∘ (dP − D1),  dS2 = −scale λ A2 ∘ (dP − D2)
-//                    d_v += P d_o,  d_k1 += dS1 q1,  d_k2 += dS2 q2,  d_q1ᵀ += k1ᵀ dS1,  d_q2ᵀ += k2ᵀ dS2
+//                    d_v += P d_o,  d_k1 += dS1 q1,  d_k2 += dS2 q2,  d_q1 += dS1ᵀ k1,  d_q2 += dS2ᵀ k2
 //
 // D1 and D2 are sums over all keys of a row and neither is a function of the saved output (only D1 − λ D2 is), so a
 // block of rows holds its tiles of A1, A2 and dP until both are known. The gradients of keys and values are summed in
@@ -13,7 +13,7 @@
 namespace diffattn {
 namespace {
 
-constexpr int64_t kSums = 2 << 20;
+constexpr int64_t kSums = 2 << 20;  // bytes of a worker's sums, where it has its own
 
 // Float32 sums of the gradients of one group's keys and values, for keys from `start` on.
 struct Sums {
@@ -72,12 +72,12 @@ class Worker {
     if (!first && !again)
       return;
     pack(b, lanes);
-    if (first)
+    if (again)
+      recall(index);
+    else
       hold(b, g, lanes, keys, begin, end);
     if (first && several_spans())
       keep(index);
-    if (again)
-      recall(index);
     auto row = [&](const View<const scalar>& x) {
       return [&x, b, &lanes](int64_t lane) {
         return lane < lanes.count ? x.at(b, lanes.t[lane], lanes.head[lane]) : nullptr;
@@ -86,14 +86,14 @@ class Worker {
     pack_rows(row(f_.q1), rows, p_.D, q1_rows_);
     pack_rows(row(f_.q2), rows, p_.D, q2_rows_);
     pack_rows(row(f_.d_output), rows, p_.Dv, do_rows_);
-    const int64_t lowest = std::max(begin, span.begin / p_.tile);
-    const int64_t from = first ? begin : lowest;
+    // A block's first visit makes its d_q from all of its tiles and adds those of the span; the next ones add alone.
+    const int64_t lowest = std::max(begin, span.begin / p_.tile), from = first ? begin : lowest;
     const int64_t to = first ? end : std::min(end, (span.end + p_.tile - 1) / p_.tile);
     // Backwards: the tiles held last are the ones still in the caches.
     for (int64_t tile = to - 1; tile >= from; --tile) {
       const int64_t start = tile * p_.tile, m = tile_rows(p_, tile, keys.end);
-      if (!first)
-        maps(b, g, lanes, start, m, /*sum=*/false, first ? start : 0);
+      if (again)
+        maps(b, g, lanes, start, m, /*sum=*/false, /*at=*/0);
       gradients(first ? start : 0, m);
       const scalar *p = tile_, *s1 = p + p_.tile * rows, *s2 = s1 + p_.tile * rows;
       if (first) {
@@ -263,8 +263,9 @@ template <typename scalar, int rows>
 void run(const Backward<scalar>& f) {
   const Problem& p = f.p;
   const int64_t blocks = Lanes<rows>::blocks(p), groups = p.B * p.G, threads = at::get_num_threads();
-  const int64_t parts = std::max<int64_t>(
-      1, std::min(blocks, groups % threads == 0 || groups >= 4 * threads ? 1 : (2 * threads + groups - 1) / groups));
+  // A group is cut into parts only where threads would be idle: each part has sums of its own.
+  const bool even = groups % threads == 0 || groups >= 4 * threads;
+  const int64_t parts = std::min(blocks, even ? 1 : groups > threads ? 2 : (threads + groups - 1) / groups);
   // In place only where one worker sums all of a group, in the dtype of the sums.
   const bool in_place = parts == 1 && sizeof(scalar) == sizeof(float);
   const int64_t width = (p.one_key ? 1 : 2) * p.D + p.Dv;
@@ -344,9 +345,13 @@ void run(const Backward<scalar>& f) {
 
 }  // namespace
 
-// Blocks of 32 rows: what they hold fits into the second cache up to 2,000 keys, and 64 gain nothing.
+// Every block streams its group's keys, values and sums from the third cache, which is what bounds long rows: the wider
+// the blocks, the less of it. In bfloat16, where all is half as large, 64 rows would hold more than they save.
 template <typename scalar>
 void run_backward(const Backward<scalar>& f) {
+  if constexpr (sizeof(scalar) == sizeof(float))
+    if (f.p.T >= 64)
+      return run<scalar, 64>(f);
   if (f.p.R * f.p.T > 16)
     run<scalar, 32>(f);
   else

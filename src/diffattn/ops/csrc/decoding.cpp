@@ -3,11 +3,14 @@
 // maps (it costs no memory traffic), so each span needs no normaliser and the subtraction waits until the end.
 #include "forward.h"
 
+#include <vector>
+
 namespace diffattn {
 namespace {
 
-constexpr int64_t kSpan = 512;   // keys of a unit: independent of the threads, so that results are too
-constexpr int64_t kChunk = 32;   // keys whose scores are computed together
+constexpr int64_t kSpan = 512;        // keys of a unit: independent of the threads, so that results are too
+constexpr int64_t kChunk = 32;        // keys whose scores are computed together
+constexpr int64_t kJoined = 1 << 16;  // numbers that are worth another thread when the spans are joined
 
 // What a span of keys adds to a row of one map: maximum (times log2_scale), sum and Dv sums of values.
 struct Partial {
@@ -192,7 +195,8 @@ class Worker {
 
 // The spans of one output row: o1 / l1 − λ o2 / l2.
 template <typename scalar>
-void join(const Forward<scalar>& f, int64_t b, int64_t g, int64_t row, int64_t spans, const Partial& partial, float* o) {
+void join(
+    const Forward<scalar>& f, int64_t b, int64_t g, int64_t row, int64_t spans, const Partial& partial, float* o) {
   const Problem& p = f.p;
   const int64_t rows = p.R * p.T, h = g * p.R + row / p.T, t = row % p.T;
   const float factors[2] = {1.0f, -*f.lam.at(b, t, h)};
@@ -236,13 +240,13 @@ void run_decoding(const Forward<scalar>& f) {
             b, g, {std::max(start, keys.begin), std::min(start + kSpan, keys.end)},
             {data + unit * 2 * rows * width, width});
       });
-  share(
-      groups, [&](Arena& arena) { arena.take<float>(padded(p.Dv)); },
-      [&](int64_t unit, Arena arena) {
-        float* o = arena.take<float>(padded(p.Dv));
-        for (int64_t row = 0; row < rows; ++row)
-          join(f, unit / p.G, unit % p.G, row, spans, {data + unit * spans * 2 * rows * width, width}, o);
-      });
+  // Waking the threads once more takes longer than this does on one, but for long caches of large batches.
+  at::parallel_for(0, groups, std::max<int64_t>(1, kJoined / (spans * rows * width)), [&](int64_t begin, int64_t end) {
+    std::vector<float> o(padded(p.Dv));
+    for (int64_t unit = begin; unit < end; ++unit)
+      for (int64_t row = 0; row < rows; ++row)
+        join(f, unit / p.G, unit % p.G, row, spans, {data + unit * spans * 2 * rows * width, width}, o.data());
+  });
 }
 
 template void run_decoding(const Forward<float>&);

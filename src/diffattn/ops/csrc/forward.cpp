@@ -201,7 +201,8 @@ void run(const Forward<scalar>& f) {
   const int64_t blocks = Lanes<rows>::blocks(p), groups = p.B * p.G, threads = at::get_num_threads();
   // Every part of a group transposes the values again, so a group is cut only where threads would be idle. Parts take
   // every n-th block: under a causal mask later blocks see more keys.
-  const int64_t parts = std::min(blocks, groups % threads == 0 || groups >= 4 * threads ? 1 : (4 * threads + groups - 1) / groups);
+  const bool even = groups % threads == 0 || groups >= 4 * threads;
+  const int64_t parts = std::min(blocks, even ? 1 : (4 * threads + groups - 1) / groups);
   share(
       groups * parts, [&](Arena& arena) { Worker<scalar, rows>(f, arena); },
       [&](int64_t unit, Arena arena) {

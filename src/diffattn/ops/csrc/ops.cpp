@@ -51,8 +51,8 @@ struct Inputs {
       first = first_->contiguous();
     }
     TORCH_CHECK(first_ || !causal || T <= S, "fused_cpu: more queries than keys with causal=True");
-    p = {B, T, S, H, G, H / G, q1.size(3), v.size(3), S > 512 ? 128 : 64, !k2_, causal, float(scale), float(scale * kLog2E),
-         first_ ? first.const_data_ptr<int32_t>() : nullptr};
+    p = {B, T, S, H, G, H / G, q1.size(3), v.size(3), S > 512 ? 128 : 64, !k2_, causal,
+         float(scale), float(scale * kLog2E), first_ ? first.const_data_ptr<int32_t>() : nullptr};
   }
 };
 
