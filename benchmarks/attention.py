@@ -40,27 +40,9 @@ from benchmarks.attention_cases import (
     Problem,
     executed_flops,
 )
-from benchmarks.rows import Writer, pairwise, provenance, spread
+from benchmarks.rows import Writer, in_turns, pairwise, provenance, spread
 from diffattn.errors import UnsupportedError
 from diffattn.train.measure import peak_bytes
-
-
-def in_turns(calls: dict[str, Call], repeats: int | None) -> dict[str, list[float]]:
-    """Seconds of each call in every round; all calls of a round before the next round.
-
-    Without ``repeats`` 15 rounds and more, until the fastest call has half a second; 7 where a round takes long.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for rounds in range(1, 10_000):
-        for name, call in calls.items():
-            seconds[name].append(call())
-        totals = [sum(values) for values in seconds.values()]
-        if repeats is not None:
-            if rounds >= repeats:
-                break
-        elif rounds >= 7 and (sum(totals) >= 10 or (rounds >= 15 and min(totals) >= 0.5)):
-            break
-    return seconds
 
 
 def machine(dtype: str, repeats: int | None) -> dict[str, Any]:

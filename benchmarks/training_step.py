@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.rows import Writer, pairwise, provenance, spread
+from benchmarks.rows import Writer, in_turns, pairwise, provenance, spread
 from diffattn import DiffTransformerForCausalLM, ModelShape
 from diffattn.model.pairing import pair_config
 from diffattn.plan.cost import flops_per_token, match_parameters
@@ -147,13 +147,8 @@ def measure(problem: Problem, entries: tuple[Entry, ...], rounds: int, warm_up: 
     """Seconds of each entry's step in every round; all entries of a round before the next round."""
     shape = replace(ModelShape.preset(SHAPE), max_position_embeddings=2048)
     steps = {entry.name: Step(entry, shape, problem) for entry in entries}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(warm_up + rounds):
-        for name, step in steps.items():
-            taken = step()
-            if index >= warm_up:
-                seconds[name].append(taken)
-    return seconds
+    in_turns(steps, warm_up)
+    return in_turns(steps, rounds)
 
 
 def row(problem: Problem, entry: Entry, seconds: dict[str, list[float]]) -> dict[str, object]:

@@ -15,8 +15,17 @@ DTYPES = [torch.float32, torch.bfloat16]
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 
 
+def needs_kernel(dtype: torch.dtype) -> pytest.MarkDecorator:
+    """Skips a test, with the sentence that says why, where the kernel does not serve `dtype`."""
+    reason = build.unavailable(dtype)
+    return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+needs_the_kernel = needs_kernel(torch.float32)
+
+
 def require_kernel(dtype: torch.dtype = torch.float32) -> None:
-    """Skips the test, with the sentence that says why, where the kernel does not serve `dtype`."""
+    """The same from within a test or fixture."""
     reason = build.unavailable(dtype)
     if reason is not None:
         pytest.skip(reason)

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 from comparison import compare
-from model.kernel_calls import needs_the_kernel, recorded_calls, why_no_kernel
+from fused_cases import needs_kernel, needs_the_kernel
+from model.kernel_calls import recorded_calls
 from model.small_models import SHAPE, assert_same_logits, small_model, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -81,7 +82,7 @@ def test_logits_and_every_gradient_are_those_of_sdpa(attention, shape, side, ser
 
 
 @needs_the_kernel
-@pytest.mark.skipif(why_no_kernel(torch.bfloat16) is not None, reason=str(why_no_kernel(torch.bfloat16)))
+@needs_kernel(torch.bfloat16)
 @pytest.mark.parametrize("attention", DIFFERENTIAL)
 def test_bfloat16_is_at_most_as_far_from_float64_as_eager_code_allows(attention, served):
     model, ids = small_model(attention).bfloat16(), tokens(3, LENGTH)

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from model.kernel_calls import needs_the_kernel, recorded_calls
+from fused_cases import needs_the_kernel
+from model.kernel_calls import recorded_calls
 from model.small_models import SHAPE, assert_same_logits, small_model, tokens
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 

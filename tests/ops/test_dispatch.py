@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import forward_and_gradients, make_inputs
+from fused_cases import needs_the_kernel
 from torch import Tensor
 
 from diffattn.errors import ConfigError, UnsupportedError
@@ -16,8 +17,6 @@ from diffattn.ops.reference import diff_attention_reference
 from diffattn.ops.standard import standard_diff_attention
 
 X = make_inputs(B=2, T=5, S=7, H=6, G=3, D=4, Dv=11)
-NO_KERNEL = fused_cpu.unsupported(*X[:6])
-needs_the_kernel = pytest.mark.skipif(NO_KERNEL is not None, reason=str(NO_KERNEL))
 
 
 def call(**changes: Any) -> Tensor:
@@ -35,7 +34,7 @@ def unreachable(*args: Any, **options: Any) -> Tensor:
 
 def test_auto_is_the_first_backend_that_supports_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(BACKENDS) == ["fused_cpu", "standard", "reference"]
-    first = standard_diff_attention if NO_KERNEL else fused_cpu.fused_cpu_diff_attention
+    first = standard_diff_attention if fused_cpu.unsupported(*X[:6]) else fused_cpu.fused_cpu_diff_attention
     assert call().equal(first(*X[:6]))
     double = make_inputs(T=5, S=7, dtype=torch.float64)
     assert diff_attention(*double[:6]).equal(standard_diff_attention(*double[:6]))

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from diffattn.data.text import Corpus, Split, read_corpus, split_by_document
 from diffattn.data.tokenizer import FORMAT, byte_lengths, check_token_files, write_token_files
 from diffattn.errors import ConfigError, DataError
+from diffattn.machine import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -188,9 +189,7 @@ def prepare_data(
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
     """Give the folder that token files are kept in: `cache_dir`, else what the environment says."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    root = cache_dir or os.environ.get("DIFFATTN_CACHE") or Path(base) / "diffattn"
-    return Path(os.path.expanduser(root))
+    return Path(os.path.expanduser(cache_dir)) if cache_dir else cache_folder()
 
 
 def _open(folder: Path, manifest: dict[str, Any], corpus: Corpus, split: Split, context: int) -> PreparedData:

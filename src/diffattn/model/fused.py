@@ -35,7 +35,7 @@ from transformers.utils.import_utils import is_tracing
 
 from diffattn.ops import build, fused_cpu
 from diffattn.ops.reference import visible_keys
-from diffattn.ops.standard import pad_queries, subtract
+from diffattn.ops.standard import open_dead_rows, pad_queries, subtract
 
 DIFF_FUSED = "diff_fused"
 
@@ -132,10 +132,7 @@ def _standard_mask(
         return visible_keys(T, S, True, None, query.device), None
     if mask.dtype != torch.int32:
         return mask, None
-    visible = mask <= torch.arange(T, dtype=torch.int32, device=mask.device)[:, None]
-    # Kernels disagree about a row without keys: it is given every key, and its output is replaced by zeros.
-    dead = ~visible.any(dim=-1, keepdim=True)
-    return visible | dead, dead.transpose(1, 2)
+    return open_dead_rows(mask <= torch.arange(T, dtype=torch.int32, device=mask.device)[:, None])
 
 
 def diff_fused_mask(

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from diffattn.errors import UnsupportedError
+from diffattn.machine import cache_folder
 from diffattn.ops import compiling
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -107,7 +108,7 @@ def status() -> Status:
         threads=torch.get_num_threads(),
         bf16_matrix_kernels=outcome.works.get(torch.bfloat16) if outcome else None,
         compile_seconds=built.seconds if built else None,
-        cache=str(compiling.cache_folder()),
+        cache=str(cache_folder()),
     )
 
 

@@ -5,9 +5,9 @@
                                               ….lock       held by the process that builds, let go of by the system
                                               ….log        what the compiler said when it last failed
 
-The cache folder is ``$DIFFATTN_CACHE``, else ``$XDG_CACHE_HOME/diffattn``, else ``~/.cache/diffattn``; where it cannot
-be written, a temporary folder serves this process. ``CXX`` names the compiler (default: the first of g++, c++,
-clang++), ``MAX_JOBS`` limits the files compiled at once, and ``DIFFATTN_VERBOSE=1`` shows what the compiler says.
+Where the cache folder (see `diffattn.machine`) cannot be written, a temporary folder serves this process. ``CXX`` names
+the compiler (default: the first of g++, c++, clang++), ``MAX_JOBS`` limits the files compiled at once, and
+``DIFFATTN_VERBOSE=1`` shows what the compiler says.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from diffattn.errors import UnsupportedError
+from diffattn.machine import cache_folder
 
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARY = "fused_cpu.so"
@@ -87,11 +88,6 @@ def _digest(*facts: Any) -> str:
 
 def say(line: str) -> None:
     print(f"diffattn: {line}", file=sys.stderr, flush=True)
-
-
-def cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(os.environ.get("DIFFATTN_CACHE") or Path(base) / "diffattn"))
 
 
 def find(recipe: Recipe) -> Built | None:

@@ -133,8 +133,14 @@ def _mask(
         if not causal or queries in (1, keys):
             return None, None
         return visible_keys(queries, keys, causal, None, device), None
-    visible = visible_keys(queries, keys, causal, key_padding, device)
-    # SDPA kernels disagree about a row without keys (zeros, NaN or a mean). Such a row is given every key, which is
-    # finite in all of them, forward and backward, and its output is replaced by zeros.
+    return open_dead_rows(visible_keys(queries, keys, causal, key_padding, device))
+
+
+def open_dead_rows(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """A mask (B, 1, T, S) that SDPA can take for `visible`, and the rows (B, T, 1, 1) whose output is to be zeros.
+
+    SDPA kernels disagree about a row without keys (zeros, NaN or a mean). Such a row is given every key, which is
+    finite in all of them, forward and backward.
+    """
     dead = ~visible.any(dim=-1, keepdim=True)
     return visible | dead, dead.transpose(1, 2)

@@ -21,6 +21,7 @@ import torch
 
 from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.errors import ConfigError
+from diffattn.machine import processor_name
 from diffattn.model.fused import serving_backend
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.pairing import MATCHES, build_pair, pair_config
@@ -297,19 +298,9 @@ def versions() -> dict[str, Any]:
     return {
         **{name: version(name) for name in names},
         "python": platform.python_version(),
-        "machine": _machine(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _curves(study: _Study) -> list[dict[str, Any]]:

@@ -223,8 +223,7 @@ class Worker {
       const View<const scalar>& keys, int64_t b, int64_t g, int64_t start, int64_t m, const scalar* s, float* dq,
       bool add) {
     pack_rows([&](int64_t i) { return keys.at(b, start + i, g); }, m, p_.D, k_);
-    const int64_t inner = (m + kPair<scalar> - 1) / kPair<scalar> * kPair<scalar>;
-    multiply(rows, p_.D, inner, s, p_.tile, k_, p_.D, dq, p_.D, add);
+    multiply(rows, p_.D, whole_pairs<scalar>(m), s, p_.tile, k_, p_.D, dq, p_.D, add);
   }
 
   bool several_spans() const {
@@ -253,10 +252,10 @@ class Worker {
 };
 
 template <typename scalar>
-void copy_rows(const float* from, int64_t row, int64_t count, int64_t width, scalar* to, int64_t to_row, bool add) {
+void copy_rows(const float* from, int64_t count, int64_t width, scalar* to, int64_t to_row) {
   for (int64_t i = 0; i < count; ++i)
     for (int64_t j = 0; j < width; ++j)
-      to[i * to_row + j] = scalar((add ? float(to[i * to_row + j]) : 0.0f) + from[i * row + j]);
+      to[i * to_row + j] = scalar(from[i * width + j]);
 }
 
 template <typename scalar, int rows>
@@ -313,10 +312,10 @@ void run(const Backward<scalar>& f) {
       for (int64_t block = blocks - 1 - unit % parts; block >= 0; block -= parts)
         worker.block(b, g, block, {begin, end}, sums);
       if (parts == 1 && !in_place) {
-        copy_rows(sums.k1, p.D, count, p.D, f.d_k1.at(b, begin, g), f.d_k1.row, false);
+        copy_rows(sums.k1, count, p.D, f.d_k1.at(b, begin, g), f.d_k1.row);
         if (!p.one_key)
-          copy_rows(sums.k2, p.D, count, p.D, f.d_k2.at(b, begin, g), f.d_k2.row, false);
-        copy_rows(sums.v, p.Dv, count, p.Dv, f.d_v.at(b, begin, g), f.d_v.row, false);
+          copy_rows(sums.k2, count, p.D, f.d_k2.at(b, begin, g), f.d_k2.row);
+        copy_rows(sums.v, count, p.Dv, f.d_v.at(b, begin, g), f.d_v.row);
       }
     }
   });

@@ -121,8 +121,8 @@ class Worker {
       const int64_t m = tile_rows(p_, tile, keys.end);
       subtract(tile, m);
       multiply(
-          p_.Dv, rows, (m + kPair<scalar> - 1) / kPair<scalar> * kPair<scalar>, v_ + tile * p_.tile * p_.Dv, p_.tile,
-          difference_, rows, o_, rows, tile != end - 1);
+          p_.Dv, rows, whole_pairs<scalar>(m), v_ + tile * p_.tile * p_.Dv, p_.tile, difference_, rows, o_, rows,
+          tile != end - 1);
     }
     write(b, lanes);
   }

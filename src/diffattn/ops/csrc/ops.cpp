@@ -1,7 +1,6 @@
 // The operators: checked tensors in, kernels chosen, tensors out.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "backward.h"

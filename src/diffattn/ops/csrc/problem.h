@@ -126,6 +126,11 @@ inline void multiply(
 template <typename scalar>
 constexpr int64_t kPair = sizeof(scalar) == 2 ? 2 : 1;
 
+template <typename scalar>
+constexpr int64_t whole_pairs(int64_t rows) {
+  return (rows + kPair<scalar> - 1) / kPair<scalar> * kPair<scalar>;
+}
+
 // Rows of words (of two halves in bfloat16), transposed: to[word * columns + row]. A null row is zeros.
 template <typename Rows>
 void transpose_words(const Rows& row, int64_t rows, int64_t words, uint32_t* to, int64_t columns) {

@@ -1,0 +1,47 @@
+"""What serves attention on this machine, for the operation and for the models."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffattn.machine import processor_name
+from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.ops.build import status
+from diffattn.ops.dispatch import BACKENDS
+
+
+def examine() -> dict[str, Any]:
+    """What this machine runs and why, ready for JSON. Loads a kernel that was compiled before, but compiles none."""
+    kernel = status()
+    config = DiffTransformerConfig(vocab_size=8, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    with torch.device("meta"):
+        implementation = DiffTransformerForCausalLM(config).config._attn_implementation
+    serves = {name: name in kernel.active or kernel.pending for name in ("float32", "bfloat16")}
+    # The first of the table, asked without compiling what is not compiled yet.
+    backends = {fused: next(name for name in BACKENDS if fused or name != "fused_cpu") for fused in (False, True)}
+    packages = ("torch", "transformers", "diffattn")
+    return {
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "processor": processor_name(),
+        "fused_cpu": asdict(kernel),
+        "diff_attention": {dtype: backends[fused] for dtype, fused in serves.items()},
+        "model_attention": {dtype: _model_attention(implementation, fused) for dtype, fused in serves.items()},
+        "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cache": {"path": kernel.cache, "bytes": _bytes(Path(kernel.cache))},
+    }
+
+
+def _model_attention(implementation: str, fused: bool) -> str:
+    # diff_fused is total: a call that the kernel does not serve is the standard one.
+    return f"{implementation}, by the standard call" if implementation == "diff_fused" and not fused else implementation
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*"))
