@@ -13,10 +13,16 @@ import tyro
 
 from diffattn.cli.compare import compare
 from diffattn.cli.doctor import doctor
+from diffattn.cli.scale import scale_run
 from diffattn.cli.train import train
 from diffattn.errors import DiffattnError, TrainingError
 
-VERBS: dict[str, Callable[..., Callable[[], int]]] = {"compare": compare, "train": train, "doctor": doctor}
+VERBS: dict[str, Callable[..., Callable[[], int]]] = {
+    "compare": compare,
+    "train": train,
+    "scale run": scale_run,
+    "doctor": doctor,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Waiting threads that spin lose nearly all speed where other work shares the cores; read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if " ".join(arguments[:2]) in VERBS:
+        # The parser knows a verb of two words as one.
+        arguments[:2] = [" ".join(arguments[:2])]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

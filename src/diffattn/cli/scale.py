@@ -1,0 +1,74 @@
+"""``diffattn scale run`` and ``diffattn scale fit``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+
+def scale_run(
+    *,
+    sizes: tuple[str, ...] = ("200k", "550k", "1.2M", "1.9M", "4.2M"),
+    tokens: str = "8M",
+    variants: tuple[str, ...] = ("softmax", "diff_v1", "diff_v2"),
+    seeds: int = 3,
+    text: str = "sotu",
+    vocab_size: int = 1024,
+    context: int = 256,
+    match: Literal["parameters", "shape"] = "parameters",
+    batch_size: int = 8,
+    learning_rate: float | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    out: Path = Path("runs/ladder"),
+    json: bool = False,
+) -> Callable[[], int]:
+    """Train a ladder of pairs, one row of JSON a run; what has a row in --out is skipped, so call it again to go on.
+
+    Several processes may work on one --out: each takes runs that no other has.
+
+    Args:
+        sizes: Non-embedding parameters of the softmax models; depth and width follow a rule (docs/scaling.md).
+        tokens: Training tokens of every run.
+        variants: What to train at every size.
+        seeds: Pairs at every size.
+        text: A file, a folder, or a data set's id; sotu is 12 MB of public speeches that are installed with diffattn.
+        vocab_size: Tokens of the tokenizer that is trained on the text.
+        context: Tokens per block.
+        match: parameters: V2's feed-forward width is narrowed until the totals match. shape: it has more parameters.
+        batch_size: Blocks per step.
+        learning_rate: Peak of the schedule at every size. Default: 3e-3 (N / 1M)^(-1/4), N without the embedding.
+        device: Where to train.
+        dtype: Of the products; bfloat16 is autocast over float32 weights.
+        out: Folder of rows.jsonl and of the runs.
+        json: Print the rows on stdout, as one object.
+    """
+
+    def call() -> int:
+        from diffattn.cli.console import Console, print_json
+        from diffattn.report.format import seconds
+        from diffattn.study.ladder import Ladder, LadderProgress, run_ladder
+
+        ladder = Ladder(
+            sizes=sizes, tokens=tokens, variants=variants, seeds=seeds, text=text, vocab_size=vocab_size,
+            context=context, match=match, batch_size=batch_size, learning_rate=learning_rate, device=device,
+            dtype=dtype,
+        )  # fmt: skip
+        with Console("scale run", out, resume=True) as console:
+
+            def show(progress: LadderProgress) -> None:
+                name = f"{progress.attention} {progress.size:,} parameters, seed {progress.seed}"
+                if progress.step is None:
+                    left = "" if progress.seconds_left is None else f", about {seconds(progress.seconds_left)} left"
+                    console.note(f"{progress.done} of {progress.runs} runs done{left}: training {name}")
+                else:
+                    console.progress(name, progress.step)
+
+            rows = run_ladder(ladder, out=out, command=console.command, on_progress=show)
+        console.note(f"{len(rows)} rows: {out / 'rows.jsonl'}; fit them with: diffattn scale fit {out / 'rows.jsonl'}")
+        if json:
+            print_json({"rows": rows})
+        return 0
+
+    return call

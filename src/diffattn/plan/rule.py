@@ -1,0 +1,103 @@
+"""A shape from a number of parameters: one stated rule for depth, width and heads, for ladders and for "about 1.3B"."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from diffattn.errors import ConfigError
+from diffattn.plan.cost import count_parameters
+from diffattn.plan.shape import ModelShape
+
+PAPER_VOCABULARY = 100_288
+_SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+def parse_count(text: str | int | float) -> int:
+    """A count as people write it: 200k, 1.3B, 8M, 4096; k, M, B and T are powers of 1000.
+
+    Raises:
+        ConfigError: text that is no count, or a count below 1.
+
+    >>> parse_count("1.3B"), parse_count("200k"), parse_count(4096)
+    (1300000000, 200000, 4096)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*([kmbt]?)", str(text).strip().replace("_", ""), re.IGNORECASE)
+    value = round(float(match[1]) * _SCALES[match[2].upper()]) if match else 0
+    if value < 1:
+        raise ConfigError(f"{text!r} given; a count of at least 1 is wanted, such as 4096, 200k, 8M or 1.3B")
+    return value
+
+
+def shape_about(
+    parameters: float,
+    *,
+    non_embedding: bool = False,
+    vocab_size: int = PAPER_VOCABULARY,
+    context: int = 2048,
+) -> ModelShape:
+    """The shape nearest to a number of parameters, by one rule.
+
+    Width D is a multiple of 16 below 512, of 128 below 2048, else of 256. Depth ``L = round(√D / 2)``, at least 2,
+    which is the paper's 32 layers at its width of 4096 (and 36 where it has 40 at 5120). Heads aim at a width of 32
+    below D = 512, 64 below 2048, else 128: n is the even divisor of D nearest D / aim, with an even head width. FFN
+    width ``8D/3`` to the next multiple of 8. As many key/value heads as heads, embedding tied.
+
+    Args:
+        parameters: wanted, of the softmax Transformer; matched V1 and V2 have as many.
+        non_embedding: whether ``parameters`` counts everything but the embedding. Default: False, all.
+        vocab_size: rows of the embedding. Default: 100,288, the paper's.
+        context: longest sequence, in tokens. Default: 2048.
+
+    Raises:
+        ConfigError: fewer parameters than the smallest shape of the rule has by more than half, or more than the
+            widest by more than half.
+
+    Source: the rule is ours, read off arXiv 2410.05258v2, Table 10.
+
+    >>> shape = shape_about(200e3, non_embedding=True, vocab_size=1024)
+    >>> shape.hidden_size, shape.num_layers, shape.num_heads, shape.head_dim
+    (64, 4, 4, 16)
+    """
+
+    def size(shape: ModelShape) -> int:
+        counted = count_parameters(shape, "softmax")
+        return counted.non_embedding if non_embedding else counted.total
+
+    low, high = 0, len(_WIDTHS) - 1
+    smallest, largest = (size(_shape(_WIDTHS[end], vocab_size, context)) for end in (low, high))
+    if not smallest / 1.5 <= parameters <= 1.5 * largest:
+        raise ConfigError(
+            f"{parameters:g} {'non-embedding ' if non_embedding else ''}parameters given; from {smallest} to "
+            f"{largest:.2g} is wanted, what the rule reaches with a vocabulary of {vocab_size}; change one of the two, "
+            "or write the shape as a .toml file"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        if size(_shape(_WIDTHS[middle], vocab_size, context)) < parameters:
+            low = middle + 1
+        else:
+            high = middle
+    return min(
+        (_shape(_WIDTHS[index], vocab_size, context) for index in (max(0, low - 1), low)),
+        key=lambda shape: abs(math.log(size(shape) / parameters)),
+    )
+
+
+_WIDTHS = (*range(16, 512, 16), *range(512, 2048, 128), *range(2048, 65_537, 256))
+
+
+def _shape(width: int, vocab_size: int, context: int) -> ModelShape:
+    aim = 32 if width < 512 else 64 if width < 2048 else 128
+    fitting = [n for n in range(2, width // 2 + 1, 2) if width % n == 0 and (width // n) % 2 == 0]
+    heads = min(fitting, key=lambda n: (abs(math.log(n * aim / width)) if n >= 4 else 9.0, -n))
+    return ModelShape(
+        hidden_size=width,
+        num_layers=max(2, round(math.sqrt(width) / 2)),
+        num_heads=heads,
+        intermediate_size=math.ceil(8 * width / 3 / 8) * 8,
+        vocab_size=vocab_size,
+        max_position_embeddings=context,
+        name=f"rule-{width}",
+        source="diffattn's rule for a number of parameters: L = round(sqrt(D) / 2), FFN 8D/3",
+    )

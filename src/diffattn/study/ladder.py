@@ -1,0 +1,321 @@
+"""A ladder: pairs of growing size, trained on the same number of tokens; one row of JSON a run.
+
+The rows are what a scaling law is fitted to (``study/scaling.py``). A run whose row exists is skipped, a run that was
+cut goes on from its last checkpoint, and several processes may work on one ladder: each takes runs that no other has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffattn.data.packing import PreparedData, prepare_data
+from diffattn.errors import ConfigError, DataError
+from diffattn.model.pairing import MATCHES, build_pair, pair_config
+from diffattn.plan.cost import count_parameters, flops_per_token
+from diffattn.plan.rule import parse_count, shape_about
+from diffattn.plan.shape import VARIANTS, ModelShape
+from diffattn.study.compare import versions
+from diffattn.train.callbacks import Progress
+from diffattn.train.files import explained, writable_folder
+from diffattn.train.recipe import Recipe
+from diffattn.train.run import read_result, train
+
+ROWS = "rows.jsonl"
+_KEY = ("attention", "seed", "hidden_size", "num_layers", "num_heads", "vocab_size", "context", "tokens",
+        "learning_rate", "batch_size", "match", "dtype", "data_digest")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """What is trained; the fields are the options of ``diffattn scale run``."""
+
+    sizes: tuple[str, ...] = ("200k", "550k", "1.2M", "1.9M", "4.2M")
+    """Non-embedding parameters of the softmax models; the nearest shapes of ``diffattn.plan.rule.shape_about``."""
+    tokens: str = "8M"
+    """Training tokens of every run, rounded up to whole steps; the same for every size."""
+    variants: tuple[str, ...] = VARIANTS
+    """What is trained at every size."""
+    seeds: int = 3
+    """Pairs at every size."""
+    text: str = "sotu"
+    """A file, a folder, or the id of a data set."""
+    vocab_size: int = 1024
+    """Tokens of the tokenizer that is trained on the text."""
+    context: int = 256
+    """Tokens per block."""
+    batch_size: int = 8
+    """Blocks per step."""
+    match: str = "parameters"
+    """As in ``build_pair``."""
+    learning_rate: float | None = None
+    """Peak of the schedule, the same for every size; default: the rule of ``learning_rate_for``."""
+    device: str = "auto"
+    """``auto``, ``cpu`` or ``cuda``."""
+    dtype: str = "auto"
+    """``auto``, ``float32`` or ``bfloat16`` (autocast)."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("variants", VARIANTS), ("match", MATCHES)):
+            given = getattr(self, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if value not in known:
+                    raise ConfigError(f"{name} holds {value!r}; wanted of {', '.join(known)}: correct the name")
+        for name in ("sizes", "variants"):
+            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ConfigError(f"{name} is {' '.join(getattr(self, name)) or 'empty'}; wanted each at most once")
+        if self.seeds < 1:
+            raise ConfigError(f"seeds is {self.seeds}; wanted a number of pairs, at least 1")
+        parse_count(self.tokens)
+        widths = [shape.hidden_size for shape in self.shapes()]
+        if len(set(widths)) < len(widths):
+            raise ConfigError(
+                f"sizes is {' '.join(self.sizes)}; two of them have the same nearest shape, widths are "
+                f"{', '.join(map(str, widths))}: move them apart"
+            )
+        for shape in self.shapes():
+            self.recipe(shape, 0)
+            for attention in self.variants:
+                pair_config(shape, attention, match=self.match)
+
+    def shapes(self) -> list[ModelShape]:
+        """The softmax Transformers to be replaced, in the order of their size."""
+        counts = sorted(parse_count(size) for size in self.sizes)
+        return [
+            shape_about(count, non_embedding=True, vocab_size=self.vocab_size, context=self.context) for count in counts
+        ]
+
+    def recipe(self, shape: ModelShape, seed: int) -> Recipe:
+        """The recipe of one run."""
+        return Recipe(
+            steps=math.ceil(parse_count(self.tokens) / (self.batch_size * self.context)),
+            seed=seed,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate or learning_rate_for(count_parameters(shape, "softmax").non_embedding),
+            device=self.device,
+            dtype=self.dtype,
+            evaluations=4,
+            evaluation_blocks=256,
+            checkpoints=10,
+        ).resolved()
+
+
+def learning_rate_for(non_embedding_parameters: int) -> float:
+    """The rule for the peak: ``3e-3 · (N / 10⁶)^(−1/4)``, N without the embedding, to two digits; 6e-3 at most.
+
+    >>> learning_rate_for(1_000_000), learning_rate_for(16_000_000)
+    (0.003, 0.0015)
+    """
+    return float(f"{min(6e-3, 3e-3 * (non_embedding_parameters / 1e6) ** -0.25):.2g}")
+
+
+@dataclass(frozen=True)
+class LadderProgress:
+    """``done`` of ``runs`` are in the rows; ``seconds_left`` is for all that is left, None before anything is timed."""
+
+    attention: str
+    size: int
+    seed: int
+    done: int
+    runs: int
+    seconds_left: float | None
+    step: Progress | None = None
+
+
+def run_ladder(
+    ladder: Ladder | None = None,
+    *,
+    out: str | Path,
+    command: str = "diffattn.run_ladder(...)",
+    on_progress: Callable[[LadderProgress], None] = lambda progress: None,
+) -> list[dict[str, Any]]:
+    """Train every variant, size and seed that has no row yet, smallest first, and append a row for each.
+
+    Call it again, or in several processes at once, with the same ``out``: what is done is skipped. The run folders in
+    ``out`` may be deleted once their rows exist; a copy of ``rows.jsonl`` in a new folder is enough to go on.
+
+    Args:
+        ladder: what is trained.
+        out: folder of ``rows.jsonl`` and of the run folders.
+        command: what made the rows, to be named in each.
+        on_progress: called at the start of each run and after each step.
+
+    Returns:
+        The rows of this ladder, in order of size, seed and variant. ``parameters`` and ``non_embedding_parameters``
+        are those of the model itself; ``tokens`` those that it was trained on; ``val_loss`` in nats per token.
+
+    Raises:
+        ConfigError, DataError: options, text or rows that cannot be used.
+        TrainingError: a run diverged or the disk is full; other rows are kept.
+        KeyboardInterrupt: Ctrl-C; the run goes on from its last step the next time.
+    """
+    ladder = ladder or Ladder()
+    folder = writable_folder(Path(out))
+    data = prepare_data(ladder.text, vocab_size=ladder.vocab_size, context=ladder.context)
+    runs = [
+        _Run(ladder, shape, attention, seed, data)
+        for shape in ladder.shapes()
+        for seed in range(ladder.seeds)
+        for attention in ladder.variants
+    ]
+    for index, run in enumerate(runs):
+        with _claimed(folder / f"{run.name}.lock") as mine:
+            if not mine or run.key in _keys(read_rows(folder / ROWS)):
+                continue
+            report = functools.partial(_report, on_progress, runs, index, folder)
+            report(None)
+            row = run.row(folder / run.name, command, report)
+            _append(folder / ROWS, row)
+            (folder / f"{run.name}.lock").unlink(missing_ok=True)
+    wanted = [run.key for run in runs]
+    rows = {_key(row): row for row in read_rows(folder / ROWS)}
+    return [rows[key] for key in wanted if key in rows]
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a ladder; a missing file has none.
+
+    Raises:
+        DataError: a line that is no JSON object with the fields of a row.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            _key(row)
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"{path} line {number} given; a row of a ladder is wanted, in JSON with all of its fields "
+                f"({error}): remove the line, and its run is trained again"
+            ) from None
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Run:
+    ladder: Ladder
+    shape: ModelShape
+    attention: str
+    seed: int
+    data: PreparedData
+
+    @functools.cached_property
+    def recipe(self) -> Recipe:
+        return self.ladder.recipe(self.shape, self.seed)
+
+    @property
+    def name(self) -> str:
+        digest = "-".join(str(part) for part in (self.recipe.steps, f"{self.recipe.learning_rate:g}"))
+        return f"{self.attention}-{self.shape.hidden_size}x{self.shape.num_layers}-seed{self.seed}-{digest}"
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """What tells this run from others, known before it is trained."""
+        config = pair_config(self.shape, self.attention, match=self.ladder.match)
+        built = config.shape()
+        counted = count_parameters(built, self.attention)
+        flops = flops_per_token(built, self.attention, context=self.ladder.context, phase="training")
+        return {
+            "attention": self.attention,
+            "seed": self.seed,
+            "parameters": counted.total,
+            "non_embedding_parameters": counted.non_embedding,
+            "tokens": self.recipe.steps * self.recipe.tokens_per_step(self.ladder.context),
+            "hidden_size": built.hidden_size,
+            "num_layers": built.num_layers,
+            "num_heads": built.num_heads,
+            "intermediate_size": built.intermediate_size,
+            "vocab_size": built.vocab_size,
+            "context": self.ladder.context,
+            "batch_size": self.ladder.batch_size,
+            "match": self.ladder.match,
+            "learning_rate": self.recipe.learning_rate,
+            "dtype": self.recipe.dtype,
+            "model_flops_per_token": flops.model,
+            "data_digest": self.data.facts["digest"],
+        }
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return _key(self.facts)
+
+    @property
+    def flops(self) -> float:
+        return float(self.facts["model_flops_per_token"] * self.facts["tokens"])
+
+    def row(self, folder: Path, command: str, on_step: Callable[[Progress], None]) -> dict[str, Any]:
+        """Train, or go on training, and measure."""
+        result = read_result(folder)
+        if result is None:
+            model = build_pair(self.shape, self.attention, seed=self.seed, match=self.ladder.match).model
+            result = train(model, self.data, self.recipe, folder, resume=True, on_progress=on_step)
+        return self.facts | {
+            "val_loss": result.val_loss,
+            "bits_per_byte": result.bits_per_byte,
+            "train_tokens_per_second": result.train_tokens_per_second,
+            "versions": versions(),
+            "command": command,
+        }
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in _KEY)
+
+
+def _keys(rows: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
+    return {_key(row) for row in rows}
+
+
+def _report(
+    on_progress: Callable[[LadderProgress], None],
+    runs: list[_Run],
+    index: int,
+    folder: Path,
+    step: Progress | None,
+) -> None:
+    run = runs[index]
+    rows = {_key(row): row for row in read_rows(folder / ROWS)}
+    left = [other for other in runs if other.key not in rows]
+    # A run's pace in FLOPs tells that of the others, roughly: small models keep the machine less busy.
+    paces = [row["train_tokens_per_second"] * row["model_flops_per_token"] for row in rows.values()]
+    if step is not None:
+        paces.append(step.tokens_per_second * run.facts["model_flops_per_token"])
+    seconds = None
+    if paces:
+        pace = paces[-1]
+        seconds = sum(other.flops for other in left if other is not run) / pace
+        seconds += step.seconds_left if step is not None else run.flops / pace
+    size, done = run.facts["non_embedding_parameters"], len(runs) - len(left)
+    on_progress(LadderProgress(run.attention, size, run.seed, done, len(runs), seconds, step))
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Whether this process has the run; the system lets go of it when the process ends, however it ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with explained(path), path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
