@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup compare test asan check benchmarks test-lowest
+.PHONY: help setup compare test asan check benchmarks ladder test-lowest
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +39,15 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.training_step --out benchmarks/results/training_step.jsonl
 	$(BIN)/python -m benchmarks.attention --out benchmarks/results/attention.jsonl
 	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup.jsonl
+
+# The rows of docs/scaling.md: hours, in two processes of one thread. TEXT is the English part of ELTeC as one file.
+# Runs that have a row in benchmarks/results are skipped; call it again to go on.
+ladder: $(READY)
+	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make ladder TEXT=eltec_eng.txt.xz" >&2; exit 2; }
+	mkdir -p runs/ladder
+	test -f runs/ladder/rows.jsonl || cp benchmarks/results/ladder.jsonl runs/ladder/rows.jsonl
+	for process in 1 2; do OMP_NUM_THREADS=1 $(BIN)/diffattn scale run --text $(TEXT) --out runs/ladder & done; wait
+	cp runs/ladder/rows.jsonl benchmarks/results/ladder.jsonl
 
 # Apart from .venv: the lowest releases that pyproject.toml allows.
 test-lowest:

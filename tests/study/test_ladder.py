@@ -43,7 +43,7 @@ def test_rows_pair_variants_at_every_size_and_are_not_trained_twice(text: Path) 
         assert row["tokens"] == 128
         assert row["parameters"] == row["non_embedding_parameters"] + 300 * row["hidden_size"]
         assert 0 < row["val_loss"] < 10
-        assert row["learning_rate"] == 6e-3
+        assert row["learning_rate"] == 1e-2
     for soft, v1, v2 in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
         assert 0 < v1["parameters"] - soft["parameters"] < 0.02 * soft["parameters"]
         assert v2["parameters"] == pytest.approx(soft["parameters"], rel=0.005)
@@ -103,9 +103,9 @@ def test_json_prints_the_rows_as_one_object(text: Path, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out)["rows"] == read_rows(text / "out/rows.jsonl")
 
 
-def test_the_learning_rate_falls_with_the_fourth_root_of_the_size(text: Path) -> None:
-    assert learning_rate_for(10**6) / learning_rate_for(16 * 10**6) == 2
-    assert learning_rate_for(100) == 6e-3
+def test_the_learning_rate_falls_with_the_cube_root_of_the_size(text: Path) -> None:
+    assert learning_rate_for(10**6) / learning_rate_for(8 * 10**6) == 2
+    assert learning_rate_for(100) == 1e-2
     rates = [small(text, learning_rate=1e-3).recipe(shape, 0).learning_rate for shape in small(text).shapes()]
     assert rates == [1e-3, 1e-3]
 

@@ -38,7 +38,7 @@ def scale_run(
         context: Tokens per block.
         match: parameters: V2's feed-forward width is narrowed until the totals match. shape: it has more parameters.
         batch_size: Blocks per step.
-        learning_rate: Peak of the schedule at every size. Default: 3e-3 (N / 1M)^(-1/4), N without the embedding.
+        learning_rate: Peak of the schedule at every size. Default: 4e-3 (N / 1M)^(-1/3), N without the embedding.
         device: Where to train.
         dtype: Of the products; bfloat16 is autocast over float32 weights.
         out: Folder of rows.jsonl and of the runs.

@@ -109,12 +109,12 @@ class Ladder:
 
 
 def learning_rate_for(non_embedding_parameters: int) -> float:
-    """The rule for the peak: ``3e-3 · (N / 10⁶)^(−1/4)``, N without the embedding, to two digits; 6e-3 at most.
+    """The rule for the peak: ``4e-3 · (N / 10⁶)^(−1/3)``, N without the embedding, to two digits; 1e-2 at most.
 
-    >>> learning_rate_for(1_000_000), learning_rate_for(16_000_000)
-    (0.003, 0.0015)
+    >>> learning_rate_for(1_000_000), learning_rate_for(8_000_000)
+    (0.004, 0.002)
     """
-    return float(f"{min(6e-3, 3e-3 * (non_embedding_parameters / 1e6) ** -0.25):.2g}")
+    return float(f"{min(1e-2, 4e-3 * (non_embedding_parameters / 1e6) ** (-1 / 3)):.2g}")
 
 
 @dataclass(frozen=True)
