@@ -67,15 +67,18 @@ class Console:
             self._tasks[name] = self._live.add_task(text, total=step.steps)
         self._live.update(self._tasks[name], completed=step.step, description=text)
 
+    def rows(self, rows: list[list[str]]) -> None:
+        """A table; the first row is its header."""
+        table = Table(*rows[0], box=rich.box.SIMPLE_HEAD)
+        for row in rows[1:]:
+            table.add_row(*row)
+        self._screen.print(table)
+
     def table(self, result: dict[str, Any]) -> None:
         """The comparison as the report has it, and the verdict of each pair."""
         from diffattn.report.format import compare_rows
 
-        header, *rows = compare_rows(result)
-        table = Table(*header, box=rich.box.SIMPLE_HEAD)
-        for row in rows:
-            table.add_row(*row)
-        self._screen.print(table)
+        self.rows(compare_rows(result))
         for pair in result["pairs"].values():
             self.note(pair["verdict"])
 

@@ -13,7 +13,7 @@ import tyro
 
 from diffattn.cli.compare import compare
 from diffattn.cli.doctor import doctor
-from diffattn.cli.scale import scale_run
+from diffattn.cli.scale import scale_fit, scale_run
 from diffattn.cli.train import train
 from diffattn.errors import DiffattnError, TrainingError
 
@@ -21,6 +21,7 @@ VERBS: dict[str, Callable[..., Callable[[], int]]] = {
     "compare": compare,
     "train": train,
     "scale run": scale_run,
+    "scale fit": scale_fit,
     "doctor": doctor,
 }
 

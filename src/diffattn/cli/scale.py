@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 
 def scale_run(
@@ -69,6 +71,57 @@ def scale_run(
         console.note(f"{len(rows)} rows: {out / 'rows.jsonl'}; fit them with: diffattn scale fit {out / 'rows.jsonl'}")
         if json:
             print_json({"rows": rows})
+        return 0
+
+    return call
+
+
+def scale_fit(
+    points: Annotated[str, tyro.conf.Positional],
+    *,
+    size: Literal["parameters", "non_embedding_parameters"] = "parameters",
+    at: tuple[str, ...] = (),
+    bootstrap: int = 1000,
+    seed: int = 0,
+    png: Path | None = None,
+    html: Path | None = None,
+    json: bool = False,
+) -> Callable[[], int]:
+    """Fit scaling laws to losses and say which softmax model each DIFF model equals, with intervals.
+
+    Args:
+        points: A .csv or .jsonl with attention, val_loss, and parameters or tokens or both, optionally seed; or
+            figure3a, the points of the paper.
+        size: The column that the sizes are in.
+        at: Sizes (tokens, where these vary alone) to compare, such as 6.8B. Default: smallest, middle and largest.
+        bootstrap: Draws behind the intervals.
+        seed: Of the draws.
+        png: Write the chart here.
+        html: Write one page with chart and tables here.
+        json: Print the result on stdout.
+    """
+
+    def call() -> int:
+        from diffattn.cli.console import Console, print_json
+        from diffattn.plan.rule import parse_count
+        from diffattn.report.scaling_page import equivalence_rows, number_rows, render_scaling, write_scaling_png
+        from diffattn.study.scaling import fit_scaling
+        from diffattn.train.files import writable_folder, write_text
+
+        console = Console("scale fit", Path(), resume=False)
+        sizes = [parse_count(count) for count in at]
+        result = fit_scaling(points, size=size, at=sizes, bootstrap=bootstrap, seed=seed, command=console.command)
+        console.rows(equivalence_rows(result))
+        console.rows(number_rows(result))
+        for target in (png, html):
+            if target is not None:
+                writable_folder(target.parent)
+        if png is not None:
+            write_scaling_png(result, png)
+        if html is not None:
+            write_text(html, render_scaling(result))
+        if json:
+            print_json(result)
         return 0
 
     return call

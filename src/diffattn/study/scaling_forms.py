@@ -1,0 +1,183 @@
+"""Scaling laws: their forms, one fit with many starts, and many fits at once for a bootstrap.
+
+    power   L = A·N^−α                      floor   L = E + A·N^−α                joint   L = E + A·N^−α + B·T^−β
+
+N is a size in parameters, or tokens where these vary alone; T is tokens. The fit minimises the sum over points of
+Huber's loss of log L_fitted − log L, so that one bad run does not move the curve (as in arXiv 2203.15556, section 3.3).
+The bend is at δ = 10⁻², 1% of a loss: below it the fit is least squares. With δ = 10⁻³, which that paper has for its
+hundreds of runs, points that are read off a figure in steps of 0.2% would be fitted by absolute values, through as
+many points as the form has numbers.
+
+Inside, sizes are taken relative to their geometric mean, and each number as its logarithm, so all of them are positive.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize
+
+Array = npt.NDArray[np.float64]
+DELTA = 1e-2
+_STEPS = 60
+
+
+@dataclass(frozen=True)
+class Form:
+    """``names`` of the numbers that are fitted, in order, and which of the terms the form has."""
+
+    name: str
+    formula: str
+    names: tuple[str, ...]
+    floor: bool
+    axes: int
+
+    def log_terms(self, theta: Array, x: Array) -> Array:
+        """Logarithms of the terms, ``(..., points, terms)``, of ``theta`` ``(..., p)`` at ``x`` ``(points, axes)``."""
+        terms = [np.broadcast_to(theta[..., :1], (*theta.shape[:-1], len(x)))] if self.floor else []
+        for axis in range(self.axes):
+            start = self.floor + 2 * axis
+            scale, exponent = theta[..., start : start + 1], np.exp(theta[..., start + 1 : start + 2])
+            terms.append(scale - exponent * x[:, axis])
+        return np.stack(terms, axis=-1)
+
+    def log_loss(self, theta: Array, x: Array) -> Array:
+        """log L, ``(..., points)``."""
+        return np.logaddexp.reduce(self.log_terms(theta, x), axis=-1)
+
+    def gradient(self, theta: Array, x: Array) -> Array:
+        """d log L / d numbers, ``(..., points, p)``."""
+        terms = self.log_terms(theta, x)
+        shares = np.exp(terms - np.logaddexp.reduce(terms, axis=-1, keepdims=True))
+        columns = [shares[..., 0]] if self.floor else []
+        for axis in range(self.axes):
+            share = shares[..., self.floor + axis]
+            exponent = np.exp(theta[..., self.floor + 2 * axis + 1])
+            columns += [share, -share * exponent[..., None] * x[:, axis]]
+        return np.stack(columns, axis=-1)
+
+    def numbers(self, theta: Array, centre: Array) -> Array:
+        """The numbers as the formula has them, ``(..., p)``: A is the term at N = 1."""
+        values = np.array(theta, dtype=float)
+        for axis in range(self.axes):
+            start = self.floor + 2 * axis
+            values[..., start] += np.exp(values[..., start + 1]) * centre[axis]
+        return np.exp(values)
+
+
+POWER = Form("power", "A·N^−α", ("A", "α"), floor=False, axes=1)
+FLOOR = Form("floor", "E + A·N^−α", ("E", "A", "α"), floor=True, axes=1)
+JOINT = Form("joint", "E + A·N^−α + B·T^−β", ("E", "A", "α", "B", "β"), floor=True, axes=2)
+
+
+def huber(residual: Array) -> Array:
+    """Huber's loss with its bend at ``DELTA``."""
+    size = np.abs(residual)
+    return np.where(size <= DELTA, residual**2 / 2, DELTA * (size - DELTA / 2))
+
+
+def fit_form(form: Form, x: Array, y: Array) -> Array:
+    """The best numbers over a grid of starts, ``(p,)``.
+
+    Args:
+        form: what is fitted.
+        x: log of the sizes over their geometric means, ``(points, axes)``.
+        y: log of the losses, ``(points,)``.
+    """
+
+    def objective(theta: Array) -> tuple[float, Array]:
+        residual = form.log_loss(theta, x) - y
+        slope = np.clip(residual, -DELTA, DELTA)
+        # In units of δ², or the optimizer takes the numbers for converged from the start.
+        return float(huber(residual).sum() / DELTA**2), slope @ form.gradient(theta, x) / DELTA**2
+
+    starts = _starts(form, y)
+    sets = np.broadcast_to(y, (len(starts), len(y)))
+    # Least squares first, which has one valley; Huber's loss is flat between points far away from it.
+    near = refine(form, x, sets, refine(form, x, sets, starts, bend=np.inf))
+    best = min(near, key=lambda theta: objective(theta)[0])
+    polished = minimize(objective, best, jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    return np.asarray(min(best, polished.x, key=lambda theta: objective(theta)[0]))
+
+
+def refine(form: Form, x: Array, y: Array, theta: Array, *, bend: float = DELTA) -> Array:
+    """Levenberg's steps on Huber's loss for many sets of losses at once; no set ends worse than it began.
+
+    Args:
+        form: what is fitted.
+        x: ``(points, axes)``.
+        y: ``(sets, points)``.
+        theta: ``(sets, p)``, where each set starts.
+        bend: of Huber's loss. Default: ``DELTA``.
+
+    Returns:
+        ``(sets, p)``.
+    """
+
+    def cost(at: Array) -> Array:
+        size = np.abs(form.log_loss(at, x) - y)
+        return np.where(size <= bend, size**2 / 2, bend * size - (bend**2 / 2 if np.isfinite(bend) else 0)).sum(-1)
+
+    theta = np.array(theta, dtype=float)
+    damping = np.full(len(theta), 1e-3)
+    value = cost(theta)
+    identity, stalled = np.eye(theta.shape[-1]), 0
+    for _ in range(_STEPS):
+        residual = form.log_loss(theta, x) - y
+        weight = 1 / np.maximum(np.abs(residual) / bend, 1.0)
+        jacobian = form.gradient(theta, x)
+        weighted = jacobian * weight[..., None]
+        normal = np.einsum("spi,spj->sij", weighted, jacobian)
+        slope = np.einsum("spi,sp->si", weighted, residual)
+        scale = np.einsum("sii->si", normal).mean(-1) + 1e-12
+        step = np.linalg.solve(normal + (damping * scale)[:, None, None] * identity, -slope[..., None])[..., 0]
+        # A number that moves by more than a factor of e² at once has left the valley.
+        trial = theta + np.clip(step, -2, 2)
+        trial_value = cost(trial)
+        better = trial_value < value
+        stalled = 0 if (value - trial_value > 1e-7 * value).any() else stalled + 1
+        theta[better], value[better] = trial[better], trial_value[better]
+        damping = np.clip(np.where(better, damping / 4, damping * 6), 1e-9, 1e9)
+        # A set that has failed a few times in a row is where it will stay.
+        if stalled == 5:
+            break
+    return theta
+
+
+def _starts(form: Form, y: Array) -> Array:
+    """``(starts, p)``: a grid of exponents and of the floor's share of the lowest loss."""
+    middle, low = float(y.mean()), float(np.exp(y.min()))
+    exponents = np.log([0.05, 0.2, 0.5, 1.0])
+    if not form.floor:
+        return np.array([[middle, exponent] for exponent in exponents])
+    starts = []
+    for share in (0.3, 0.7, 0.95):
+        rest = np.log(max(np.exp(middle) - share * low, 1e-3) / form.axes)
+        for combination in itertools.product(exponents, repeat=form.axes):
+            terms = itertools.chain.from_iterable((rest, exponent) for exponent in combination)
+            starts.append([np.log(share * low), *terms])
+    return np.array(starts)
+
+
+def invert(form: Form, theta: Array, log_loss: Array, tokens: Any = 0.0) -> Array:
+    """log N, relative to its mean, at which a curve has a loss; +inf where the loss is at or below what it reaches.
+
+    Args:
+        form: of the curve.
+        theta: ``(..., p)``.
+        log_loss: ``(...)``.
+        tokens: log tokens over their mean, for the joint form. Default: 0.
+    """
+    loss = np.exp(log_loss)
+    if form.floor:
+        loss = loss - np.exp(theta[..., 0])
+    if form.axes == 2:
+        loss = loss - np.exp(theta[..., 3] - np.exp(theta[..., 4]) * tokens)
+    start = int(form.floor)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = (theta[..., start] - np.log(loss)) / np.exp(theta[..., start + 1])
+    return np.where(loss > 0, found, np.inf)
