@@ -119,7 +119,8 @@ def learning_rate_for(non_embedding_parameters: int) -> float:
 
 @dataclass(frozen=True)
 class LadderProgress:
-    """``done`` of ``runs`` are in the rows; ``seconds_left`` is for all that is left, None before anything is timed."""
+    """``done`` of ``runs`` are in the rows; ``seconds_left`` is an estimate for all that is left, as if
+    this process did it alone, None before anything is timed."""
 
     attention: str
     size: int
@@ -251,10 +252,6 @@ class _Run:
     def key(self) -> tuple[Any, ...]:
         return _key(self.facts)
 
-    @property
-    def flops(self) -> float:
-        return float(self.facts["model_flops_per_token"] * self.facts["tokens"])
-
     def row(self, folder: Path, command: str, on_step: Callable[[Progress], None]) -> dict[str, Any]:
         """Train, or go on training, and measure."""
         result = read_result(folder)
@@ -278,6 +275,10 @@ def _keys(rows: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
     return {_key(row) for row in rows}
 
 
+def _work(row: dict[str, Any]) -> float:
+    return float(row["model_flops_per_token"]) ** 0.75 * row["tokens"]
+
+
 def _report(
     on_progress: Callable[[LadderProgress], None],
     runs: list[_Run],
@@ -288,15 +289,14 @@ def _report(
     run = runs[index]
     rows = {_key(row): row for row in read_rows(folder / ROWS)}
     left = [other for other in runs if other.key not in rows]
-    # A run's pace in FLOPs tells that of the others, roughly: small models keep the machine less busy.
-    paces = [row["train_tokens_per_second"] * row["model_flops_per_token"] for row in rows.values()]
+    # Seconds per FLOPs^0.75, measured: larger models keep the machine busier.
+    paces = [row["tokens"] / row["train_tokens_per_second"] / _work(row) for row in rows.values()]
     if step is not None:
-        paces.append(step.tokens_per_second * run.facts["model_flops_per_token"])
+        paces.append(run.facts["tokens"] / step.tokens_per_second / _work(run.facts))
     seconds = None
     if paces:
-        pace = paces[-1]
-        seconds = sum(other.flops for other in left if other is not run) / pace
-        seconds += step.seconds_left if step is not None else run.flops / pace
+        seconds = paces[-1] * sum(_work(other.facts) for other in left if other is not run)
+        seconds += step.seconds_left if step is not None else paces[-1] * _work(run.facts)
     size, done = run.facts["non_embedding_parameters"], len(runs) - len(left)
     on_progress(LadderProgress(run.attention, size, run.seed, done, len(runs), seconds, step))
 
