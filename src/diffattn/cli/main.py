@@ -13,6 +13,7 @@ import tyro
 
 from diffattn.cli.compare import compare
 from diffattn.cli.doctor import doctor
+from diffattn.cli.plan import plan
 from diffattn.cli.scale import scale_fit, scale_run
 from diffattn.cli.train import train
 from diffattn.errors import DiffattnError, TrainingError
@@ -20,6 +21,7 @@ from diffattn.errors import DiffattnError, TrainingError
 VERBS: dict[str, Callable[..., Callable[[], int]]] = {
     "compare": compare,
     "train": train,
+    "plan": plan,
     "scale run": scale_run,
     "scale fit": scale_fit,
     "doctor": doctor,

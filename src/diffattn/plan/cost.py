@@ -19,17 +19,19 @@ PHASES = ("forward", "training")
 #   V1 definition: two maps of width d, and one product of their difference with V of width 2d.
 #   V1 standard: the one call with q padded to [q1, 0] and [0, q2], so every width is 2d.
 #   V2 definition: four maps of width d, and two products of a difference with V of width d.
+#   materialised: the products of the definition, with every map written out.
 _SOFTMAX = (4, 4)
 _ATTENTION: dict[str, dict[str, tuple[int, int]]] = {
-    "softmax": dict.fromkeys(("definition", "fused", "standard", "two_calls", "four_calls"), _SOFTMAX),
+    "softmax": dict.fromkeys(("definition", "fused", "standard", "two_calls", "four_calls", "materialised"), _SOFTMAX),
     "diff_v1": {
         "definition": (4, 4),
         "fused": (4, 4),
         "standard": (8, 8),
         "two_calls": (4, 8),
         "four_calls": (8, 8),
+        "materialised": (4, 4),
     },
-    "diff_v2": {"definition": (8, 4), "fused": (8, 4), "standard": (8, 8)},
+    "diff_v2": {"definition": (8, 4), "fused": (8, 4), "standard": (8, 8), "materialised": (8, 4)},
 }
 
 
@@ -160,6 +162,7 @@ def flops_per_token(
     backend                                softmax diff_v1 diff_v2
     ====================================== ======= ======= =======
     definition, fused (maps subtracted)    4d + 4d 4d + 4d 8d + 4d
+    materialised (maps written out)        4d + 4d 4d + 4d 8d + 4d
     standard (one call; V1's q padded)     4d + 4d 8d + 8d 8d + 8d
     two_calls (V of width 2d)              4d + 4d 4d + 8d
     four_calls                             4d + 4d 8d + 8d
@@ -168,7 +171,8 @@ def flops_per_token(
     Training, model: 3 × forward. Training, executed: linear 3 × forward; attention's backward pass recomputes the
     scores, as flash kernels do. It has three products as wide as q and k (scores, dQ, dK) and two as wide as v (dP,
     dV) where the forward pass has one of each: 2.5 × forward where both cost the same (8d, then 20d), 3·4d + 2·8d for
-    V1's two_calls. Norms, RoPE, exponentials, λ and element-wise work are not counted, nor is gradient checkpointing.
+    V1's two_calls. Materialised maps are kept, not recomputed: 2 × forward. Norms, RoPE, exponentials, λ and
+    element-wise work are not counted, nor is gradient checkpointing.
 
     Args:
         shape: the shape that is built: for a matched V2, what ``match_parameters`` returned.
@@ -189,25 +193,50 @@ def flops_per_token(
     >>> flops.model, flops.executed
     (6489984, 6983424)
     """
-    shape.check_variant(attention)
-    check_positive_int("context", context)
-    forms = _ATTENTION[attention]
-    for key, value, known in (("phase", phase, PHASES), ("backend", backend, tuple(forms))):
-        if value not in known:
-            of = f" of {attention}" if key == "backend" else ""
-            raise ConfigError(f"{key}={value!r} given; a {key}{of} is wanted; use one of {', '.join(known)}")
-    matrices = shape.num_layers * (
-        _attention_matrices(shape, attention) + 3 * shape.hidden_size * shape.intermediate_size
-    )
-    linear = 2 * (matrices + shape.vocab_size * shape.hidden_size)
+    forms = _forms(shape, attention, context, backend)
+    if phase not in PHASES:
+        raise ConfigError(f"phase={phase!r} given; a phase is wanted; use one of {', '.join(PHASES)}")
+    linear = _linear(shape, attention)
     training = phase == "training"
     # L · n/2 · (T + 1)/2 times c = units · d; every entry of the table is a multiple of 4, so this stays whole.
     per_four = shape.num_layers * shape.num_heads * shape.head_dim * (context + 1)
     by_definition = sum(forms["definition"]) * per_four // 4
     wide_as_q, wide_as_v = (units * per_four // 4 for units in forms[backend])
-    executed = 4 * wide_as_q + 3 * wide_as_v if training else wide_as_q + wide_as_v
     passes = 3 if training else 1
+    # With the forward pass: four products as wide as q, of which one is scores again where no map was kept.
+    as_q = passes + (training and backend != "materialised")
+    executed = as_q * wide_as_q + passes * wide_as_v
     return Flops(model=passes * (linear + by_definition), executed=passes * linear + executed)
+
+
+def decoding_flops_per_token(shape: ModelShape, attention: str, *, context: int, backend: str = "standard") -> Flops:
+    """FLOPs of one decoded token: a single query that sees every one of ``context`` keys, so nothing is masked.
+
+    ``linear + L · n/2 · c · T``, with ``linear`` and c of ``flops_per_token``.
+
+    Args:
+        shape: the shape that is built: for a matched V2, what ``match_parameters`` returned.
+        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        context: keys T that the query sees, its own among them; at least 1.
+        backend: as in ``flops_per_token``. Default: ``"standard"``.
+
+    Returns:
+        ``model``, which no backend changes, and ``executed``; whole FLOPs per token.
+
+    Raises:
+        ConfigError: an unknown variant or backend, one that the variant does not have, or a context below 1.
+
+    Source: as ``flops_per_token``.
+
+    >>> flops = decoding_flops_per_token(ModelShape.preset("3M"), "softmax", context=256)
+    >>> flops.model == flops.executed
+    True
+    """
+    forms = _forms(shape, attention, context, backend)
+    per_two = shape.num_layers * shape.num_heads * shape.head_dim * context
+    linear = _linear(shape, attention)
+    model, executed = (linear + sum(forms[name]) * per_two // 2 for name in ("definition", backend))
+    return Flops(model=model, executed=executed)
 
 
 def cache_bytes_per_token(shape: ModelShape, attention: str, *, bytes_per_value: int) -> int:
@@ -231,6 +260,26 @@ def cache_bytes_per_token(shape: ModelShape, attention: str, *, bytes_per_value:
     shape.check_variant(attention)
     check_positive_int("bytes_per_value", bytes_per_value)
     return 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * bytes_per_value
+
+
+def _forms(shape: ModelShape, attention: str, context: int, backend: str) -> dict[str, tuple[int, int]]:
+    """The backends of a variant, once the four arguments are known to be possible ones."""
+    shape.check_variant(attention)
+    check_positive_int("context", context)
+    forms = _ATTENTION[attention]
+    if backend not in forms:
+        raise ConfigError(
+            f"backend={backend!r} given; a backend of {attention} is wanted; use one of {', '.join(forms)}"
+        )
+    return forms
+
+
+def _linear(shape: ModelShape, attention: str) -> int:
+    """FLOPs per token of the products with parameters, forward."""
+    matrices = shape.num_layers * (
+        _attention_matrices(shape, attention) + 3 * shape.hidden_size * shape.intermediate_size
+    )
+    return 2 * (matrices + shape.vocab_size * shape.hidden_size)
 
 
 def _attention_matrices(shape: ModelShape, attention: str) -> int:

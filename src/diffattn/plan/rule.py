@@ -39,9 +39,10 @@ def shape_about(
     """The shape nearest to a number of parameters, by one rule.
 
     Width D is a multiple of 16 below 512, of 128 below 2048, else of 256. Depth ``L = round(√D / 2)``, at least 2,
-    which is the paper's 32 layers at its width of 4096 (and 36 where it has 40 at 5120). Heads aim at a width of 32
-    below D = 512, 64 below 2048, else 128: n is the even divisor of D nearest D / aim, with an even head width. FFN
-    width ``8D/3`` to the next multiple of 8. As many key/value heads as heads, embedding tied.
+    which is the paper's 32 layers at its width of 4096 (and 36 where it has 40 at 5120); from D = 2048 on up to two
+    layers more or fewer, where that is nearer. Heads aim at a width of 32 below D = 512, 64 below 2048, else 128: n is
+    the even divisor of D nearest D / aim, with an even head width. FFN width ``8D/3`` to the next multiple of 8. As
+    many key/value heads as heads, embedding tied.
 
     Args:
         parameters: wanted, of the softmax Transformer; matched V1 and V2 have as many.
@@ -78,22 +79,25 @@ def shape_about(
             low = middle + 1
         else:
             high = middle
-    return min(
-        (_shape(_WIDTHS[index], vocab_size, context) for index in (max(0, low - 1), low)),
-        key=lambda shape: abs(math.log(size(shape) / parameters)),
-    )
+    # Widths are far apart from 2048 on, so there a few layers more or less come nearer to the number.
+    candidates = [
+        _shape(_WIDTHS[index], vocab_size, context, more)
+        for index in (max(0, low - 1), low)
+        for more in ((0,) if _WIDTHS[index] < 2048 else (0, -1, 1, -2, 2))
+    ]
+    return min(candidates, key=lambda shape: abs(math.log(size(shape) / parameters)))
 
 
 _WIDTHS = (*range(16, 512, 16), *range(512, 2048, 128), *range(2048, 65_537, 256))
 
 
-def _shape(width: int, vocab_size: int, context: int) -> ModelShape:
+def _shape(width: int, vocab_size: int, context: int, more_layers: int = 0) -> ModelShape:
     aim = 32 if width < 512 else 64 if width < 2048 else 128
     fitting = [n for n in range(2, width // 2 + 1, 2) if width % n == 0 and (width // n) % 2 == 0]
     heads = min(fitting, key=lambda n: (abs(math.log(n * aim / width)) if n >= 4 else 9.0, -n))
     return ModelShape(
         hidden_size=width,
-        num_layers=max(2, round(math.sqrt(width) / 2)),
+        num_layers=max(2, round(math.sqrt(width) / 2)) + more_layers,
         num_heads=heads,
         intermediate_size=math.ceil(8 * width / 3 / 8) * 8,
         vocab_size=vocab_size,

@@ -181,17 +181,25 @@ class ModelShape:
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> ModelShape:
-        """A shape by the name of a preset, or by the path of a TOML file. A preset's name wins over a file's.
+        """A shape by the name of a preset, or by the path of a TOML file, a checkpoint's folder or its config.json.
+
+        A preset's name wins over a file's.
 
         Raises:
-            ConfigError: neither a preset nor a file; or what ``from_toml`` raises.
+            ConfigError: neither a preset nor a file; or what ``from_toml`` and ``read_checkpoint`` raise.
 
         >>> ModelShape.load("3M") == ModelShape.preset("3M")
         True
         """
         text = str(name_or_path)
-        if text not in _presets() and (text.endswith(".toml") or Path(text).is_file()):
-            return cls.from_toml(text)
+        if text not in _presets():
+            if text.endswith(".json") or Path(text).is_dir():
+                # That file reads shapes, so it imports this one.
+                from diffattn.plan.checkpoint_shape import read_checkpoint
+
+                return read_checkpoint(text)[0]
+            if text.endswith(".toml") or Path(text).is_file():
+                return cls.from_toml(text)
         return cls.preset(text)
 
 

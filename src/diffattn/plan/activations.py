@@ -1,0 +1,172 @@
+"""What one decoder layer keeps for its backward pass, tensor by tensor, as autograd saves it in ``diffattn.model``.
+
+The list was read off ``torch``'s own record of the step (torch 2.13 on CPU) and is held to it by a test. Letters: D, n,
+G, d, F, L, V as in ``ModelShape``; Q = n·d, twice that under V2; N the query heads of the one attention call (n, V2
+2n), each W wide (V1 2d, else d); a the bytes of an activation; B sequences of T tokens. All results are bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffattn.errors import ConfigError
+from diffattn.plan.shape import ModelShape
+
+BACKENDS = ("definition", "fused", "standard", "two_calls", "four_calls", "materialised")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Bytes of one layer, by what they grow with: B·T (``token``), T (``position``), B·T² (``pair``).
+
+    ``feed_forward`` and ``attention`` are what autograd keeps per token between forward and backward, ``position`` what
+    it keeps once for all sequences, ``scores`` the maps kept per query and key; ``behind`` is the part of ``attention``
+    behind the call, which the backward pass has freed when it gets there. ``in_feed_forward`` and ``in_attention`` (per
+    token), ``in_scores`` (per pair) are what the backward pass adds at its widest place there.
+
+    >>> layer(ModelShape.preset("3M"), "softmax", backend="standard", size=4, autocast=False).scores
+    0
+    """
+
+    feed_forward: int
+    attention: int
+    position: int
+    scores: int
+    behind: int
+    in_feed_forward: int
+    in_attention: int
+    in_scores: int
+
+    @property
+    def token(self) -> int:
+        """Kept per token by the whole layer."""
+        return self.feed_forward + self.attention
+
+
+def check_backend(attention: str, backend: str) -> None:
+    """Raise unless the variant has the backend; return nothing.
+
+    Raises:
+        ConfigError: an unknown backend, or two_calls and four_calls of V2, which is one call by nature.
+
+    >>> check_backend("diff_v1", "fused")
+    """
+    known = BACKENDS if attention != "diff_v2" else tuple(name for name in BACKENDS if not name.endswith("_calls"))
+    if backend not in known:
+        raise ConfigError(
+            f"backend={backend!r} given; a backend of {attention} is wanted; use one of {', '.join(known)}"
+        )
+
+
+def resolve(attention: str, backend: str) -> str:
+    """The backend whose tensors are counted: ``definition`` is ``fused``, and softmax's fused is one standard call.
+
+    >>> resolve("diff_v1", "definition"), resolve("softmax", "fused")
+    ('fused', 'standard')
+    """
+    if attention == "softmax":
+        return backend if backend == "materialised" else "standard"
+    return "fused" if backend == "definition" else backend
+
+
+def heads(shape: ModelShape, attention: str) -> tuple[int, int]:
+    """N and W: how many query heads the one attention call has, and how wide they are.
+
+    >>> heads(ModelShape.preset("1.4B"), "diff_v1")
+    (16, 256)
+    """
+    return shape.num_heads * (1 + (attention == "diff_v2")), shape.head_dim * (1 + (attention == "diff_v1"))
+
+
+def norm(width: int, size: int, autocast: bool, readers: int) -> int:
+    """Per token, of an RMSNorm: its input and x̂ in float32, 1/rms, and its result once or, under autocast, per reader.
+
+    >>> norm(10, 4, False, 1), norm(10, 2, False, 1), norm(10, 2, True, 2)
+    (124, 104, 124)
+    """
+    return 8 * width + 4 + size * width * (readers if autocast else 1)
+
+
+def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocast: bool) -> Layer:
+    """What a decoder layer keeps and needs, with activations of ``size`` bytes.
+
+    =================== ===================================================================================
+    norms               input and x̂ in float32, result, 1/rms: ``(8 + a)·D + 4``; autocast casts the result anew
+                        for each product that reads it: q, k, v (and V2's λ), gate, up
+    rotary              signed sines of q and k: 2·a·d per position; autocast casts cosines too
+    attention           rotated q: a·Q (padded by V1's standard call: 2·a·n·d); k and v: 2·a·G·d; log-sum-exp
+    its result          fused a·n·d (its log-sum-exps are 2 per output head, 4 in float32); standard a·N·W, then the
+                        noise half and the difference in float32
+    V1's norm           x̂ in float32 and the result, per n·d
+    feed-forward        gate, up, silu(gate), and the product: 4·a·F
+    materialised maps   softmax in float32, and its copy in a half-precision dtype: N per query and key
+    =================== ===================================================================================
+
+    ``two_calls`` and ``four_calls`` follow from the same rules (the standard call without the padding); the model has
+    no such path, so these two are not held to a measurement.
+
+    Args:
+        shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
+        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        backend: one of ``BACKENDS``.
+        size: bytes of an activation, 4 or 2.
+        autocast: whether float32 weights are cast on the way, which keeps residuals and norms in float32.
+
+    Raises:
+        ConfigError: a variant that the shape cannot carry, or a backend that it does not have.
+
+    Source: ``torch.autograd.graph.saved_tensors_hooks`` and the profiler's memory events on ``diffattn.model``.
+
+    >>> layer(ModelShape.preset("3M"), "diff_v1", backend="fused", size=4, autocast=False).token
+    17476
+    """
+    shape.check_variant(attention)
+    check_backend(attention, backend)
+    backend = resolve(attention, backend)
+    half = size < 4
+    D, F, d = shape.hidden_size, shape.intermediate_size, shape.head_dim
+    width, keys = shape.num_heads * d, shape.num_kv_heads * d
+    N, W = heads(shape, attention)
+    queries, output_heads = (2 * width if attention == "diff_v2" else width), (N if attention == "softmax" else N // 2)
+    padded = attention == "diff_v1" and backend in ("standard", "materialised")
+    materialised = backend == "materialised"
+    grouped = (shape.num_heads // shape.num_kv_heads) * (1 if attention == "softmax" else 2) > 1
+    spread = N * W if materialised and grouped else keys
+    readers = 4 if attention == "diff_v2" else 3
+
+    before = norm(D, size, autocast, readers) + size * ((2 * width if padded else queries) + 2 * spread)
+    if backend == "fused":
+        before += 4 * output_heads * (2 if half else 4)
+    elif not materialised:
+        # sdpa keeps its result beside the log-sum-exp.
+        before += 4 * N + size * N * W
+    if attention == "diff_v2":
+        before += 4 * output_heads
+
+    subtracted = attention != "softmax" and backend != "fused"
+    behind = 0
+    if attention == "diff_v1":
+        # Input and x̂ of the norm in float32, its result in the model's dtype, 1/rms.
+        behind += (8 + size) * width + 4 * output_heads
+    elif subtracted or backend == "fused" or materialised:
+        behind += size * width
+    if subtracted:
+        # In float32 the noise half is a view of the call's result, in half precision a cast copy.
+        behind += 4 * width if half else (size * N * W if materialised else 0)
+
+    residual = 4 if autocast else size
+    gradients = 0 if materialised else (N * W if subtracted else width) + (2 * width if padded else queries) + 2 * keys
+    return Layer(
+        feed_forward=norm(D, size, autocast, 2) + 4 * size * F,
+        attention=before + behind,
+        position=2 * size * d * (2 if autocast else 1),
+        scores=(4 + (2 if half else 0)) * N if materialised else 0,
+        behind=behind,
+        # Gradients of the product (which is free by now), of silu(gate) and up; that of the residual stream.
+        in_feed_forward=2 * size * F + residual * D,
+        # Gradients of the call's result, of q, k and v (the last two not yet where the maps' own are the widest place);
+        # that of the residual stream.
+        in_attention=size * gradients + residual * D,
+        # Gradients of the maps and of the scores in float32; the half-precision maps are free by now.
+        in_scores=(8 - (2 if half else 0)) * N if materialised else 0,
+    )

@@ -1,0 +1,203 @@
+"""Machines that a model may run on: peak rates, memory and disk, each with the vendor's data sheet that states them.
+
+The rates are peaks. Real work reaches a part of them, so a time computed from them is a lower bound.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from diffattn.errors import ConfigError
+
+GiB = 1024**3
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine can do at most.
+
+    Args:
+        name: what it is called.
+        flops: FLOP/s of dense matrix products by the dtype of the inputs: fp32, bf16 and fp16, each above 0; None:
+            unknown, and so are all times.
+        bandwidth: bytes per second between memory and processor; None: unknown.
+        memory: bytes that a program can fill; None: unknown.
+        disk: bytes per second of reading a large file; None: unknown.
+        source: where the numbers come from.
+
+    Raises:
+        ConfigError: a rate that is not above 0, or a dtype without one.
+
+    >>> machine = Machine("toy", {"fp32": 1e9, "bf16": 2e9, "fp16": 2e9}, bandwidth=1e9, memory=GiB, disk=1e8)
+    >>> machine.seconds(4e9, 1e9, "bf16")
+    2.0
+    """
+
+    name: str
+    flops: Mapping[str, float] | None = field(default=None, hash=False)
+    bandwidth: float | None = None
+    memory: int | None = None
+    disk: float | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for key in ("bandwidth", "memory", "disk"):
+            _check_rate(self.name, key, getattr(self, key))
+        if self.flops is not None:
+            if not isinstance(self.flops, Mapping) or not {"fp32", "bf16"} <= set(self.flops) <= set(DTYPES):
+                raise ConfigError(
+                    f"machine {self.name!r} gives flops={self.flops!r}; FLOP/s for fp32 and bf16 (and fp16, else that "
+                    "of bf16) are wanted; write them as an object of these names"
+                )
+            for dtype, rate in self.flops.items():
+                _check_rate(self.name, f"flops of {dtype}", rate)
+            object.__setattr__(self, "flops", {"fp16": self.flops["bf16"], **self.flops})
+
+    def seconds(self, flops: float, moved: float, dtype: str) -> float | None:
+        """Least seconds of work, by the roofline: ``max(flops / rate, moved / bandwidth)``; None: a rate is unknown.
+
+        Source: Williams, Waterman, Patterson, "Roofline" (2009).
+        """
+        if self.flops is None or self.bandwidth is None:
+            return None
+        return max(flops / self.flops[dtype], moved / self.bandwidth)
+
+    def read_seconds(self, size: float) -> float | None:
+        """Least seconds to read a file of ``size`` bytes; None: the disk is unknown."""
+        return None if self.disk is None else size / self.disk
+
+
+def _check_rate(name: str, key: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"machine {name!r} gives {key}={value!r}; a number above 0 is wanted, or null where unknown")
+
+
+def _rates(fp32: float, half: float, bf16: float | None = None) -> dict[str, float]:
+    return {"fp32": fp32, "bf16": half if bf16 is None else bf16, "fp16": half}
+
+
+# Disks are not part of the data sheets: one NVMe drive of the bus that the machine has is assumed.
+MACHINES: dict[str, Machine] = {
+    "H100 SXM": Machine(
+        "H100 SXM",
+        _rates(67e12, 989e12),
+        3.35e12,
+        80 * GiB,
+        7e9,
+        "NVIDIA H100 Tensor Core GPU data sheet: FP32 67 and BF16 989 TFLOP/s dense, 3.35 TB/s; disk: PCIe 4 NVMe, "
+        "assumed 7 GB/s",
+    ),
+    "A100 80GB": Machine(
+        "A100 80GB",
+        _rates(19.5e12, 312e12),
+        2.039e12,
+        80 * GiB,
+        7e9,
+        "NVIDIA A100 data sheet (80GB SXM): FP32 19.5 and BF16 312 TFLOP/s dense, 2,039 GB/s; disk: PCIe 4 NVMe, "
+        "assumed 7 GB/s",
+    ),
+    "RTX 4090": Machine(
+        "RTX 4090",
+        _rates(82.6e12, 165.2e12),
+        1.008e12,
+        24 * GiB,
+        7e9,
+        "NVIDIA Ada GPU architecture whitepaper, appendix A: FP32 82.6, BF16 with FP32 accumulate 165.2 TFLOP/s dense, "
+        "1,008 GB/s; disk: PCIe 4 NVMe, assumed 7 GB/s",
+    ),
+    "RTX 3060 12GB": Machine(
+        "RTX 3060 12GB",
+        _rates(12.74e12, 25.5e12),
+        3.6e11,
+        12 * GiB,
+        3.5e9,
+        "NVIDIA GeForce RTX 3060 specifications: 3,584 cores at 1.78 GHz (12.7 TFLOP/s), 360 GB/s; BF16 with FP32 "
+        "accumulate twice that, as in the GA102 whitepaper; disk: PCIe 3 NVMe, assumed 3.5 GB/s",
+    ),
+    "Apple M2": Machine(
+        "Apple M2",
+        _rates(3.6e12, 3.6e12),
+        1e11,
+        16 * GiB,
+        3e9,
+        "Apple newsroom, 6 June 2022: 10-core GPU with 3.6 TFLOP/s, 100 GB/s; memory: the 16 GB model; half precision "
+        "at the rate of float32; disk: assumed 3 GB/s",
+    ),
+    "DDR5 desktop": Machine(
+        "DDR5 desktop",
+        _rates(0.9728e12, 0.9728e12, 1.9456e12),
+        8.32e10,
+        32 * GiB,
+        5e9,
+        "AMD Ryzen 7 7700 specifications: 8 cores, 3.8 GHz base, AVX-512 (32 float32 FLOPs per cycle and core, BF16 "
+        "twice that), two channels of DDR5-5200 (83.2 GB/s); memory 32 GB and disk 5 GB/s assumed",
+    ),
+    "Raspberry Pi 5": Machine(
+        "Raspberry Pi 5",
+        _rates(153.6e9, 307.2e9, 153.6e9),
+        1.7e10,
+        8 * GiB,
+        4.5e8,
+        "Raspberry Pi 5 product brief: 4 Cortex-A76 cores at 2.4 GHz (16 float32 FLOPs per cycle and core; no BF16), "
+        "32-bit LPDDR4X-4267 (17 GB/s), the 8 GB model, PCIe 2.0 x1 (assumed 450 MB/s from NVMe)",
+    ),
+}
+
+
+def load_machine(name_or_path: str | Path) -> Machine:
+    """A machine by its name, in any case and without its spaces too, or from a JSON file with the fields of `Machine`.
+
+    Raises:
+        ConfigError: neither a known name nor a file; a file that is no JSON object; an unknown or impossible key.
+
+    >>> load_machine("rtx4090").bandwidth
+    1008000000000.0
+    """
+    text = str(name_or_path)
+    wanted = _plain(text)
+    for name, machine in MACHINES.items():
+        if wanted in (_plain(name), _plain(name.split()[0]) if name in ("H100 SXM", "A100 80GB") else ""):
+            return machine
+    if not text.endswith(".json") and not Path(text).is_file():
+        raise ConfigError(
+            f"machine {text!r} given; one of {', '.join(MACHINES)} is wanted; or give the path of a .json file"
+        )
+    try:
+        values = json.loads(Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ConfigError(f"machine {text!r} given; a readable JSON file is wanted; correct this: {reason}") from error
+    return machine_from(values, name=Path(text).stem)
+
+
+def machine_from(values: Any, *, name: str) -> Machine:
+    """A machine from the object of a JSON file; ``name`` is used where it gives none.
+
+    Raises:
+        ConfigError: no object, or an unknown or impossible key.
+
+    >>> machine_from({"disk": 1e9}, name="mine").read_seconds(5e8)
+    0.5
+    """
+    keys = [one.name for one in fields(Machine)]
+    if not isinstance(values, dict):
+        raise ConfigError(f"machine {name!r} is {values!r}; a JSON object is wanted with {', '.join(keys)}")
+    for key in values:
+        if key not in keys:
+            raise ConfigError(f"machine {name!r} gives the unknown key {key!r}; one of {', '.join(keys)} is wanted")
+    for key in ("name", "source"):
+        if not isinstance(values.get(key, ""), str):
+            raise ConfigError(f"machine {name!r} gives {key}={values[key]!r}; text is wanted; put it in quotes")
+    return Machine(**{"name": name, **values})
+
+
+def _plain(text: str) -> str:
+    return "".join(letter for letter in text.lower() if letter.isalnum())

@@ -1,0 +1,115 @@
+"""What prefill and decoding hold at the points at which the peak may lie. Letters as in ``activations.py``."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+from diffattn.plan.activations import heads, resolve
+from diffattn.plan.cost import count_parameters
+from diffattn.plan.precision import BYTES, Precision, bytes_of, checked, float32_parameters
+from diffattn.plan.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class InferenceMemory:
+    """Bytes alive at the peak of prefill or of one decoding step, by kind; ``cache`` holds the context's tokens.
+
+    >>> InferenceMemory(1, 2, 3, 4, 5).total
+    15
+    """
+
+    weights: int
+    cache: int
+    activations: int
+    scores: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(astuple(self))
+
+
+class Inference:
+    """Sizes that prefill and decoding share."""
+
+    def __init__(
+        self, shape: ModelShape, attention: str, batch: int, context: int, precision: Precision | str, backend: str
+    ) -> None:
+        dtypes = checked(shape, attention, batch, context, precision, backend)
+        self.shape, self.attention, self.batch, self.context = shape, attention, batch, context
+        self.backend = resolve(attention, backend)
+        self.size, self.autocast = int(BYTES[dtypes.activations]), dtypes.autocast
+        counted = count_parameters(shape, attention)
+        self.weights = bytes_of(counted.total, float32_parameters(shape, attention), dtypes.weights)
+        small = counted.norms + (6 * shape.head_dim * shape.num_layers if attention == "diff_v1" else 0)
+        # Autocast's copies, made on the way: those of the layers, and at the end that of the output projection.
+        self.copies = 2 * (counted.non_embedding - small) if self.autocast else 0
+        self.head_copy = 2 * shape.vocab_size * shape.hidden_size if self.autocast else 0
+        self.keys = shape.num_kv_heads * shape.head_dim
+        self.cache_bytes = BYTES[dtypes.cache]
+
+    def cache(self, tokens: int) -> int:
+        return int(2 * self.keys * self.shape.num_layers * tokens * self.cache_bytes)
+
+    def at(self, cache: int, activations: int, scores: int = 0, head: bool = False) -> InferenceMemory:
+        copies = self.copies + (self.head_copy if head else 0)
+        return InferenceMemory(self.weights, cache, activations, scores, copies)
+
+    def maps(self, queries: int, keys: int) -> int:
+        """Two copies of the scores in float32, or three that half precision makes of them; and the mask."""
+        N, _ = heads(self.shape, self.attention)
+        return self.batch * queries * keys * ((8 if self.size == 4 else 10) * N + self.size)
+
+    def spread(self, keys: int) -> int:
+        """Keys and values repeated for every query head."""
+        N, W = heads(self.shape, self.attention)
+        return 2 * self.size * N * W * self.batch * keys if self.keys < N * W else 0
+
+    def prefill(self) -> list[InferenceMemory]:
+        shape, a = self.shape, self.size
+        tokens = self.batch * self.context
+        D, F, keys, width = shape.hidden_size, shape.intermediate_size, self.keys, shape.num_heads * shape.head_dim
+        N, W = heads(shape, self.attention)
+        residual = normed = 4 if self.autocast else a
+        rope = 2 * a * shape.head_dim * self.context * (2 if self.autocast else 1)
+        queries = 2 * width if self.attention == "diff_v2" else width
+        padded = self.attention == "diff_v1" and self.backend in ("standard", "materialised")
+        cache, hidden = self.cache(tokens), (residual + normed) * D
+        call = a * ((2 * width if padded else queries) + 2 * keys)
+        if self.attention == "softmax" or self.backend == "fused":
+            result = a * width
+        else:
+            # The call's result, the difference, and in half precision both its halves, in float32.
+            result = a * N * W + (4 if a == 4 else 12) * width
+        if self.attention == "diff_v1":
+            # In the norm: x̂ and the result in float32, and the cast input.
+            result = a * (width if self.backend == "fused" else N * W) + (8 if a == 4 else 12) * width
+            result += 4 * width if self.backend != "fused" and a == 4 else 0
+        # Rotating the queries of the last layer, its combine step, its feed-forward layer; the final norm; the logits.
+        found = [
+            self.at(cache - cache // shape.num_layers, (hidden + a * (4 * queries + 2 * keys)) * tokens + rope),
+            self.at(cache, (hidden + call + result) * tokens + rope),
+            self.at(cache, (residual * D + hidden + a * (D + 3 * F)) * tokens + rope),
+            self.at(cache, (residual + 8 + (2 * a if residual < 4 else 0)) * D * tokens + rope),
+            self.at(cache, normed * D * tokens + rope + a * shape.vocab_size * self.batch, head=True),
+        ]
+        if self.backend == "materialised":
+            maps = self.maps(self.context, self.context)
+            found.append(self.at(cache, (hidden + call) * tokens + rope + self.spread(self.context), maps))
+        return found
+
+    def decoding(self) -> list[InferenceMemory]:
+        shape, a, B = self.shape, self.size, self.batch
+        keys = self.context + 1
+        new = self.cache(B)
+        cache = self.cache(B * self.context)
+        once_more = int(B * keys * self.keys * self.cache_bytes)
+        small = 8 * a * B * (shape.hidden_size + shape.intermediate_size)
+        found = [
+            self.at(cache, new + small + once_more),
+            self.at(cache, new + small + a * B * shape.vocab_size, head=True),
+        ]
+        if self.backend == "materialised":
+            found.append(self.at(cache, new + small + self.spread(keys), self.maps(1, keys)))
+        return found

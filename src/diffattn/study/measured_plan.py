@@ -1,0 +1,339 @@
+"""The planner held against the real model on this machine: predicted and measured, row by row."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.cache_utils import DynamicCache
+
+from diffattn.errors import ConfigError, UnsupportedError
+from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.fused import DIFF_FUSED, serving_backend
+from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token
+from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory, weight_bytes
+from diffattn.plan.shape import ModelShape, check_positive_int
+from diffattn.study.measured_machine import forget, measure_machine, roofline
+from diffattn.train.measure import peak_bytes
+
+__all__ = ["BACKENDS", "PRECISIONS", "Subject", "all_pairs_flops", "measure_machine", "measure_plan"]
+
+PRECISIONS = ("fp32", "autocast", "bf16")
+BACKENDS = ("fused", "standard", "materialised")
+_IMPLEMENTATIONS = {"fused": DIFF_FUSED, "standard": "sdpa", "materialised": "eager"}
+
+
+class Subject:
+    """A model with random weights, and what is measured on it.
+
+    Args:
+        shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
+        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        batch: sequences in a forward pass.
+        context: tokens in each.
+        precision: ``"fp32"``, ``"autocast"`` or ``"bf16"``.
+        backend: ``"fused"``, ``"standard"`` or ``"materialised"``; softmax's fused is the standard call.
+        checkpointing: whether a training step computes each layer again. Default: False.
+
+    Raises:
+        ConfigError: a name that is not among these, or a shape that cannot carry the variant.
+        UnsupportedError: ``"fused"`` where no kernel serves.
+
+    >>> Subject(ModelShape.preset("300K"), "softmax", batch=1, context=16, precision="fp32", backend="standard").batch
+    1
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        attention: str,
+        *,
+        batch: int,
+        context: int,
+        precision: str,
+        backend: str,
+        checkpointing: bool = False,
+    ) -> None:
+        for key, value, known in (("precision", precision, PRECISIONS), ("backend", backend, BACKENDS)):
+            if value not in known:
+                raise ConfigError(f"{key}={value!r} given; one that runs is wanted; use one of {', '.join(known)}")
+        check_positive_int("batch", batch)
+        check_positive_int("context", context)
+        self.shape, self.attention, self.batch, self.context = shape, attention, batch, context
+        self.precision, self.backend, self.checkpointing = precision, backend, checkpointing
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        implementation = _IMPLEMENTATIONS[backend]
+        if backend == "fused" and attention == "softmax":
+            implementation = "sdpa"
+        elif backend == "fused" and serving_backend(attention, "cpu", dtype) != "fused":
+            raise UnsupportedError(
+                "backend='fused' given; a compiled kernel is wanted; `diffattn doctor` says what fails"
+            )
+        # One position more than the context, for the token that is decoded behind it.
+        config = DiffTransformerConfig.from_shape(
+            shape, attention, max_position_embeddings=max(shape.max_position_embeddings, context + 1)
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            self.model = DiffTransformerForCausalLM(config)
+        if precision == "bf16":
+            self.model = self.model.bfloat16()
+        self.model.set_attn_implementation(implementation)
+        if checkpointing:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                self.model.gradient_checkpointing_enable()
+        self.cache_dtype = dtype
+        self.ids = torch.randint(0, shape.vocab_size, (batch, context))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The dtype in which products run."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "autocast")
+
+    def training(self, repeats: int = 0) -> tuple[int, float]:
+        """Peak bytes of a settled training step, and the median of its seconds where it is repeated."""
+        model = self.model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        # Else the model says at the first step that it makes no cache.
+        options = {"use_cache": False} if self.checkpointing else {}
+
+        def step(ids: Tensor = self.ids) -> None:
+            with self.autocast():
+                loss = model(ids, labels=ids, **options).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        # The first step makes the optimizer's state, which the peak of a settled one has from the start.
+        step(self.ids[:, :4])
+        states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+        peak = peak_bytes(step, [*model.parameters(), *model.buffers(), *states, self.ids], "cpu")
+        return peak, _seconds(step, repeats)
+
+    @torch.no_grad()
+    def prefill(self, repeats: int = 0) -> tuple[int, float]:
+        """Peak bytes of reading the context into a new cache, and the median of its seconds."""
+        model = self.model.eval()
+
+        def read() -> None:
+            with self.autocast():
+                model(self.ids, use_cache=True, logits_to_keep=1)
+
+        return peak_bytes(read, [*model.parameters(), *model.buffers(), self.ids], "cpu"), _seconds(read, repeats)
+
+    @torch.no_grad()
+    def decoding(self, repeats: int = 0) -> tuple[int, float]:
+        """Peak bytes of one token behind a full cache, and the median of its seconds (the cache ready)."""
+        model = self.model.eval()
+        token = self.ids[:, :1].clone()
+
+        def behind(cache: DynamicCache) -> None:
+            with self.autocast():
+                model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+        # The profiler must see the cache begin, to see the old one end as it grows.
+        peak = peak_bytes(lambda: behind(self.cache()), [*model.parameters(), *model.buffers(), token], "cpu")
+        taken = []
+        for _ in range(repeats):
+            cache = self.cache()
+            began = time.perf_counter()
+            behind(cache)
+            taken.append(time.perf_counter() - began)
+        return peak, statistics.median(taken) if taken else 0.0
+
+    def cache(self) -> DynamicCache:
+        """A cache that holds the context, of zeros."""
+        config = self.model.config
+        sizes = (self.batch, config.num_key_value_heads, self.context, config.head_dim)
+        cache = DynamicCache(config=config)
+        for layer in cache.layers:
+            keys, values = (torch.zeros(sizes, dtype=self.cache_dtype) for _ in range(2))
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        return cache
+
+    @torch.no_grad()
+    def flops(self) -> int:
+        """FLOPs of one forward pass over the context, as torch counts them on the standard path.
+
+        ``FlopCounterMode`` knows no CPU flash kernel, so the call runs as two plain products per head, which it counts
+        over all T × T pairs, masked ones included.
+        """
+        before = self.model.config._attn_implementation
+        self.model.eval().set_attn_implementation("sdpa")
+        try:
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                self.model(self.ids, use_cache=False)
+        finally:
+            self.model.set_attn_implementation(before)
+        return int(counter.get_total_flops())
+
+
+def all_pairs_flops(shape: ModelShape, attention: str, *, batch: int, context: int) -> int:
+    """FLOPs of one forward pass on the standard path where masked pairs are computed too: what torch's counter counts.
+
+    ``flops_per_token`` is ``linear + u·(T + 1)`` with a mean of (T + 1)/2 visible keys; with all T it is
+    ``linear + u·2T``.
+
+    Args:
+        shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
+        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        batch: sequences, at least 1.
+        context: tokens T in each, at least 1.
+
+    Raises:
+        ConfigError: an unknown variant, or one that the shape cannot carry.
+
+    >>> shape = ModelShape.preset("3M")
+    >>> all_pairs_flops(shape, "softmax", batch=1, context=1) > flops_per_token(
+    ...     shape, "softmax", context=1, phase="forward"
+    ... ).executed
+    False
+    """
+    one, two = (flops_per_token(shape, attention, context=T, phase="forward").executed for T in (1, 2))
+    return batch * context * (one + (two - one) * 2 * (context - 1))
+
+
+def measure_plan(
+    shape: ModelShape,
+    attention: str,
+    *,
+    batch: int = 1,
+    context: int = 512,
+    precision: str = "fp32",
+    backend: str = "fused",
+    checkpointing: bool = False,
+    machine: dict[str, Any] | None = None,
+    repeats: int = 3,
+) -> list[dict[str, Any]]:
+    """Build a model with random weights, do on it what the planner predicts, and put both side by side.
+
+    Counts of parameters, bytes of cache and of disk, and FLOPs must be equal (``exact``). Peaks of memory are to be
+    within 10%. Seconds are the roofline's, a lower bound that small models do not reach.
+
+    Args:
+        shape, attention, batch, context, precision, backend, checkpointing: as in ``Subject``. Defaults: one sequence
+            of 512 tokens, float32, fused, no checkpointing.
+        machine: of ``measure_machine``. Default: None, measured now.
+        repeats: timed runs; medians are reported. Default: 3.
+
+    Returns:
+        Rows of ``what``, ``unit``, ``predicted``, ``measured``, ``ratio`` (predicted / measured) and ``exact``.
+
+    Raises:
+        ConfigError, UnsupportedError: as ``Subject``.
+
+    Source: what is measured, and what is not, is in docs/plan.md.
+
+    >>> rows = measure_plan(ModelShape.preset("300K"), "softmax", context=32, repeats=1, machine={
+    ...     "flops": {"fp32": 1e11, "bf16": 1e11}, "bandwidth": 1e10, "disk": 1e9})
+    >>> all(row["ratio"] == 1 for row in rows if row["exact"])
+    True
+    """
+    subject = Subject(
+        shape,
+        attention,
+        batch=batch,
+        context=context,
+        precision=precision,
+        backend=backend,
+        checkpointing=checkpointing,
+    )
+    machine = measure_machine() if machine is None else machine
+    place: dict[str, Any] = {"batch": batch, "context": context, "precision": precision, "backend": backend}
+    weights = "bf16" if precision == "bf16" else "fp32"
+    dtype = "fp32" if precision == "fp32" else "bf16"
+    # A cost is stated for every backend but the materialised one, whose products are those of the standard call.
+    costed = "standard" if backend == "materialised" else backend
+    forward = flops_per_token(shape, attention, context=context, phase="forward", backend=costed).executed
+    training = flops_per_token(shape, attention, context=context, backend=costed).executed
+    stored = weight_bytes(shape, attention, dtype=weights)
+    cached = batch * context * cache_bytes_per_token(shape, attention, bytes_per_value=4 if dtype == "fp32" else 2)
+
+    rows: list[dict[str, Any]] = []
+
+    def row(what: str, unit: str, predicted: float, measured: float, exact: bool = False) -> None:
+        rows.append(
+            {
+                "what": what,
+                "unit": unit,
+                "predicted": predicted,
+                "measured": measured,
+                "ratio": predicted / measured,
+                "exact": exact,
+            }
+        )
+
+    model = subject.model
+    row("parameters", "count", count_parameters(shape, attention).total, model.num_parameters(), True)
+    tensors = [tensor for layer in subject.cache().layers for tensor in (layer.keys, layer.values)]
+    row("cache", "bytes", cached, sum(tensor.nbytes for tensor in tensors), True)
+    del tensors
+    if precision != "autocast":
+        # Which casts inside the counter as well, and counts the same.
+        row("forward", "FLOPs", all_pairs_flops(shape, attention, batch=batch, context=context), subject.flops(), True)
+
+    prefill_peak, prefill_seconds = subject.prefill(repeats)
+    decoding_peak, decoding_seconds = subject.decoding(repeats)
+    row("prefill peak", "bytes", prefill_memory(shape, attention, **place).total, prefill_peak)
+    row("prefill", "seconds", roofline(batch * context * forward, stored, machine, dtype), prefill_seconds)
+    row("decoding peak", "bytes", decoding_memory(shape, attention, **place).total, decoding_peak)
+    # The new token sees the whole context; the cache is read once.
+    linear = all_pairs_flops(shape, attention, batch=batch, context=1)
+    row("decoding one token", "seconds", roofline(linear, stored + cached, machine, dtype), decoding_seconds)
+
+    on_disk, load_seconds = _save_and_load(model, repeats)
+    row("disk", "bytes", stored, on_disk, True)
+    row("load", "seconds", stored / machine["disk"], load_seconds)
+
+    training_peak, step_seconds = subject.training(repeats)
+    predicted = training_memory(shape, attention, **place, checkpointing=checkpointing).total
+    row("training peak", "bytes", predicted, training_peak)
+    flops = batch * context * (training + (forward if checkpointing else 0))
+    row("training step", "seconds", roofline(flops, 0, machine, dtype), step_seconds)
+    return rows
+
+
+def _save_and_load(model: DiffTransformerForCausalLM, repeats: int) -> tuple[int, float]:
+    """Bytes of the tensors in the saved files, and the median of the seconds to load them from disk."""
+    with tempfile.TemporaryDirectory() as name:
+        model.save_pretrained(name)
+        files = sorted(Path(name).glob("*.safetensors"))
+        size = 0
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                keys = list(opened.keys())
+            with file.open("rb") as raw:
+                header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
+            size += sum(header[key]["data_offsets"][1] - header[key]["data_offsets"][0] for key in keys)
+        taken = []
+        for _ in range(max(1, repeats)):
+            for file in files:
+                forget(file)
+            began = time.perf_counter()
+            DiffTransformerForCausalLM.from_pretrained(name)
+            taken.append(time.perf_counter() - began)
+    return size, statistics.median(taken)
+
+
+def _seconds(function: Callable[[], None], repeats: int) -> float:
+    taken = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken) if taken else 0.0

@@ -1,0 +1,149 @@
+"""`diffattn plan`: what it prints where, what it refuses, and that it starts without torch."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffattn.cli import plan as verb
+from diffattn.cli.main import main
+from diffattn.plan.answer import plan
+from diffattn.plan.shape import ModelShape
+
+PAIR = ("--model", "diff_v1:300K", "--against", "softmax:300K", "--context", "64")
+
+
+def said(capsys: pytest.CaptureFixture[str], *options: str, status: int = 0) -> tuple[dict[str, Any], str]:
+    assert main(["plan", *options]) == status
+    out, shown = capsys.readouterr()
+    return json.loads(out) if out else {}, shown
+
+
+def test_the_tables_are_on_stderr_and_nothing_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    found, shown = said(capsys)
+    assert found == {}
+    assert "diff_v1:6.8B" in shown
+    assert "Training peak memory" in shown
+    assert "materialised" in shown
+    assert "KV cache is the same in every row" in shown
+
+
+def test_json_is_what_python_returns(capsys: pytest.CaptureFixture[str]) -> None:
+    found, _ = said(capsys, *PAIR, "--batch", "3", "--precision", "autocast", "--checkpointing", "--json")
+    command = found.pop("command")
+    assert command.startswith("diffattn")
+    expected = plan("diff_v1:300K", "softmax:300K", context=64, batch=3, precision="autocast", checkpointing=True)
+    del expected["command"]
+    assert found == json.loads(json.dumps(expected))
+
+
+def test_dtypes_take_the_place_of_the_precisions(capsys: pytest.CaptureFixture[str]) -> None:
+    found, shown = said(capsys, *PAIR, "--weights-dtype", "int4", "--cache-dtype", "int8", "--machine", "m2", "--json",
+                        status=2)  # fmt: skip
+    assert "machine 'm2'" in shown
+    found, _ = said(
+        capsys, *PAIR, "--weights-dtype", "int4", "--cache-dtype", "int8", "--machine", "apple m2", "--json"
+    )
+    precision = found["setting"]["precision"]
+    assert (precision["weights"], precision["cache"], precision["activations"]) == ("int4", "int8", "bf16")
+    assert found["model"]["estimate"]["training"] is None
+
+
+def test_sweep_and_fits_are_tables_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    found, shown = said(capsys, *PAIR, "--sweep", "context=1k:4k", "--fits", "64MiB", "--json")
+    assert [row["value"] for row in found["sweep"]] == [1024, 1024, 2048, 2048, 4096, 4096]
+    assert {row["what"] for row in found["fits"]} == {"parameters", "context", "batch"}
+    assert "longest context" in shown
+    assert "4,096" in shown
+
+
+def test_a_machine_from_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"name": "mine", "flops": {"fp32": 1e9, "bf16": 1e9}, "bandwidth": 1e9}))
+    found, shown = said(capsys, *PAIR, "--machine", str(file), "--json")
+    assert found["setting"]["machine"]["name"] == "mine"
+    assert found["model"]["estimate"]["training"]["seconds"] > 0
+    assert found["model"]["estimate"]["first_token_seconds"] is None
+    assert "first token comes" not in shown
+
+
+def test_html_is_one_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    said(capsys, *PAIR, "--html", str(tmp_path / "new" / "plan.html"))
+    text = (tmp_path / "new" / "plan.html").read_text(encoding="utf-8")
+    assert "diff_v1:300K" in text
+    assert "KV cache is the same in every row" in text
+    (tmp_path / "file").write_text("")
+    _, shown = said(capsys, *PAIR, "--html", str(tmp_path / "file" / "plan.html"), status=2)
+    assert shown.startswith("diffattn: --html")
+
+
+def test_measure_puts_both_beside_each_other(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffattn.study.measured_plan as measured
+
+    asked: dict[str, Any] = {}
+
+    def measure(shape: ModelShape, attention: str, **options: Any) -> list[dict[str, Any]]:
+        asked.update(options, shape=shape, attention=attention)
+        return [{"what": "peak of training", "unit": "bytes", "predicted": 110, "measured": 100, "ratio": 1.1}]
+
+    monkeypatch.setattr(measured, "measure_plan", measure)
+    found, shown = said(capsys, *PAIR, "--measure", "--precision", "fp32", "--json")
+    assert asked == {"shape": ModelShape.preset("300K"), "attention": "diff_v1", "batch": 1, "context": 64,
+                     "precision": "fp32", "backend": "standard", "checkpointing": False}  # fmt: skip
+    assert found["measured"][0]["ratio"] == 1.1
+    assert "1.100×" in shown
+    _, shown = said(capsys, *PAIR, "--measure", "--cache-dtype", "int8", status=2)
+    assert "--measure given with dtypes" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--context", "0"), "context '0' given"),
+        (("--batch", "-1"), "batch '-1' given"),
+        (("--machine", "abacus"), "machine 'abacus' given"),
+        (("--precision", "fp8"), "precision='fp8' given"),
+        (("--weights-dtype", "int3"), "weights='int3' given"),
+        (("--backend", "flash"), "backend='flash' given"),
+        (("--model", "diff_v3:3B"), "did you mean diff_v2"),
+        (("--model", "3B"), "a variant and a size are wanted"),
+        (("--against", "softmax:nope"), "size 'nope' given"),
+        (("--tp", "5"), "tp=5 given"),
+        (("--fsdp", "0"), "fsdp=0 given"),
+        (("--sweep", "context=4k"), "sweep 'context=4k' given"),
+        (("--fits", "8 bananas"), "memory '8 bananas' given"),
+        (("--fits", "1MiB"), "more is wanted"),
+    ],
+)
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], options: tuple[str, ...], words: str) -> None:
+    _, shown = said(capsys, *options, status=2)
+    assert words in shown
+    assert shown.count("\n") == 1
+
+
+def test_what_is_shown_fits_any_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    verb.show([["name", "size"], ["[bold]", "8.00 GiB"]])
+    assert "[bold]" in capsys.readouterr().err
+
+
+def test_the_process_imports_no_torch_and_ends_within_a_second() -> None:
+    code = (
+        "import sys; from diffattn.cli.main import main; status = main(['plan', '--json']); "
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules); "
+        "print(sorted(heavy), file=sys.stderr); sys.exit(status or bool(heavy))"
+    )
+    seconds = []
+    # Other work on the same cores delays a run; the fastest of five says what the process needs.
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["sentences"]
+    assert min(seconds) < 1

@@ -1,0 +1,222 @@
+"""Two models side by side: what is compared, what the sentences say, and the plan along an axis and turned around."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffattn.errors import ConfigError
+from diffattn.plan.answer import backend_table, backends_of, parse_model, plan, precision_of, table
+from diffattn.plan.cost import count_parameters
+from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
+from diffattn.plan.rule import shape_about
+from diffattn.plan.shape import VARIANTS, ModelShape
+from diffattn.plan.sweep import fits, parse_size, parse_sweep, parse_tokens, sweep
+
+PRESET = ModelShape.preset("300K")
+CONFIG = {"model_type": "diff_transformer", "attention": "diff_v1", "hidden_size": 64, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 88,
+          "vocab_size": 300}  # fmt: skip
+
+
+def test_a_model_is_a_preset_a_file_a_checkpoint_or_a_count(tmp_path: Path) -> None:
+    assert parse_model("diff_v1:300K").shape == PRESET
+    assert parse_model("softmax:11B").shape == shape_about(11e9)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    own = parse_model(str(tmp_path))
+    assert (own.attention, own.shape.num_heads, own.shape.head_dim) == ("diff_v1", 4, 16)
+    assert parse_model(f"softmax:{tmp_path}").shape == own.shape
+    assert parse_model(f"softmax:{tmp_path / 'config.json'}").attention == "softmax"
+    file = tmp_path / "mine.toml"
+    file.write_text("hidden_size = 64\nnum_layers = 2\nnum_heads = 4\nintermediate_size = 88\nvocab_size = 300\n")
+    assert parse_model(f"diff_v2:{file}").shape.name == "mine"
+
+
+def test_v2_is_matched_and_the_others_are_built_as_they_are() -> None:
+    wanted = count_parameters(PRESET, "softmax").total
+    for attention in VARIANTS:
+        model = parse_model(f"{attention}:300K")
+        assert abs(count_parameters(model.built, attention).total / wanted - 1) <= 0.005
+        assert (model.built == PRESET) == (attention != "diff_v2")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("300K", "put one of softmax, diff_v1, diff_v2 and a colon"),
+        ("dif_v1:300K", "did you mean diff_v1"),
+        ("softmax:big", "size 'big' given"),
+        ("softmax:", "size '' given"),
+        ("softmax:absent.toml", "check the path"),
+        ("softmax:3K", "3000 parameters given"),
+    ],
+)
+def test_what_is_no_model_is_refused_in_one_line(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        parse_model(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def paper() -> dict[str, Any]:
+    return plan(command="diffattn plan")
+
+
+def test_rows_hold_both_values_and_their_ratio(paper: dict[str, Any]) -> None:
+    assert list(paper) == ["model", "against", "ratios", "backends", "setting", "command", "sentences"]
+    rows = {row["key"]: row for row in paper["ratios"]}
+    shape, other = ModelShape.preset("6.8B"), shape_about(11e9)
+    place: dict[str, Any] = {"batch": 1, "context": 4096, "precision": "mixed", "backend": "standard"}
+    parameters = (count_parameters(shape, "diff_v1").total, count_parameters(other, "softmax").total)
+    training = (training_memory(shape, "diff_v1", **place).total, training_memory(other, "softmax", **place).total)
+    for key, values in (("parameters", parameters), ("training_bytes", training)):
+        assert (rows[key]["model"], rows[key]["against"]) == values
+        assert rows[key]["ratio"] == values[0] / values[1]
+    assert rows["cache_bytes_per_token"]["model"] == 2 * 32 * 4096 * 2
+    assert rows["score_bytes"]["ratio"] is None
+    assert not any(key.startswith("rank_") for key in rows)
+    json.dumps(paper, allow_nan=False)
+
+
+def test_parallel_plans_have_rows_for_one_rank() -> None:
+    rows = {row["key"]: row for row in plan("diff_v1:300K", "softmax:300K", context=64, fsdp=2)["ratios"]}
+    assert 0 < rows["rank_training_bytes"]["model"] < rows["training_bytes"]["model"]
+
+
+@pytest.mark.parametrize(("attention", "ratio"), [("diff_v1", 1.0), ("diff_v2", 2.0)])
+def test_maps_are_doubled_where_they_are_written_and_queries_are_doubled(attention: str, ratio: float) -> None:
+    result = plan(f"{attention}:6.8B")
+    rows = [row for row in result["backends"] if row["attention"] == attention]
+    assert [row["backend"] for row in rows] == backends_of(attention)
+    assert {row["backend"]: row["score_ratio_to_twin"] for row in rows if row["score_bytes"]} == {"materialised": ratio}
+    assert all(row["cache_ratio_to_twin"] == 1 for row in rows)
+    said = result["sentences"][0]
+    assert ("doubled in materialised alone" in said) == (ratio == 2)
+    assert ("doubled in no backend" in said) == (ratio == 1)
+    assert f"holds {ratio:.2f}× the bytes of maps" in said
+    assert "its KV cache is the same in every row" in said
+
+
+def test_sentences_say_what_the_rows_say(paper: dict[str, Any]) -> None:
+    memory, phases, small = paper["sentences"]
+    rows = {row["key"]: row for row in paper["ratios"]}
+    inference = rows["prefill_bytes"]["ratio"]
+    assert f"{rows['parameters']['ratio']:.0%} of the parameters" in memory
+    assert re.findall(r"\((\d\.\d\d)×\)", memory) == [f"{rows['training_bytes']['ratio']:.2f}", f"{inference:.2f}"]
+    assert "it needs less in training and in inference" in memory
+    assert f"{rows['training_bytes']['ratio']:.2f}× of the memory becomes {inference:.2f}×" in phases
+    assert "is better for diff_v1:6.8B at inference" in phases
+    assert f"as int4 ({rows['disk_bytes_int4']['ratio']:.2f}×)" in small
+    assert "Raspberry Pi 5 (8 GiB): only diff_v1:6.8B" in small
+    for sentence in paper["sentences"]:
+        assert "\n" not in sentence
+
+
+def test_sentences_of_the_pair_the_other_way_round() -> None:
+    memory, phases, small = plan("softmax:11B", "diff_v1:6.8B")["sentences"]
+    assert "it needs less in neither" in memory
+    assert "twice" not in memory
+    assert "is worse for softmax:11B at inference" in phases
+    assert "Raspberry Pi 5 (8 GiB): only diff_v1:6.8B" in small
+
+
+def test_sentences_without_times_or_without_training() -> None:
+    result = plan("diff_v2:300K", "softmax:300K", context=64, machine=None)
+    assert "Tokens per second" not in result["sentences"][1]
+    assert "first token" not in result["sentences"][2]
+    whole = precision_of("bf16", weights="int8", cache="int8")
+    result = plan("diff_v2:300K", "softmax:300K", context=64, precision=whole)
+    assert "not trained" in result["sentences"][1]
+    assert {row["model"] for row in result["ratios"] if row["key"].startswith("train")} == {None}
+    assert table(result)[3][1:] == ["–", "–", ""]
+
+
+def test_tables_are_rectangles_of_text(paper: dict[str, Any]) -> None:
+    for rows in (table(paper), backend_table(paper)):
+        assert {len(row) for row in rows} == {len(rows[0])}
+        assert all(isinstance(cell, str) for row in rows for cell in row)
+    assert table(plan("diff_v1:6.8B", "softmax:13.1B"))[1] == ["Parameters", "6.84 B", "13.1 B", "0.52×"]
+
+
+def test_sizes_and_axes_as_people_write_them() -> None:
+    assert [parse_tokens(text) for text in ("1k", "128K", "7", "1_000", "2M")] == [1024, 131072, 7, 1000, 2 << 20]
+    assert [parse_size(text) for text in ("8GiB", "8G", "8GB", "0.5 KiB", "3b")] == [
+        8 << 30,
+        8 << 30,
+        8 * 10**9,
+        512,
+        3,
+    ]
+    assert parse_sweep("context=1k:128k").values == tuple(1024 << power for power in range(8))
+    assert parse_sweep("batch=3:3").values == (3,)
+
+
+@pytest.mark.parametrize("text", ["context", "context=1k", "width=1:2", "context=2k:1k", "batch=0:4", "batch=1:x", ""])
+def test_bad_sweeps_are_one_line(text: str) -> None:
+    with pytest.raises(ConfigError, match="given; ") as caught:
+        parse_sweep(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["8 bananas", "", "0", "-1GiB", "0.1B", "GiB"])
+def test_bad_sizes_are_one_line(text: str) -> None:
+    with pytest.raises(ConfigError, match="such as 8GiB"):
+        parse_size(text)
+
+
+def test_a_sweep_is_the_plan_at_each_value() -> None:
+    rows = sweep("batch=1:3", "diff_v1:300K", "softmax:300K", context=64, machine="Raspberry Pi 5")
+    assert [(row["value"], row["model"]) for row in rows] == [
+        (value, name) for value in (1, 2, 3) for name in ("diff_v1:300K", "softmax:300K")
+    ]
+    other = plan("diff_v1:300K", "softmax:300K", context=64, batch=3, machine="Raspberry Pi 5")["model"]["estimate"]
+    assert rows[4]["training_bytes"] == other["training"]["memory"]["total"]
+    assert rows[4]["decoding_tokens_per_second"] == other["decoding"]["tokens_per_second"]
+    assert all(row["fits_training"] and row["fits_inference"] for row in rows)
+
+
+@pytest.mark.parametrize("attention", VARIANTS)
+def test_what_fits_is_the_last_that_fits(attention: str) -> None:
+    limit, context, batch = 40 << 20, 64, 2
+    place: dict[str, Any] = {"precision": "fp32", "backend": "standard"}
+    built = parse_model(f"{attention}:300K").built
+
+    def inference(batch: int, context: int) -> int:
+        return max(
+            peak(built, attention, batch=batch, context=context, **place).total
+            for peak in (prefill_memory, decoding_memory)
+        )
+
+    def training(batch: int, context: int) -> int:
+        return training_memory(built, attention, batch=batch, context=context, **place).total
+
+    rows = fits(limit, f"{attention}:300K", context=context, batch=batch, **place)
+    values = {(row["phase"], row["what"]): row["value"] for row in rows if row["what"] != "parameters"}
+    for phase, need in (("training", training), ("inference", inference)):
+        last = values[phase, "context"]
+        assert need(batch, last) <= limit < need(batch, last + 1)
+        last = values[phase, "batch"]
+        assert need(last, context) <= limit < need(last + 1, context)
+
+
+def test_the_largest_shape_is_one_step_below_too_large() -> None:
+    for row in fits("8GiB"):
+        if row["what"] != "parameters":
+            continue
+        assert row["bytes"] <= 8 << 30
+        widths = [shape_about(row["value"] * factor).hidden_size for factor in (1, 1.3, 1.6)]
+        larger = next(
+            shape_about(row["value"] * f) for f, w in zip((1, 1.3, 1.6), widths, strict=True) if w > widths[0]
+        )
+        place: dict[str, Any] = {"batch": 1, "context": 4096, "precision": "mixed", "backend": "standard"}
+        peaks = (training_memory,) if row["phase"] == "training" else (prefill_memory, decoding_memory)
+        assert max(peak(larger, row["attention"], **place).total for peak in peaks) > 8 << 30
+
+
+def test_where_nothing_fits_it_says_so() -> None:
+    with pytest.raises(ConfigError, match="more is wanted"):
+        fits("1MiB")
+    rows = fits("8GiB", precision=precision_of("bf16", weights="int4"))
+    assert {row["phase"] for row in rows} == {"inference"}

@@ -1,0 +1,211 @@
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffattn.errors import ConfigError
+from diffattn.plan.activations import BACKENDS, layer
+from diffattn.plan.cost import cache_bytes_per_token, count_parameters
+from diffattn.plan.memory import (
+    BYTES,
+    PRECISIONS,
+    Precision,
+    decoding_memory,
+    moments,
+    prefill_memory,
+    training_memory,
+    weight_bytes,
+)
+from diffattn.plan.shape import VARIANTS, ModelShape
+
+# Every dimension is another prime where the rules allow it.
+PRIME = ModelShape(
+    hidden_size=61,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=14,
+    intermediate_size=163,
+    vocab_size=131,
+    tie_word_embeddings=False,
+)
+FORMS = [
+    (attention, backend)
+    for attention, backend in itertools.product(VARIANTS, BACKENDS)
+    if not (attention == "diff_v2" and backend.endswith("_calls"))
+]
+few = settings(derandomize=True, max_examples=60, deadline=None, database=None)
+
+
+def refused(call, *wanted: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        call()
+    line = str(caught.value)
+    assert "\n" not in line
+    assert "want" in line
+    for words in wanted:
+        assert words in line, line
+
+
+def test_a_layer_by_hand():
+    """Softmax in float32, in numbers per token: of both norms input, x̂, result and 1/rms; q, k, v, result and its
+    log-sum-exps; gate, up, silu and product. V1 fused: two log-sum-exps in two parts per output head, then its norm.
+    """
+    D, F, width, keys, n = 61, 163, 84, 28, 6
+    softmax = 2 * (3 * D + 1) + width + 2 * keys + width + n + 4 * F
+    assert layer(PRIME, "softmax", backend="standard", size=4, autocast=False).token == 4 * softmax
+    v1 = softmax - n + 4 * n // 2 + 2 * width + n // 2
+    assert layer(PRIME, "diff_v1", backend="fused", size=4, autocast=False).token == 4 * v1
+    # The one padded call: q and the result twice as wide, the difference beside it.
+    padded = softmax + width + (2 * width - width) + 3 * width + n // 2
+    assert layer(PRIME, "diff_v1", backend="standard", size=4, autocast=False).token == 4 * padded
+    # V2: twice the queries, λ, and two log-sum-exps in two parts for each of n heads.
+    v2 = softmax + width + n - n + 4 * n
+    assert layer(PRIME, "diff_v2", backend="fused", size=4, autocast=False).token == 4 * v2
+
+
+def test_only_materialised_maps_cost_memory_by_the_square():
+    for attention, backend in FORMS:
+        found = layer(PRIME, attention, backend=backend, size=2, autocast=False)
+        maps = 12 if attention == "diff_v2" else 6
+        assert found.scores == (6 * maps if backend == "materialised" else 0)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("attention", "backend"), FORMS)
+def test_every_moment_is_an_exact_polynomial(attention, backend, precision):
+    for checkpointing in (False, True):
+
+        def at(batch, context, checkpointing=checkpointing):
+            return moments(
+                PRIME, attention, batch=batch, context=context, precision=precision, backend=backend,
+                checkpointing=checkpointing,
+            )  # fmt: skip
+
+        table = {(B, T): at(B, T) for B in range(1, 5) for T in range(1, 6)}
+        for name in table[1, 1]:
+            f = {place: values[name] for place, values in table.items()}
+            assert all(isinstance(value, int) for value in f.values())
+            for B, T in itertools.product(range(1, 5), range(1, 3)):
+                assert f[B, T + 3] - 3 * f[B, T + 2] + 3 * f[B, T + 1] - f[B, T] == 0, "of degree 2 in T"
+                square = f[B, T + 2] - 2 * f[B, T + 1] + f[B, T]
+                assert square == B * (f[1, 3] - 2 * f[1, 2] + f[1, 1]), "T² only with B"
+            for B, T in itertools.product(range(1, 3), range(1, 6)):
+                assert f[B + 2, T] - 2 * f[B + 1, T] + f[B, T] == 0, "of degree 1 in B"
+
+
+@st.composite
+def cases(draw):
+    groups = 2 * draw(st.integers(1, 3))
+    shape = ModelShape(
+        hidden_size=draw(st.integers(8, 300)),
+        num_layers=draw(st.integers(1, 7)),
+        num_heads=groups * draw(st.integers(1, 3)),
+        num_kv_heads=groups,
+        head_dim=2 * draw(st.integers(1, 40)),
+        intermediate_size=draw(st.integers(1, 2000)),
+        vocab_size=draw(st.integers(1, 3000)),
+        tie_word_embeddings=draw(st.booleans()),
+    )
+    attention, backend = draw(st.sampled_from(FORMS))
+    return (
+        shape,
+        attention,
+        {
+            "backend": backend,
+            "batch": draw(st.integers(1, 9)),
+            "context": draw(st.integers(1, 3000)),
+            "precision": draw(st.sampled_from(list(PRECISIONS))),
+        },
+    )
+
+
+@few
+@given(cases(), st.booleans())
+def test_more_of_anything_needs_no_less(case, checkpointing):
+    shape, attention, options = case
+    here = training_memory(shape, attention, **options, checkpointing=checkpointing)
+    found = moments(shape, attention, **options, checkpointing=checkpointing)
+    assert here.total == max(found.values())
+    assert min(dataclasses.astuple(here)) >= 0
+    for key in ("batch", "context"):
+        more = options | {key: options[key] + 1}
+        assert training_memory(shape, attention, **more, checkpointing=checkpointing).total >= here.total
+        for memory in (prefill_memory, decoding_memory):
+            assert memory(shape, attention, **more).total > memory(shape, attention, **options).total
+    for key in ("num_layers", "vocab_size"):
+        larger = dataclasses.replace(shape, **{key: getattr(shape, key) + 1})
+        assert training_memory(larger, attention, **options, checkpointing=checkpointing).total > here.total
+
+
+def test_what_saves_memory_saves_it():
+    shape = ModelShape.preset("1.4B")
+    place = {"batch": 2, "context": 2048}
+
+    def total(attention="diff_v1", precision="fp32", backend="fused", checkpointing=False):
+        return training_memory(
+            shape, attention, **place, precision=precision, backend=backend, checkpointing=checkpointing
+        ).total
+
+    assert total(precision="bf16") < total(precision="mixed") < total(precision="autocast") < total()
+    for precision in PRECISIONS:
+        assert total(precision=precision, checkpointing=True) < total(precision=precision)
+    assert total("softmax") < total() < total(backend="two_calls") < total(backend="standard")
+    assert total(backend="standard") < total(backend="materialised")
+
+
+def test_fixed_parts_are_the_parameters():
+    for attention in VARIANTS:
+        count = count_parameters(PRIME, attention).total
+        lambdas = 3 * 4 * 14 if attention == "diff_v1" else 0
+        tensors = 3 * (9 + {"softmax": 0, "diff_v1": 5, "diff_v2": 1}[attention]) + 3
+        place = {"batch": 1, "context": 5, "backend": "standard"}
+        fp32, mixed = (
+            training_memory(PRIME, attention, **place, precision=precision) for precision in ("fp32", "mixed")
+        )
+        assert (fp32.weights, fp32.optimizer) == (4 * count, 8 * count + 4 * tensors)
+        assert (mixed.weights, mixed.optimizer) == (2 * count + 2 * lambdas, 12 * count + 4 * tensors)
+        assert weight_bytes(PRIME, attention, dtype="int4") == -(-(count - lambdas) // 2) + 4 * lambdas
+
+
+def test_the_cache_is_that_of_the_cost():
+    for attention, precision in itertools.product(VARIANTS, PRECISIONS):
+        value = 4 if precision == "fp32" else 2
+        wanted = 7 * 11 * cache_bytes_per_token(PRIME, attention, bytes_per_value=value)
+        found = decoding_memory(PRIME, attention, batch=7, context=11, precision=precision, backend="standard")
+        assert found.cache == wanted
+    packed = Precision("int4", "bf16", "bf16", "bf16", "int8")
+    found = decoding_memory(PRIME, "softmax", batch=7, context=11, precision=packed, backend="standard")
+    assert found.cache == 7 * 11 * cache_bytes_per_token(PRIME, "softmax", bytes_per_value=1)
+    assert found.weights == -(-count_parameters(PRIME, "softmax").total // 2)
+
+
+def test_softmax_and_definition_have_no_form_of_their_own():
+    place = {"batch": 3, "context": 17, "precision": "bf16"}
+    assert len({training_memory(PRIME, "softmax", **place, backend=name) for name in BACKENDS[:-1]}) == 1
+    for attention in ("diff_v1", "diff_v2"):
+        fused, definition = (
+            training_memory(PRIME, attention, **place, backend=name) for name in ("fused", "definition")
+        )
+        assert fused == definition
+
+
+def test_users_mistakes_are_one_line():
+    good = {"batch": 1, "context": 8, "precision": "fp32", "backend": "standard"}
+    for memory in (training_memory, prefill_memory, decoding_memory, moments):
+        for change, words in (
+            ({"batch": 0}, "batch=0 given"),
+            ({"context": True}, "context=True given"),
+            ({"precision": "fp8"}, "precision='fp8' given"),
+            ({"backend": "flash"}, "backend='flash' given"),
+        ):
+            refused(lambda memory=memory, change=change: memory(PRIME, "softmax", **good | change), words)
+        refused(lambda memory=memory: memory(PRIME, "diff", **good), "attention='diff' given")
+        refused(lambda memory=memory: memory(PRIME, "diff_v2", **good | {"backend": "two_calls"}), "of diff_v2")
+    refused(lambda: Precision("fp32", "int8", "fp32", "fp32", "fp32"), "gradients='int8' given", "bf16")
+    refused(lambda: Precision("fp32", "fp32", "fp32", "fp32", "fp8"), "cache='fp8' given", *BYTES)
+    whole = Precision("int8", "bf16", "fp32", "bf16", "bf16")
+    refused(lambda: training_memory(PRIME, "softmax", **good | {"precision": whole}), "weights='int8' given")
+    refused(lambda: weight_bytes(PRIME, "softmax", dtype="fp8"), "dtype='fp8' given")
