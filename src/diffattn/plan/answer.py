@@ -12,7 +12,7 @@ from diffattn.errors import ConfigError
 from diffattn.plan.activations import BACKENDS, check_backend
 from diffattn.plan.checkpoint_shape import read_checkpoint
 from diffattn.plan.cost import match_parameters
-from diffattn.plan.estimate import estimate, resolve_precision
+from diffattn.plan.estimate import DISK_DTYPES, estimate, resolve_precision
 from diffattn.plan.hardware import MACHINES, GiB, Machine, load_machine
 from diffattn.plan.memory import decoding_memory, prefill_memory
 from diffattn.plan.precision import Precision
@@ -182,9 +182,23 @@ _ROWS = (
     ("parameters", "Parameters", "count", "", "parameters total"),
     ("attention_parameters", "Attention parameters", "count", "", "parameters attention"),
     ("training_bytes", "Training peak memory", "size", "", "training memory total"),
+    *(
+        (f"training_{part}", f"  of it {label}", "size", "", f"training memory {part}")
+        for part, label in (
+            ("weights", "weights"),
+            ("gradients", "gradients so far"),
+            ("optimizer", "optimizer state"),
+            ("activations", "activations"),
+            ("scores", "score maps at the peak"),
+            ("workspace", "workspace"),
+        )
+    ),
+    ("training_all_gradients", "All gradients", "size", "", "gradient_bytes"),
     ("training_bytes_checkpointing", "Training peak, checkpointing", "size", "", "training peak_with_checkpointing"),
     ("prefill_bytes", "Prefill peak memory", "size", "", "prefill memory total"),
     ("decoding_bytes", "Decoding peak memory", "size", "", "decoding memory total"),
+    ("decoding_weights", "  of it weights", "size", "", "decoding memory weights"),
+    ("decoding_cache", "  of it cache", "size", "", "decoding memory cache"),
     ("cache_bytes_per_token", "KV cache", "size", "per token", "cache_bytes_per_token"),
     ("score_bytes", "Score maps in training", "size", "", "score_bytes"),
     ("rank_training_bytes", "Training, one rank", "size", "", "rank training total"),
@@ -199,8 +213,7 @@ _ROWS = (
     ("train_tokens_per_second", "Training, at most", "count", "tokens/s", "training tokens_per_second"),
     ("prefill_tokens_per_second", "Prefill, at most", "count", "tokens/s", "prefill tokens_per_second"),
     ("decoding_tokens_per_second", "Decoding, at most", "count", "tokens/s", "decoding tokens_per_second"),
-    ("disk_bytes_bf16", "Disk, bf16", "size", "", "disk bf16 bytes"),
-    ("disk_bytes_int4", "Disk, int4", "size", "", "disk int4 bytes"),
+    *((f"disk_bytes_{dtype}", f"Disk, {dtype}", "size", "", f"disk {dtype} bytes") for dtype in DISK_DTYPES),
     ("read_seconds", "Reading the weights, at least", "seconds", "", "read_seconds"),
     ("first_token_seconds", "First token, at least", "seconds", "", "first_token_seconds"),
 )

@@ -65,7 +65,7 @@ def estimate(
         ``parameters``; ``training`` (None where the weights are integers), ``prefill`` and ``decoding``, each with
         ``memory`` (bytes), ``flops_per_token``, ``flops``, ``bytes_moved``, ``intensity``, ``seconds`` and
         ``tokens_per_second``; ``disk``; ``read_seconds`` and ``first_token_seconds``; ``cache_bytes_per_token``;
-        ``score_bytes``; ``rank``.
+        ``gradient_bytes`` (of all parameters; the peak may lie where few exist); ``score_bytes``; ``rank``.
 
     Raises:
         ConfigError: an unknown name, a variant that the shape cannot carry, a number below 1, or a ``tp`` that does not
@@ -154,6 +154,7 @@ def estimate(
         "read_seconds": read_seconds,
         "first_token_seconds": first,
         "cache_bytes_per_token": cache // tokens,
+        "gradient_bytes": None if training is None else int(counted.total * BYTES[precision.gradients]),
         "score_bytes": one.scores * pairs * (1 if checkpointing else shape.num_layers),
         "rank": _rank(shape, attention, training, prefill, decoding, precision, backend, checkpointing, fsdp, tp),
     }

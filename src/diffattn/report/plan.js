@@ -225,15 +225,21 @@ function measures(data, state, index) {
   const total = (phase, at = state) => memoryOf(data, at, index, phase)?.total ?? null;
   const decoding = memoryOf(data, state, index, "decoding"), cache = decoding.cache ?? 0;
   const tokens = state.batch * state.context;
+  const peak = memoryOf(data, state, index, "training");
+  const parts = ["weights", "gradients", "optimizer", "activations", "scores", "workspace"];
   const training = least("training"), prefill = least("prefill"), step = least("decoding");
   const read = over(decoding.weights, machine.disk);
   return {
     ...data.models[index].constants,
-    training_bytes: total("training"),
+    training_bytes: peak?.total ?? null,
+    ...Object.fromEntries(parts.map((part) => [`training_${part}`, peak === null ? null : peak[part] ?? 0])),
+    training_all_gradients: work("gradient_bytes"),
     training_bytes_checkpointing: total("training", { ...state, checkpointing: "on" }),
     prefill_bytes: total("prefill"),
     decoding_bytes: decoding.total,
     inference_bytes: Math.max(total("prefill"), decoding.total),
+    decoding_weights: decoding.weights ?? 0,
+    decoding_cache: cache,
     cache_bytes: cache,
     cache_bytes_per_token: cache / tokens,
     score_bytes: work("score_bytes"),

@@ -21,7 +21,7 @@ from diffattn.plan import memory
 from diffattn.plan.activations import resolve
 from diffattn.plan.answer import backends_of
 from diffattn.plan.cost import count_parameters
-from diffattn.plan.estimate import estimate
+from diffattn.plan.estimate import DISK_DTYPES, estimate
 from diffattn.plan.hardware import MACHINES, Machine
 from diffattn.plan.inference import Inference
 from diffattn.plan.precision import PRECISIONS, Precision
@@ -219,8 +219,10 @@ def _models(given: Given) -> list[dict[str, Any]]:
                 "constants": {
                     "parameters": counted.total,
                     "attention_parameters": counted.attention,
-                    "disk_bytes_bf16": memory.weight_bytes(shape, attention, dtype="bf16"),
-                    "disk_bytes_int4": memory.weight_bytes(shape, attention, dtype="int4"),
+                    **{
+                        f"disk_bytes_{dtype}": memory.weight_bytes(shape, attention, dtype=dtype)
+                        for dtype in DISK_DTYPES
+                    },
                 },
             }
         )
@@ -266,6 +268,7 @@ def _work(found: Mapping[str, Any]) -> dict[str, int]:
     phases = [phase for phase in ("training", "prefill", "decoding") if found[phase] is not None]
     work = {f"{phase}_{key}": found[phase][key] for phase in phases for key in ("flops", "bytes_moved")}
     if found["training"] is not None:
+        work["gradient_bytes"] = found["gradient_bytes"]
         work |= {f"training_{key}_flops": value for key, value in found["training"]["flops_per_token"].items()}
     return work | {"score_bytes": found["score_bytes"]}
 
