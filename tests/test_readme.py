@@ -30,9 +30,21 @@ def test_commands_exist() -> None:
     assert {"compare", "test"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    verbs = re.findall(r"diffattn ([a-z]+)", commands)
+    verbs = re.findall(r"diffattn (scale \w+|[a-z]+)", commands)
     assert verbs
     assert set(verbs) <= set(VERBS)
+
+
+def test_the_plan_that_it_shows_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    from diffattn.cli.main import main
+
+    command = re.search(r"diffattn (plan .*)", README)
+    assert command
+    assert main(command[1].split()) == 0
+    printed = {line.rstrip() for line in capsys.readouterr().err.splitlines()}
+    shown = next(block for block in blocks("text") if "Training peak memory" in block).splitlines()
+    assert len(shown) > 30
+    assert [line for line in shown if line not in printed] == []
 
 
 def test_files_that_it_names_exist() -> None:

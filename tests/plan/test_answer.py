@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from diffattn.errors import ConfigError
-from diffattn.plan.answer import backend_table, backends_of, parse_model, plan, precision_of, table
+from diffattn.plan.answer import backends_of, plan, precision_of
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
+from diffattn.plan.named_model import parse_model
 from diffattn.plan.rule import shape_about
 from diffattn.plan.shape import VARIANTS, ModelShape
 from diffattn.plan.sweep import fits, parse_size, parse_sweep, parse_tokens, sweep
+from diffattn.plan.tables import backend_table, table
 
 PRESET = ModelShape.preset("300K")
 CONFIG = {"model_type": "diff_transformer", "attention": "diff_v1", "hidden_size": 64, "num_hidden_layers": 2,

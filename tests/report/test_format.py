@@ -3,7 +3,8 @@ import math
 import pytest
 from report.synthetic_comparison import comparison
 
-from diffattn.report.format import MEASURES, cell, compare_rows, count, exact, flops, loss, seconds, signed, size
+from diffattn.numbers import count, exact, flops, loss, seconds, signed, size
+from diffattn.report.format import MEASURES, cell, compare_rows
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from urllib.parse import urlencode
 import pytest
 from report.test_page_layout import measure
 
+from diffattn import numbers as written
 from diffattn.plan.activations import resolve
 from diffattn.plan.answer import plan
 from diffattn.plan.precision import Precision
-from diffattn.report import format as written
 from diffattn.report.plan_page import BACKEND_CELLS, HERE, POINTS, render_plan, solve
 
 NODE = shutil.which("node")

@@ -62,8 +62,9 @@ def plan(
     """
 
     def call() -> int:
-        from diffattn.plan import answer
+        from diffattn.plan import answer, tables
         from diffattn.plan import sweep as along
+        from diffattn.plan.named_model import parse_model
 
         changed = {"weights": weights_dtype, "gradients": gradients_dtype, "optimizer": optimizer_dtype,
                    "activations": activations_dtype, "cache": cache_dtype, "master": master_dtype}  # fmt: skip
@@ -72,21 +73,21 @@ def plan(
                                  "precision": dtypes, "backend": backend, "checkpointing": checkpointing}  # fmt: skip
         command = shlex.join(["diffattn", *sys.argv[1:]])
         result = answer.plan(model, against, **place, machine=machine, fsdp=fsdp, tp=tp, command=command)
-        tables = [answer.table(result), answer.backend_table(result)]
+        shown = [tables.table(result), tables.backend_table(result)]
         if sweep is not None:
             result["sweep"] = along.sweep(sweep, model, against, **place, machine=machine)
-            tables.append(along.sweep_table(result["sweep"]))
+            shown.append(along.sweep_table(result["sweep"]))
         if fits is not None:
             result["fits"] = along.fits(fits, model, **place)
-            tables.append(along.fits_table(result["fits"]))
+            shown.append(along.fits_table(result["fits"]))
         if measure:
-            result["measured"] = _measured(answer.parse_model(model), place, precision, changed)
-            tables.append(measured_table(result["measured"]))
+            result["measured"] = _measured(parse_model(model), place, precision, changed)
+            shown.append(measured_table(result["measured"]))
         if html is not None:
             from diffattn.report.plan_page import render_plan
 
             _write(html, render_plan(result))
-        for rows in tables:
+        for rows in shown:
             show(rows)
         print("\n\n".join(result["sentences"]), file=sys.stderr)
         if json:

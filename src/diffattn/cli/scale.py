@@ -49,7 +49,7 @@ def scale_run(
 
     def call() -> int:
         from diffattn.cli.console import Console, print_json
-        from diffattn.report.format import seconds
+        from diffattn.numbers import seconds
         from diffattn.study.ladder import Ladder, LadderProgress, run_ladder
 
         ladder = Ladder(

@@ -2,92 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 from diffattn.errors import ConfigError
 from diffattn.plan.activations import BACKENDS, check_backend
-from diffattn.plan.checkpoint_shape import read_checkpoint
-from diffattn.plan.cost import match_parameters
-from diffattn.plan.estimate import DISK_DTYPES, estimate, resolve_precision
-from diffattn.plan.hardware import MACHINES, GiB, Machine, load_machine
-from diffattn.plan.memory import decoding_memory, prefill_memory
+from diffattn.plan.estimate import DISK_DTYPES, estimate, inference_peak, resolve_precision
+from diffattn.plan.hardware import Machine, load_machine
+from diffattn.plan.named_model import Model, parse_model
 from diffattn.plan.precision import Precision
-from diffattn.plan.rule import parse_count, shape_about
-from diffattn.plan.shape import VARIANTS, ModelShape, presets
-
-SMALL_MACHINES = ("RTX 3060 12GB", "Apple M2", "DDR5 desktop", "Raspberry Pi 5")
-SMALL_PRECISION = Precision("int4", "bf16", "bf16", "bf16", "bf16")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model to plan: what it is called, its variant, the softmax shape, and the shape that is built.
-
-    ``built`` is ``shape`` but for V2, whose feed-forward network is narrowed to as many parameters as softmax has.
-
-    >>> parse_model("diff_v2:3M").built.intermediate_size
-    448
-    """
-
-    name: str
-    attention: str
-    shape: ModelShape
-    built: ModelShape
-
-
-def parse_model(text: str) -> Model:
-    """A model as it is written on the command line: ``variant:size``.
-
-    Size is a preset, the path of a ``.toml`` file, a checkpoint's folder or ``config.json``, or a count such as 11B:
-    the shape nearest to it by the rule of ``shape_about``. A checkpoint alone brings its own variant.
-
-    Args:
-        text: such as ``"diff_v1:6.8B"``, ``"softmax:11B"``, ``"diff_v2:shape.toml"`` or ``"runs/my-model"``.
-
-    Raises:
-        ConfigError: an unknown variant, a size that is none of these, or a shape that cannot carry the variant.
-
-    Source: V2's width is that of ``match_parameters``.
-
-    >>> model = parse_model("softmax:11B")
-    >>> model.attention, model.shape == shape_about(11e9)
-    ('softmax', True)
-    """
-    variant, colon, size = text.partition(":")
-    if not colon or (variant not in VARIANTS and Path(text).exists()):
-        if not Path(text).exists():
-            raise ConfigError(
-                f"model {text!r} given; a variant and a size are wanted, such as diff_v1:6.8B or softmax:11B; "
-                f"put one of {', '.join(VARIANTS)} and a colon before it"
-            )
-        shape, variant = read_checkpoint(text)
-    elif variant not in VARIANTS:
-        near = difflib.get_close_matches(variant, VARIANTS, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"model {text!r} given; one of {', '.join(VARIANTS)} is wanted before the colon{meant}")
-    else:
-        shape = _shape(size)
-    shape.check_variant(variant)
-    return Model(text, variant, shape, match_parameters(shape, variant))
-
-
-def _shape(size: str) -> ModelShape:
-    if size in presets() or size.endswith(".toml"):
-        return ModelShape.load(size)
-    if size and Path(size).exists():
-        return read_checkpoint(size)[0]
-    try:
-        count = parse_count(size)
-    except ConfigError:
-        raise ConfigError(
-            f"size {size!r} given; a preset ({', '.join(presets())}), a .toml file, a checkpoint's folder or a count "
-            "such as 11B is wanted; there is no such file: check the path"
-        ) from None
-    return shape_about(count)
+from diffattn.plan.sentences import memory_sentence, phase_sentence, small_machine_sentence
 
 
 def plan(
@@ -170,9 +95,9 @@ def plan(
         "command": command,
     }
     result["sentences"] = [
-        _memory_sentence(result, one),
-        _phase_sentence(result),
-        _small_machine_sentence(result, one, other),
+        memory_sentence(result, one),
+        phase_sentence(result),
+        small_machine_sentence(result, one, other),
     ]
     return result
 
@@ -243,7 +168,9 @@ def _at(found: Any, path: str) -> Any:
 
 def _backend_rows(model: Model, place: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What each backend of the variant costs, and its maps beside those of a softmax model of the same shape."""
-    for backend in backends_of(model.attention):
+    # Softmax has nothing to subtract, so its other backends are the standard call by other names.
+    alike = ("standard", "materialised") if model.attention == "softmax" else backends_of(model.attention)
+    for backend in alike:
         found = estimate(model.built, model.attention, backend=backend, **place)
         twin = estimate(model.shape, "softmax", backend=backend, **(dict(place) | {"tp": 1}))
         training = found["training"]
@@ -258,7 +185,7 @@ def _backend_rows(model: Model, place: Mapping[str, Any]) -> Iterator[dict[str, 
             "training_flops_per_token": None if training is None else training["flops_per_token"]["executed"],
             "decoding_flops_per_token": found["decoding"]["flops_per_token"]["executed"],
             "training_bytes": None if training is None else training["memory"]["total"],
-            "inference_bytes": _inference(found),
+            "inference_bytes": inference_peak(found),
         }
 
 
@@ -279,114 +206,6 @@ def backends_of(attention: str) -> list[str]:
     return [backend for backend in BACKENDS if has(backend)]
 
 
-def _inference(found: dict[str, Any]) -> int:
-    return max(found["prefill"]["memory"]["total"], found["decoding"]["memory"]["total"])
-
-
-def _memory_sentence(result: dict[str, Any], model: Model) -> str:
-    """Whether fewer parameters win back the memory of a second map, and where there is any to win back."""
-    one, other = result["model"], result["against"]
-    a, b = one["estimate"], other["estimate"]
-    share = a["parameters"]["total"] / b["parameters"]["total"]
-    pairs = [("inference", _inference(a), _inference(b))]
-    if a["training"] and b["training"]:
-        pairs.insert(0, ("training", a["training"]["memory"]["total"], b["training"]["memory"]["total"]))
-    parts = [f"{_size(x)} against {_size(y)} in {phase} ({x / y:.2f}×)" for phase, x, y in pairs]
-    cheaper = [phase for phase, x, y in pairs if x < y]
-    won = "in " + " and in ".join(cheaper) if cheaper else "in neither" if len(pairs) > 1 else "not here"
-    text = (
-        f"{one['name']} has {share:.0%} of the parameters of {other['name']} "
-        f"({_count(a['parameters']['total'])} of {_count(b['parameters']['total'])}) and needs {' and '.join(parts)}: "
-        f"it needs less {won}."
-    )
-    if model.attention == "softmax":
-        return text
-    rows = [row for row in result["backends"] if row["model"] == model.name and row["attention"] == model.attention]
-    held = [row for row in rows if row["score_ratio_to_twin"] is not None]
-    free = [row["backend"] for row in rows if not row["score_bytes"]]
-    ratio = held[0]["score_ratio_to_twin"]
-    doubled = ", ".join(row["backend"] for row in held if row["score_ratio_to_twin"] > 1.5)
-    verdict = f"doubled in {doubled} alone" if doubled else "doubled in no backend"
-    because = "pairs the heads that are there" if model.attention == "diff_v1" else "has twice as many queries"
-    cache = rows[0]["cache_ratio_to_twin"]
-    return (
-        f"{text} Beside a softmax model of its own shape, the memory of its attention maps is {verdict}, "
-        f"because it {because}: "
-        f"{', '.join(row['backend'] for row in held)} holds {ratio:.2f}× the bytes of maps, {', '.join(free)} hold "
-        f"none in either; its KV cache is {'the same' if cache == 1 else f'{cache:.2f}×'} in every row."
-    )
-
-
-def _phase_sentence(result: dict[str, Any]) -> str:
-    """Whether what is won differs between training and inference."""
-    a, b = (result[side]["estimate"] for side in ("model", "against"))
-    inference = _inference(a) / _inference(b)
-    weights = a["prefill"]["memory"]["weights"] / _inference(a)
-    rest = f"at inference weights are {weights:.0%} of {result['model']['name']}'s peak"
-    if not (a["training"] and b["training"]):
-        return f"These weights are integers, which are not trained, so only inference is planned; {rest}."
-    training = a["training"]["memory"]["total"] / b["training"]["memory"]["total"]
-    memory = a["training"]["memory"]
-    states = sum(memory[part] for part in ("weights", "gradients", "optimizer")) / memory["total"]
-    change = inference - training
-    verdict = (
-        "hardly changes"
-        if abs(change) < 0.02
-        else f"is {'better' if change < 0 else 'worse'} for {result['model']['name']} at inference"
-    )
-    text = (
-        f"From training to inference the trade {verdict}: {training:.2f}× of the memory becomes {inference:.2f}×. In "
-        f"training weights, gradients and optimizer state, which follow the parameters, are {states:.0%} of "
-        f"{result['model']['name']}'s peak; {rest}."
-    )
-    speeds = [
-        (phase, a[phase]["tokens_per_second"] / b[phase]["tokens_per_second"])
-        for phase in ("training", "prefill", "decoding")
-        if a[phase]["tokens_per_second"] is not None
-    ]
-    if speeds:
-        text += f" Tokens per second at most: {', '.join(f'{phase} {ratio:.2f}×' for phase, ratio in speeds)}."
-    return text
-
-
-def _small_machine_sentence(result: dict[str, Any], one: Model, other: Model) -> str:
-    """Disk, start-up, and which small machines hold the models with int4 weights."""
-    a, b = (result[side]["estimate"] for side in ("model", "against"))
-    setting = result["setting"]
-    disk = [
-        f"{_size(a['disk'][dtype]['bytes'])} against {_size(b['disk'][dtype]['bytes'])} as {dtype}"
-        for dtype in ("bf16", "int4")
-    ]
-    ratio = a["disk"]["int4"]["bytes"] / b["disk"]["int4"]["bytes"]
-    text = f"On disk {one.name} takes {' and '.join(disk)} ({ratio:.2f}×)."
-    if a["first_token_seconds"] is not None and b["first_token_seconds"] is not None:
-        text += (
-            f" On {setting['machine']['name']} the first token comes after at least "
-            f"{_seconds(a['first_token_seconds'])} against {_seconds(b['first_token_seconds'])}."
-        )
-    needs = [_small_bytes(model, setting["batch"], setting["context"]) for model in (one, other)]
-    fit: dict[str, list[str]] = {"both": [], f"only {one.name}": [], f"only {other.name}": [], "neither": []}
-    words = {(True, True): 0, (True, False): 1, (False, True): 2, (False, False): 3}
-    for name in SMALL_MACHINES:
-        memory = MACHINES[name].memory
-        assert memory is not None
-        kind = list(fit)[words[(needs[0] <= 0.9 * memory, needs[1] <= 0.9 * memory)]]
-        fit[kind].append(f"{name} ({memory // GiB} GiB)")
-    held = "; ".join(f"{', '.join(names)}: {kind}" for kind, names in fit.items() if names)
-    return (
-        f"{text} With int4 weights and a bf16 cache, {setting['batch']} × {setting['context']:,} tokens need "
-        f"{_size(needs[0])} against {_size(needs[1])}, which fits as follows where a tenth of the "
-        f"memory is left to the system: {held}."
-    )
-
-
-def _small_bytes(model: Model, batch: int, context: int) -> int:
-    place: dict[str, Any] = {
-        "batch": batch, "context": context, "precision": SMALL_PRECISION, "backend": "standard",
-    }  # fmt: skip
-    return max(peak(model.built, model.attention, **place).total for peak in (prefill_memory, decoding_memory))
-
-
 def precision_of(name: str, **dtypes: str | None) -> Precision:
     """A precision by name, with the dtypes that are given put in place of its own.
 
@@ -397,81 +216,3 @@ def precision_of(name: str, **dtypes: str | None) -> Precision:
     'int4'
     """
     return replace(resolve_precision(name), **{key: value for key, value in dtypes.items() if value is not None})
-
-
-def table(result: Mapping[str, Any]) -> list[list[str]]:
-    """The two models side by side as text: a header, then one row per quantity, with the ratio at the end.
-
-    >>> rows = table(plan("diff_v1:3M", "softmax:3M", context=256, machine=None))
-    >>> rows[0], rows[7]
-    (['', 'diff_v1:3M', 'softmax:3M', 'ratio'], ['KV cache (per token)', '3.75 KiB', '3.75 KiB', '1.00×'])
-    """
-    rows = [["", result["model"]["name"], result["against"]["name"], "ratio"]]
-    for row in result["ratios"]:
-        label = f"{row['label']} ({row['unit']})" if row["unit"] else row["label"]
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}×"
-        rows.append([label, *(_WRITE[row["format"]](row[side]) for side in ("model", "against")), ratio])
-    return rows
-
-
-def backend_table(result: Mapping[str, Any]) -> list[list[str]]:
-    """What each backend costs, as text; the first row is the header.
-
-    ``maps`` are bytes of T × T maps in training, ``to twin`` their ratio to those of a softmax model of the same shape,
-    ``FLOPs/token`` what training executes, ``training`` and ``inference`` peaks of memory.
-
-    >>> [row[:3] for row in backend_table(plan("diff_v2:3M", "softmax:3M", context=256, machine=None))][4]
-    ['diff_v2:3M', 'materialised', '22.5 MiB']
-    """
-    rows = [["model", "backend", "maps", "to twin", "cache", "FLOPs/token", "training", "inference"]]
-    for row in result["backends"]:
-        ratio = row["score_ratio_to_twin"]
-        rows.append(
-            [row["model"], row["backend"], _size(row["score_bytes"]), "–" if ratio is None else f"{ratio:.2f}×",
-             _size(row["cache_bytes"]), _flops(row["training_flops_per_token"]), _size(row["training_bytes"]),
-             _size(row["inference_bytes"])]
-        )  # fmt: skip
-    return rows
-
-
-def _scaled(value: float | None, base: float, prefixes: tuple[str, ...]) -> str:
-    """Three significant digits with a prefix."""
-    if value is None:
-        return "–"
-    scaled, place = float(value), 0
-    while abs(scaled) >= base * 0.9995 and place < len(prefixes) - 1:
-        scaled, place = scaled / base, place + 1
-    if place == 0 and scaled.is_integer():
-        return f"{int(scaled)} {prefixes[0]}".strip()
-    digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
-    return f"{scaled:.{digits}f} {prefixes[place]}".strip()
-
-
-def _size(value: float | None) -> str:
-    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
-
-
-def _count(value: float | None) -> str:
-    return _scaled(value, 1000, ("", "k", "M", "B", "T"))
-
-
-def _flops(value: float | None) -> str:
-    return _scaled(value, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
-
-
-def _seconds(value: float | None) -> str:
-    if value is None or value >= 1:
-        return _scaled(value, float("inf"), ("s",))
-    return _scaled(value * 1e6, 1000, ("µs", "ms", "s"))
-
-
-_WRITE = {"size": _size, "count": _count, "flops": _flops, "seconds": _seconds}
-
-
-def written(kind: str, value: float | None) -> str:
-    """A number as the tables here write it; ``kind`` is ``size``, ``count``, ``flops`` or ``seconds``.
-
-    >>> written("size", 8 * GiB), written("count", 3_021_312), written("flops", None), written("seconds", 0.0351)
-    ('8.00 GiB', '3.02 M', '–', '35.1 ms')
-    """
-    return _WRITE[kind](value)

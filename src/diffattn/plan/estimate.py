@@ -160,6 +160,11 @@ def estimate(
     }
 
 
+def inference_peak(found: dict[str, Any]) -> int:
+    """Bytes at the larger of the two peaks of an estimate, prefill's and decoding's."""
+    return max(found["prefill"]["memory"]["total"], found["decoding"]["memory"]["total"])
+
+
 def resolve_precision(precision: Precision | str) -> Precision:
     """A precision by its name in ``PRECISIONS``; a ``Precision`` is returned as it is.
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffattn.errors import ConfigError
-from diffattn.plan.answer import Model, parse_model, written
+from diffattn.numbers import count, size
 from diffattn.plan.cost import count_parameters, match_parameters
 from diffattn.plan.estimate import estimate, resolve_precision
 from diffattn.plan.hardware import Machine, load_machine
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
+from diffattn.plan.named_model import Model, parse_model
 from diffattn.plan.precision import Precision
 from diffattn.plan.rule import shape_about
 from diffattn.plan.shape import ModelShape
@@ -273,8 +274,8 @@ def sweep_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     header = [rows[0]["axis"], "model", "training", "prefill", "decoding", "trained/s", "decoded/s", "fits"]
     found = [header]
     for row in rows:
-        sizes = [written("size", row[f"{phase}_bytes"]) for phase in ("training", "prefill", "decoding")]
-        speeds = [written("count", row[f"{phase}_tokens_per_second"]) for phase in ("training", "decoding")]
+        sizes = [size(row[f"{phase}_bytes"]) for phase in ("training", "prefill", "decoding")]
+        speeds = [count(row[f"{phase}_tokens_per_second"]) for phase in ("training", "decoding")]
         held = ", ".join({True: "yes", False: "no", None: "–"}[row[f"fits_{way}"]] for way in ("training", "inference"))
         found.append([f"{row['value']:,}", row["model"], *sizes, *speeds, held])
     return found
@@ -291,7 +292,7 @@ def fits_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     for row in rows:
         most = row["value"] if row["value"] is not None else "nothing fits"
         if isinstance(most, int):
-            most = written("count", most) if row["what"] == "parameters" else f"{most:,}"
+            most = count(most) if row["what"] == "parameters" else f"{most:,}"
         found.append(
             [
                 row["phase"],
@@ -299,7 +300,7 @@ def fits_table(rows: list[dict[str, Any]]) -> list[list[str]]:
                 row["attention"],
                 row["model"] or "–",
                 most,
-                written("size", row["bytes"]),
+                size(row["bytes"]),
             ]
         )
     return found

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffattn.numbers import exact, signed
 from diffattn.report import charts
 from diffattn.report.curve_chart import curve_alt, curve_caption, curve_figure, names_of
 from diffattn.report.difference_chart import (
@@ -12,7 +13,7 @@ from diffattn.report.difference_chart import (
     interval_heading,
     interval_text,
 )
-from diffattn.report.format import BASELINE, cell, exact, present, signed
+from diffattn.report.format import BASELINE, cell, present
 from diffattn.report.map_chart import lambda_text, map_alt, map_figure, scale
 from diffattn.report.picture import picture_figure
 

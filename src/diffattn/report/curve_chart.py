@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffattn.numbers import count, loss
 from diffattn.report import charts
-from diffattn.report.format import count, loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from diffattn.numbers import signed
 from diffattn.report import charts
-from diffattn.report.format import BASELINE, signed
+from diffattn.report.format import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,6 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffattn import numbers as written
 from diffattn.plan import memory
 from diffattn.plan.activations import resolve
 from diffattn.plan.answer import backends_of
@@ -27,7 +28,6 @@ from diffattn.plan.inference import Inference
 from diffattn.plan.precision import PRECISIONS, Precision
 from diffattn.plan.shape import ModelShape
 from diffattn.report import charts
-from diffattn.report import format as written
 
 HERE = Path(__file__).parent
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffattn.numbers import MISSING, count
 from diffattn.report import charts
-from diffattn.report.format import BASELINE, MISSING, count
+from diffattn.report.format import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
