@@ -1,8 +1,10 @@
 """The page of a scaling fit."""
 
 import re
+from pathlib import Path
 
 import pytest
+from report.test_page_layout import CHROMIUM, measure
 
 from diffattn.report.scaling_page import equivalence_rows, number_rows, render_scaling
 from diffattn.study.scaling import fit_scaling
@@ -35,3 +37,11 @@ def test_an_equal_that_no_size_reaches_is_words_not_a_number(result: dict) -> No
     forms = {"floor": result["forms"]["floor"] | {"equivalences": [changed]}}
     assert equivalence_rows(result | {"forms": forms})[1] == ["diff_v1 6.8 B", "no size reaches this loss"]
     assert "equals softmax of –" in render_scaling(result | {"forms": forms})
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to lay the page out")
+def test_the_page_fits_a_telephone_and_a_desk(result: dict, tmp_path: Path) -> None:
+    for size in measure(render_scaling(result), [400, 1400], tmp_path):
+        assert size["scroll"] <= size["window"]
+        assert size["tables"] == [0, 0]
+        assert all(loaded and right <= size["window"] for loaded, right in size["drawn"])

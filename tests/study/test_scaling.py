@@ -7,7 +7,7 @@ import pytest
 
 from diffattn.errors import ConfigError, DataError
 from diffattn.study.scaling import fit_scaling, interval
-from diffattn.study.scaling_forms import FLOOR, JOINT, POWER, fit_form, huber, refine
+from diffattn.study.scaling_forms import FLOOR, JOINT, POWER, fit_form, huber, refine, refit
 from diffattn.study.scaling_points import Point, read_points
 
 SIZES = (0.2e6, 0.55e6, 1.2e6, 1.9e6, 4.2e6)
@@ -68,6 +68,47 @@ def test_planted_exponents_lie_in_their_own_intervals() -> None:
     assert all(count >= 90 for count in held.values()), held
     # An interval that is always wide enough says nothing: for the exponents some have to miss.
     assert held["power"] < ladders
+
+
+def test_every_draw_of_a_bootstrap_ends_where_a_fit_with_all_starts_ends() -> None:
+    """Also from a curve whose floor is 0, where one start would find no slope towards a floor."""
+    points = [p for p in ladder(1, laws={"softmax": (1e-9, 12.0, 0.12)}) if p.attention == "softmax"]
+    x = np.log([[point.size] for point in points])
+    x -= x.mean()
+    theta = fit_form(FLOOR, x, np.log([point.val_loss for point in points]))
+    y = FLOOR.log_loss(theta, x) + np.random.default_rng(0).normal(scale=0.005, size=(40, len(x)))
+
+    def cost(ends: np.ndarray) -> np.ndarray:
+        return huber(FLOOR.log_loss(ends, x) - y).sum(-1)
+
+    best = cost(np.stack([fit_form(FLOOR, x, losses) for losses in y]))
+    assert np.exp(theta[0]) < 0.1
+    assert (cost(refit(FLOOR, x, y, theta)) <= best * 1.01).all()
+    assert (cost(refine(FLOOR, x, y, np.broadcast_to(theta, (40, 3)))) > best * 1.01).mean() > 0.1
+
+
+def test_laws_without_noise_are_equal_not_better_by_a_rounding() -> None:
+    same = fit_scaling(ladder(0, noise=0, shared=0, laws=dict.fromkeys(("softmax", "diff_v1"), PLANTED["softmax"])))
+    for form in same["forms"].values():
+        assert all("no difference seen" in row["words"] for row in form["equivalences"])
+
+
+def test_a_loss_just_below_the_floor_is_no_advantage_where_the_interval_includes_1() -> None:
+    same = dict.fromkeys(("softmax", "diff_v1"), PLANTED["softmax"])
+    told = [row for seed in range(4) for row in fit_scaling(ladder(seed, laws=same), at=(1e12,), bootstrap=100)
+            ["forms"]["floor"]["equivalences"] if row["equal"]["value"] is None]  # fmt: skip
+    assert told
+    for row in told:
+        low, high = row["ratio"]["low"], row["ratio"]["high"]
+        assert low <= 1 <= (math.inf if high is None else high)
+        assert "reaches this loss; but the interval includes 1: no difference seen" in row["words"]
+
+
+def test_losses_that_do_not_fall_are_refused() -> None:
+    rising = [Point(p.attention, p.size, p.tokens, 9 / p.val_loss, p.seed) for p in ladder(0)]
+    with pytest.raises(DataError, match="losses of softmax do not fall with size") as caught:
+        fit_scaling(rising)
+    assert "\n" not in str(caught.value)
 
 
 def test_equal_variants_are_said_to_be_equal_and_better_ones_better() -> None:

@@ -42,11 +42,36 @@ def test_csv_and_json_lines_give_the_same_points(tmp_path: Path) -> None:
         (GOOD.replace("3.5,0", "3.5,0,7"), "line 2 has 5 cells; 4 are wanted"),
         ("", "at least one row"),
         ("attention,parameters,val_loss\n", "at least one row"),
+        (GOOD.replace("softmax", '"softmax'), "line 2 is no CSV"),
+        (GOOD.replace("softmax", "s" * 200_000), "line 2 is no CSV"),
+        (GOOD.replace("seed", "parameters"), "line 1 names parameters twice"),
+        (GOOD.replace("3.5,0", "3.5,0.5"), "line 2: seed is '0.5'; a whole number"),
     ],
 )
 def test_a_bad_file_is_one_line_with_its_place(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(DataError, match=words) as caught:
         read_points(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_spreadsheets_mark_and_separators_inside_a_text_are_no_mistakes(tmp_path: Path) -> None:
+    assert read_points(write(tmp_path, "\ufeff" + GOOD))[0].attention == "softmax"
+    row = {"attention": "softmax", "val_loss": 3.5, "parameters": 1e6, "data": "one\u2028two"}
+    assert len(read_points(write(tmp_path, json.dumps(row, ensure_ascii=False), "points.jsonl"))) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"attention": "softmax", "val_loss": 3, "tokens": 1' + "0" * 400 + "}",
+        '{"attention": ["softmax"], "val_loss": 3, "tokens": 3}',
+    ],
+    ids=["deep", "huge", "list"],
+)
+def test_json_that_python_cannot_hold_is_one_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DataError, match=r"points.jsonl line 1") as caught:
+        read_points(write(tmp_path, text, "points.jsonl"))
     assert "\n" not in str(caught.value)
 
 

@@ -23,7 +23,7 @@ from scipy.optimize import minimize
 
 Array = npt.NDArray[np.float64]
 DELTA = 1e-2
-_STEPS = 60
+_LOOK, _FLOORS = 12, (0.05, 0.4, 0.85)
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,11 @@ FLOOR = Form("floor", "E + A·N^−α", ("E", "A", "α"), floor=True, axes=1)
 JOINT = Form("joint", "E + A·N^−α + B·T^−β", ("E", "A", "α", "B", "β"), floor=True, axes=2)
 
 
-def huber(residual: Array) -> Array:
-    """Huber's loss with its bend at ``DELTA``."""
+def huber(residual: Array, bend: float = DELTA) -> Array:
+    """Huber's loss, ``r² / 2`` up to ``bend`` and a straight line beyond; without a bend (``inf``) the square."""
     size = np.abs(residual)
-    return np.where(size <= DELTA, residual**2 / 2, DELTA * (size - DELTA / 2))
+    square = np.minimum(size, bend)
+    return square * (size - square / 2)
 
 
 def fit_form(form: Form, x: Array, y: Array) -> Array:
@@ -104,7 +105,7 @@ def fit_form(form: Form, x: Array, y: Array) -> Array:
     return np.asarray(min(best, polished.x, key=lambda theta: objective(theta)[0]))
 
 
-def refine(form: Form, x: Array, y: Array, theta: Array, *, bend: float = DELTA) -> Array:
+def refine(form: Form, x: Array, y: Array, theta: Array, *, bend: float = DELTA, steps: int = 60) -> Array:
     """Levenberg's steps on Huber's loss for many sets of losses at once; no set ends worse than it began.
 
     Args:
@@ -113,39 +114,72 @@ def refine(form: Form, x: Array, y: Array, theta: Array, *, bend: float = DELTA)
         y: ``(sets, points)``.
         theta: ``(sets, p)``, where each set starts.
         bend: of Huber's loss. Default: ``DELTA``.
+        steps: at most. Default: 60.
 
     Returns:
         ``(sets, p)``.
     """
 
-    def cost(at: Array) -> Array:
-        size = np.abs(form.log_loss(at, x) - y)
-        return np.where(size <= bend, size**2 / 2, bend * size - (bend**2 / 2 if np.isfinite(bend) else 0)).sum(-1)
-
     theta = np.array(theta, dtype=float)
-    damping = np.full(len(theta), 1e-3)
-    value = cost(theta)
-    identity, stalled = np.eye(theta.shape[-1]), 0
-    for _ in range(_STEPS):
-        residual = form.log_loss(theta, x) - y
-        weight = 1 / np.maximum(np.abs(residual) / bend, 1.0)
-        jacobian = form.gradient(theta, x)
-        weighted = jacobian * weight[..., None]
-        normal = np.einsum("spi,spj->sij", weighted, jacobian)
-        slope = np.einsum("spi,sp->si", weighted, residual)
-        scale = np.einsum("sii->si", normal).mean(-1) + 1e-12
-        step = np.linalg.solve(normal + (damping * scale)[:, None, None] * identity, -slope[..., None])[..., 0]
-        # A number that moves by more than a factor of e² at once has left the valley.
-        trial = theta + np.clip(step, -2, 2)
-        trial_value = cost(trial)
-        better = trial_value < value
-        stalled = 0 if (value - trial_value > 1e-7 * value).any() else stalled + 1
-        theta[better], value[better] = trial[better], trial_value[better]
-        damping = np.clip(np.where(better, damping / 4, damping * 6), 1e-9, 1e9)
+    value = huber(form.log_loss(theta, x) - y, bend).sum(-1)
+    damping, stalled = np.full(len(theta), 1e-3), np.zeros(len(theta), dtype=int)
+    identity = np.eye(theta.shape[-1])
+    for _ in range(steps):
         # A set that has failed a few times in a row is where it will stay.
-        if stalled == 5:
+        moving = np.flatnonzero(stalled < 5)
+        if not len(moving):
             break
+        at = theta[moving]
+        residual = form.log_loss(at, x) - y[moving]
+        weight = 1 / np.maximum(np.abs(residual) / bend, 1.0)
+        jacobian = form.gradient(at, x)
+        weighted = (jacobian * weight[..., None]).swapaxes(-1, -2)
+        normal = weighted @ jacobian
+        slope = (weighted @ residual[..., None])[..., 0]
+        scale = np.einsum("sii->si", normal).mean(-1) + 1e-12
+        step = np.linalg.solve(normal + (damping[moving] * scale)[:, None, None] * identity, -slope[..., None])[..., 0]
+        # A number that moves by more than a factor of e² at once has left the valley.
+        trial = at + np.clip(step, -2, 2)
+        trial_value = huber(form.log_loss(trial, x) - y[moving], bend).sum(-1)
+        better = trial_value < value[moving]
+        stalled[moving] = np.where(value[moving] - trial_value > 1e-7 * value[moving], 0, stalled[moving] + 1)
+        theta[moving[better]], value[moving[better]] = trial[better], trial_value[better]
+        damping[moving] = np.clip(np.where(better, damping[moving] / 4, damping[moving] * 6), 1e-9, 1e9)
     return theta
+
+
+def refit(form: Form, x: Array, y: Array, theta: Array) -> Array:
+    """The best numbers for many sets of losses that lie about one fitted curve, as a bootstrap draws them.
+
+    Args:
+        form: what is fitted.
+        x: ``(points, axes)``.
+        y: ``(sets, points)``.
+        theta: ``(p,)``, of the curve.
+
+    Returns:
+        ``(sets, p)``: of several starts, the one that ends best. One start is not enough: from a floor near 0 the
+        steps find no slope towards a higher one, and the interval would end where the fit began.
+    """
+    candidates = []
+    for start in (theta, *(_with_floor(form, theta, share, y) for share in _FLOORS if form.floor)):
+        candidates.append(refine(form, x, y, np.broadcast_to(start, (len(y), len(theta))), steps=_LOOK))
+    ends = np.stack(candidates)
+    best = huber(form.log_loss(ends, x) - y).sum(-1).argmin(0)
+    return refine(form, x, y, ends[best, np.arange(len(y))])
+
+
+def _with_floor(form: Form, theta: Array, share: float, y: Array) -> Array:
+    """``theta`` with its floor at ``share`` of the lowest loss, and the same loss and slope in the middle."""
+    terms = np.exp(form.log_terms(theta, np.zeros((1, form.axes)))[0])
+    floor = share * float(np.exp(y.min()))
+    # What the other terms have left to give, over what they gave.
+    rest = max(terms.sum() - floor, 1e-3 * floor) / terms[1:].sum()
+    moved = np.array(theta, dtype=float)
+    moved[0] = np.log(floor)
+    moved[1::2] += np.log(rest)
+    moved[2::2] -= np.log(rest)
+    return moved
 
 
 def _starts(form: Form, y: Array) -> Array:

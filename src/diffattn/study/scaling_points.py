@@ -53,7 +53,7 @@ def read_points(source: str | Path, *, size: str = "parameters") -> list[Point]:
     else:
         name = str(source)
         try:
-            text = Path(source).read_text(encoding="utf-8")
+            text = Path(source).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
             raise ConfigError(
@@ -111,26 +111,31 @@ def _told(point: Point) -> str:
 
 
 def _comma_separated(text: str, name: str) -> list[tuple[int, Mapping[str, Any]]]:
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1)]
-    kept = [(number, line) for number, line in lines if line.strip() and not line.lstrip().startswith("#")]
-    cells = csv.reader(line for _, line in kept)
-    header = [cell.strip() for cell in next(cells, [])]
     rows: list[tuple[int, Mapping[str, Any]]] = []
-    for (number, _), row in zip(kept[1:], cells, strict=True):
-        if len(row) != len(header):
-            raise DataError(f"{name} line {number} has {len(row)} cells; {len(header)} are wanted, as in its header")
-        rows.append((number, dict(zip(header, (cell.strip() for cell in row), strict=True))))
+    header: list[str] | None = None
+    for number, line in _lines(text):
+        try:
+            # Line by line, so that a quote that is not closed is a bad line and not the rest of the file.
+            cells = [cell.strip() for cell in next(csv.reader([line], strict=True))]
+        except csv.Error as error:
+            raise DataError(f"{name} line {number} is no CSV ({error}); cells between commas are wanted") from None
+        if header is None:
+            header = cells
+            if double := next((cell for cell in header if header.count(cell) > 1), None):
+                raise DataError(f"{name} line {number} names {double} twice; each column once is wanted; rename one")
+        elif len(cells) != len(header):
+            raise DataError(f"{name} line {number} has {len(cells)} cells; {len(header)} are wanted, as in its header")
+        else:
+            rows.append((number, dict(zip(header, cells, strict=True))))
     return rows
 
 
 def _json_lines(text: str, name: str) -> list[tuple[int, Mapping[str, Any]]]:
     rows: list[tuple[int, Mapping[str, Any]]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
+    for number, line in _lines(text):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{name} line {number} is no JSON ({error}); an object a line is wanted") from None
         if not isinstance(row, dict):
             raise DataError(f"{name} line {number} is no JSON object; an object a line is wanted")
@@ -138,10 +143,18 @@ def _json_lines(text: str, name: str) -> list[tuple[int, Mapping[str, Any]]]:
     return rows
 
 
+def _lines(text: str) -> list[tuple[int, str]]:
+    """The lines that are neither empty nor comments, with their numbers; `splitlines` would also cut inside a text."""
+    lines = enumerate(text.split("\n"), 1)
+    return [(number, line) for number, line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
 def _point(row: Mapping[str, Any], size: str, place: str) -> Point:
     for column in ("attention", "val_loss"):
         if row.get(column) in (None, ""):
             raise DataError(f"{place} has no {column}; the columns attention, val_loss and {size} or tokens are wanted")
+    if not isinstance(row["attention"], str):
+        raise DataError(f"{place}: attention is {row['attention']!r}; a name such as softmax is wanted")
     counts = {}
     for column in (size, "tokens"):
         given = row.get(column)
@@ -150,12 +163,19 @@ def _point(row: Mapping[str, Any], size: str, place: str) -> Point:
         raise DataError(f"{place} has neither {size} nor tokens; at least one of the two columns is wanted")
     seed = row.get("seed")
     return Point(
-        attention=str(row["attention"]),
+        attention=row["attention"],
         size=counts[size],
         tokens=counts["tokens"],
         val_loss=_number(row["val_loss"], "val_loss", place),
-        seed=None if seed in (None, "") else int(_number(seed, "seed", place, least=0.0)),
+        seed=None if seed in (None, "") else _seed(seed, place),
     )
+
+
+def _seed(given: Any, place: str) -> int:
+    value = _number(given, "seed", place, least=0.0)
+    if value != int(value):
+        raise DataError(f"{place}: seed is {given!r}; a whole number is wanted; correct the cell")
+    return int(value)
 
 
 def _number(given: Any, column: str, place: str, *, least: float | None = None) -> float:
@@ -165,6 +185,8 @@ def _number(given: Any, column: str, place: str, *, least: float | None = None) 
         value = float(given)
     except (TypeError, ValueError):
         raise DataError(f"{place}: {column} is {given!r}; a number is wanted; correct the cell") from None
+    except OverflowError:
+        value = math.inf
     if not math.isfinite(value) or (value <= 0 if least is None else value < least):
         raise DataError(
             f"{place}: {column} is {value:g}; a finite number {'above 0' if least is None else 'of at least 0'} is "
