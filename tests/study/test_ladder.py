@@ -147,3 +147,14 @@ def test_a_damaged_row_is_named_and_nothing_is_trained(text: Path, capsys: pytes
     assert main(arguments.split()) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert [path.name for path in out.iterdir() if path.is_dir()] == []
+
+
+def test_the_committed_rows_are_of_the_default_ladder() -> None:
+    rows = read_rows(Path(__file__).parents[2] / "benchmarks/results/ladder.jsonl")
+    sizes = {shape.hidden_size: count_parameters(shape, "softmax").non_embedding for shape in Ladder().shapes()}
+    assert rows
+    for row in rows:
+        assert row["command"].startswith("diffattn scale run --text ")
+        assert row["non_embedding_parameters"] == pytest.approx(sizes[row["hidden_size"]], rel=0.01)
+        assert row["learning_rate"] == learning_rate_for(sizes[row["hidden_size"]])
+        assert row["tokens"] >= 8e6

@@ -266,19 +266,47 @@ def _largest_shape(attention: str, need: Callable[[ModelShape], int], limit: int
 def sweep_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """The rows of ``sweep`` as text; the first is the header.
 
-    ``trained/s`` and ``decoded/s`` are tokens per second at most; ``fits``: whether training and inference fit.
+    ``trained/s`` and ``decoded/s`` are tokens per second at most; ``fits``: whether training and inference fit. The
+    last two columns chart the memory of both, each to its own largest.
 
     >>> sweep_table(sweep("context=1k:1k", "diff_v1:3M", "softmax:3M"))[0][:3]
     ['context', 'model', 'training']
     """
-    header = [rows[0]["axis"], "model", "training", "prefill", "decoding", "trained/s", "decoded/s", "fits"]
+    header = [
+        rows[0]["axis"],
+        "model",
+        "training",
+        "prefill",
+        "decoding",
+        "trained/s",
+        "decoded/s",
+        "fits",
+        "training",
+        "inference",
+    ]
     found = [header]
     for row in rows:
         sizes = [size(row[f"{phase}_bytes"]) for phase in ("training", "prefill", "decoding")]
         speeds = [count(row[f"{phase}_tokens_per_second"]) for phase in ("training", "decoding")]
         held = ", ".join({True: "yes", False: "no", None: "–"}[row[f"fits_{way}"]] for way in ("training", "inference"))
-        found.append([f"{row['value']:,}", row["model"], *sizes, *speeds, held])
+        bars = [_bar(_peak(row, way), max(_peak(other, way) for other in rows)) for way in ("training", "inference")]
+        found.append([f"{row['value']:,}", row["model"], *sizes, *speeds, held, *bars])
     return found
+
+
+def _peak(row: dict[str, Any], way: str) -> int:
+    phases = ("training",) if way == "training" else ("prefill", "decoding")
+    return max(row[f"{phase}_bytes"] or 0 for phase in phases)
+
+
+def _bar(value: int, most: int, *, width: int = 16) -> str:
+    """Eighths of a block, as many as ``value`` is of ``most``.
+
+    >>> _bar(100, 200, width=3), _bar(0, 0)
+    ('█▌', '')
+    """
+    eighths = round(8 * width * value / most) if most else 0
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
 def fits_table(rows: list[dict[str, Any]]) -> list[list[str]]:
