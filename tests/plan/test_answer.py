@@ -26,6 +26,7 @@ CONFIG = {"model_type": "diff_transformer", "attention": "diff_v1", "hidden_size
 def test_a_model_is_a_preset_a_file_a_checkpoint_or_a_count(tmp_path: Path) -> None:
     assert parse_model("diff_v1:300K").shape == PRESET
     assert parse_model("softmax:11B").shape == shape_about(11e9)
+    assert parse_model("softmax:about-6.8B").shape == shape_about(6.8e9) != parse_model("softmax:6.8B").shape
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     own = parse_model(str(tmp_path))
     assert (own.attention, own.shape.num_heads, own.shape.head_dim) == ("diff_v1", 4, 16)

@@ -9,7 +9,7 @@ from diffattn.errors import ConfigError
 from diffattn.plan.cost import decoding_flops_per_token, flops_per_token
 from diffattn.plan.estimate import call_heads, estimate
 from diffattn.plan.hardware import Machine
-from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
+from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory, training_moments
 from diffattn.plan.precision import PRECISIONS, Precision
 from diffattn.plan.shape import VARIANTS, ModelShape
 
@@ -154,6 +154,21 @@ def test_ranks_share_what_can_be_shared() -> None:
     alone = found("softmax")["rank"]
     assert alone["training"]["total"] == whole["total"]
     assert alone["prefill"]["total"] == found("softmax")["prefill"]["memory"]["total"]
+
+
+def test_a_ranks_peak_is_that_of_its_own_moments() -> None:
+    # On one device the state of the optimizer outweighs the activations, on 16 ranks it does not.
+    place: dict[str, Any] = {"context": 1024, "batch": 1, "precision": "bf16", "backend": "standard"}
+    shape = ModelShape.preset("6.8B")
+    result = estimate(shape, "diff_v1", fsdp=2, tp=8, **place)
+    assert result["training"]["memory"]["activations"] == 0
+    rank = result["rank"]["training"]
+    assert rank["activations"] > rank["optimizer"]
+    moments = training_moments(shape, "diff_v1", **place, checkpointing=False)
+    # Whatever is cut, nothing is cut into more than 16 parts.
+    assert rank["total"] >= max(moment.total for moment in moments.values()) / 16
+    shards = [-(-getattr(moments["end of the forward pass"], part) // 16) for part in ("weights", "optimizer")]
+    assert [rank["weights"], rank["optimizer"]] == shards
 
 
 def test_a_pair_stays_on_one_rank() -> None:

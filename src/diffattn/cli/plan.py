@@ -127,11 +127,15 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [
         head,
         *(
-            [row["what"], row.get("unit", ""), f"{row['predicted']:,.6g}", f"{row['measured']:,.6g}",
+            [row["what"], row.get("unit", ""), _shown(row["predicted"]), _shown(row["measured"]),
              f"{row['ratio']:.3f}×"]
             for row in rows
         ),
     ]  # fmt: skip
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _measured(

@@ -13,7 +13,7 @@ from diffattn.errors import ConfigError
 from diffattn.plan.activations import heads, layer, norm
 from diffattn.plan.cost import count_parameters, decoding_flops_per_token, flops_per_token
 from diffattn.plan.hardware import Machine
-from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
+from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory, training_moments
 from diffattn.plan.precision import BYTES, PRECISIONS, Precision, weight_bytes
 from diffattn.plan.shape import ModelShape, check_positive_int
 
@@ -156,7 +156,7 @@ def estimate(
         "cache_bytes_per_token": cache // tokens,
         "gradient_bytes": None if training is None else int(counted.total * BYTES[precision.gradients]),
         "score_bytes": one.scores * pairs * (1 if checkpointing else shape.num_layers),
-        "rank": _rank(shape, attention, training, prefill, decoding, precision, backend, checkpointing, fsdp, tp),
+        "rank": _rank(shape, attention, training is not None, prefill, decoding, place, checkpointing, fsdp, tp),
     }
 
 
@@ -194,11 +194,10 @@ def call_heads(shape: ModelShape, attention: str) -> tuple[int, int, int]:
 def _rank(
     shape: ModelShape,
     attention: str,
-    training: dict[str, Any] | None,
+    trained: bool,
     prefill: dict[str, Any],
     decoding: dict[str, Any],
-    precision: Precision,
-    backend: str,
+    place: dict[str, Any],
     checkpointing: bool,
     fsdp: int,
     tp: int,
@@ -208,7 +207,8 @@ def _rank(
     Weights, gradients and optimizer state are cut into fsdp · tp equal parts, and FSDP gathers one layer (1 / tp of it)
     at a time. Maps and cache are cut by tp. Of the layers' activations what lies between the projections is cut by tp,
     while norms and residuals are whole on every rank; with checkpointing what is kept is a residual, so all is whole.
-    Workspace is counted whole. Inference is cut by tp alone.
+    Workspace is counted whole. Training is the largest of the moments as a rank has them: where parameters are cut and
+    activations are not, the peak lies elsewhere than on one device. Inference is cut by tp alone.
     """
     groups = call_heads(shape, attention)[1]
     if groups % tp:
@@ -217,8 +217,9 @@ def _rank(
             f"tp={tp} given; a divisor of the {groups} key/value heads of the one {attention} call is wanted, so that "
             f"both maps of a pair stay on one rank; use one of {', '.join(possible)}"
         )
+    precision = place["precision"]
     size = int(BYTES[precision.activations])
-    one = layer(shape, attention, backend=backend, size=size, autocast=precision.autocast)
+    one = layer(shape, attention, backend=place["backend"], size=size, autocast=precision.autocast)
     whole = norm(shape.hidden_size, size, precision.autocast, 4 if attention == "diff_v2" else 3)
     whole += norm(shape.hidden_size, size, precision.autocast, 2)
     cut = one.token - whole
@@ -227,14 +228,17 @@ def _rank(
         return amount if checkpointing else -(-amount * (whole * tp + cut) // (one.token * tp))
 
     found: dict[str, Any] = {"fsdp": fsdp, "tp": tp, "training": None}
-    if training is not None:
-        peak, shards = training["memory"], fsdp * tp
+    if trained:
+        shards = fsdp * tp
         of_layer = (count_parameters(shape, attention).non_embedding - shape.hidden_size) // shape.num_layers
-        parts = {part: -(-peak[part] // shards) for part in ("weights", "gradients", "optimizer")}
-        parts["gathered"] = -(-int(of_layer * size) // tp) if fsdp > 1 else 0
-        parts |= {"activations": activations(peak["activations"]), "scores": -(-peak["scores"] // tp)}
-        parts["workspace"] = peak["workspace"]
-        found["training"] = parts | {"total": sum(parts.values())}
+        moments = []
+        for moment in training_moments(shape, attention, **place, checkpointing=checkpointing).values():
+            parts = {part: -(-getattr(moment, part) // shards) for part in ("weights", "gradients", "optimizer")}
+            parts["gathered"] = -(-int(of_layer * size) // tp) if fsdp > 1 else 0
+            parts |= {"activations": activations(moment.activations), "scores": -(-moment.scores // tp)}
+            parts["workspace"] = moment.workspace
+            moments.append(parts | {"total": sum(parts.values())})
+        found["training"] = max(moments, key=lambda parts: parts["total"])
     for name, phase in (("prefill", prefill), ("decoding", decoding)):
         parts = {part: -(-phase["memory"][part] // tp) for part in ("weights", "cache", "scores")}
         parts |= {part: phase["memory"][part] for part in ("activations", "workspace")}

@@ -33,7 +33,8 @@ def parse_model(text: str) -> Model:
     """A model as it is written on the command line: ``variant:size``.
 
     Size is a preset, the path of a ``.toml`` file, a checkpoint's folder or ``config.json``, or a count such as 11B:
-    the shape nearest to it by the rule of ``shape_about``. A checkpoint alone brings its own variant.
+    the shape nearest to it by the rule of ``shape_about``; about-6.8B is that too, where 6.8B is a preset. A checkpoint
+    alone brings its own variant.
 
     Args:
         text: such as ``"diff_v1:6.8B"``, ``"softmax:11B"``, ``"diff_v2:shape.toml"`` or ``"runs/my-model"``.
@@ -66,12 +67,13 @@ def parse_model(text: str) -> Model:
 
 
 def _shape(size: str) -> ModelShape:
+    about = size.removeprefix("about-")
     if size in presets() or size.endswith(".toml"):
         return ModelShape.load(size)
     if size and Path(size).exists():
         return read_checkpoint(size)[0]
     try:
-        count = parse_count(size)
+        count = parse_count(about)
     except ConfigError:
         raise ConfigError(
             f"size {size!r} given; a preset ({', '.join(presets())}), a .toml file, a checkpoint's folder or a count "
