@@ -119,6 +119,8 @@ def test_measure_puts_both_beside_each_other(
         (("--sweep", "context=4k"), "sweep 'context=4k' given"),
         (("--fits", "8 bananas"), "memory '8 bananas' given"),
         (("--fits", "1MiB"), "more is wanted"),
+        (("--measure", "--precision", "mixed"), "one that runs is wanted"),
+        (("--measure", "--precision", "bf16", "--batch", "64"), "take a smaller model"),
     ],
 )
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], options: tuple[str, ...], words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -67,9 +68,7 @@ class Subject:
         backend: str,
         checkpointing: bool = False,
     ) -> None:
-        for key, value, known in (("precision", precision, PRECISIONS), ("backend", backend, BACKENDS)):
-            if value not in known:
-                raise ConfigError(f"{key}={value!r} given; one that runs is wanted; use one of {', '.join(known)}")
+        _check_runs(precision, backend)
         check_positive_int("batch", batch)
         check_positive_int("context", context)
         self.shape, self.attention, self.batch, self.context = shape, attention, batch, context
@@ -235,7 +234,7 @@ def measure_plan(
         Rows of ``what``, ``unit``, ``predicted``, ``measured``, ``ratio`` (predicted / measured) and ``exact``.
 
     Raises:
-        ConfigError, UnsupportedError: as ``Subject``.
+        ConfigError, UnsupportedError: as ``Subject``; or a training step that this machine's memory cannot hold.
 
     Source: what is measured, and what is not, is in docs/plan.md.
 
@@ -244,6 +243,24 @@ def measure_plan(
     >>> all(row["ratio"] == 1 for row in rows if row["exact"])
     True
     """
+    _check_runs(precision, backend)
+    peak = training_memory(
+        shape,
+        attention,
+        batch=batch,
+        context=context,
+        precision=precision,
+        backend=backend,
+        checkpointing=checkpointing,
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if peak.total > 0.9 * memory:
+        # Without this the system would end the process, and perhaps others, without a word.
+        raise ConfigError(
+            f"a model whose training step holds {peak.total / 2**30:.1f} GiB given; at most nine tenths of this "
+            f"machine's {memory / 2**30:.1f} GiB are wanted to measure it; take a smaller model, such as 3M, or a "
+            "shorter context"
+        )
     subject = Subject(
         shape,
         attention,
@@ -306,6 +323,12 @@ def measure_plan(
     flops = batch * context * (training + (forward if checkpointing else 0))
     row("training step", "seconds", roofline(flops, 0, machine, dtype), step_seconds)
     return rows
+
+
+def _check_runs(precision: str, backend: str) -> None:
+    for key, value, known in (("precision", precision, PRECISIONS), ("backend", backend, BACKENDS)):
+        if value not in known:
+            raise ConfigError(f"{key}={value!r} given; one that runs is wanted; use one of {', '.join(known)}")
 
 
 def _save_and_load(model: DiffTransformerForCausalLM, repeats: int) -> tuple[int, float]:
