@@ -169,9 +169,10 @@ def run_ladder(
     ]
     for index, run in enumerate(runs):
         with _claimed(folder / f"{run.name}.lock") as mine:
-            if not mine or run.key in _keys(read_rows(folder / ROWS)):
+            rows = {_key(row): row for row in read_rows(folder / ROWS)}
+            if not mine or run.key in rows:
                 continue
-            report = functools.partial(_report, on_progress, runs, index, folder)
+            report = functools.partial(_report, on_progress, runs, index, rows)
             report(None)
             row = run.row(folder / run.name, command, report)
             _append(folder / ROWS, row)
@@ -271,10 +272,6 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in _KEY)
 
 
-def _keys(rows: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
-    return {_key(row) for row in rows}
-
-
 def _work(row: dict[str, Any]) -> float:
     return float(row["model_flops_per_token"]) ** 0.75 * row["tokens"]
 
@@ -283,11 +280,10 @@ def _report(
     on_progress: Callable[[LadderProgress], None],
     runs: list[_Run],
     index: int,
-    folder: Path,
+    rows: dict[tuple[Any, ...], dict[str, Any]],
     step: Progress | None,
 ) -> None:
     run = runs[index]
-    rows = {_key(row): row for row in read_rows(folder / ROWS)}
     left = [other for other in runs if other.key not in rows]
     # Seconds per FLOPs^0.75, measured: larger models keep the machine busier.
     paces = [row["tokens"] / row["train_tokens_per_second"] / _work(row) for row in rows.values()]

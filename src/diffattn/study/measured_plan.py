@@ -244,34 +244,18 @@ def measure_plan(
     True
     """
     _check_runs(precision, backend)
-    peak = training_memory(
-        shape,
-        attention,
-        batch=batch,
-        context=context,
-        precision=precision,
-        backend=backend,
-        checkpointing=checkpointing,
-    )
+    place: dict[str, Any] = {"batch": batch, "context": context, "precision": precision, "backend": backend}
+    step_peak = training_memory(shape, attention, **place, checkpointing=checkpointing).total
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if peak.total > 0.9 * memory:
+    if step_peak > 0.9 * memory:
         # Without this the system would end the process, and perhaps others, without a word.
         raise ConfigError(
-            f"a model whose training step holds {peak.total / 2**30:.1f} GiB given; at most nine tenths of this "
+            f"a model whose training step holds {step_peak / 2**30:.1f} GiB given; at most nine tenths of this "
             f"machine's {memory / 2**30:.1f} GiB are wanted to measure it; take a smaller model, such as 3M, or a "
             "shorter context"
         )
-    subject = Subject(
-        shape,
-        attention,
-        batch=batch,
-        context=context,
-        precision=precision,
-        backend=backend,
-        checkpointing=checkpointing,
-    )
+    subject = Subject(shape, attention, **place, checkpointing=checkpointing)
     machine = measure_machine() if machine is None else machine
-    place: dict[str, Any] = {"batch": batch, "context": context, "precision": precision, "backend": backend}
     weights = "bf16" if precision == "bf16" else "fp32"
     dtype = "fp32" if precision == "fp32" else "bf16"
     # A cost is stated for every backend but the materialised one, whose products are those of the standard call.
@@ -318,8 +302,7 @@ def measure_plan(
     row("load", "seconds", stored / machine["disk"], load_seconds)
 
     training_peak, step_seconds = subject.training(repeats)
-    predicted = training_memory(shape, attention, **place, checkpointing=checkpointing).total
-    row("training peak", "bytes", predicted, training_peak)
+    row("training peak", "bytes", step_peak, training_peak)
     flops = batch * context * (training + (forward if checkpointing else 0))
     row("training step", "seconds", roofline(flops, 0, machine, dtype), step_seconds)
     return rows
