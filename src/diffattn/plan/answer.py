@@ -8,10 +8,10 @@ from typing import Any
 
 from diffattn.errors import ConfigError
 from diffattn.plan.activations import BACKENDS, check_backend
-from diffattn.plan.estimate import DISK_DTYPES, estimate, inference_peak, resolve_precision
+from diffattn.plan.estimate import DISK_DTYPES, estimate, inference_peak
 from diffattn.plan.hardware import Machine, load_machine
 from diffattn.plan.named_model import Model, parse_model
-from diffattn.plan.precision import Precision
+from diffattn.plan.precision import Precision, resolve_precision
 from diffattn.plan.sentences import memory_sentence, phase_sentence, small_machine_sentence
 
 

@@ -14,7 +14,7 @@ from diffattn.plan.activations import heads, layer, norm
 from diffattn.plan.cost import count_parameters, decoding_flops_per_token, flops_per_token
 from diffattn.plan.hardware import Machine
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory, training_moments
-from diffattn.plan.precision import BYTES, PRECISIONS, Precision, weight_bytes
+from diffattn.plan.precision import BYTES, Precision, resolve_precision, weight_bytes
 from diffattn.plan.shape import ModelShape, check_positive_int
 
 DISK_DTYPES = ("fp32", "bf16", "int8", "int4")
@@ -163,22 +163,6 @@ def estimate(
 def inference_peak(found: dict[str, Any]) -> int:
     """Bytes at the larger of the two peaks of an estimate, prefill's and decoding's."""
     return max(found["prefill"]["memory"]["total"], found["decoding"]["memory"]["total"])
-
-
-def resolve_precision(precision: Precision | str) -> Precision:
-    """A precision by its name in ``PRECISIONS``; a ``Precision`` is returned as it is.
-
-    Raises:
-        ConfigError: no precision has this name.
-
-    >>> resolve_precision("bf16").weights
-    'bf16'
-    """
-    if isinstance(precision, Precision):
-        return precision
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision={precision!r} given; a precision is wanted; use one of {', '.join(PRECISIONS)}")
-    return PRECISIONS[precision]
 
 
 def call_heads(shape: ModelShape, attention: str) -> tuple[int, int, int]:

@@ -80,6 +80,22 @@ def weight_bytes(shape: ModelShape, attention: str, *, dtype: str) -> int:
     return bytes_of(count_parameters(shape, attention).total, float32_parameters(shape, attention), dtype)
 
 
+def resolve_precision(precision: Precision | str) -> Precision:
+    """A precision by its name in ``PRECISIONS``; a ``Precision`` is returned as it is.
+
+    Raises:
+        ConfigError: no precision has this name.
+
+    >>> resolve_precision("bf16").weights
+    'bf16'
+    """
+    if isinstance(precision, Precision):
+        return precision
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision={precision!r} given; a precision is wanted; use one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
 def checked(
     shape: ModelShape, attention: str, batch: int, context: int, precision: Precision | str, backend: str
 ) -> Precision:
@@ -88,13 +104,7 @@ def checked(
     check_positive_int("batch", batch)
     check_positive_int("context", context)
     check_backend(attention, backend)
-    if isinstance(precision, Precision):
-        return precision
-    if precision not in PRECISIONS:
-        raise ConfigError(
-            f"precision={precision!r} given; a precision is wanted; use a Precision or one of {', '.join(PRECISIONS)}"
-        )
-    return PRECISIONS[precision]
+    return resolve_precision(precision)
 
 
 def float32_parameters(shape: ModelShape, attention: str) -> int:

@@ -11,11 +11,11 @@ from typing import Any
 from diffattn.errors import ConfigError
 from diffattn.numbers import count, size
 from diffattn.plan.cost import count_parameters, match_parameters
-from diffattn.plan.estimate import estimate, resolve_precision
+from diffattn.plan.estimate import estimate
 from diffattn.plan.hardware import Machine, load_machine
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
 from diffattn.plan.named_model import Model, parse_model
-from diffattn.plan.precision import Precision
+from diffattn.plan.precision import Precision, resolve_precision
 from diffattn.plan.rule import shape_about
 from diffattn.plan.shape import ModelShape
 
