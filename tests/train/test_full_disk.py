@@ -36,7 +36,7 @@ FULL: list[tuple[str, Exception]] = [
                      "file write failed"),
     ),
     ("diffattn.train.run.seal", OSError(errno.EDQUOT, "Disk quota exceeded")),
-    ("diffattn.train.files.os.fsync", NO_SPACE),
+    ("diffattn.files.os.fsync", NO_SPACE),
     ("diffattn.train.callbacks.json.dumps", NO_SPACE),
 ]  # fmt: skip
 
@@ -52,7 +52,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(
         run(data, stopped, resume=True, on_progress=at(7, fill))
     line = str(raised.value)
     assert line.startswith("the disk is full: could not write ")
-    assert line.endswith("free some space and continue with --resume")
+    assert line.endswith("free some space and run it again, or continue with --resume")
     assert "\n" not in line
     assert partials(stopped) == []
     assert checkpoint_steps(stopped) == [3, 6]
@@ -120,7 +120,7 @@ def test_a_row_that_a_full_disk_refuses_ends_the_run_with_one_line(tmp_path: Pat
             target.symlink_to("/dev/full")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffattn.train.files.os.replace", replace)
+        patch.setattr("diffattn.files.os.replace", replace)
         with pytest.raises(TrainingError, match=r"the disk is full: could not write .*metrics\.jsonl"):
             run(data, folder)
     (folder / "metrics.jsonl").unlink()
@@ -131,7 +131,7 @@ def test_a_row_that_a_full_disk_refuses_ends_the_run_with_one_line(tmp_path: Pat
 def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file.json"
     files.write_json(file, {"a": 1})
-    monkeypatch.setattr("diffattn.train.files.os.replace", fail(NO_SPACE))
+    monkeypatch.setattr("diffattn.files.os.replace", fail(NO_SPACE))
     with pytest.raises(TrainingError):
         files.write_json(file, {"a": 2})
     assert json.loads(file.read_text()) == {"a": 1}

@@ -103,10 +103,10 @@ def scale_fit(
 
     def call() -> int:
         from diffattn.cli.console import Console, print_json
+        from diffattn.files import writable_folder, write_text
         from diffattn.plan.rule import parse_count
         from diffattn.report.scaling_page import equivalence_rows, number_rows, render_scaling, write_scaling_png
         from diffattn.study.scaling import fit_scaling
-        from diffattn.train.files import writable_folder, write_text
 
         console = Console("scale fit", Path(), resume=False)
         sizes = [parse_count(count) for count in at]

@@ -21,6 +21,7 @@ import torch
 
 from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.errors import ConfigError
+from diffattn.files import write_json, write_text
 from diffattn.machine import processor_name
 from diffattn.model.fused import serving_backend
 from diffattn.model.modeling import DiffTransformerForCausalLM
@@ -31,7 +32,6 @@ from diffattn.report.compare_page import render_compare, render_picture
 from diffattn.study.maps import attention_maps, token_labels
 from diffattn.study.statistics import pairs
 from diffattn.train.callbacks import Progress, read_metrics
-from diffattn.train.files import write_json, write_text
 from diffattn.train.measure import StepCost, measure_load, measure_step
 from diffattn.train.recipe import Recipe
 from diffattn.train.run import TrainResult, train

@@ -19,13 +19,13 @@ from typing import Any
 
 from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.errors import ConfigError, DataError
+from diffattn.files import explained, writable_folder
 from diffattn.model.pairing import MATCHES, build_pair, pair_config
 from diffattn.plan.cost import count_parameters, flops_per_token
 from diffattn.plan.rule import parse_count, shape_about
 from diffattn.plan.shape import VARIANTS, ModelShape
 from diffattn.study.compare import versions
 from diffattn.train.callbacks import Progress
-from diffattn.train.files import explained, writable_folder
 from diffattn.train.recipe import Recipe
 from diffattn.train.run import read_result, train
 

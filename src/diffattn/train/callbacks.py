@@ -19,7 +19,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from diffattn.errors import TrainingError
-from diffattn.train.files import explained, write_text
+from diffattn.files import explained, write_text
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from diffattn.train.files import PARTIAL, write_json
+from diffattn.files import PARTIAL, write_json
 
 MANIFEST = "manifest.json"
 

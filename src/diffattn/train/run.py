@@ -17,10 +17,10 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from diffattn.data.packing import PreparedData, TrainingOrder, ValidationBlocks
 from diffattn.errors import CheckpointError, ConfigError
+from diffattn.files import sync, whole_folder, writable_folder, write_json
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.train.callbacks import Interruption, MetricsFile, Progress, RunCallback, diverged, read_metrics, warn
 from diffattn.train.checkpoint import checkpoints, last_good, prune, seal
-from diffattn.train.files import sync, whole_folder, writable_folder, write_json
 from diffattn.train.recipe import Recipe
 
 

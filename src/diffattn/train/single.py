@@ -8,10 +8,10 @@ from pathlib import Path
 
 from diffattn.data.packing import prepare_data
 from diffattn.errors import ConfigError, DiffattnError
+from diffattn.files import writable_folder
 from diffattn.model.pairing import build_pair, pair_config
 from diffattn.plan.shape import ModelShape
 from diffattn.train.callbacks import Progress
-from diffattn.train.files import writable_folder
 from diffattn.train.recipe import Recipe
 from diffattn.train.run import TrainResult, train
 

@@ -88,7 +88,7 @@ def explained(path: Path) -> Iterator[None]:
         free = shutil.disk_usage(path.parent).free
         raise TrainingError(
             f"the disk is full: could not write {path} ({free:,} bytes are free); what was saved before is kept: "
-            "free some space and continue with --resume"
+            "free some space and run it again, or continue with --resume"
         ) from error
 
 
