@@ -21,8 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.fused import DIFF_FUSED
+from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 from diffattn.ops.standard import pad_queries, subtract
 
 
@@ -85,10 +84,14 @@ class SoftmaxAttention(nn.Module):
         self.scaling = self.width**-0.5
         self.is_causal = True
         outputs = (config.num_attention_heads // (1 if config.attention != "diff_v2" else 2)) * self.width
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(outputs, config.hidden_size, bias=False)
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(outputs, config.hidden_size, bias=config.attention_output_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
 
     @property
     def fused(self) -> bool:
@@ -102,6 +105,8 @@ class SoftmaxAttention(nn.Module):
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         heads = (*x_BTD.shape[:-1], -1, self.width)
         q, k, v = self.q_proj(x_BTD).view(heads), self.k_proj(x_BTD).view(heads), self.v_proj(x_BTD)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v, self.lam_of(x_BTD)
 
     def position(self, q_BTnd: Tensor, k_BTgd: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -202,8 +207,50 @@ class DiffV2Attention(DifferentialAttention):
         return self.lam(x_BTD)
 
 
+class DexProjection(Float32Module):
+    """What DEX subtracts from its heads' outputs: ``λ · O W_D``, of the chosen heads (arXiv 2505.16333).
+
+    W_D starts at zero, so that a pretrained model keeps its function. λ = (1 − a)·λ_init + a·λ_learned moves from the
+    paper's schedule by depth to what is learned, as training raises a from 0 to 1: were λ zero as well, no gradient
+    would reach either. All of it is float32, whatever the model's dtype.
+    """
+
+    annealed: Tensor
+
+    def __init__(self, heads: int, width: int, lambda_init: float) -> None:
+        super().__init__()
+        self.lambda_init = lambda_init
+        self.weight = nn.Parameter(torch.zeros(heads, width, width, dtype=torch.float32))
+        self.lam = nn.Parameter(torch.full((heads,), lambda_init, dtype=torch.float32))
+        self.register_buffer("annealed", torch.zeros((), dtype=torch.float32))
+
+    def forward(self, o_BTHd: Tensor) -> Tensor:
+        lam_H = torch.lerp(torch.full_like(self.lam, self.lambda_init), self.lam, self.annealed)
+        # λ on the small side of the product: one pass over the outputs.
+        return torch.einsum("BTHd,Hde->BTHe", o_BTHd, (lam_H[:, None, None] * self.weight).to(o_BTHd.dtype))
+
+
+class DexAttention(SoftmaxAttention):
+    """Softmax attention whose chosen heads become ``O − λ · O W_D``."""
+
+    def __init__(self, config: DiffTransformerConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.heads = config.layer_dex_heads(layer_idx)
+        if self.heads:
+            self.dex = DexProjection(len(self.heads), self.width, config.layer_lambda_init(layer_idx))
+
+    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
+        if not self.heads:
+            return o_BTNW
+        if len(self.heads) == o_BTNW.shape[2]:
+            return o_BTNW - self.dex(o_BTNW)
+        index = torch.tensor(self.heads, device=o_BTNW.device)
+        return o_BTNW.index_add(2, index, self.dex(o_BTNW.index_select(2, index)), alpha=-1)
+
+
 ATTENTION: dict[str, type[SoftmaxAttention]] = {
     "softmax": SoftmaxAttention,
     "diff_v1": DiffV1Attention,
     "diff_v2": DiffV2Attention,
+    "dex": DexAttention,
 }

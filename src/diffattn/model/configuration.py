@@ -10,6 +10,10 @@ from transformers import PreTrainedConfig
 from diffattn.errors import ConfigError
 from diffattn.plan.shape import VARIANTS, ModelShape, check_positive_int
 
+ATTENTIONS = (*VARIANTS, "dex")
+# The attention function that subtracts the maps itself; ``diffattn.model.fused`` registers it.
+DIFF_FUSED = "diff_fused"
+
 
 def lambda_init_schedule(layer: int) -> float:
     """λ_init of a layer: 0.8 − 0.6·exp(−0.3·layer), layer 0 first (arXiv 2410.05258, section 2.1).
@@ -32,12 +36,21 @@ class DiffTransformerConfig(PreTrainedConfig):
     softmax    n                   G                   d        n
     diff_v1    n                   G / 2               2d       n / 2, each of width 2d
     diff_v2    2n                  G                   d        n
+    dex        n                   G                   d        n
     ========== =================== =================== ======== ====================================
 
     So ``2 · num_key_value_heads · head_dim`` values per layer and token is the cache, for every variant.
 
     Args:
-        attention: ``"softmax"``, ``"diff_v1"`` (arXiv 2410.05258) or ``"diff_v2"`` (the authors' post of January 2026).
+        attention: ``"softmax"``, ``"diff_v1"`` (arXiv 2410.05258), ``"diff_v2"`` (the authors' post of January 2026)
+            or ``"dex"`` (arXiv 2505.16333), a pretrained softmax that learns to subtract a projection of its output.
+        attention_bias: whether the projections of queries, keys and values have a bias (Qwen2; Llama's covers the
+            output projection too).
+        attention_output_bias: whether the output projection of attention has one.
+        mlp_bias: whether the three projections of the feed-forward network have one.
+        qk_norm: whether queries and keys pass an RMSNorm over the d channels of each head before they are rotated, one
+            gain for all heads of a layer (Qwen3).
+        dex_heads: DEX only. For every layer the heads, from 0, that subtract; ``None`` for all.
         lambda_init: V1 only. ``None`` for the paper's schedule by depth, or one constant for all layers.
         lambda_std: V1 only. Standard deviation of the four λ vectors at the start.
         subln_affine: V1 only. Whether the norm of each head's output has a learnable gain
@@ -81,21 +94,26 @@ class DiffTransformerConfig(PreTrainedConfig):
     lambda_std: float = 0.1
     subln_affine: bool = True
     subln_eps: float = 1e-5
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    dex_heads: list[list[int]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.attention not in VARIANTS:
-            raise ConfigError(f"attention is {self.attention!r}; wanted one of {', '.join(VARIANTS)}")
+        if self.attention not in ATTENTIONS:
+            raise ConfigError(f"attention is {self.attention!r}; wanted one of {', '.join(ATTENTIONS)}")
         v1 = self.attention == "diff_v1"
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "max_position_embeddings"):  # fmt: skip
             check_positive_int(name, getattr(self, name))
-        if self.attention != "softmax" and self.num_attention_heads % 2:
+        if self.subtracts_maps and self.num_attention_heads % 2:
             raise ConfigError(
                 f"num_attention_heads is {self.num_attention_heads}; {self.attention} pairs query heads, "
                 "so the one attention call needs an even number: choose one more or one less"
             )
         if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads // (1 if self.attention == "softmax" else 2)
+            self.num_key_value_heads = self.num_attention_heads // (2 if self.subtracts_maps else 1)
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ConfigError(
@@ -104,7 +122,7 @@ class DiffTransformerConfig(PreTrainedConfig):
                 )
             # n heads of width D / n are replaced; the one call has 2n of them under V2 and width 2d under V1.
             width = self.hidden_size // self.num_attention_heads
-            self.head_dim = width if self.attention == "softmax" else 2 * width
+            self.head_dim = 2 * width if self.subtracts_maps else width
         for name in ("num_key_value_heads", "head_dim"):
             check_positive_int(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
@@ -114,7 +132,7 @@ class DiffTransformerConfig(PreTrainedConfig):
                 f"{self.num_attention_heads}"
             )
         group = self.num_attention_heads // self.num_key_value_heads
-        if self.attention != "softmax" and group % 2:
+        if self.subtracts_maps and group % 2:
             raise ConfigError(
                 f"num_attention_heads is {self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads}; "
                 f"both maps of a {self.attention} head share one key/value head, so their ratio must be even: "
@@ -132,7 +150,37 @@ class DiffTransformerConfig(PreTrainedConfig):
                 f"lambda_init is {self.lambda_init!r}; wanted a number from 0 to below 1, because each head is scaled "
                 "by 1 - lambda_init: leave it out for the paper's schedule"
             )
+        self._check_dex_heads()
         super().__post_init__(**kwargs)
+
+    def _check_dex_heads(self) -> None:
+        if self.dex_heads is None:
+            return
+        known = range(self.num_attention_heads)
+        if self.attention != "dex":
+            raise ConfigError(
+                f"dex_heads is given and attention is {self.attention!r}; wanted attention 'dex': leave out dex_heads"
+            )
+        if len(self.dex_heads) != self.num_hidden_layers:
+            raise ConfigError(
+                f"dex_heads has {len(self.dex_heads)} lists; wanted one for each of the {self.num_hidden_layers} "
+                "layers, empty where no head subtracts"
+            )
+        for layer, heads in enumerate(self.dex_heads):
+            if len(set(heads)) < len(heads) or not set(heads) <= set(known):
+                raise ConfigError(
+                    f"dex_heads of layer {layer} is {heads}; wanted each of 0 to {self.num_attention_heads - 1} at "
+                    "most once: correct the list"
+                )
+
+    def layer_dex_heads(self, layer: int) -> list[int]:
+        """The heads of a layer (from 0) that subtract under DEX."""
+        return list(range(self.num_attention_heads)) if self.dex_heads is None else self.dex_heads[layer]
+
+    @property
+    def subtracts_maps(self) -> bool:
+        """Whether the output is that of a difference of two softmax maps: V1 and V2."""
+        return self.attention in ("diff_v1", "diff_v2")
 
     @property
     def rope_width(self) -> int:
@@ -151,12 +199,13 @@ class DiffTransformerConfig(PreTrainedConfig):
         ``initializer_range`` is hidden_size^(−1/2), which is the usual 0.02 at the paper's widths. V1 needs it at small
         ones: its norm lifts whatever attention gives to unit size, and drowns embeddings that start at 0.02.
         """
-        shape.check_variant(attention)
+        shape.check_variant("softmax" if attention == "dex" else attention)
         n, groups, width = shape.num_heads, shape.num_kv_heads, shape.head_dim
         assert groups is not None
         assert width is not None
         heads = {
             "softmax": (n, groups, width),
+            "dex": (n, groups, width),
             "diff_v1": (n, groups // 2, 2 * width),
             "diff_v2": (2 * n, groups, width),
         }[attention]
@@ -177,7 +226,10 @@ class DiffTransformerConfig(PreTrainedConfig):
         return cls(**(fields | overrides))
 
     def shape(self) -> ModelShape:
-        """The softmax Transformer that this model replaces; the inverse of :meth:`from_shape`."""
+        """The softmax Transformer that this model replaces; the inverse of :meth:`from_shape`.
+
+        A shape has no biases, no norm of queries and keys and no DEX: what these add is not in it.
+        """
         assert self.num_key_value_heads is not None
         assert self.rope_parameters is not None
         v1, v2 = self.attention == "diff_v1", self.attention == "diff_v2"

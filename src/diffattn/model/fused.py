@@ -33,11 +33,10 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
 
+from diffattn.model.configuration import DIFF_FUSED
 from diffattn.ops import build, fused_cpu
 from diffattn.ops.reference import visible_keys
 from diffattn.ops.standard import open_dead_rows, pad_queries, subtract
-
-DIFF_FUSED = "diff_fused"
 
 
 def diff_fused_attention(

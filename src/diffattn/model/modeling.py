@@ -24,9 +24,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from diffattn.errors import ConfigError
-from diffattn.model.attention import ATTENTION, DifferentialLambda, Float32Module, SoftmaxAttention
-from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.fused import DIFF_FUSED
+from diffattn.model import fused  # noqa: F401 - registers the attention function
+from diffattn.model.attention import ATTENTION, DexProjection, DifferentialLambda, Float32Module, SoftmaxAttention
+from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 
 
 class DiffRotaryEmbedding(Float32Module):
@@ -77,9 +77,9 @@ class DiffMLP(nn.Module):
 
     def __init__(self, config: DiffTransformerConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,17 +116,17 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": DiffDecoderLayer, "attentions": SoftmaxAttention}  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+    _keep_in_fp32_modules_strict = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "dex")
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The library's choice; for a differential model ``diff_fused`` where nothing was asked for."""
-        differential = self.config.attention != "softmax"
+        differential = self.config.subtracts_maps
         if requested_attention is None and differential:
             requested_attention = DIFF_FUSED
         if requested_attention == DIFF_FUSED and not differential:
             raise ConfigError(
-                f"attn_implementation is {DIFF_FUSED!r} and attention 'softmax', which has nothing to subtract; "
-                "wanted 'sdpa', or leave it out"
+                f"attn_implementation is {DIFF_FUSED!r} and attention {self.config.attention!r}, which has one map "
+                "only; wanted 'sdpa', or leave it out"
             )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
@@ -137,6 +137,10 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
         if isinstance(module, DifferentialLambda):
             for vector in module.parameters(recurse=False):
                 init.normal_(vector, mean=0.0, std=self.config.lambda_std)
+        if isinstance(module, DexProjection):
+            init.zeros_(module.weight)
+            init.constant_(module.lam, module.lambda_init)
+            init.zeros_(module.annealed)
 
 
 class DiffTransformerModel(DiffTransformerPreTrainedModel):
