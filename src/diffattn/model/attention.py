@@ -60,13 +60,24 @@ class DifferentialLambda(Float32Module):
         return signal - noise + self.lambda_init
 
 
-def rotate(x_BTnd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
-    """Rotary positions in the half-rotation layout; ``cos`` and ``sin`` repeat their first half in their second."""
-    half = x_BTnd.shape[-1] // 2
-    cos, sin = cos_BTd[:, :, None].to(x_BTnd.dtype), sin_BTd[:, :, None].to(x_BTnd.dtype)
-    signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+# The base initialises gains, and engines replace norms, by names that hold or end in RMSNorm.
+class RMSNormPerHead(nn.RMSNorm):
+    """``scale · RMSNorm(y)`` over the channels of each output head, in float32 or wider."""
+
+    def forward(self, y_BTHV: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+        y = y_BTHV.to(torch.promote_types(y_BTHV.dtype, torch.float32))
+        # The scale rides on the gain: one pass less over y, and one less over its gradient.
+        gain = y.new_full(self.normalized_shape, scale)
+        if self.weight is not None:
+            gain = gain * self.weight
+        return F.rms_norm(y, self.normalized_shape, gain, self.eps)
+
+
+def rotate(x_BTnd: Tensor, cos_BT1d: Tensor, sin_BT1d: Tensor) -> Tensor:
+    """Rotary positions in the half-rotation layout; cos and signed sin are those of ``DiffRotaryEmbedding``."""
+    cos, sin = cos_BT1d.to(x_BTnd.dtype), sin_BT1d.to(x_BTnd.dtype)
     # Slicing x into halves instead takes up to twice as long: the backward pass fills a buffer of zeros per slice.
-    return torch.addcmul(x_BTnd * cos, x_BTnd.roll(half, dims=-1), signed)
+    return torch.addcmul(x_BTnd * cos, x_BTnd.roll(x_BTnd.shape[-1] // 2, dims=-1), sin)
 
 
 class SoftmaxAttention(nn.Module):
@@ -170,7 +181,7 @@ class DiffV1Attention(DifferentialAttention):
     def __init__(self, config: DiffTransformerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.lam = DifferentialLambda(self.width, config.layer_lambda_init(layer_idx))
-        self.subln = nn.RMSNorm(self.head_dim, eps=config.subln_eps, elementwise_affine=config.subln_affine)
+        self.subln = RMSNormPerHead(self.head_dim, eps=config.subln_eps, elementwise_affine=config.subln_affine)
 
     def lam_of(self, x_BTD: Tensor) -> Tensor:
         return self.lam()
@@ -180,13 +191,7 @@ class DiffV1Attention(DifferentialAttention):
         return q if self.fused else pad_queries(q), k
 
     def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
-        y = super().combine(o_BTNW, lam_BTH)
-        y = y.to(torch.promote_types(y.dtype, torch.float32))
-        # 1 − λ_init rides on the gain: one pass less over y, and one less over its gradient.
-        gain = y.new_full((self.head_dim,), 1.0 - self.lam.lambda_init)
-        if self.subln.weight is not None:
-            gain = gain * self.subln.weight
-        return F.rms_norm(y, (self.head_dim,), gain, self.subln.eps)
+        return self.subln(super().combine(o_BTNW, lam_BTH), 1.0 - self.lam.lambda_init)
 
 
 class DiffV2Attention(DifferentialAttention):
@@ -224,10 +229,14 @@ class DexProjection(Float32Module):
         self.lam = nn.Parameter(torch.full((heads,), lambda_init, dtype=torch.float32))
         self.register_buffer("annealed", torch.zeros((), dtype=torch.float32))
 
-    def forward(self, o_BTHd: Tensor) -> Tensor:
+    def forward(self, o_BTHd: Tensor, rows: list[int] | None = None) -> Tensor:
+        """``rows`` says which of the chosen heads these are, where they are not all of them."""
         lam_H = torch.lerp(torch.full_like(self.lam, self.lambda_init), self.lam, self.annealed)
         # λ on the small side of the product: one pass over the outputs.
-        return torch.einsum("BTHd,Hde->BTHe", o_BTHd, (lam_H[:, None, None] * self.weight).to(o_BTHd.dtype))
+        scaled = lam_H[:, None, None] * self.weight
+        if rows is not None:
+            scaled = scaled[rows]
+        return torch.einsum("BTHd,Hde->BTHe", o_BTHd, scaled.to(o_BTHd.dtype))
 
 
 class DexAttention(SoftmaxAttention):
@@ -242,10 +251,29 @@ class DexAttention(SoftmaxAttention):
     def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
         if not self.heads:
             return o_BTNW
+        if o_BTNW.shape[2] != self.config.num_attention_heads:
+            return self._combine_rank(o_BTNW)
         if len(self.heads) == o_BTNW.shape[2]:
             return o_BTNW - self.dex(o_BTNW)
-        index = torch.tensor(self.heads, device=o_BTNW.device)
-        return o_BTNW.index_add(2, index, self.dex(o_BTNW.index_select(2, index)), alpha=-1)
+        return self._subtract(o_BTNW, self.heads)
+
+    def _subtract(self, o_BTNW: Tensor, heads: list[int], rows: list[int] | None = None) -> Tensor:
+        index = torch.tensor(heads, dtype=torch.long, device=o_BTNW.device)
+        return o_BTNW.index_add(2, index, self.dex(o_BTNW.index_select(2, index), rows), alpha=-1)
+
+    def _combine_rank(self, o_BTNW: Tensor) -> Tensor:
+        """Of one rank of several, which holds an equal share of the heads, and W_D of all."""
+        count = o_BTNW.shape[2]
+        first = count * tensor_rank(self.q_proj.weight)
+        rows = [row for row, head in enumerate(self.heads) if first <= head < first + count]
+        # Also where none of them is chosen, since all ranks sum their gradients of W_D.
+        return self._subtract(o_BTNW, [self.heads[row] - first for row in rows], rows)
+
+
+def tensor_rank(weight: Tensor) -> int:
+    """Which share of a weight this rank of a tensor-parallel mesh holds, from 0."""
+    mesh = weight.device_mesh  # type: ignore[attr-defined]
+    return mesh.get_local_rank() if mesh.ndim == 1 else mesh.get_local_rank("tp")
 
 
 ATTENTION: dict[str, type[SoftmaxAttention]] = {

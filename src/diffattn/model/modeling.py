@@ -7,6 +7,7 @@ Trainer are the library's own. The maths of the variants is in ``attention.py``.
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -30,7 +32,10 @@ from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 
 
 class DiffRotaryEmbedding(Float32Module):
-    """cos and sin of the rotary angles, ``(B, T, d)``, from float32 frequencies.
+    """cos and sin of the rotary angles, ``(B, T, 1, d)``, from float32 frequencies.
+
+    Both repeat the angles of their first half in their second; the first half of sin has its sign turned, which is the
+    half that meets the channels it is subtracted for (see ``rotate``). Once a pass: each layer turns q and k by them.
 
     The frequencies are buffers outside the checkpoint; ``PreTrainedModel._init_weights`` knows the class by its name
     and remakes them after ``from_pretrained`` has built the model without storage.
@@ -66,10 +71,9 @@ class DiffRotaryEmbedding(Float32Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device)
-        angles = torch.cat((angles, angles), dim=-1)
-        scale = self.attention_scaling
-        return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+        angles = position_ids[..., None, None].float() * self.inv_freq.to(device=x.device)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
 
 
 class DiffMLP(nn.Module):
@@ -121,7 +125,8 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The library's choice; for a differential model ``diff_fused`` where nothing was asked for."""
         differential = self.config.subtracts_maps
-        if requested_attention is None and differential:
+        # The code that is saved beside a model for those who have no diffattn comes without the fused kernel.
+        if requested_attention is None and differential and DIFF_FUSED in ALL_ATTENTION_FUNCTIONS:
             requested_attention = DIFF_FUSED
         if requested_attention == DIFF_FUSED and not differential:
             raise ConfigError(
@@ -129,6 +134,30 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
                 "only; wanted 'sdpa', or leave it out"
             )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, remote_code: bool = False, **kwargs: Any) -> None:
+        """As any model of ``transformers``; with ``remote_code`` it can be loaded where diffattn is not installed.
+
+        The folder then holds the model's Python files too, and names them in its config.json, so that
+        ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` needs ``transformers`` alone.
+        """
+        from diffattn.model.remote_code import AUTO_MAP, write_remote_code
+
+        if remote_code:
+            # First, since the base may upload what the folder holds.
+            write_remote_code(save_directory)
+            self.config.auto_map = dict(AUTO_MAP)
+        elif hasattr(self.config, "auto_map"):
+            # Of the folder that it was loaded from.
+            del self.config.auto_map
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """As of any model of ``transformers``, for numbers of ranks that part no pair of heads."""
+        if distributed_config is not None and distributed_config.tp_size > 1:
+            model.config.check_tensor_parallel(distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -210,6 +239,7 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: DiffTransformerConfig) -> None:
         super().__init__(config)

@@ -1,0 +1,234 @@
+"""Inference of a 135M-parameter shape: prefill, decoding, start-up and memory, beside `transformers`' own models.
+
+Prefill reads 512 tokens; decoding makes tokens one by one behind 128 or 4096 cached ones, greedily, with the cache
+that `generate` uses. The models take turns within one process, A B C A B C, so that a ratio compares neighbours in
+time. Start-up is a fresh process per model and round: from its start to the first token behind 128, its time to load,
+and its peak of resident memory. One JSON line per problem and model. Weights are random: they do not matter for time.
+
+    python -m benchmarks.inference --threads 1 2 --out benchmarks/results/inference.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import operator
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Idle threads sleep instead of spinning: spinning ones starve the others wherever the machine is shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils import logging
+
+from benchmarks.rows import Writer, in_turns, pairwise, provenance, spread
+from benchmarks.training_step import diffllama, llama, ours
+from diffattn import ModelShape
+
+# SmolLM2-135M with heads that pair: 12 of width 48 over 4 key/value heads, in place of 9 of 64 over 3.
+SHAPE = ModelShape(
+    hidden_size=576, num_layers=30, num_heads=12, num_kv_heads=4, head_dim=48, intermediate_size=1536,
+    vocab_size=49152, max_position_embeddings=8192, name="135M",
+)  # fmt: skip
+PROMPT, STEPS = 512, 8
+CONTEXTS = (128, 4096)
+DTYPES = ("float32", "bfloat16")
+PHASES = ("prefill", *(f"decoding {context}" for context in CONTEXTS), "start")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model; ``at_least`` limits its ratios of tokens per second to other entries, by phase and their names."""
+
+    name: str
+    build: Callable[[ModelShape], PreTrainedModel]
+    gate: str
+    at_least: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+DIFF = {"prefill": {"softmax": 0.9}, "decoding 128": {"softmax": 0.95}}
+MODELS = "tests/model/test_modeling.py::"
+ENTRIES = (
+    Entry(
+        "softmax",
+        ours("softmax"),
+        MODELS + "test_softmax_model_is_llama",
+        {phase: {"llama": 0.95} for phase in PHASES[:-1]},
+    ),
+    Entry(
+        "diff_v1",
+        ours("diff_v1"),
+        "tests/model/test_fused.py::test_decoding_step_by_step_is_the_full_forward",
+        DIFF | {"decoding 4096": {"softmax": 0.95, "diffllama": 1.3}},
+    ),
+    Entry(
+        "diff_v2",
+        ours("diff_v2"),
+        "tests/model/test_fused.py::test_decoding_step_by_step_is_the_full_forward",
+        DIFF | {"decoding 4096": {"softmax": 0.95}},
+    ),
+    Entry("llama", llama, MODELS + "test_softmax_model_is_llama"),
+    Entry("diffllama", diffllama, MODELS + "test_v1_model_without_gain_is_diffllama_with_its_heads_in_another_order"),
+)
+REFERENCES = ("softmax", "llama", "diffllama")
+
+
+class Prefill:
+    """Reads a prompt into a new cache; calling it gives the seconds."""
+
+    tokens = PROMPT
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.ids = torch.randint(SHAPE.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+
+    @torch.inference_mode()
+    def __call__(self) -> float:
+        began = time.perf_counter()
+        self.model(self.ids, use_cache=True, logits_to_keep=1)
+        return time.perf_counter() - began
+
+
+class Decoding:
+    """Makes ``STEPS`` tokens behind a cache of ``context`` random ones; calling it gives the seconds."""
+
+    tokens = STEPS
+
+    def __init__(self, model: PreTrainedModel, context: int) -> None:
+        self.model = model
+        config = model.config
+        shape = (1, config.num_key_value_heads, context, config.head_dim)
+        generator = torch.Generator().manual_seed(0)
+        self.cached = [
+            tuple(torch.randn(shape, generator=generator).to(model.dtype) for _ in ("keys", "values"))
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    @torch.inference_mode()
+    def __call__(self) -> float:
+        cache = DynamicCache(config=self.model.config)
+        for layer, (keys, values) in enumerate(self.cached):
+            cache.update(keys, values, layer)
+        token = torch.tensor([[7]])
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            token = self.model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        return time.perf_counter() - began
+
+
+def measured(phase: str, models: dict[str, PreTrainedModel], rounds: int | None) -> dict[str, list[float]]:
+    """Tokens per second of each model in every round."""
+    kind = Prefill if phase == "prefill" else functools.partial(Decoding, context=int(phase.split()[1]))
+    calls = {name: kind(model) for name, model in models.items()}
+    in_turns(calls, 1)
+    seconds = in_turns(calls, rounds)
+    return {name: [calls[name].tokens / value for value in values] for name, values in seconds.items()}
+
+
+def started(folders: dict[str, Path], threads: int, dtype: str, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """What a fresh process reports in every round; the first round fills the system's file cache and is dropped."""
+    reports: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
+    for index in range(1 + rounds):
+        for name, folder in folders.items():
+            command = [sys.executable, "-m", "benchmarks.first_token", str(folder), "--threads", str(threads)]
+            began = time.time()
+            done = subprocess.run([*command, "--dtype", dtype], check=True, capture_output=True, text=True)
+            report = json.loads(done.stdout)
+            report["first_token_seconds"] = report.pop("first_token_at") - began
+            if index:
+                reports[name].append(report)
+    return reports
+
+
+def speed_rows(
+    phase: str, entries: tuple[Entry, ...], models: dict[str, PreTrainedModel], rounds: int | None
+) -> Iterator[dict[str, object]]:
+    speeds = measured(phase, {entry.name: models[entry.name] for entry in entries}, rounds)
+    for entry in entries:
+        limits = entry.at_least.get(phase, {})
+        ratios = {
+            name: spread(pairwise(operator.truediv, speeds[entry.name], speeds[name]))
+            for name in REFERENCES
+            if name in speeds and name != entry.name
+        }
+        for name, limit in limits.items():
+            if name in ratios:
+                ratios[name] |= {"at_least": limit, "kept": ratios[name]["median"] >= limit}
+        yield {
+            "model": entry.name,
+            "rounds": len(speeds[entry.name]),
+            "tokens_per_second": spread(speeds[entry.name]),
+            "ratio_to": ratios,
+            "gate": entry.gate,
+        }
+
+
+def start_rows(
+    entries: tuple[Entry, ...], folders: dict[str, Path], threads: int, dtype: str, rounds: int
+) -> Iterator[dict[str, object]]:
+    reports = started({entry.name: folders[entry.name] for entry in entries}, threads, dtype, rounds)
+    for entry in entries:
+        mine = reports[entry.name]
+        yield {
+            "model": entry.name,
+            "rounds": len(mine),
+            **{key: spread([report[key] for report in mine]) for key in mine[0]},
+            "file_bytes": (folders[entry.name] / "model.safetensors").stat().st_size,
+            "gate": entry.gate,
+        }
+
+
+def save_models(entries: tuple[Entry, ...], folder: Path, dtype: str) -> dict[str, Path]:
+    """Random models of the shape, each as ``save_pretrained`` writes it in that number format."""
+    folders = {}
+    for entry in entries:
+        torch.manual_seed(0)
+        folders[entry.name] = folder / dtype / entry.name
+        entry.build(SHAPE).to(getattr(torch, dtype)).save_pretrained(folders[entry.name])
+    return folders
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads of torch (default: 1 and 2)")
+    parser.add_argument("--repeats", type=int, help="rounds that are timed (default: by the time that one takes)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="default: all")
+    parser.add_argument("--models", nargs="+", choices=[entry.name for entry in ENTRIES], help="default: all")
+    parser.add_argument("--out", type=Path, help="also write the lines to this file")
+    arguments = parser.parse_args()
+    logging.disable_progress_bar()
+    entries = tuple(entry for entry in ENTRIES if not arguments.models or entry.name in arguments.models)
+    write = Writer(arguments.out)
+    with tempfile.TemporaryDirectory() as temporary:
+        for dtype in arguments.dtype:
+            folders = save_models(entries, Path(temporary), dtype)
+            models = {
+                name: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+                for name, folder in folders.items()
+            }
+            for threads in arguments.threads:
+                torch.set_num_threads(threads)
+                for phase in arguments.phases:
+                    origin = provenance("benchmarks.inference", threads=threads)
+                    problem = {"shape": SHAPE.name, "dtype": dtype, "threads": threads, "phase": phase}
+                    rows = (
+                        start_rows(entries, folders, threads, dtype, arguments.repeats or 7)
+                        if phase == "start"
+                        else speed_rows(phase, entries, models, arguments.repeats)
+                    )
+                    for row in rows:
+                        write({"benchmark": "inference", "problem": problem} | row | origin)
+
+
+if __name__ == "__main__":
+    main()
