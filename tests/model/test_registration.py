@@ -31,6 +31,8 @@ ORDERS = {
     "diffattn after the Auto classes": "from transformers import AutoModelForCausalLM; import diffattn",
     # Either of these imports the Auto classes while it is itself half-way, and our model needs it whole.
     "a module that our model needs, first": "import diffattn; import transformers.modeling_layers",
+    "our attention layer, first": "import diffattn.model.attention",
+    "our attention function, first": "import diffattn.model.fused",
     "Llama, first": """
         import diffattn
         import transformers.models.llama.modeling_llama

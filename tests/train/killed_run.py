@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from train.small_run import prepare, run
 
-from diffattn.train import callbacks, files
+from diffattn import files
+from diffattn.train import callbacks
 from diffattn.train import run as running
 from diffattn.train.recipe import Recipe
 

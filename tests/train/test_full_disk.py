@@ -12,9 +12,10 @@ import pytest
 from safetensors import SafetensorError
 from train.small_run import RECIPE, assert_same_run, at, checkpoint_steps, partials, rows, run
 
+from diffattn import files
 from diffattn.data.packing import PreparedData
 from diffattn.errors import TrainingError
-from diffattn.train import checkpoint, files
+from diffattn.train import checkpoint
 
 
 def fail(error: Exception) -> Callable[..., None]:

@@ -23,7 +23,7 @@ _NEEDED = (
     "transformers.modeling_utils",
     "transformers.models.llama.modeling_llama",
 )
-_OURS = "diffattn.model.modeling"
+_OURS = ("diffattn.model.configuration", "diffattn.model.fused", "diffattn.model.attention", "diffattn.model.modeling")
 
 
 def register() -> None:
@@ -39,12 +39,12 @@ def _loaded(name: str) -> bool:
 
 
 def _register_what_is_loaded() -> None:
-    if _loaded(_CONFIG):
+    if _loaded(_CONFIG) and (_OURS[0] not in sys.modules or _loaded(_OURS[0])):
         from diffattn.model.configuration import DiffTransformerConfig
 
         auto = sys.modules[_CONFIG]
         auto.AutoConfig.register(DiffTransformerConfig.model_type, DiffTransformerConfig, exist_ok=True)
-        half_way = [name for name in (*_NEEDED, _OURS) if name in sys.modules and not _loaded(name)]
+        half_way = [name for name in (*_NEEDED, *_OURS) if name in sys.modules and not _loaded(name)]
         if _loaded(_MODEL) and not half_way:
             from diffattn.model.modeling import DiffTransformerForCausalLM, DiffTransformerModel
 
@@ -59,7 +59,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in (_CONFIG, _MODEL, _OURS, *_NEEDED):
+        if name not in (_CONFIG, _MODEL, *_OURS, *_NEEDED):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
