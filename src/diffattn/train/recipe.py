@@ -55,6 +55,8 @@ class Recipe:
     """Times that the held-out loss is measured while training, at equal distances."""
     evaluation_blocks: int = 128
     """Held-out blocks of each of those measurements; the last one, after training, takes all."""
+    anneal_fraction: float = 0.5
+    """DEX alone: share of the steps in which λ moves from the schedule by depth to what is learned."""
     checkpoints: int = 4
     """Times that a checkpoint is written while training."""
     keep_checkpoints: int = 2
@@ -71,6 +73,7 @@ class Recipe:
                "a whole number, 0 to 2147483647")  # fmt: skip
         _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "a finite number above 0")
         _check("warmup_fraction", self.warmup_fraction, 0 <= self.warmup_fraction < 1, "0 or more, below 1")
+        _check("anneal_fraction", self.anneal_fraction, 0 <= self.anneal_fraction <= 1, "0 to 1")
         for name in ("weight_decay", "max_grad_norm"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "a finite number, 0 or more")
         for name in ("beta1", "beta2"):

@@ -13,15 +13,28 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, SequentialSampler, Subset
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from diffattn.data.packing import PreparedData, TrainingOrder, ValidationBlocks
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import sync, whole_folder, writable_folder, write_json
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.train.annealing import DexAnnealing
 from diffattn.train.callbacks import Interruption, MetricsFile, Progress, RunCallback, diverged, read_metrics, warn
 from diffattn.train.checkpoint import checkpoints, last_good, prune, seal
 from diffattn.train.recipe import Recipe
+
+# Of fields that were added since a run was started, by part of its config.json.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "recipe": {"anneal_fraction": 0.5},
+    "model": {
+        "attention_bias": False,
+        "attention_output_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "dex_heads": None,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,7 @@ def train(
     recipe: Recipe,
     out: str | Path,
     *,
+    source: dict[str, str] | None = None,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
@@ -59,6 +73,8 @@ def train(
         data: from :func:`diffattn.data.packing.prepare_data`.
         recipe: see :class:`Recipe`.
         out: the run folder. Without ``resume`` it must not hold a run.
+        source: where a pretrained model came from: its ``folder``, and the ``digest`` of its weights, by which a run is
+            resumed with the same one. The held-out loss is then also measured before the first step.
         resume: continue from the last good checkpoint in ``out``, or start where there is none.
         on_progress: called after each step.
 
@@ -72,7 +88,8 @@ def train(
     _use_attention(model, recipe.attn_implementation)
     folder = writable_folder(Path(out))
     recipe = recipe.resolved()
-    _claim(folder, {"recipe": recipe.to_dict(), "model": model.config.to_diff_dict(), "data": data.facts}, resume)
+    claim = {"recipe": recipe.to_dict(), "model": model.config.to_diff_dict(), "data": data.facts}
+    _claim(folder, claim if source is None else claim | {"source": source}, resume)
     finished = read_result(folder)
     if finished is not None:
         return finished
@@ -101,10 +118,13 @@ def train(
             validation_blocks=len(some),
             on_progress=on_progress,
         )
-        trainer = _PlainTrainer(model, recipe, folder, order, some, interruption, callback)
+        annealing = DexAnnealing(model, steps=recipe.steps, fraction=recipe.anneal_fraction)
+        trainer = _PlainTrainer(model, recipe, folder, order, some, interruption, [callback, annealing])
         try:
             if start is not None:
                 trainer.restore(start[1], metrics)
+            elif source is not None and recipe.evaluations and not metrics.held_out(0):
+                trainer.evaluate()
             if step < recipe.steps:
                 trainer.train(resume_from_checkpoint=str(start[1]) if start else None)
             callback.validation_blocks = len(validation)
@@ -169,12 +189,17 @@ def _claim(folder: Path, config: dict[str, Any], resume: bool) -> None:
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged ({error}); restore it, or start again with another --out") from error
     wanted = json.loads(json.dumps(config))
+    if ("source" in stored) != ("source" in wanted):
+        began = f"from {stored['source']['folder']}" if "source" in stored else "without a model to start from"
+        raise ConfigError(f"{folder} was started {began}; resume it with the same --from or choose another --out")
     for part in wanted:
         for key in wanted[part]:
-            if stored.get(part, {}).get(key) != wanted[part][key]:
+            # A folder may move, and a run of an earlier version knows fewer fields.
+            then = stored.get(part, {}).get(key, _DEFAULTS.get(part, {}).get(key))
+            if then != wanted[part][key] and (part, key) != ("source", "folder"):
                 raise ConfigError(
-                    f"{folder} was started with {part} {key} = {stored.get(part, {}).get(key)!r}, now it is "
-                    f"{wanted[part][key]!r}; resume with the same settings or choose another --out"
+                    f"{folder} was started with {part} {key} = {then!r}, now it is {wanted[part][key]!r}; "
+                    "resume with the same settings or choose another --out"
                 )
 
 
@@ -248,14 +273,14 @@ class _PlainTrainer(Trainer):
         order: TrainingOrder,
         validation: Dataset,
         interruption: Interruption,
-        callback: RunCallback,
+        callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(
             model=model,
             args=training_arguments(recipe, folder),
             train_dataset=order,
             eval_dataset=validation,
-            callbacks=[callback],
+            callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
         self._folder = folder

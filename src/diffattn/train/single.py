@@ -48,23 +48,29 @@ def train_shape(
     shape = shape if isinstance(shape, ModelShape) else ModelShape.load(shape)
     pair_config(shape, attention, match=match)
     context = check_context(shape, context)
-    if resume and not (Path(out) / "config.json").exists():
-        raise ConfigError(f"{out} holds no run to resume; wanted its config.json: name its folder with --out")
+    check_resumable(out, resume)
     with new_folder(Path(out)) as folder:
         data = prepare_data(text, vocab_size=shape.vocab_size, context=context)
     model = build_pair(shape, attention, seed=recipe.seed, match=match).model
     return train(model, data, recipe, folder, resume=resume, on_progress=on_progress)
 
 
-def check_context(shape: ModelShape, context: int | None) -> int:
+def check_context(shape: ModelShape, context: int | None, *, whose: str = "shape") -> int:
     """The context asked for, or the shape's; never beyond its positions."""
     context = shape.max_position_embeddings if context is None else context
     if not 2 <= context <= shape.max_position_embeddings:
+        more = ", or write a shape with more positions" if whose == "shape" else ""
         raise ConfigError(
-            f"context is {context}; wanted 2 to {shape.max_position_embeddings}, the shape's max_position_embeddings: "
-            "change it, or write a shape with more positions"
+            f"context is {context}; wanted 2 to {shape.max_position_embeddings}, the {whose}'s "
+            f"max_position_embeddings: change it{more}"
         )
     return context
+
+
+def check_resumable(out: str | Path, resume: bool) -> None:
+    """Raise where a run is to be resumed and there is none."""
+    if resume and not (Path(out) / "config.json").exists():
+        raise ConfigError(f"{out} holds no run to resume; wanted its config.json: name its folder with --out")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,187 @@
+"""The files of a checkpoint folder, read and checked without reading a weight: ``config.json`` and safetensors.
+
+A safetensors file is 8 bytes for the length of its header, the header (JSON: name, dtype, shape, place of each tensor),
+then the tensors one after another. So a header and the size of the file say whether it is whole. No pickle is ever
+opened. Source: the format's description at https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from diffattn.errors import CheckpointError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Bits of one value, as the format names its types.
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+# The format's own limit.
+_LONGEST_HEADER = 100_000_000
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint folder.
+
+    Raises:
+        CheckpointError: no such folder, no config.json in it, or one that is not a JSON object.
+
+    >>> read_config("absent")
+    Traceback (most recent call last):
+    diffattn.errors.CheckpointError: 'absent' given; the folder of a checkpoint is wanted; there is none: check the path
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "it is a file" if folder.is_file() else "there is none"
+        raise CheckpointError(f"{str(folder)!r} given; the folder of a checkpoint is wanted; {what}: check the path")
+    return _read_object(folder / CONFIG, f"{str(folder)!r} holds no {CONFIG}; the folder of a checkpoint is wanted")
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint: ``model.safetensors``, or those that its index names, sorted.
+
+    Raises:
+        CheckpointError: no safetensors (weights that are pickles are never opened), an index that cannot be read, one
+            that names a file outside the folder, or a file of it that is missing.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"{str(folder)!r} holds its weights in {pickles[0]}, a pickle, which can run any program and is never "
+                "loaded; safetensors is wanted: save it again with save_pretrained of a recent transformers"
+            )
+        raise CheckpointError(
+            f"{str(folder)!r} holds no {WEIGHTS} and no {INDEX}; the weights are wanted beside {CONFIG}"
+        )
+    names = set(_weight_map(folder).values())
+    if foreign := sorted(name for name in names if not isinstance(name, str) or Path(name).name != name):
+        raise CheckpointError(f"{str(folder / INDEX)!r} names the file {foreign[0]!r}; a file beside it is wanted")
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise CheckpointError(
+            f"{str(folder / INDEX)!r} names {missing[0]}, which is not there ({len(missing)} of {len(names)} files are "
+            "missing); the whole checkpoint is wanted: copy or download it again"
+        )
+    return [folder / name for name in sorted(names)]
+
+
+def read_tensors(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """What a checkpoint holds, from the headers of its files, which are checked by :func:`check_safetensors`.
+
+    Returns:
+        For each tensor's name its ``dtype`` (as the format names it), ``shape``, ``data_offsets``, and ``file``.
+
+    Raises:
+        CheckpointError: as :func:`weight_files` and :func:`check_safetensors`; or a tensor that the index names and its
+            file lacks, or that two files hold.
+    """
+    folder = Path(folder)
+    found: dict[str, dict[str, Any]] = {}
+    files = weight_files(folder)
+    for path in files:
+        for name, entry in check_safetensors(path).items():
+            if name in found:
+                raise CheckpointError(f"{str(path)!r} and {found[name]['file'].name} both hold {name}; one is wanted")
+            found[name] = entry | {"file": path}
+    if files != [folder / WEIGHTS]:
+        for name, file in _weight_map(folder).items():
+            if name not in found or found[name]["file"].name != file:
+                raise CheckpointError(
+                    f"{str(folder / INDEX)!r} says that {file} holds {name}, which it does not; files of one "
+                    "checkpoint are wanted: copy or download it again"
+                )
+    return found
+
+
+def check_safetensors(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file, once it is known to describe the file to its last byte.
+
+    Reads the header only, so it takes as long for 100 GB as for 100 kB; what the weights' values are it cannot say.
+
+    Returns:
+        For each tensor's name its ``dtype``, ``shape`` and ``data_offsets``, without ``__metadata__``.
+
+    Raises:
+        CheckpointError: a file that is cut off or longer than its header says, or a header that is none.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+                raise _damaged(
+                    path, f"its header should be {length:,} bytes of {size:,}" if length else "it has no header"
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read: {error.strerror}; check the path and its rights"
+        ) from None
+    try:
+        header = json.loads(raw)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no JSON object")
+    header.pop("__metadata__", None)
+    end = 0
+    for begin, stop in sorted(_places(path, header)):
+        if begin != end:
+            raise _damaged(path, f"bytes {min(begin, end):,} to {max(begin, end):,} belong to no tensor, or to two")
+        end = stop
+    if 8 + length + end != size:
+        raise _damaged(path, f"it has {size:,} bytes and its header describes {8 + length + end:,}")
+    return header
+
+
+def _places(path: Path, header: dict[str, Any]) -> Iterable[tuple[int, int]]:
+    for name, entry in header.items():
+        try:
+            begin, end = entry["data_offsets"]
+            bits = math.prod(entry["shape"]) * _BITS[entry["dtype"]]
+            sound = min(entry["shape"], default=0) >= 0 and 0 <= begin <= end and bits == 8 * (end - begin)
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise _damaged(path, f"what its header says of {name} cannot be")
+        yield begin, end
+
+
+def _weight_map(folder: Path) -> dict[str, Any]:
+    weights = _read_object(folder / INDEX, f"{str(folder)!r} holds no {INDEX}").get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise CheckpointError(f"{str(folder / INDEX)!r} has no weight_map; the file of each tensor is wanted there")
+    return weights
+
+
+def _read_object(file: Path, absent: str) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{absent}: check the path") from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{str(file)!r} given; a readable JSON file is wanted; it says: {reason}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{str(file)!r} given; a JSON object is wanted; it holds a {type(values).__name__}")
+    return values
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{str(path)!r} is damaged: {what}; the whole file is wanted: copy or download it again")

@@ -1,0 +1,267 @@
+"""Pretrained Llama-like Transformers made softmax, V2 or DEX models of ours, and our softmax models made Llama-like.
+
+All functions are pure: a ``config.json`` as a dictionary and tensors by name in, the same out. Nothing is guessed: what
+our decoder cannot compute exactly is refused. With a softmax head ``O = softmax(Q Kᵀ/√d) V`` and the layer's output
+``O W_O``, the conversions keep the function by
+
+====== ============================================================================================================
+V2     both maps are the pretrained one and λ = sigmoid(0) = 1/2, so ``O − O/2 = O/2``, and W_O is doubled
+DEX    ``O − λ · O W_D`` with W_D = 0
+====== ============================================================================================================
+
+and both are alive: no new parameter starts where its gradient is exactly zero, except that W_D = 0 holds back λ of DEX
+for one step. (Starting the second queries, the second keys and V1's λ at zero together keeps them there for ever: each
+one's gradient is a product with the others.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from diffattn.convert.reading import (
+    LLAMA_LIKE,
+    SHARED,
+    Config,
+    Tensors,
+    check_tensors,
+    our_config,
+    resolve_tie,
+    softmax_config,
+)
+from diffattn.errors import ConfigError, UnsupportedError
+from diffattn.model.configuration import DiffTransformerConfig
+
+NOISE = ("copy", "perturbed")
+
+
+def to_softmax(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
+    """A Llama-like checkpoint as our softmax model: the same function, every tensor unchanged bit for bit.
+
+    Args:
+        config: a ``config.json`` of one of ``LLAMA_LIKE`` in either spelling of its rotary positions; or one of our
+            softmax models, which is checked and given back. Dropout is an option of training, and left out.
+        tensors: its weights by name, such as ``model.layers.0.self_attn.q_proj.weight`` (n·d, D).
+
+    Returns:
+        The configuration of :class:`DiffTransformerForCausalLM` and its tensors. Where tied embeddings were stored
+        twice, once; where the two differ, the model is untied, which is how ``transformers`` reads it.
+
+    Raises:
+        UnsupportedError: another architecture, a sliding window in use, quantised weights, experts, capped or scaled
+            logits, rotary positions of part of a head, or ones that are unknown here.
+        ConfigError: a configuration that is no model.
+        CheckpointError: tensors are missing, unknown, or of another shape.
+    """
+    ours = softmax_config(config)
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    resolve_tie(ours, weights)
+    check_tensors(ours, weights)
+    return ours.to_diff_dict(), weights
+
+
+def to_diff_v2(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    noise: str = "copy",
+    noise_std: float = 0.1,
+    seed: int = 0,
+) -> tuple[Config, Tensors]:
+    """A Llama-like checkpoint, or our softmax model, as Differential V2 with 2n query heads; grouped heads stay.
+
+    Query heads 2i and 2i + 1 both start as head i (rows of W_Q, and its bias), W_λ starts at zero, W_O is doubled,
+    which is exact in every floating-point type; a bias behind W_O is not. The keys and values, and so the cache, are
+    those of the softmax model.
+
+    Args:
+        config: as for :func:`to_softmax`.
+        tensors: as for :func:`to_softmax`.
+        noise: ``"copy"``: the function is kept. ``"perturbed"``: the second map's W_Q is moved a little, so that the
+            maps differ before the first step, and the function with them.
+        noise_std: of ``"perturbed"``: the standard deviation of what is added, in units of that of the layer's W_Q.
+        seed: of ``"perturbed"``.
+
+    Returns:
+        As :func:`to_softmax`; ``config["converted"]["same_function"]`` says whether the function was kept.
+
+    Raises:
+        UnsupportedError: also where a doubled W_O overflows (float16 alone can).
+        ConfigError: also for an unknown ``noise``, or a ``noise_std`` that is not a finite number above 0.
+
+    Source: the authors' post on Differential Transformer V2, January 2026; the start is ours.
+    """
+    if noise not in NOISE:
+        raise ConfigError(f"noise is {noise!r}; wanted one of {', '.join(NOISE)}")
+    if not 0 < noise_std < float("inf"):
+        raise ConfigError(f'noise_std is {noise_std!r}; wanted a finite number above 0, or noise "copy"')
+    softmax, weights = to_softmax(config, tensors)
+    heads, width, hidden = softmax["num_attention_heads"], softmax["head_dim"], softmax["hidden_size"]
+    generator = torch.Generator().manual_seed(seed)
+    for layer in range(softmax["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.self_attn."
+        query = weights[f"{prefix}q_proj.weight"]
+        for name in (f"{prefix}q_proj.weight", f"{prefix}q_proj.bias"):
+            if name in weights:
+                weights[name] = _twice_each_head(weights[name], heads, width)
+        if noise == "perturbed":
+            pairs = weights[f"{prefix}q_proj.weight"].view(heads, 2, width, hidden)
+            drawn = torch.randn(heads, width, hidden, generator=generator)
+            pairs[:, 1] += (noise_std * query.float().std() * drawn).to(pairs)
+        weights[f"{prefix}o_proj.weight"] = _doubled(f"{prefix}o_proj.weight", weights[f"{prefix}o_proj.weight"])
+        weights[f"{prefix}lambda_proj.weight"] = query.new_zeros(heads, hidden)
+    made = {"noise": noise, "same_function": noise == "copy"}
+    if noise == "perturbed":
+        made |= {"noise_std": noise_std, "seed": seed}
+    return _variant(config, softmax, weights, made, attention="diff_v2", num_attention_heads=2 * heads)
+
+
+def to_dex(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, heads: Sequence[Sequence[int]] | None = None
+) -> tuple[Config, Tensors]:
+    """A Llama-like checkpoint, or our softmax model, as DEX: the softmax stays, its output learns a subtraction.
+
+    The chosen heads become ``O − λ · O W_D``. W_D starts at zero, so the function is kept. λ starts at the schedule by
+    depth and moves to what is learned while training raises ``annealed`` from 0 to 1, so the first gradient into W_D
+    is not zero.
+
+    Args:
+        config: as for :func:`to_softmax`.
+        tensors: as for :func:`to_softmax`.
+        heads: for every layer the heads, from 0, that subtract. Default: all.
+
+    Returns:
+        As :func:`to_softmax`; what is added is float32, whatever the model's dtype.
+
+    Raises:
+        ConfigError: also for heads that the model does not have.
+
+    Source: arXiv 2505.16333, section 4.
+    """
+    softmax, weights = to_softmax(config, tensors)
+    chosen = None if heads is None else [list(layer) for layer in heads]
+    ours = DiffTransformerConfig.from_dict(softmax | {"attention": "dex", "dex_heads": chosen})
+    for layer in range(ours.num_hidden_layers):
+        count = len(ours.layer_dex_heads(layer))
+        if count:
+            prefix = f"model.layers.{layer}.self_attn.dex."
+            weights[f"{prefix}weight"] = torch.zeros(count, ours.rope_width, ours.rope_width)
+            weights[f"{prefix}lam"] = torch.full((count,), ours.layer_lambda_init(layer))
+            weights[f"{prefix}annealed"] = torch.zeros(())
+    return _variant(config, softmax, weights, {"same_function": True}, attention="dex", dex_heads=chosen)
+
+
+def fold_dex(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
+    """A DEX model as a softmax model: ``(O − λ · O W_D) W_O = O ((1 − λ W_D) W_O)``, so the subtraction goes into W_O.
+
+    λ of DEX is one number per head and not one per token, so a trained DEX model is as fast as the model that it came
+    from, and :func:`to_llama` takes the result. Equal but for the rounding of the new W_O, which is made in float64.
+
+    Raises:
+        UnsupportedError: a model that is not DEX.
+        ConfigError, CheckpointError: as :func:`to_softmax`.
+    """
+    ours = our_config(config)
+    if ours.attention != "dex":
+        raise UnsupportedError(f"attention is {ours.attention!r}; wanted a 'dex' model, whose subtraction is linear")
+    weights = dict(tensors)
+    check_tensors(ours, weights)
+    width = ours.rope_width
+    for layer in range(ours.num_hidden_layers):
+        prefix, heads = f"model.layers.{layer}.self_attn.", ours.layer_dex_heads(layer)
+        if not heads:
+            continue
+        projection, lam, annealed = (weights.pop(f"{prefix}dex.{name}") for name in ("weight", "lam", "annealed"))
+        lam = torch.lerp(torch.full_like(lam, ours.layer_lambda_init(layer)), lam, annealed)
+        folded = weights[f"{prefix}o_proj.weight"].clone()
+        for head, subtracted in zip(heads, lam[:, None, None].double() * projection.double(), strict=True):
+            columns = folded[:, head * width : (head + 1) * width]
+            columns.copy_(columns.double() @ (torch.eye(width, dtype=torch.float64) - subtracted).T)
+        weights[f"{prefix}o_proj.weight"] = folded
+    softmax = {name: value for name, value in config.items() if name not in ("dex_heads", "converted")}
+    return to_softmax(softmax | {"attention": "softmax"}, weights)
+
+
+def to_llama(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
+    """Our softmax model as a Llama-like checkpoint that any engine knows, every tensor unchanged bit for bit.
+
+    The architecture is the first that has the model's parts: Llama; Qwen2 (biases of queries, keys and values, none
+    behind W_O); Qwen3 (norms of queries and keys); Mistral (head widths that the hidden size is no multiple of).
+    Rotary positions are written in both spellings, for engines of either age.
+
+    Args:
+        config: a ``config.json`` of :class:`DiffTransformerForCausalLM`.
+        tensors: its weights by name.
+
+    Raises:
+        UnsupportedError: a V1, V2 or DEX model, or parts that no one architecture has together.
+        ConfigError, CheckpointError: as :func:`to_softmax`.
+    """
+    ours = our_config(config)
+    if ours.attention == "dex":
+        raise UnsupportedError(
+            "attention is 'dex'; wanted a softmax model, because Llama subtracts nothing: fold W_D into W_O first"
+        )
+    if ours.attention != "softmax":
+        raise UnsupportedError(
+            f"attention is {ours.attention!r}; wanted a softmax model, because Llama has one softmax map per head and "
+            "no parameters can make it the difference of two: keep it as diff_transformer"
+        )
+    weights = dict(tensors)
+    resolve_tie(ours, weights)
+    check_tensors(ours, weights)
+    kind, extra = _architecture(ours)
+    rope = dict(ours.rope_parameters or {})
+    fields = {name: getattr(ours, name) for name in SHARED} | extra
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+    made = CONFIG_MAPPING[kind](
+        **fields, head_dim=ours.head_dim, rope_parameters=rope, architectures=[f"{name}ForCausalLM"]
+    ).to_diff_dict()
+    made["rope_theta"] = rope["rope_theta"]
+    if rope["rope_type"] != "default":
+        made["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return made, weights
+
+
+def _architecture(ours: DiffTransformerConfig) -> tuple[str, Config]:
+    """The first architecture that has these parts, and the fields of its own."""
+    biases = (ours.attention_bias, ours.attention_output_bias, ours.mlp_bias)
+    whole_width = ours.hidden_size % ours.num_attention_heads == 0
+    if ours.qk_norm and biases in ((False, False, False), (True, True, False)):
+        return "qwen3", {"attention_bias": biases[0]}
+    if not ours.qk_norm and whole_width and biases[0] == biases[1]:
+        return "llama", {"attention_bias": biases[0], "mlp_bias": biases[2]}
+    if not ours.qk_norm and biases == (True, False, False):
+        return "qwen2", {}
+    if not ours.qk_norm and biases == (False, False, False):
+        return "mistral", {"sliding_window": None}
+    raise UnsupportedError(
+        f"qk_norm is {ours.qk_norm}, attention_bias {biases[0]}, attention_output_bias {biases[1]}, mlp_bias "
+        f"{biases[2]}, hidden_size {ours.hidden_size}, num_attention_heads {ours.num_attention_heads}; wanted what one "
+        f"of {', '.join(LLAMA_LIKE)} has together: keep it as diff_transformer"
+    )
+
+
+def _twice_each_head(tensor: Tensor, heads: int, width: int) -> Tensor:
+    """Rows of head i as heads 2i and 2i + 1, which is the order that V2 subtracts in."""
+    return tensor.reshape(heads, width, -1).repeat_interleave(2, dim=0).reshape(2 * len(tensor), *tensor.shape[1:])
+
+
+def _doubled(name: str, tensor: Tensor) -> Tensor:
+    doubled = 2 * tensor
+    if not torch.equal(doubled.isfinite(), tensor.isfinite()):
+        raise UnsupportedError(f"{name} overflows {tensor.dtype} when it is doubled; convert the model as bfloat16")
+    return doubled
+
+
+def _variant(
+    config: Mapping[str, Any], softmax: Config, weights: Tensors, made: Config, **fields: Any
+) -> tuple[Config, Tensors]:
+    """The configuration of a variant of a softmax model, with what was made of what."""
+    ours = DiffTransformerConfig.from_dict(softmax | fields | {"converted": {"from": config["model_type"], **made}})
+    check_tensors(ours, weights)
+    return ours.to_diff_dict(), weights

@@ -1,0 +1,166 @@
+"""``diffattn train --from``: a model of ours that is there, and its tokenizer, trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from diffattn.checkpoint_files import read_config, read_tensors, weight_files
+from diffattn.data.packing import prepare_data
+from diffattn.data.tokenizer import vocabulary_rows
+from diffattn.errors import CheckpointError, ConfigError, DiffattnError
+from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.train.callbacks import Progress
+from diffattn.train.recipe import Recipe
+from diffattn.train.run import TrainResult, train
+from diffattn.train.single import check_context, check_resumable, new_folder
+
+CONTEXT = 512
+"""Tokens per block where nothing is said: pretrained models have contexts that no small machine trains."""
+LEARNING_RATE = 1e-4
+"""Where nothing is said: a pretrained model forgets at the rates that new ones are trained with."""
+
+_MODEL = DiffTransformerConfig.model_type
+
+
+def continue_training(
+    source: str | Path,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    text: str = "sotu",
+    context: int | None = None,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> TrainResult:
+    """Train a model that is there on text in its own tokens; a run as any other, with one row of metrics more.
+
+    ``metrics.jsonl`` begins with the held-out loss at step 0, before the first step, so that the curves of a model and
+    of what it was converted to can be laid over each other. The optimizer starts anew.
+
+    Args:
+        source: a folder with one of our models and its tokenizer, such as what ``diffattn convert`` or a run wrote.
+        recipe: see :class:`diffattn.train.recipe.Recipe`; its seed is that of the order of the data. ``LEARNING_RATE``
+            suits a pretrained model better than the recipe's own.
+        out: the run folder; it must not hold a run unless ``resume``.
+        text: a file, a folder, or a data set's id.
+        context: tokens per block; default ``CONTEXT``, or the model's ``max_position_embeddings`` where that is less.
+        resume: continue from the last good checkpoint in ``out``; ``source`` has to be the same model still.
+        on_progress: called after each step.
+
+    Raises:
+        CheckpointError: a folder without a whole model, or without a tokenizer that can be read.
+        ConfigError: another library's model, more tokens than the model has rows, a context that it does not have.
+        DataError: text that cannot be read, or is too short.
+        TrainingError, KeyboardInterrupt: as in :func:`diffattn.train.run.train`.
+    """
+    source = Path(source)
+    config = _read_config(source)
+    read_tensors(source)
+    tokenizer = _load_tokenizer(source, config.vocab_size)
+    default = min(config.max_position_embeddings, CONTEXT)
+    context = check_context(config.shape(), default if context is None else context, whose="model")
+    check_resumable(out, resume)
+    with new_folder(Path(out)) as folder:
+        data = prepare_data(text, tokenizer=tokenizer, context=context)
+        model = _load_model(source, config)
+    origin = {"folder": str(source.resolve()), "digest": _digest(source)}
+    return train(model, data, recipe, folder, source=origin, resume=resume, on_progress=on_progress)
+
+
+def started_from(out: str | Path) -> Path | None:
+    """The folder that the run in ``out`` started from, or None where it started from a shape, or there is none.
+
+    >>> started_from("absent") is None
+    True
+    """
+    try:
+        return Path(json.loads((Path(out) / "config.json").read_text(encoding="utf-8"))["source"]["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read_config(source: Path) -> DiffTransformerConfig:
+    kind = read_config(source).get("model_type")
+    if kind != _MODEL:
+        raise ConfigError(
+            f"{source} holds a {kind} model; wanted a {_MODEL}: make it one with diffattn convert, or name another "
+            "folder with --from"
+        )
+    try:
+        return DiffTransformerConfig.from_pretrained(source, local_files_only=True)
+    except DiffattnError as error:
+        raise ConfigError(f"{source / 'config.json'}: {error}") from None
+    # A file can hold anything, and the library complains in many ways.
+    except Exception as error:
+        raise CheckpointError(f"{source / 'config.json'} describes no model: {_line(error)}") from error
+
+
+def _load_tokenizer(source: Path, rows: int) -> PreTrainedTokenizerFast:
+    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise CheckpointError(
+            f"{source} holds no tokenizer; wanted tokenizer.json beside the model: save the tokenizer there"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    # The parser of tokenizer.json has no type for what it cannot read.
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer in {source} cannot be read: {_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(f"the tokenizer in {source} is {type(tokenizer).__name__}; wanted one with a tokenizer.json")
+    if vocabulary_rows(tokenizer) > rows:
+        raise ConfigError(
+            f"the tokenizer in {source} has ids up to {vocabulary_rows(tokenizer) - 1}, the model {rows} rows; wanted "
+            "a row for each: take the tokenizer that belongs to the model"
+        )
+    return tokenizer
+
+
+def _load_model(source: Path, config: DiffTransformerConfig) -> DiffTransformerForCausalLM:
+    """The model in float32, whatever its file's dtype; every tensor from the file."""
+    before = transformers_logging.get_verbosity()
+    # Its report of what was loaded is said below, in one line.
+    transformers_logging.set_verbosity_error()
+    try:
+        model, found = DiffTransformerForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    finally:
+        transformers_logging.set_verbosity(before)
+    for what, names in (
+        ("lack", found["missing_keys"]),
+        ("hold, unasked,", found["unexpected_keys"]),
+        ("have in another shape", {name for name, *_ in found["mismatched_keys"]}),
+    ):
+        if names:
+            raise CheckpointError(
+                f"the weights in {source} {what} {min(names)}; wanted what config.json implies: files of one checkpoint"
+            )
+    return model
+
+
+def _digest(source: Path) -> str:
+    """SHA-256 of the weights, file by file."""
+    whole = hashlib.sha256()
+    for path in weight_files(source):
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def _line(error: Any) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
