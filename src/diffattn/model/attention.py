@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from diffattn.errors import UnsupportedError
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 from diffattn.ops.standard import pad_queries, subtract
 
@@ -123,25 +124,16 @@ class SoftmaxAttention(nn.Module):
     def position(self, q_BTnd: Tensor, k_BTgd: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return rotate(q_BTnd, *rope), rotate(k_BTgd, *rope)
 
-    def attend(
-        self,
-        q_BTNW: Tensor,
-        k_BTg: Tensor,
-        v_BTg: Tensor,
-        lam_BTH: Tensor | None,
-        mask: Tensor | None,
-        past_key_values: Cache | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def lay_out(
+        self, q_BTNW: Tensor, k_BTg: Tensor, v_BTg: Tensor, past_key_values: Cache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as the one call takes them, heads before tokens, with what the cache holds."""
         heads = (*q_BTNW.shape[:2], -1, self.head_dim)
         q, k, v = q_BTNW.transpose(1, 2), k_BTg.view(heads).transpose(1, 2), v_BTg.view(heads).transpose(1, 2)
-        # The paged cache of an engine is among the kwargs, as `cache`: the attention function updates that one.
+        # The paged cache of an engine is among the call's kwargs, as `cache`: the attention function updates that one.
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if self.fused:
-            kwargs["lam"] = lam_BTH
-        return interface(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return q, k, v
 
     def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
         """Output heads (B, T, H, V) of the call's; in float32 where they are still to be rounded."""
@@ -158,7 +150,14 @@ class SoftmaxAttention(nn.Module):
         """``(B, T, D)`` to ``(B, T, D)``, with the call's attention weights where the implementation returns them."""
         q, k, v, lam = self.project(hidden_states)
         q, k = self.position(q, k, position_embeddings)
-        o_BTNW, weights = self.attend(q, k, v, lam, attention_mask, past_key_values, **kwargs)
+        q, k, v = self.lay_out(q, k, v, past_key_values)
+        # vLLM reads the source of this function for the one call and its scale.
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if self.fused:
+            kwargs["lam"] = lam
+        attended, weights = interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        # vLLM gives all heads of a token as one row.
+        o_BTNW = attended.reshape(*hidden_states.shape[:-1], -1, self.head_dim)
         y_BTHV = self.combine(o_BTNW, lam).to(v.dtype)
         return self.o_proj(y_BTHV.reshape(*hidden_states.shape[:-1], -1)), weights
 
@@ -272,7 +271,12 @@ class DexAttention(SoftmaxAttention):
 
 def tensor_rank(weight: Tensor) -> int:
     """Which share of a weight this rank of a tensor-parallel mesh holds, from 0."""
-    mesh = weight.device_mesh  # type: ignore[attr-defined]
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None:
+        raise UnsupportedError(
+            "this engine spreads heads over ranks and does not say which ones are here, which DEX has to know; "
+            "wanted one rank, or tp_plan='auto' of transformers"
+        )
     return mesh.get_local_rank() if mesh.ndim == 1 else mesh.get_local_rank("tp")
 
 

@@ -151,6 +151,8 @@ class DiffTransformerConfig(PreTrainedConfig):
                 "by 1 - lambda_init: leave it out for the paper's schedule"
             )
         self._check_dex_heads()
+        # Read by transformers and by engines, which shard by it; never saved.
+        self.base_model_tp_plan = self.tensor_parallel_plan()
         super().__post_init__(**kwargs)
 
     def _check_dex_heads(self) -> None:
@@ -181,6 +183,37 @@ class DiffTransformerConfig(PreTrainedConfig):
     def subtracts_maps(self) -> bool:
         """Whether the output is that of a difference of two softmax maps: V1 and V2."""
         return self.attention in ("diff_v1", "diff_v2")
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        """How ``tp_plan="auto"`` spreads the layers over ranks: whole heads, and columns of the feed-forward network.
+
+        λ vectors, gains and DEX are on every rank, where they meet that rank's heads alone: their gradients are summed.
+        """
+        attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+        if self.attention == "diff_v2":
+            attention["lambda_proj"] = "colwise"
+        shared = {"diff_v1": ["lam"] + ["subln"] * self.subln_affine, "dex": ["dex"]}.get(self.attention, [])
+        if self.qk_norm:
+            shared += ["q_norm", "k_norm"]
+        attention |= dict.fromkeys(shared, "replicated_with_grad_allreduce")
+        mlp = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+        return {f"layers.*.self_attn.{name}": style for name, style in attention.items()} | {
+            f"layers.*.mlp.{name}": style for name, style in mlp.items()
+        }
+
+    def check_tensor_parallel(self, ranks: int) -> None:
+        """Raise a ``ConfigError`` unless every pair of query heads is on one rank, with its key/value head.
+
+        >>> DiffTransformerConfig().check_tensor_parallel(4)
+        """
+        groups = self.num_key_value_heads
+        assert groups is not None
+        if groups % ranks:
+            wanted = ", ".join(str(size) for size in range(1, groups + 1) if groups % size == 0)
+            raise ConfigError(
+                f"tensor parallelism over {ranks} ranks given; each of the {groups} key/value heads of the attention "
+                f"call stays on one rank with all its query heads: take {wanted}"
+            )
 
     @property
     def rope_width(self) -> int:
