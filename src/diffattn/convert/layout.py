@@ -6,12 +6,13 @@ so that each weight keeps its bits, and the inverse of each function is beside i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from diffattn.errors import CheckpointError, UnsupportedError
+from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
 
@@ -83,11 +84,28 @@ def our_shapes(ours: DiffTransformerConfig, tensors: Mapping[str, Tensor]) -> di
             f"num_hidden_layers is {ours.num_hidden_layers:,} and the weights are {len(tensors):,} tensors; wanted "
             "both of one checkpoint: correct config.json, or copy the weights again"
         )
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in DiffTransformerForCausalLM(ours).state_dict().items()}
-    if ours.tie_word_embeddings:
+    return shapes_of(ours, lambda: DiffTransformerForCausalLM(ours))
+
+
+def shapes_of(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> dict[str, torch.Size]:
+    """The shape of each tensor in a checkpoint of a model, which is built without storage.
+
+    Raises:
+        ConfigError: a configuration that passed for one and that no model can be built of.
+    """
+    try:
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
+    except Exception as error:
+        raise no_model(config.model_type, error) from error
+    if config.tie_word_embeddings:
         del shapes[HEAD]
     return shapes
+
+
+def no_model(kind: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ConfigError(f"config.json is no {kind} model ({reason}); wanted a whole one")
 
 
 def check_shapes(wanted: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], kind: str) -> None:

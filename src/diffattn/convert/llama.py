@@ -30,6 +30,7 @@ from diffattn.convert.reading import (
     Tensors,
     check_tensors,
     our_config,
+    parsed,
     resolve_tie,
     softmax_config,
 )
@@ -218,9 +219,8 @@ def to_llama(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
     rope = dict(ours.rope_parameters or {})
     fields = {name: getattr(ours, name) for name in SHARED} | extra
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
-    made = CONFIG_MAPPING[kind](
-        **fields, head_dim=ours.head_dim, rope_parameters=rope, architectures=[f"{name}ForCausalLM"]
-    ).to_diff_dict()
+    fields |= {"head_dim": ours.head_dim, "rope_parameters": rope, "architectures": [f"{name}ForCausalLM"]}
+    made = parsed(CONFIG_MAPPING[kind], fields).to_diff_dict()
     made["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] != "default":
         made["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from diffattn.convert.layout import EMBEDDING, HEAD, check_shapes, our_shapes
-from diffattn.errors import ConfigError, UnsupportedError
+from diffattn.convert.layout import EMBEDDING, HEAD, check_shapes, no_model, our_shapes
+from diffattn.errors import DiffattnError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
 
@@ -117,7 +116,7 @@ def our_config(config: Mapping[str, Any]) -> DiffTransformerConfig:
 
 
 def check_activation(source: PreTrainedConfig) -> None:
-    if source.hidden_act not in ACT2FN:
+    if not isinstance(source.hidden_act, str) or source.hidden_act not in ACT2FN:
         raise UnsupportedError(f"hidden_act is {source.hidden_act!r}; wanted a function that transformers knows")
 
 
@@ -125,12 +124,15 @@ def parsed(kind: type[PreTrainedConfig], config: Mapping[str, Any]) -> Any:
     """The library's own reading of a ``config.json``: its defaults, and both spellings of rotary positions."""
     try:
         # Read from a copy: the library takes the rotary parameters apart.
-        return kind.from_dict({key: dict(value) if isinstance(value, dict) else value for key, value in config.items()})
-    except ConfigError:
+        read = kind.from_dict({key: dict(value) if isinstance(value, dict) else value for key, value in config.items()})
+        if read.dtype is not None and not isinstance(read.dtype, torch.dtype):
+            raise TypeError(f"dtype is {read.dtype!r}")
+    except DiffattnError:
         raise
-    except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"config.json is no {kind.model_type} model ({reason}); wanted a whole one") from error
+    # A file can hold anything, and each field complains in its own way.
+    except Exception as error:
+        raise no_model(kind.model_type, error) from error
+    return read
 
 
 def resolve_tie(ours: DiffTransformerConfig, weights: Tensors) -> None:

@@ -1,0 +1,113 @@
+"""``diffattn generate``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def generate(
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    num_beams: int = 1,
+    chat: bool = False,
+    cache: Literal["dynamic", "static", "quantized"] = "dynamic",
+    assistant: Path | None = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    attn_implementation: str | None = None,
+    json: bool = False,
+) -> Callable[[], int]:
+    """Continue a text with the model in a folder, on stdout, as it comes.
+
+    Args:
+        folder: A checkpoint: one of ours, or any that transformers loads as a causal language model.
+        prompt: The text to go on from; - reads it from stdin.
+        max_new_tokens: Where to stop if the text has not ended by itself.
+        temperature: 0 takes the likeliest token, above 0 tokens are drawn.
+        top_p: Draw from the likeliest tokens that together have this probability.
+        top_k: Draw from this many likeliest tokens; 0 is all.
+        seed: Of the draws.
+        num_beams: Keep this many texts and print the likeliest, once it is whole.
+        chat: Put the prompt into the tokenizer's chat template.
+        cache: dynamic grows; static is as long as the text may become; quantized holds old keys and values in 4 bits.
+        assistant: Folder of a smaller model with the same tokenizer, which drafts what this one checks.
+        dtype: Of the weights; auto is the file's.
+        device: Where to run.
+        attn_implementation: diff_fused, sdpa, eager, flash_attention_2, ... Default: the model's own choice.
+        json: Print one JSON object on stdout, with counts and seconds, in place of the text.
+    """
+
+    def call() -> int:
+        from dataclasses import asdict
+
+        from transformers.utils import logging as transformers_logging
+
+        from diffattn.numbers import seconds, size
+        from diffattn.serve.generation import Decoding, check_prompt
+        from diffattn.serve.generation import generate as run
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        decoding = Decoding(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+            num_beams=num_beams, cache=cache,
+        )  # fmt: skip
+        text = _stdin() if prompt == "-" else prompt
+        check_prompt(text)
+        try:
+            result = run(
+                folder, text, decoding, chat=chat, dtype=dtype, device=device,
+                attn_implementation=attn_implementation, assistant=assistant, on_text=None if json else _write,
+            )  # fmt: skip
+            if json:
+                from diffattn.cli.console import print_json
+
+                print_json(asdict(result))
+            else:
+                _write("\n")
+        except BrokenPipeError:
+            # Whoever read has read enough; Python would complain once more as it flushes at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        speed = ""
+        if result.tokens_per_second is not None:
+            rate = result.tokens_per_second * result.weight_bytes
+            speed = f", then {result.tokens_per_second:,.1f} tokens/s ({size(rate)}/s of weights)"
+        first = (
+            "" if result.first_token_seconds is None else f", first token after {seconds(result.first_token_seconds)}"
+        )
+        print(
+            f"{result.prompt_tokens:,} + {result.new_tokens:,} tokens; loaded in {seconds(result.load_seconds)}"
+            f"{first}{speed}; {seconds(result.seconds)} in all",
+            file=sys.stderr,
+        )
+        return 0
+
+    return call
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _stdin() -> str:
+    from diffattn.errors import DataError
+
+    try:
+        # The line end that a shell puts behind a text is not a part of it.
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"byte {error.start} of stdin is not UTF-8; a prompt in UTF-8 is wanted: convert it") from error

@@ -1,0 +1,261 @@
+"""Convert a checkpoint folder into another: one table of directions, each a pure function of a file's contents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffattn.convert import diffllama, llama, unilm
+from diffattn.convert.folder import check_destination, check_loads, read_folder, write_folder
+from diffattn.convert.layout import EMBEDDING
+from diffattn.convert.reading import LLAMA_LIKE, OURS
+from diffattn.errors import ConfigError, UnsupportedError
+from diffattn.model.configuration import ATTENTIONS
+
+Config = dict[str, Any]
+TARGETS = (*ATTENTIONS, "diffllama", "reference", "llama")
+_BITS = "every weight is kept bit for bit"
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One way to convert.
+
+    Attributes:
+        function: ``(config, tensors, **options)`` to ``(config, tensors)``.
+        changed: what is done to the weights.
+        exact: how near the result is to the source.
+        options: those that the function takes.
+    """
+
+    function: Callable[..., tuple[Config, dict[str, Tensor]]]
+    changed: str
+    exact: str
+    options: tuple[str, ...] = ()
+
+
+_V2 = Direction(
+    llama.to_diff_v2,
+    "each query head twice, W_O doubled, W_λ = 0",
+    "the same function: the maps start alike and λ = 1/2",
+    ("noise", "noise_std", "seed"),
+)
+_DEX = Direction(
+    llama.to_dex, "W_D = 0 added to the chosen heads", f"the same function, and {_BITS}", ("heads",)
+)  # fmt: skip
+
+DIRECTIONS: dict[tuple[str, str], Direction] = {
+    ("diffllama", "diff_v1"): Direction(
+        diffllama.to_diff_v1, "heads paired as neighbours in W_Q, W_K and W_V", f"the same function, and {_BITS}"
+    ),
+    ("diff_v1", "diffllama"): Direction(
+        diffllama.to_diffllama,
+        "heads paired by halves in W_Q, W_K and W_V; a gain in the norm of the heads, if any, went into W_O",
+        f"the same function, and {_BITS} but for the exponents in W_O where there was a gain",
+    ),
+    ("reference V1", "diff_v1"): Direction(
+        unilm.from_reference, "channels of W_Q and W_K in half-rotation order", f"the same function, and {_BITS}"
+    ),
+    ("reference V2", "diff_v2"): Direction(
+        unilm.from_reference, "channels of W_Q and W_K in half-rotation order", f"the same function, and {_BITS}"
+    ),
+    ("diff_v1", "reference"): Direction(
+        unilm.to_reference, "channels of W_Q and W_K interleaved", f"the same function, and {_BITS}"
+    ),
+    ("diff_v2", "reference"): Direction(
+        unilm.to_reference, "channels of W_Q and W_K interleaved", f"the same function, and {_BITS}"
+    ),
+    ("llama", "softmax"): Direction(llama.to_softmax, "the configuration", f"the same function, and {_BITS}"),
+    ("softmax", "llama"): Direction(llama.to_llama, "the configuration", f"the same function, and {_BITS}"),
+    ("llama", "diff_v2"): _V2,
+    ("softmax", "diff_v2"): _V2,
+    ("llama", "dex"): _DEX,
+    ("softmax", "dex"): _DEX,
+    ("dex", "softmax"): Direction(
+        llama.fold_dex, "W_D folded into W_O", "the same function but for the rounding of the new W_O"
+    ),
+}
+# Where a kind has one obvious target. Our own models are a start for several, so theirs has to be said.
+OBVIOUS = {"diffllama": "diff_v1", "reference V1": "diff_v1", "reference V2": "diff_v2", "llama": "softmax"}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What :func:`convert` did.
+
+    Attributes:
+        source: kind of the source, such as ``"diffllama"`` or ``"diff_v1"``; of Llama-like models their model_type.
+        target: kind that was written.
+        folder: where.
+        parameters: of the result; a tied output head counts once.
+        source_parameters: of the source.
+        bytes: of the result's weights.
+        dtype: of the result's embeddings.
+        same_function: whether the result computes what the source does, but for rounding.
+        changed: what was done to the weights.
+        exact: how near the result is to the source.
+        notes: what to know before using it.
+    """
+
+    source: str
+    target: str
+    folder: str
+    parameters: int
+    source_parameters: int
+    bytes: int
+    dtype: str
+    same_function: bool
+    changed: str
+    exact: str
+    notes: tuple[str, ...]
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+    **options: Any,
+) -> Conversion:
+    """Convert the checkpoint folder ``src`` into the new folder ``dst``, lossless or refused.
+
+    ==================== ======================= =======================================
+    source               targets                 by
+    ==================== ======================= =======================================
+    diffllama            diff_v1                 :mod:`diffattn.convert.diffllama`
+    reference V1, V2     diff_v1, diff_v2        :mod:`diffattn.convert.unilm`
+    llama-like, softmax  softmax, diff_v2, dex   :mod:`diffattn.convert.llama`
+    diff_v1              diffllama, reference
+    diff_v2              reference
+    softmax              llama                   the model_type that it fits
+    dex                  softmax                 rounds W_O once
+    ==================== ======================= =======================================
+
+    Args:
+        src: a folder as ``save_pretrained`` writes it, or a reference folder (``docs/convert.md``).
+        dst: a folder that is new or empty. It appears whole or not at all. A tokenizer and a generation_config are
+            taken along.
+        to: one of ``TARGETS``; ``None`` for the obvious one, which our own models do not have.
+        max_shard_size: of one file of weights.
+        options: to diff_v2 ``noise``, ``noise_std`` and ``seed`` of :func:`diffattn.convert.llama.to_diff_v2`; to dex
+            ``heads``, for every layer the heads that subtract, or one list for all layers.
+
+    Raises:
+        CheckpointError: the source is missing, damaged or incomplete, or its weights are pickles.
+        UnsupportedError: an architecture or a direction that is not here, or a model that the target cannot say.
+        ConfigError: an unknown target or option, a configuration that is no model, or a ``dst`` that holds something.
+    """
+    if to is not None and to not in TARGETS:
+        raise ConfigError(f"to is {to!r}; wanted one of {', '.join(TARGETS)}")
+    checkpoint = read_folder(src)
+    destination = check_destination(src, dst)
+    kind = kind_of(checkpoint.config)
+    target = OBVIOUS.get(kind) if to is None else to
+    direction = _direction(kind, target, options)
+    if options.get("heads") is not None:
+        options["heads"] = _heads_of_layers(options["heads"], checkpoint.config)
+    config, tensors = direction.function(checkpoint.config, checkpoint.tensors, **options)
+    if config["model_type"] != unilm.REFERENCE:
+        # Without it, the library takes the dtype of the tensor that it finds first.
+        config.setdefault("dtype", _name(tensors[EMBEDDING].dtype))
+        check_loads(config, tensors)
+    size = write_folder(destination, config, tensors, checkpoint.copied, max_shard_size)
+    made = config.get("converted")
+    same = made.get("same_function", True) if isinstance(made, dict) else True
+    return Conversion(
+        source=checkpoint.config["model_type"] if kind == "llama" else kind,
+        target=config["model_type"] if target == "llama" else str(target),
+        folder=str(dst),
+        parameters=_count(tensors),
+        source_parameters=_count(checkpoint.tensors),
+        bytes=size,
+        dtype=_name(tensors[EMBEDDING].dtype),
+        same_function=same,
+        changed=direction.changed,
+        exact=direction.exact if same else "not the same function: noise moved the second map, as was asked",
+        notes=_notes(checkpoint.config, config, checkpoint.has_tokenizer),
+    )
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """The kind of a source by its ``config.json``: a key of ``DIRECTIONS``.
+
+    >>> kind_of({"model_type": "qwen2"}), kind_of({"model_type": "diff_transformer", "attention": "diff_v2"})
+    ('llama', 'diff_v2')
+    """
+    kind = config.get("model_type")
+    if kind == OURS:
+        # As the configuration class reads it: what is not written is the default.
+        attention = config.get("attention", "diff_v1")
+        if attention not in ATTENTIONS:
+            raise ConfigError(f"attention is {attention!r}; wanted one of {', '.join(ATTENTIONS)}: correct config.json")
+        return str(attention)
+    if kind == unilm.REFERENCE:
+        return f"reference V{unilm.version_of(config)}"
+    if kind in LLAMA_LIKE:
+        return "llama"
+    if kind == "diffllama":
+        return kind
+    raise UnsupportedError(
+        f"model_type is {kind!r}; wanted one of {', '.join((OURS, 'diffllama', unilm.REFERENCE, *LLAMA_LIKE))}: no "
+        "conversion of another architecture is known to be exact"
+    )
+
+
+def _direction(kind: str, target: str | None, options: Mapping[str, Any]) -> Direction:
+    targets = [end for start, end in DIRECTIONS if start == kind]
+    if target is None and targets:
+        raise ConfigError(f"the source is a {kind} model, which has no obvious target; wanted --to {_or(targets)}")
+    if target == kind or (target == "reference" and kind.startswith("reference")):
+        raise UnsupportedError(f"the source is a {kind} model already: nothing to do")
+    direction = DIRECTIONS.get((kind, str(target)))
+    if direction is None:
+        ways = f"one to {_or(targets)}" if targets else f"a source of {', '.join(sorted({s for s, _ in DIRECTIONS}))}"
+        raise UnsupportedError(
+            f"from {kind} to {target} there is no exact conversion; wanted {ways}: take that, or two steps"
+        )
+    if unknown := sorted(set(options) - set(direction.options)):
+        takes = f"{', '.join(direction.options)} alone" if direction.options else "no option"
+        raise ConfigError(f"{unknown[0]} is given; from {kind} to {target} takes {takes}: leave it out")
+    return direction
+
+
+def _heads_of_layers(heads: Any, config: Mapping[str, Any]) -> list[list[int]]:
+    """One list for each layer, where one for all of them was given."""
+    heads = list(heads)
+    if all(isinstance(head, int) for head in heads):
+        layers = config.get("num_hidden_layers")
+        return [heads] * (layers if isinstance(layers, int) else 0)
+    return heads
+
+
+def _notes(source: Mapping[str, Any], made: Mapping[str, Any], has_tokenizer: bool) -> tuple[str, ...]:
+    notes = []
+    if source["model_type"] == "diffllama" and (source.get("num_key_value_heads") or 0) % 2:
+        before = source["num_key_value_heads"]
+        notes.append(
+            f"{before} key/value heads cannot be paired, so each was written twice: the cache takes twice the bytes"
+        )
+    if made["model_type"] == "diffllama":
+        notes.append("λ is written in float32; transformers casts diffllama's to the model's dtype when it loads it")
+    if not has_tokenizer:
+        notes.append("the source has no tokenizer: diffattn generate wants one beside the weights")
+    return tuple(notes)
+
+
+def _or(names: list[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _count(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

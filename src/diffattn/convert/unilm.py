@@ -1,0 +1,236 @@
+"""Models around the authors' attention modules (``microsoft/unilm``, ``Diff-Transformer``), V1 and V2, and ours.
+
+The authors publish the attention modules and no decoder. So the folder is ours to define: a decoder as
+``docs/convert.md`` describes it, with tensors named as in our checkpoints, and in ``self_attn`` the authors' module
+with its own names. Their heads are in our order. Within a head, their rotary positions turn the channels 2i and 2i + 1
+together, ours i and i + d/2: the rows of W_Q and W_K are put in another order within each head, and nothing else is.
+
+================= ============================== ===========================
+                  V1                             V2
+================= ============================== ===========================
+``num_heads``     output heads, n/2              output heads, n
+``num_kv_heads``  key/value heads of width 2d    key/value heads of width d
+``head_dim``      d = embed_dim / num_heads / 2  d, given
+================= ============================== ===========================
+
+``form`` says which of the V1 files computes the function. ``multihead_flashdiff_1.py`` (``"flash"``) and
+``multihead_flashdiff_2.py`` (``"flash_2"``) compute one function, which is ours. ``multihead_diffattn.py``
+(``"eager"``) repeats keys for the query heads first and pairs them after: with num_kv_heads < num_heads its first map
+is softmax(q_2i k_(2i // r)), another function of the same tensors, which is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from diffattn.convert.layout import (
+    LAMBDAS,
+    check_shapes,
+    float32_exactly,
+    half_to_interleaved,
+    interleaved_to_half,
+    our_shapes,
+)
+from diffattn.convert.reading import OURS, Config, Tensors, check_tensors, our_config, resolve_tie, rope_of
+from diffattn.errors import ConfigError, UnsupportedError
+from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.plan.shape import check_positive_int
+
+REFERENCE = "diff_transformer_reference"
+FORMS = ("flash", "flash_2", "eager")
+_REQUIRED = ("version", "vocab_size", "embed_dim", "intermediate_size", "num_hidden_layers", "num_heads")
+# Fields of one name and meaning in both configurations, with the same defaults.
+_SHARED = (
+    "vocab_size", "intermediate_size", "num_hidden_layers", "hidden_act", "max_position_embeddings", "rms_norm_eps",
+    "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters",
+    "dtype",
+)  # fmt: skip
+_V1_ONLY = ("form", "decoder_kv_attention_heads", "lambda_std", "subln_eps")
+_KNOWN = ("model_type", *_REQUIRED, "num_kv_heads", "head_dim", "rope_theta", *_SHARED)
+
+
+def from_reference(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
+    """A checkpoint around the authors' modules as our V1 or V2 model: the same function, every weight bit for bit.
+
+    Args:
+        config: ``model_type`` ``"diff_transformer_reference"`` and the fields of ``docs/convert.md``.
+        tensors: names as ours, but for V1's ``self_attn.lambda_q1`` (and the other three) and
+            ``self_attn.out_proj.weight``. V1's ``self_attn.subln.weight`` is in all layers or in none, as in modules
+            from before October 2024.
+
+    Returns:
+        The configuration of :class:`DiffTransformerForCausalLM` and its tensors; V1's λ vectors as float32.
+
+    Raises:
+        UnsupportedError: the eager form with grouped heads, rotary positions that are unknown here, integer weights, or
+            λ that float32 cannot hold.
+        ConfigError: a field that is missing, unknown or impossible.
+        CheckpointError: tensors are missing, unknown, or of another shape.
+    """
+    if config.get("model_type") != REFERENCE:
+        raise UnsupportedError(f"model_type is {config.get('model_type')!r}; wanted {REFERENCE}")
+    _check_fields(config)
+    v1 = config["version"] == 1
+    heads, groups, width = _heads(config)
+    if v1 and config["form"] == "eager" and groups < heads:
+        raise UnsupportedError(
+            f"form is 'eager' with {groups} key/value heads for {heads} heads; multihead_diffattn.py then repeats keys "
+            "before it pairs them, another function than that of multihead_flashdiff_1.py and of ours; wanted form "
+            "'flash', if the model was trained by it, or as many key/value heads as heads"
+        )
+    shared = (*_SHARED, "rope_theta", "lambda_std", "subln_eps")
+    fields: Config = {name: config[name] for name in shared if config.get(name) is not None}
+    if v1:
+        fields["subln_affine"] = any(name.endswith("subln.weight") for name in tensors)
+    fields |= {
+        "model_type": OURS,
+        "attention": "diff_v1" if v1 else "diff_v2",
+        "hidden_size": config["embed_dim"],
+        "num_attention_heads": 2 * heads,
+        "num_key_value_heads": groups,
+        "head_dim": 2 * width if v1 else width,
+        "architectures": [DiffTransformerForCausalLM.__name__],
+        "converted": {"from": REFERENCE, "same_function": True},
+    }
+    ours = our_config(fields)
+    rope_of(ours)
+    weights = dict(tensors)
+    resolve_tie(ours, weights)
+    names = _their_names(ours)
+    shapes = our_shapes(ours, weights)
+    check_shapes({names.get(name, name): shape for name, shape in shapes.items()}, weights, "reference")
+    weights = {name: weights[names.get(name, name)] for name in shapes}
+    for name in _rotated(ours):
+        weights[name] = interleaved_to_half(weights[name], width)
+    for name in weights.keys() & names.keys():
+        if name.endswith(LAMBDAS):
+            weights[name] = float32_exactly(names[name], weights[name])
+    check_tensors(ours, weights)
+    return ours.to_diff_dict(), weights
+
+
+def to_reference(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
+    """Our V1 or V2 model around the authors' modules, in the form ``"flash"``; undoes :func:`from_reference`.
+
+    Raises:
+        UnsupportedError: what the modules cannot say: another variant, biases, norms of queries and keys, a constant
+            λ_init, or V1 heads that do not fill the hidden size.
+        ConfigError, CheckpointError: as :func:`from_reference`.
+    """
+    ours = our_config(config)
+    _check_sayable(ours)
+    weights = dict(tensors)
+    resolve_tie(ours, weights)
+    check_tensors(ours, weights)
+    for name in _rotated(ours):
+        weights[name] = half_to_interleaved(weights[name], ours.rope_width)
+    names = _their_names(ours)
+    weights = {names.get(name, name): tensor for name, tensor in weights.items()}
+    known = ours.to_dict()
+    made: Config = {"model_type": REFERENCE, "version": 1 if ours.attention == "diff_v1" else 2}
+    if ours.attention == "diff_v1":
+        made |= {"form": "flash", "lambda_std": ours.lambda_std, "subln_eps": ours.subln_eps}
+    else:
+        made["head_dim"] = ours.head_dim
+    made |= {
+        "embed_dim": ours.hidden_size,
+        "num_heads": ours.num_attention_heads // 2,
+        "num_kv_heads": ours.num_key_value_heads,
+    }
+    return made | {name: known[name] for name in _SHARED if known.get(name) is not None}, weights
+
+
+def version_of(config: Mapping[str, Any]) -> int:
+    """Which of the authors' modules a reference model has: 1 or 2; ConfigError for anything else."""
+    version = config.get("version")
+    if isinstance(version, bool) or version not in (1, 2):
+        raise ConfigError(f"version is {version!r}; wanted 1 or 2: which of the authors' modules the model has")
+    return int(version)
+
+
+def _check_fields(config: Mapping[str, Any]) -> None:
+    if missing := [name for name in _REQUIRED if name not in config]:
+        raise ConfigError(f"config.json lacks {missing[0]}; a reference model wants {', '.join(_REQUIRED)}")
+    version = version_of(config)
+    known = (*_KNOWN, *_V1_ONLY) if version == 1 else _KNOWN
+    if unknown := sorted(config.keys() - set(known)):
+        raise ConfigError(
+            f"config.json has {unknown[0]}, which is not known of a reference model of version {version}; wanted some "
+            f"of {', '.join(known)}"
+        )
+    if version == 1 and config.get("form") not in FORMS:
+        raise ConfigError(
+            f"form is {config.get('form')!r}; wanted one of {', '.join(FORMS)}: which of the authors' files computes it"
+        )
+    if config.get("rope_theta") is not None and config.get("rope_parameters") is not None:
+        raise ConfigError("config.json has rope_theta and rope_parameters; wanted one of them")
+    for name in ("vocab_size", "embed_dim", "intermediate_size", "num_hidden_layers", "num_heads"):
+        check_positive_int(name, config[name])
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Output heads, key/value heads, and d."""
+    heads, embed = config["num_heads"], config["embed_dim"]
+    given = [name for name in ("num_kv_heads", "decoder_kv_attention_heads") if config.get(name) is not None]
+    if len(given) > 1:
+        raise ConfigError(f"config.json has {' and '.join(given)}, which are one thing; wanted one of them")
+    groups = config[given[0]] if given else heads
+    check_positive_int("num_kv_heads", groups)
+    if heads % groups:
+        raise ConfigError(f"num_heads is {heads}, num_kv_heads {groups}; wanted a divisor of {heads}")
+    width = config.get("head_dim")
+    if config["version"] == 2:
+        if width is None:
+            raise ConfigError("config.json lacks head_dim; the V2 module wants the width of a head")
+        check_positive_int("head_dim", width)
+        return heads, groups, width
+    if embed % (2 * heads):
+        raise ConfigError(
+            f"embed_dim is {embed}, num_heads {heads}; the V1 module cuts embed_dim into 2 · num_heads heads: wanted a "
+            f"multiple of {2 * heads}"
+        )
+    if width not in (None, embed // heads // 2):
+        raise ConfigError(
+            f"head_dim is {width!r}; the V1 module has embed_dim / num_heads / 2 = {embed // heads // 2}: leave it out"
+        )
+    return heads, groups, embed // heads // 2
+
+
+def _check_sayable(ours: DiffTransformerConfig) -> None:
+    v1 = ours.attention == "diff_v1"
+    filled = ours.num_attention_heads * ours.rope_width
+    for sayable, what, wanted in (
+        (ours.subtracts_maps, f"attention is {ours.attention!r}", "diff_v1 or diff_v2"),
+        (not (ours.attention_bias or ours.attention_output_bias or ours.mlp_bias), "the model has biases", "none"),
+        (not ours.qk_norm, "qk_norm is True", "no norm of queries and keys"),
+        (not v1 or ours.lambda_init is None, f"lambda_init is {ours.lambda_init}", "the schedule by depth"),
+        (
+            not v1 or filled == ours.hidden_size,
+            f"{ours.num_attention_heads} heads of {ours.rope_width} are {filled} channels, hidden_size is "
+            f"{ours.hidden_size}",
+            "heads that fill the hidden size",
+        ),
+    ):
+        if not sayable:
+            raise UnsupportedError(f"{what}; the authors' modules want {wanted}: keep it as diff_transformer")
+
+
+def _their_names(ours: DiffTransformerConfig) -> dict[str, str]:
+    """Their name of each tensor that has another name here."""
+    if ours.attention == "diff_v2":
+        return {}
+    names = {}
+    for layer in range(ours.num_hidden_layers):
+        prefix = f"model.layers.{layer}.self_attn."
+        names[f"{prefix}o_proj.weight"] = f"{prefix}out_proj.weight"
+        names |= {f"{prefix}lam.{name}": f"{prefix}{name}" for name in LAMBDAS}
+    return names
+
+
+def _rotated(ours: DiffTransformerConfig) -> list[str]:
+    layers = range(ours.num_hidden_layers)
+    return [f"model.layers.{layer}.self_attn.{name}.weight" for layer in layers for name in ("q_proj", "k_proj")]

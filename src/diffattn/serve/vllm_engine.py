@@ -1,0 +1,90 @@
+"""vLLM's own OpenAI server over a folder of ours: this process becomes it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from diffattn.checkpoint_files import read_config, read_tensors
+from diffattn.errors import UnsupportedError
+
+PLUGIN = "diffattn"
+
+
+def serve(
+    folder: Path,
+    names: tuple[str, ...],
+    listener: socket.socket,
+    *,
+    key: str | None,
+    dtype: str,
+    device: str,
+    context: int,
+    on_start: Callable[[str], None],
+) -> None:
+    """Replace this process by vLLM's server, which signals then reach directly; see ``diffattn.serve.engines.serve``.
+
+    ``listener`` is closed: vLLM opens its address itself. ``on_start`` is given what will run, for a person.
+
+    Raises:
+        UnsupportedError: another device than the one that the installed vLLM was built for.
+    """
+    dtype = saved_dtype(folder) if dtype == "auto" else dtype
+    if device != "auto":
+        check_device(device)
+    host, port = listener.getsockname()[:2]
+    listener.close()
+    on_start(dtype)
+    os.execve(sys.executable, command(folder, names, host, port, dtype, context), environment(key))
+
+
+def command(folder: Path, names: tuple[str, ...], host: str, port: int, dtype: str, context: int) -> list[str]:
+    """How vLLM's server is started. No key: other users of a machine see a process' arguments."""
+    return [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        "--model", str(folder),
+        "--served-model-name", *names,
+        "--host", host,
+        "--port", str(port),
+        "--dtype", dtype,
+        "--max-model-len", str(context),
+    ]  # fmt: skip
+
+
+def environment(key: str | None) -> dict[str, str]:
+    """Of vLLM's server: the key, our plugin where others are chosen by name, and nothing sent anywhere by default."""
+    variables = dict(os.environ)
+    variables.pop("VLLM_API_KEY", None)
+    if key is not None:
+        variables["VLLM_API_KEY"] = key
+    chosen = variables.get("VLLM_PLUGINS")
+    if chosen is not None and PLUGIN not in chosen.split(","):
+        variables["VLLM_PLUGINS"] = ",".join(filter(None, (*chosen.split(","), PLUGIN)))
+    variables.setdefault("VLLM_NO_USAGE_STATS", "1")
+    variables.setdefault("HF_HUB_OFFLINE", "1")
+    return variables
+
+
+def saved_dtype(folder: Path) -> str:
+    """The dtype of a checkpoint: vLLM's own ``auto`` would round float32 weights to half of it."""
+    config = read_config(folder)
+    named = config.get("dtype") or config.get("torch_dtype")
+    if isinstance(named, str):
+        return named.removeprefix("torch.")
+    kinds = {entry["dtype"] for entry in read_tensors(folder).values()}
+    return "float32" if "F32" in kinds else "bfloat16" if "BF16" in kinds else "float16"
+
+
+def check_device(device: str) -> None:
+    """Raise an ``UnsupportedError`` unless the installed vLLM runs on ``device``."""
+    from vllm.platforms import current_platform
+
+    built = current_platform.device_type
+    if built != device:
+        raise UnsupportedError(
+            f"device is {device!r} and the installed vLLM runs on {built or 'no device here'}; wanted that: leave out "
+            "--device, or take --engine transformers"
+        )

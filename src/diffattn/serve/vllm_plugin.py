@@ -1,0 +1,21 @@
+"""What vLLM calls before it looks for a model: entry point ``diffattn`` of the group ``vllm.general_plugins``.
+
+vLLM's Transformers backend builds a model with ``AutoModel``, replaces its linear layers, and serves the one attention
+call of each layer from its paged cache. It only has to know that our architecture is one of those.
+"""
+
+from __future__ import annotations
+
+ARCHITECTURE = "DiffTransformerForCausalLM"
+BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
+
+
+def register() -> None:
+    """Make vLLM know our configuration and models. It calls this in each of its processes, and may call it again."""
+    from vllm import ModelRegistry
+
+    from diffattn.model.registration import register as register_auto_classes
+
+    register_auto_classes()
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, BACKEND)

@@ -1,0 +1,134 @@
+"""The engine in this process, in states that a client cannot bring about at will."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serve.served import SENTENCES, write_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cli.serving.utils import CBWorkerDeadError, _StreamError
+
+from diffattn.errors import UnsupportedError
+from diffattn.serve import batching
+from diffattn.serve.batching import Batch, Running
+from diffattn.serve.openai_request import Asked, RequestError
+
+CONTEXT = 128
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("batch") / "tiny", "diff_v1", context=CONTEXT)
+
+
+@pytest.fixture
+def batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Batch]:
+    """Whose keys and values have room for one text of the whole context and a page."""
+    monkeypatch.setattr(batching, "_CPU_CACHE_TOKENS", 0)
+    batch = Batch(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), CONTEXT)
+    yield batch
+    batch.stop()
+    batch.stop()
+    assert not batch.engine.is_running()
+
+
+def asked(**options: Any) -> Asked:
+    fields = {"model": "m", "stream": False, "content": {"prompt": ""}, "max_tokens": 90, "logit_bias": {0: -100.0}}
+    return Asked(**(fields | options))
+
+
+async def answer(batch: Batch, text: str, name: str, **options: Any) -> tuple[str, int, list[int]]:
+    inputs = {"input_ids": batch.tokenizer.encode(text)}
+    return await batch.generate_non_streaming(None, None, inputs, Running(asked(**options), None), name)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.0, "frequency_penalty": 0.3}])
+def test_requests_that_are_put_off_for_want_of_memory_have_the_answers_of_requests_alone(batch, options, monkeypatch):
+    put_off = []
+    manager = type(batch.engine.batch_processor.offloading_manager)
+    original = manager.offload_requests
+    monkeypatch.setattr(manager, "offload_requests", lambda self: put_off.append(1) or original(self))
+
+    async def all_at_once() -> list[Any]:
+        calls = [answer(batch, text, f"at once {at}", seed=at, **options) for at, text in enumerate(SENTENCES)]
+        return await asyncio.gather(*calls)
+
+    async def alone(at: int) -> Any:
+        return await answer(batch, SENTENCES[at], f"alone {at}", seed=at, **options)
+
+    expected = [asyncio.run(alone(at)) for at in range(len(SENTENCES))]
+    assert not put_off
+    assert asyncio.run(all_at_once()) == expected
+    assert put_off
+    assert all(len(tokens) == 90 for _, _, tokens in expected)
+    assert batch.live == {}
+
+
+def test_a_cancelled_request_leaves_nothing_behind(batch, monkeypatch):
+    monkeypatch.setattr(batching, "_LATE_SECONDS", 0.2)
+
+    async def cancelled() -> None:
+        call = asyncio.ensure_future(answer(batch, SENTENCES[0], "cancelled"))
+        while not batch.live:
+            await asyncio.sleep(0.001)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert batch.live == {}
+        await asyncio.sleep(0.5)
+
+    asyncio.run(cancelled())
+    scheduler = batch.scheduler
+    assert not scheduler.active_requests
+    assert not scheduler.waiting_requests
+    assert batch.engine.output_router.result_handlers == {}
+    assert batch.engine.output_router.output_queue.empty()
+
+
+def test_a_failure_of_the_engine_reaches_every_client_and_the_next(batch, monkeypatch):
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError('a "fault" in the model')
+
+    async def check() -> None:
+        inputs = {"input_ids": batch.tokenizer.encode(SENTENCES[0])}
+        queue, _ = batch.generate_streaming(None, None, inputs, Running(asked(), None), "stream")
+        whole = asyncio.ensure_future(answer(batch, SENTENCES[1], "whole"))
+        while "whole" not in batch.live:
+            await asyncio.sleep(0)
+        monkeypatch.setattr(batch.engine.model, "forward", fails)
+        with pytest.raises(RequestError, match="fault") as caught:
+            await whole
+        assert caught.value.status == 500
+        items = []
+        while not (items and isinstance(items[-1], _StreamError)):
+            items.append(await asyncio.wait_for(queue.get(), 10))
+        # As the handlers of transformers write it.
+        assert "fault" in json.loads(f'{{"error": "{items[-1].msg}"}}')["error"]
+        await asyncio.sleep(0.2)
+        with pytest.raises(CBWorkerDeadError):
+            await answer(batch, SENTENCES[2], "late")
+        assert batch.live == {}
+        assert not batch.is_alive()
+
+    asyncio.run(check())
+
+
+def test_a_cache_that_the_memory_does_not_hold_is_refused_with_a_way_out(folder, monkeypatch):
+    monkeypatch.setattr(batching, "_free_memory", lambda: 20_000)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(UnsupportedError, match="--max-context"):
+        Batch(model, tokenizer, CONTEXT)
+
+
+def test_an_engine_that_does_not_start_says_why(folder, monkeypatch):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no such\ninstruction")
+
+    monkeypatch.setattr(model, "forward", fails)
+    with pytest.raises(UnsupportedError, match=r"does not start here: no such instruction$"):
+        Batch(model, tokenizer, CONTEXT)
