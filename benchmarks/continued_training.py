@@ -134,15 +134,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-class Appender(Writer):
-    """A writer that keeps the rows that its file has."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder of a Llama-like model (default: SmolLM2-135M-Instruct)")
@@ -168,7 +159,7 @@ def main() -> None:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    write = Appender(arguments.out)
+    write = Writer(arguments.out, keep=True)
     arguments.work.mkdir(parents=True, exist_ok=True)
     model = arguments.model or smollm2_folder(arguments.work / "SmolLM2-135M-Instruct")
     work = arguments.work / f"{model.name}-runs"

@@ -194,15 +194,6 @@ def renew(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()), encoding="utf-8")
 
 
-class Appender(Writer):
-    """A writer that keeps the rows that its file has."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
@@ -210,7 +201,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also append the lines to this file; cases in it are not run again")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    write = Appender(arguments.out)
+    write = Writer(arguments.out, keep=True)
     done = read(arguments.out) if arguments.out else {}
     origin = provenance("benchmarks.plan_memory", threads=arguments.threads)
     for case in (case for case in design() if case.phase in arguments.phases):

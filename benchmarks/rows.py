@@ -60,13 +60,14 @@ def in_turns(calls: Mapping[str, Callable[[], float]], repeats: int | None) -> d
 
 
 class Writer:
-    """Writes rows as JSON lines to stdout and, where a path is given, to a new file."""
+    """Writes rows as JSON lines to stdout and, where a path is given, to a new file; with ``keep`` behind its rows."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, keep: bool = False) -> None:
         self.path = path
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("", encoding="utf-8")
+            if not keep:
+                path.write_text("", encoding="utf-8")
 
     def __call__(self, row: dict[str, Any]) -> None:
         line = json.dumps(row)

@@ -20,8 +20,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from diffattn.errors import CheckpointError, ConfigError
+from diffattn.model.loading import Device, Dtype, load
 from diffattn.serve.decoding import Decoding, check_assisted, generation_config
-from diffattn.serve.load import Device, Dtype, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def generate(
     """Continue a prompt with the model in a folder.
 
     Args:
-        folder, dtype, device, attn_implementation: as of :func:`diffattn.serve.load.load`.
+        folder, dtype, device, attn_implementation: as of :func:`diffattn.model.loading.load`.
         prompt: the text to continue, or with ``chat`` what the user says.
         decoding: default: greedy, at most 128 tokens.
         chat: put the prompt into the tokenizer's chat template.

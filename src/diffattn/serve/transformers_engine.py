@@ -30,9 +30,9 @@ from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
 from transformers.utils import logging as transformers_logging
 
 from diffattn.errors import CheckpointError
+from diffattn.model.loading import Device, Dtype, load
 from diffattn.serve import openai_request
 from diffattn.serve.batching import Batch, Running
-from diffattn.serve.load import Device, Dtype, load
 from diffattn.serve.openai_request import RequestError
 
 # Of a request's body. A prompt of a million tokens has a few MB.

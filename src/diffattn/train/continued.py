@@ -6,18 +6,15 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedTokenizerFast
 
 from diffattn.checkpoint_files import read_config, read_tensors, weight_files
 from diffattn.data.packing import prepare_data
 from diffattn.data.tokenizer import vocabulary_rows
-from diffattn.errors import CheckpointError, ConfigError, DiffattnError
+from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.loading import load_config, load_model, load_tokenizer
 from diffattn.train.callbacks import Progress
 from diffattn.train.recipe import Recipe
 from diffattn.train.run import TrainResult, train
@@ -71,7 +68,7 @@ def continue_training(
     check_resumable(out, resume)
     with new_folder(Path(out)) as folder:
         data = prepare_data(text, tokenizer=tokenizer, context=context)
-        model = _load_model(source, config)
+        model = load_model(source, "float32")
     origin = {"folder": str(source.resolve()), "digest": _digest(source)}
     return train(model, data, recipe, folder, source=origin, resume=resume, on_progress=on_progress)
 
@@ -95,25 +92,11 @@ def _read_config(source: Path) -> DiffTransformerConfig:
             f"{source} holds a {kind} model; wanted a {_MODEL}: make it one with diffattn convert, or name another "
             "folder with --from"
         )
-    try:
-        return DiffTransformerConfig.from_pretrained(source, local_files_only=True)
-    except DiffattnError as error:
-        raise ConfigError(f"{source / 'config.json'}: {error}") from None
-    # A file can hold anything, and the library complains in many ways.
-    except Exception as error:
-        raise CheckpointError(f"{source / 'config.json'} describes no model: {_line(error)}") from error
+    return load_config(source)
 
 
 def _load_tokenizer(source: Path, rows: int) -> PreTrainedTokenizerFast:
-    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise CheckpointError(
-            f"{source} holds no tokenizer; wanted tokenizer.json beside the model: save the tokenizer there"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    # The parser of tokenizer.json has no type for what it cannot read.
-    except Exception as error:
-        raise CheckpointError(f"the tokenizer in {source} cannot be read: {_line(error)}") from error
+    tokenizer = load_tokenizer(source)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"the tokenizer in {source} is {type(tokenizer).__name__}; wanted one with a tokenizer.json")
     if vocabulary_rows(tokenizer) > rows:
@@ -124,35 +107,6 @@ def _load_tokenizer(source: Path, rows: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _load_model(source: Path, config: DiffTransformerConfig) -> DiffTransformerForCausalLM:
-    """The model in float32, whatever its file's dtype; every tensor from the file."""
-    before = transformers_logging.get_verbosity()
-    # Its report of what was loaded is said below, in one line.
-    transformers_logging.set_verbosity_error()
-    try:
-        model, found = DiffTransformerForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    finally:
-        transformers_logging.set_verbosity(before)
-    for what, names in (
-        ("lack", found["missing_keys"]),
-        ("hold, unasked,", found["unexpected_keys"]),
-        ("have in another shape", {name for name, *_ in found["mismatched_keys"]}),
-    ):
-        if names:
-            raise CheckpointError(
-                f"the weights in {source} {what} {min(names)}; wanted what config.json implies: files of one checkpoint"
-            )
-    return model
-
-
 def _digest(source: Path) -> str:
     """SHA-256 of the weights, file by file."""
     whole = hashlib.sha256()
@@ -160,7 +114,3 @@ def _digest(source: Path) -> str:
         with path.open("rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()
-
-
-def _line(error: Any) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

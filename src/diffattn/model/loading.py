@@ -1,4 +1,4 @@
-"""Load a checkpoint folder for generating, serving or exporting: exactly the model that it describes, or an error.
+"""Load a checkpoint folder, to train on, generate, serve or export: exactly the model that it describes, or an error.
 
 Nothing comes from a network, no pickle is opened and no program of the folder's is run. The weights stay where they
 are: on the CPU, in the file's dtype, they are mapped from the file and take no memory of the process' own.
@@ -68,7 +68,7 @@ def load_model(
     place = resolve_device(device)
     _check_folder(Path(folder))
     with _quiet():
-        config = _config(folder)
+        config = load_config(folder)
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -157,7 +157,13 @@ def _check_folder(folder: Path) -> None:
     read_tensors(folder)
 
 
-def _config(folder: str | Path) -> Any:
+def load_config(folder: str | Path) -> Any:
+    """The configuration of a checkpoint folder.
+
+    Raises:
+        CheckpointError: a ``config.json`` that describes no model.
+        ConfigError: one of ours that cannot work.
+    """
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except DiffattnError:

@@ -10,9 +10,9 @@ from serve.small_folders import TOKENS, small_folder, small_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
+from diffattn.model.loading import load, load_model
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.plan.shape import VARIANTS
-from diffattn.serve.load import load, load_model
 
 WEIGHTS = "model.safetensors"
 
