@@ -48,13 +48,15 @@ def _torch(arguments: argparse.Namespace) -> tuple[tuple[float, float], int]:
 
 
 def _onnx(arguments: argparse.Namespace) -> tuple[tuple[float, float], int]:
+    import numpy as np
+
     from diffattn.serve.onnx_run import OnnxDecoder
 
     imported = time.perf_counter()
     before = _memory()["RssAnon"]
     decoder = OnnxDecoder(arguments.folder, threads=arguments.threads)
     loaded, held = time.perf_counter(), _memory()["RssAnon"] - before
-    decoder.greedy([list(range(PROMPT))], max_new_tokens=1)
+    decoder.generate(np.arange(PROMPT)[None], 1)
     return (imported, loaded), held
 
 

@@ -1,5 +1,8 @@
 """Inference of a 135M-parameter shape: prefill, decoding, start-up and memory, beside `transformers`' own models.
 
+Also of the exported models in onnxruntime, in float32. Those give logits for every token of a prompt, where torch is
+asked for the last one's alone: a fifth more work in prefill.
+
 Prefill reads 512 tokens; decoding makes tokens one by one behind 128 or 4096 cached ones, greedily, with the cache
 that `generate` uses. The models take turns within one process, A B C A B C, so that a ratio compares neighbours in
 time. Start-up is a fresh process per model and round: from its start to the first token behind 128, its time to load,
@@ -11,7 +14,6 @@ and its peak of resident memory. One JSON line per problem and model. Weights ar
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import operator
 import os
@@ -22,17 +24,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 # Idle threads sleep instead of spinning: spinning ones starve the others wherever the machine is shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
+from onnxruntime import OrtValue
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from benchmarks.rows import Writer, in_turns, pairwise, provenance, spread
 from benchmarks.training_step import diffllama, llama, ours
 from diffattn import ModelShape
+from diffattn.serve.onnx_export import export_onnx
+from diffattn.serve.onnx_run import Cache, OnnxDecoder
 
 # SmolLM2-135M with heads that pair: 12 of width 48 over 4 key/value heads, in place of 9 of 64 over 3.
 SHAPE = ModelShape(
@@ -47,12 +54,15 @@ PHASES = ("prefill", *(f"decoding {context}" for context in CONTEXTS), "start")
 
 @dataclass(frozen=True)
 class Entry:
-    """One model; ``at_least`` limits its ratios of tokens per second to other entries, by phase and their names."""
+    """One model, in torch or exported; ``at_least`` limits its ratios of tokens per second to other entries, by phase
+    and their names.
+    """
 
     name: str
     build: Callable[[ModelShape], PreTrainedModel]
     gate: str
     at_least: dict[str, dict[str, float]] = field(default_factory=dict)
+    onnx: bool = False
 
 
 DIFF = {"prefill": {"softmax": 0.9}, "decoding 128": {"softmax": 0.95}}
@@ -78,8 +88,48 @@ ENTRIES = (
     ),
     Entry("llama", llama, MODELS + "test_softmax_model_is_llama"),
     Entry("diffllama", diffllama, MODELS + "test_v1_model_without_gain_is_diffllama_with_its_heads_in_another_order"),
+    *(
+        Entry(f"onnx_{attention}", ours(attention), "tests/serve/test_onnx_export.py", onnx=True)
+        for attention in ("softmax", "diff_v1", "diff_v2")
+    ),
 )
 REFERENCES = ("softmax", "llama", "diffllama")
+
+
+class OnnxPrefill:
+    """As :class:`Prefill`, in onnxruntime."""
+
+    tokens = PROMPT
+
+    def __init__(self, decoder: OnnxDecoder) -> None:
+        self.decoder = decoder
+        self.ids = np.random.default_rng(0).integers(SHAPE.vocab_size, size=(1, PROMPT))
+
+    def __call__(self) -> float:
+        began = time.perf_counter()
+        self.decoder.logits(self.ids)
+        return time.perf_counter() - began
+
+
+class OnnxDecoding:
+    """As :class:`Decoding`, in onnxruntime."""
+
+    tokens = STEPS
+
+    def __init__(self, decoder: OnnxDecoder, context: int) -> None:
+        self.decoder = decoder
+        random = np.random.default_rng(0)
+        shapes = [(1, value.shape()[1], context, value.shape()[3]) for value in decoder.empty_cache(1).values]
+        values = [OrtValue.ortvalue_from_numpy(random.normal(size=shape).astype(np.float32)) for shape in shapes]
+        self.cache = Cache(values, context)
+
+    def __call__(self) -> float:
+        token, cache = np.array([[7]]), self.cache
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            logits, cache = self.decoder.logits(token, cache=cache)
+            token = logits[:, -1:].argmax(-1)
+        return time.perf_counter() - began
 
 
 class Prefill:
@@ -125,32 +175,43 @@ class Decoding:
         return time.perf_counter() - began
 
 
-def measured(phase: str, models: dict[str, PreTrainedModel], rounds: int | None) -> dict[str, list[float]]:
+def case(phase: str, model: Any) -> Any:
+    """What is called and timed."""
+    onnx = isinstance(model, OnnxDecoder)
+    if phase == "prefill":
+        return OnnxPrefill(model) if onnx else Prefill(model)
+    context = int(phase.split()[1])
+    return OnnxDecoding(model, context) if onnx else Decoding(model, context)
+
+
+def measured(phase: str, models: dict[str, Any], rounds: int | None) -> dict[str, list[float]]:
     """Tokens per second of each model in every round."""
-    kind = Prefill if phase == "prefill" else functools.partial(Decoding, context=int(phase.split()[1]))
-    calls = {name: kind(model) for name, model in models.items()}
+    calls = {name: case(phase, model) for name, model in models.items()}
     in_turns(calls, 1)
     seconds = in_turns(calls, rounds)
     return {name: [calls[name].tokens / value for value in values] for name, values in seconds.items()}
 
 
-def started(folders: dict[str, Path], threads: int, dtype: str, rounds: int) -> dict[str, list[dict[str, float]]]:
+def started(
+    entries: tuple[Entry, ...], folders: dict[str, Path], threads: int, dtype: str, rounds: int
+) -> dict[str, list[dict[str, float]]]:
     """What a fresh process reports in every round; the first round fills the system's file cache and is dropped."""
-    reports: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
+    reports: dict[str, list[dict[str, float]]] = {entry.name: [] for entry in entries}
     for index in range(1 + rounds):
-        for name, folder in folders.items():
-            command = [sys.executable, "-m", "benchmarks.first_token", str(folder), "--threads", str(threads)]
+        for entry in entries:
+            command = [sys.executable, "-m", "benchmarks.first_token", str(folders[entry.name])]
+            options = ["--threads", str(threads), "--dtype", dtype, *["--onnx"] * entry.onnx]
             began = time.time()
-            done = subprocess.run([*command, "--dtype", dtype], check=True, capture_output=True, text=True)
+            done = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
             report = json.loads(done.stdout)
             report["first_token_seconds"] = report.pop("first_token_at") - began
             if index:
-                reports[name].append(report)
+                reports[entry.name].append(report)
     return reports
 
 
 def speed_rows(
-    phase: str, entries: tuple[Entry, ...], models: dict[str, PreTrainedModel], rounds: int | None
+    phase: str, entries: tuple[Entry, ...], models: dict[str, Any], rounds: int | None
 ) -> Iterator[dict[str, object]]:
     speeds = measured(phase, {entry.name: models[entry.name] for entry in entries}, rounds)
     for entry in entries:
@@ -175,26 +236,40 @@ def speed_rows(
 def start_rows(
     entries: tuple[Entry, ...], folders: dict[str, Path], threads: int, dtype: str, rounds: int
 ) -> Iterator[dict[str, object]]:
-    reports = started({entry.name: folders[entry.name] for entry in entries}, threads, dtype, rounds)
+    reports = started(entries, folders, threads, dtype, rounds)
     for entry in entries:
         mine = reports[entry.name]
         yield {
             "model": entry.name,
             "rounds": len(mine),
             **{key: spread([report[key] for report in mine]) for key in mine[0]},
-            "file_bytes": (folders[entry.name] / "model.safetensors").stat().st_size,
+            "file_bytes": sum(file.stat().st_size for file in folders[entry.name].glob("model.*")),
             "gate": entry.gate,
         }
 
 
 def save_models(entries: tuple[Entry, ...], folder: Path, dtype: str) -> dict[str, Path]:
-    """Random models of the shape, each as ``save_pretrained`` writes it in that number format."""
+    """Random models of the shape, as ``save_pretrained`` writes them in that number format, or exported."""
     folders = {}
     for entry in entries:
         torch.manual_seed(0)
-        folders[entry.name] = folder / dtype / entry.name
-        entry.build(SHAPE).to(getattr(torch, dtype)).save_pretrained(folders[entry.name])
+        folders[entry.name] = saved = folder / dtype / entry.name
+        if entry.onnx:
+            saved = folder / f"{entry.name}-to-export"
+        entry.build(SHAPE).to(getattr(torch, dtype)).save_pretrained(saved)
+        if entry.onnx:
+            export_onnx(saved, folders[entry.name])
     return folders
+
+
+def load_models(entries: tuple[Entry, ...], folders: dict[str, Path], dtype: str, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    return {
+        entry.name: OnnxDecoder(folders[entry.name], threads=threads)
+        if entry.onnx
+        else AutoModelForCausalLM.from_pretrained(folders[entry.name], dtype=getattr(torch, dtype)).eval()
+        for entry in entries
+    }
 
 
 def main() -> None:
@@ -211,20 +286,17 @@ def main() -> None:
     write = Writer(arguments.out)
     with tempfile.TemporaryDirectory() as temporary:
         for dtype in arguments.dtype:
-            folders = save_models(entries, Path(temporary), dtype)
-            models = {
-                name: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-                for name, folder in folders.items()
-            }
+            here = tuple(entry for entry in entries if dtype == "float32" or not entry.onnx)
+            folders = save_models(here, Path(temporary), dtype)
             for threads in arguments.threads:
-                torch.set_num_threads(threads)
+                models = load_models(here, folders, dtype, threads)
                 for phase in arguments.phases:
                     origin = provenance("benchmarks.inference", threads=threads)
                     problem = {"shape": SHAPE.name, "dtype": dtype, "threads": threads, "phase": phase}
                     rows = (
-                        start_rows(entries, folders, threads, dtype, arguments.repeats or 7)
+                        start_rows(here, folders, threads, dtype, arguments.repeats or 5)
                         if phase == "start"
-                        else speed_rows(phase, entries, models, arguments.repeats)
+                        else speed_rows(phase, here, models, arguments.repeats)
                     )
                     for row in rows:
                         write({"benchmark": "inference", "problem": problem} | row | origin)

@@ -14,6 +14,7 @@ import tyro
 from diffattn.cli.compare import compare
 from diffattn.cli.convert import convert
 from diffattn.cli.doctor import doctor
+from diffattn.cli.export import export
 from diffattn.cli.generate import generate
 from diffattn.cli.plan import plan
 from diffattn.cli.scale import scale_fit, scale_run
@@ -30,6 +31,7 @@ VERBS: dict[str, Callable[..., Callable[[], int]]] = {
     "generate": generate,
     "serve": serve,
     "convert": convert,
+    "export": export,
     "doctor": doctor,
 }
 

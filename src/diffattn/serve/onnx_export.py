@@ -1,0 +1,147 @@
+"""Export a checkpoint folder of ours to ONNX: the graph, its configuration and its tokenizer, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffattn.checkpoint_files import read_config
+from diffattn.errors import ConfigError, UnsupportedError
+from diffattn.files import whole_folder
+from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.loading import load_model, load_tokenizer
+from diffattn.serve.onnx_check import CheckReport, OnnxCheckError, check_float32, check_quantized
+from diffattn.serve.onnx_graph import GROUPED, OPSET, save, to_graph, weight_bytes
+from diffattn.serve.onnx_quantize import BITS, check_block_size, quantize
+from diffattn.serve.onnx_run import DATA_FILE, MODEL_FILE, require
+
+# Whatever of these a checkpoint has goes along as it is.
+COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What was written: ``weight_bytes`` of the initializers, ``file_bytes`` of the model's files on the disk."""
+
+    folder: Path
+    attention: str
+    cache: bool
+    bits: int
+    block_size: int | None
+    opset: int
+    weight_bytes: int
+    file_bytes: int
+    seconds: float
+    check: CheckReport | None
+
+
+def export_onnx(
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    cache: bool = True,
+    bits: int | None = None,
+    block_size: int = 32,
+    check: bool = False,
+    on_progress: Callable[[str], None] = lambda line: None,
+) -> OnnxExport:
+    """Write ``model.onnx``, its configuration and its tokenizer into a folder, whole or not at all.
+
+    Args:
+        folder: a checkpoint of ours; half-precision weights are exported as float32.
+        out: where to. Default: ``onnx``, ``onnx-int8`` or ``onnx-int4`` in ``folder``.
+        cache: take and return keys and values, for decoding token by token.
+        bits: 8 or 4 to quantise the weights (see ``diffattn.serve.onnx_quantize``); ``None`` for float32.
+        block_size: weights that share one scale, with ``bits``: 16, 32, 64, 128 or 256.
+        check: compare the written model with the torch model (see ``diffattn.serve.onnx_check``); one that differs by
+            more than rounding does not stay.
+        on_progress: is called with a line at each step.
+
+    Raises:
+        CheckpointError: a folder that holds no whole checkpoint.
+        UnsupportedError: a model that is not ours, rotary positions whose frequencies depend on the length, or a
+            missing package of the extra ``onnx``.
+        ConfigError: other bits or block size, or a folder ``out`` that holds something.
+        OnnxCheckError: with ``check``, a difference beyond rounding.
+    """
+    began = time.perf_counter()
+    source = Path(folder)
+    if bits is not None and bits not in BITS:
+        raise ConfigError(f"bits is {bits}; wanted one of {', '.join(map(str, BITS))}, or leave it out for float32")
+    check_block_size(block_size)
+    _check_source(source)
+    target = Path(out) if out is not None else source / ("onnx" if bits is None else f"onnx-int{bits}")
+    _check_target(target)
+    require("onnx", "onnxscript", *(("onnxruntime",) if check or bits else ()))
+
+    on_progress("loading the weights as float32")
+    model = load_model(source, "float32", "cpu", attn_implementation=GROUPED)
+    on_progress("tracing the graph")
+    graph = to_graph(model, cache=cache)
+    with whole_folder(target) as partial:
+        if check or bits is None:
+            save(graph, partial)
+        report = None
+        if check:
+            # Also before quantising, which is no reason for a graph to be wrong.
+            on_progress("comparing with the torch model")
+            tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
+            report = _passed(check_float32(model, partial, tokenizer))
+        if bits is not None:
+            on_progress(f"quantising to {bits} bits")
+            graph = quantize(graph, bits, block_size=block_size)
+            save(graph, partial)
+            if report is not None:
+                report = _passed(check_quantized(model, partial, bits, report, tokenizer, block_size=block_size))
+        _save_companions(model.config, source, partial, cache)
+        sizes = [(partial / name).stat().st_size for name in (MODEL_FILE, DATA_FILE) if (partial / name).exists()]
+    return OnnxExport(
+        target, model.config.attention, cache, bits or 32, block_size if bits else None, OPSET, weight_bytes(graph),
+        sum(sizes), time.perf_counter() - began, report,
+    )  # fmt: skip
+
+
+def _passed(report: CheckReport) -> CheckReport:
+    if not report.passed:
+        raise OnnxCheckError(
+            f"the exported graph computes something else, and was not kept: {'; '.join(report.lines())}"
+        )
+    return report
+
+
+def _check_source(source: Path) -> None:
+    config = read_config(source)
+    if config.get("model_type") != DiffTransformerConfig.model_type:
+        raise UnsupportedError(
+            f"model_type is {config.get('model_type')!r} in {str(source / 'config.json')!r}; the ONNX export takes "
+            f"{DiffTransformerConfig.model_type} (softmax, diff_v1, diff_v2, dex): diffattn convert makes one of "
+            "a Llama or diffllama checkpoint, optimum exports others as they are"
+        )
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(
+            f"{str(target)!r} is there already; a new or an empty folder is wanted: choose one with --out"
+        )
+    nearest = next(path for path in target.absolute().parents if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"cannot write {str(target)!r}, since {str(nearest)!r} takes no files: choose another --out")
+
+
+def _save_companions(config: DiffTransformerConfig, source: Path, folder: Path, cache: bool) -> None:
+    if hasattr(config, "auto_map"):
+        # Names Python files of the checkpoint, which do not come along.
+        del config.auto_map
+    config.use_cache = cache
+    config.save_pretrained(folder)
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
