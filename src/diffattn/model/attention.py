@@ -56,8 +56,9 @@ class DifferentialLambda(Float32Module):
             self.register_parameter(name, nn.Parameter(torch.empty(width, dtype=torch.float32)))
 
     def forward(self) -> Tensor:
-        signal = torch.exp((self.lambda_q1 * self.lambda_k1).sum())
-        noise = torch.exp((self.lambda_q2 * self.lambda_k2).sum())
+        # Few operations: in decoding each costs as much as reading some ten thousand weights.
+        signal = torch.exp(torch.dot(self.lambda_q1, self.lambda_k1))
+        noise = torch.exp(torch.dot(self.lambda_q2, self.lambda_k2))
         return signal - noise + self.lambda_init
 
 
@@ -68,9 +69,7 @@ class RMSNormPerHead(nn.RMSNorm):
     def forward(self, y_BTHV: Tensor, scale: float) -> Tensor:  # type: ignore[override]
         y = y_BTHV.to(torch.promote_types(y_BTHV.dtype, torch.float32))
         # The scale rides on the gain: one pass less over y, and one less over its gradient.
-        gain = y.new_full(self.normalized_shape, scale)
-        if self.weight is not None:
-            gain = gain * self.weight
+        gain = y.new_full(self.normalized_shape, scale) if self.weight is None else self.weight.to(y.dtype) * scale
         return F.rms_norm(y, self.normalized_shape, gain, self.eps)
 
 
@@ -105,11 +104,6 @@ class SoftmaxAttention(nn.Module):
             self.q_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
 
-    @property
-    def fused(self) -> bool:
-        """Whether the one call also subtracts."""
-        return self.config._attn_implementation == DIFF_FUSED
-
     def lam_of(self, x_BTD: Tensor) -> Tensor | None:
         """λ in float32, broadcastable to (B, T, H); softmax has none."""
         return None
@@ -121,7 +115,10 @@ class SoftmaxAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v, self.lam_of(x_BTD)
 
-    def position(self, q_BTnd: Tensor, k_BTgd: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def position(
+        self, q_BTnd: Tensor, k_BTgd: Tensor, rope: tuple[Tensor, Tensor], fused: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys turned; ``fused`` says whether the one call also subtracts."""
         return rotate(q_BTnd, *rope), rotate(k_BTgd, *rope)
 
     def lay_out(
@@ -135,7 +132,7 @@ class SoftmaxAttention(nn.Module):
             k, v = past_key_values.update(k, v, self.layer_idx)
         return q, k, v
 
-    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
+    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None, fused: bool) -> Tensor:
         """Output heads (B, T, H, V) of the call's; in float32 where they are still to be rounded."""
         return o_BTNW
 
@@ -149,25 +146,28 @@ class SoftmaxAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """``(B, T, D)`` to ``(B, T, D)``, with the call's attention weights where the implementation returns them."""
         q, k, v, lam = self.project(hidden_states)
-        q, k = self.position(q, k, position_embeddings)
+        # Read once: a configuration looks every name up twice.
+        implementation = self.config._attn_implementation
+        fused = implementation == DIFF_FUSED
+        q, k = self.position(q, k, position_embeddings, fused)
         q, k, v = self.lay_out(q, k, v, past_key_values)
         # vLLM reads the source of this function for the one call and its scale.
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if self.fused:
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if fused:
             kwargs["lam"] = lam
         attended, weights = interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         # vLLM gives all heads of a token as one row.
         o_BTNW = attended.reshape(*hidden_states.shape[:-1], -1, self.head_dim)
-        y_BTHV = self.combine(o_BTNW, lam).to(v.dtype)
+        y_BTHV = self.combine(o_BTNW, lam, fused).to(v.dtype)
         return self.o_proj(y_BTHV.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class DifferentialAttention(SoftmaxAttention):
     """What the variants share: the subtraction, where the one call has not done it."""
 
-    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
+    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None, fused: bool) -> Tensor:
         assert lam_BTH is not None
-        return o_BTNW if self.fused else subtract(o_BTNW, lam_BTH)
+        return o_BTNW if fused else subtract(o_BTNW, lam_BTH)
 
 
 class DiffV1Attention(DifferentialAttention):
@@ -185,12 +185,14 @@ class DiffV1Attention(DifferentialAttention):
     def lam_of(self, x_BTD: Tensor) -> Tensor:
         return self.lam()
 
-    def position(self, q_BTnd: Tensor, k_BTgd: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        q, k = super().position(q_BTnd, k_BTgd, rope)
-        return q if self.fused else pad_queries(q), k
+    def position(
+        self, q_BTnd: Tensor, k_BTgd: Tensor, rope: tuple[Tensor, Tensor], fused: bool
+    ) -> tuple[Tensor, Tensor]:
+        q, k = super().position(q_BTnd, k_BTgd, rope, fused)
+        return q if fused else pad_queries(q), k
 
-    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
-        return self.subln(super().combine(o_BTNW, lam_BTH), 1.0 - self.lam.lambda_init)
+    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None, fused: bool) -> Tensor:
+        return self.subln(super().combine(o_BTNW, lam_BTH, fused), 1.0 - self.lam.lambda_init)
 
 
 class DiffV2Attention(DifferentialAttention):
@@ -247,7 +249,7 @@ class DexAttention(SoftmaxAttention):
         if self.heads:
             self.dex = DexProjection(len(self.heads), self.width, config.layer_lambda_init(layer_idx))
 
-    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
+    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None, fused: bool) -> Tensor:
         if not self.heads:
             return o_BTNW
         if o_BTNW.shape[2] != self.config.num_attention_heads:

@@ -60,7 +60,7 @@ def unsupported(
     """
     if q1.device.type != "cpu":
         return f"fused_cpu: {q1.device.type} inputs are not supported; it serves cpu"
-    if any(x.dtype != v.dtype for x in (q1, k1, q2, k2)):
+    if not q1.dtype == k1.dtype == q2.dtype == k2.dtype == v.dtype:
         return "fused_cpu: inputs of several dtypes are not supported; cast them to one"
     if v.dtype not in DTYPES:
         return f"fused_cpu: {str(v.dtype).removeprefix('torch.')} inputs are not supported; it serves float32, bfloat16"
