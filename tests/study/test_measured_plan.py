@@ -89,9 +89,9 @@ def test_autograd_saves_what_is_counted(attention, precision):
         size, autocast = (4 if precision == "fp32" else 2), precision == "autocast"
         one = layer(shape, attention, backend=backend, size=size, autocast=autocast)
         predicted = shape.num_layers * (one.token * B * T + one.position * T + one.scores * B * T * T)
-        # Final norm, log-softmax, labels and ids, cosines.
+        # Final norm, log-softmax, labels and ids, cosines and sines.
         predicted += (norm(shape.hidden_size, size, autocast, 1) + 4 * shape.vocab_size + 16) * B * T
-        predicted += 0 if autocast else size * shape.head_dim * T
+        predicted += 0 if autocast else 2 * size * shape.head_dim * T
         if autocast:
             # Copies of the matrices for the products.
             predicted += 2 * sum(p.numel() for p in subject.model.parameters() if p.dim() == 2)

@@ -56,9 +56,9 @@ class DifferentialLambda(Float32Module):
             self.register_parameter(name, nn.Parameter(torch.empty(width, dtype=torch.float32)))
 
     def forward(self) -> Tensor:
-        # Few operations: in decoding each costs as much as reading some ten thousand weights.
-        signal = torch.exp(torch.dot(self.lambda_q1, self.lambda_k1))
-        noise = torch.exp(torch.dot(self.lambda_q2, self.lambda_k2))
+        # The authors' order of summing, so that a converted model's λ has the same bits.
+        signal = torch.exp((self.lambda_q1 * self.lambda_k1).sum())
+        noise = torch.exp((self.lambda_q2 * self.lambda_k2).sum())
         return signal - noise + self.lambda_init
 
 

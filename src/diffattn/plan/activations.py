@@ -93,7 +93,8 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
     =================== ===================================================================================
     norms               input and x̂ in float32, result, 1/rms: ``(8 + a)·D + 4``; autocast casts the result anew
                         for each product that reads it: q, k, v (and V2's λ), gate, up
-    rotary              signed sines of q and k: 2·a·d per position; autocast casts cosines too
+    rotary              nothing: cosines and sines are those of all layers; autocast casts them for q and k, 4·a·d
+                        per position
     attention           rotated q: a·Q (padded by V1's standard call: 2·a·n·d); k and v: 2·a·G·d; log-sum-exp
     its result          fused a·n·d (its log-sum-exps are 2 per output head, 4 in float32); standard a·N·W, then the
                         noise half and the difference in float32
@@ -159,7 +160,7 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
     return Layer(
         feed_forward=norm(D, size, autocast, 2) + 4 * size * F,
         attention=before + behind,
-        position=2 * size * d * (2 if autocast else 1),
+        position=4 * size * d if autocast else 0,
         scores=(4 + (2 if half else 0)) * N if materialised else 0,
         behind=behind,
         # Gradients of the product (which is free by now), of silu(gate) and up; that of the residual stream.
