@@ -15,9 +15,8 @@ from diffattn.report.difference_chart import (
 )
 from diffattn.report.format import BASELINE, cell, present
 from diffattn.report.map_chart import lambda_text, map_alt, map_figure, scale
+from diffattn.report.page import render
 from diffattn.report.picture import picture_figure
-
-HERE = Path(__file__).parent
 
 
 def render_compare(result: dict[str, Any], curves: list[dict[str, Any]], maps: dict[str, Any]) -> str:
@@ -33,15 +32,9 @@ def render_compare(result: dict[str, Any], curves: list[dict[str, Any]], maps: d
     Raises:
         DataError: a map whose sides are not the number of tokens.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     seeds = len(result["seeds"])
-    return environment.get_template("page.html").render(
-        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+    return render(
+        "compare.html",
         baseline=BASELINE,
         names=list(result["variants"]),
         seeds=result["seeds"],

@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffattn import numbers as written
@@ -28,8 +27,7 @@ from diffattn.plan.inference import Inference
 from diffattn.plan.precision import PRECISIONS, Precision
 from diffattn.plan.shape import ModelShape
 from diffattn.report import charts
-
-HERE = Path(__file__).parent
+from diffattn.report.page import HERE, render
 
 # Five points to solve at, two to see that the solution holds elsewhere.
 POINTS = ((1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 5), (7, 4093))
@@ -147,19 +145,15 @@ def render_plan(result: dict[str, Any]) -> str:
     Raises:
         ValueError: a quantity that is no polynomial in batch and context.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     given = _given(result)
     rows = [row for row in result["ratios"] if not row["key"].startswith("rank_")]
     data = page_data(given, rows)
     options = _options(given)
     script = (HERE / "plan.js").read_text(encoding="utf-8")
-    return environment.get_template("plan.html").render(
-        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+    return render(
+        "plan.html",
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         # No tag and no comment can begin inside the data.

@@ -12,12 +12,12 @@ import numpy as np
 from diffattn.numbers import MISSING, count
 from diffattn.report import charts
 from diffattn.report.format import BASELINE
+from diffattn.report.page import render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-HERE = Path(__file__).parent
 MARKERS = {BASELINE: "o", "diff_v1": "s", "diff_v2": "^"}
 
 
@@ -50,15 +50,9 @@ def _equal(row: Mapping[str, Any]) -> str:
 
 def render_scaling(result: Mapping[str, Any]) -> str:
     """The page, as HTML that needs no network."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     numbers, equal = number_rows(result), equivalence_rows(result)
-    return environment.get_template("scaling.html").render(
-        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+    return render(
+        "scaling.html",
         source=result["source"],
         axis=_unit(result),
         points=len(result["points"]),
