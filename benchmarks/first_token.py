@@ -5,18 +5,16 @@ python -m benchmarks.first_token FOLDER --threads 1 --dtype float32
 
 from __future__ import annotations
 
+import argparse
+import json
 import time
-
-BEGAN = time.perf_counter()
-
-import argparse  # noqa: E402
-import json  # noqa: E402
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
 PROMPT = 128
 
 
 def main() -> None:
+    began = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=1)
@@ -26,7 +24,7 @@ def main() -> None:
     loaded, held = (_onnx if arguments.onnx else _torch)(arguments)
     done, now = time.perf_counter(), time.time()
     print(json.dumps({
-        "first_token_at": now, "import_seconds": loaded[0] - BEGAN, "load_seconds": loaded[1] - loaded[0],
+        "first_token_at": now, "import_seconds": loaded[0] - began, "load_seconds": loaded[1] - loaded[0],
         "prompt_seconds": done - loaded[1], "loaded_copy_bytes": held, "peak_resident_bytes": _memory()["VmHWM"],
     }))  # fmt: skip
 

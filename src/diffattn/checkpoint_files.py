@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,15 @@ from diffattn.errors import CheckpointError
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# A tokenizer has one of these.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+# What is no weight, and means the same whatever the weights are.
+_COMPANIONS = (
+    *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
 
 # Bits of one value, as the format names its types.
 _BITS = {
@@ -46,6 +56,21 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         what = "it is a file" if folder.is_file() else "there is none"
         raise CheckpointError(f"{str(folder)!r} given; the folder of a checkpoint is wanted; {what}: check the path")
     return _read_object(folder / CONFIG, f"{str(folder)!r} holds no {CONFIG}; the folder of a checkpoint is wanted")
+
+
+def companions(folder: str | Path) -> list[Path]:
+    """The files of a checkpoint's tokenizer, chat templates and generation settings, as many as there are."""
+    folder = Path(folder)
+    files = [folder / name for name in _COMPANIONS]
+    return [path for path in (*files, *sorted((folder / _TEMPLATES).glob("*.jinja"))) if path.is_file()]
+
+
+def copy_companions(files: Iterable[Path], folder: Path) -> None:
+    """Copy what :func:`companions` found, as it is, into a folder that exists."""
+    for path in files:
+        place = folder / _TEMPLATES if path.parent.name == _TEMPLATES else folder
+        place.mkdir(exist_ok=True)
+        shutil.copyfile(path, place / path.name)
 
 
 def weight_files(folder: str | Path) -> list[Path]:

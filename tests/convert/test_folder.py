@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from diffattn.convert import folder as folder_module
 from diffattn.convert.convert import convert
-from diffattn.convert.folder import TEMPLATES, check_destination, check_loads, read_folder, write_folder
+from diffattn.convert.folder import check_destination, check_loads, read_folder, write_folder
 from diffattn.errors import CheckpointError, ConfigError, TrainingError
 
 WEIGHTS = "model.safetensors"
@@ -185,10 +185,10 @@ def test_links_are_followed_as_a_download_cache_has_them(tmp_path: Path) -> None
 
 def test_more_chat_templates_are_taken_along(tmp_path: Path) -> None:
     source = make_folder("diffllama", tmp_path / "source")
-    (source / TEMPLATES).mkdir()
-    (source / TEMPLATES / "tools.jinja").write_text("{{ y }}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ y }}")
     convert(source, tmp_path / "made")
-    assert (tmp_path / "made" / TEMPLATES / "tools.jinja").read_text() == "{{ y }}"
+    assert (tmp_path / "made" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ y }}"
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from diffattn.convert.reading import (
     Tensors,
     check_activation,
     check_tensors,
+    in_both_spellings,
     our_config,
     parsed,
     resolve_tie,
@@ -155,12 +156,7 @@ def to_diffllama(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tu
         "rope_parameters": rope,
         "architectures": ["DiffLlamaForCausalLM"],
     }
-    made = parsed(DiffLlamaConfig, fields).to_diff_dict()
-    # Releases of transformers before 5 read these.
-    made["rope_theta"] = rope["rope_theta"]
-    if rope["rope_type"] != "default":
-        made["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return made, weights
+    return in_both_spellings(parsed(DiffLlamaConfig, fields).to_diff_dict(), rope), weights
 
 
 def _check_sayable(ours: DiffTransformerConfig) -> None:

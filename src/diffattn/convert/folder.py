@@ -7,7 +7,6 @@ its shards, and the files of a tokenizer. No pickle is opened and no program of 
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from diffattn.checkpoint_files import CONFIG, read_config, read_tensors
+from diffattn.checkpoint_files import CONFIG, TOKENIZERS, companions, copy_companions, read_config, read_tensors
 from diffattn.convert.layout import check_shapes, shapes_of
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import whole_folder, write_json
-
-TOKENIZERS = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
-)  # fmt: skip
-# What is no weight, and means the same whatever the weights are.
-COPIED = (
-    *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
-TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -72,9 +61,7 @@ def read_folder(folder: str | Path) -> Checkpoint:
         except (SafetensorError, AttributeError, KeyError, OSError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{str(path)!r} cannot be read: {reason}; copy or download it again") from error
-    copied = [folder / name for name in COPIED]
-    copied += sorted((folder / TEMPLATES).glob("*.jinja"))
-    return Checkpoint(folder, config, tensors, tuple(path for path in copied if path.is_file()))
+    return Checkpoint(folder, config, tensors, tuple(companions(folder)))
 
 
 def check_destination(source: str | Path, destination: str | Path) -> Path:
@@ -134,10 +121,7 @@ def write_folder(
     """
     try:
         with whole_folder(destination) as partial:
-            for path in copied:
-                place = partial / TEMPLATES if path.parent.name == TEMPLATES else partial
-                place.mkdir(exist_ok=True)
-                shutil.copyfile(path, place / path.name)
+            copy_companions(copied, partial)
             save_torch_state_dict(dict(tensors), partial, max_shard_size=max_shard_size)
             write_json(partial / CONFIG, dict(config))
             # The library leaves out a tensor that shares its memory with another.

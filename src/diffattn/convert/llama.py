@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from diffattn.convert.layout import twice_each_head
 from diffattn.convert.reading import (
     LLAMA_LIKE,
     SHARED,
     Config,
     Tensors,
     check_tensors,
+    in_both_spellings,
     our_config,
     parsed,
     resolve_tie,
@@ -108,7 +110,7 @@ def to_diff_v2(
         query = weights[f"{prefix}q_proj.weight"]
         for name in (f"{prefix}q_proj.weight", f"{prefix}q_proj.bias"):
             if name in weights:
-                weights[name] = _twice_each_head(weights[name], heads, width)
+                weights[name] = twice_each_head(weights[name], width)
         if noise == "perturbed":
             pairs = weights[f"{prefix}q_proj.weight"].view(heads, 2, width, hidden)
             drawn = torch.randn(heads, width, hidden, generator=generator)
@@ -220,11 +222,7 @@ def to_llama(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
     fields = {name: getattr(ours, name) for name in SHARED} | extra
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
     fields |= {"head_dim": ours.head_dim, "rope_parameters": rope, "architectures": [f"{name}ForCausalLM"]}
-    made = parsed(CONFIG_MAPPING[kind], fields).to_diff_dict()
-    made["rope_theta"] = rope["rope_theta"]
-    if rope["rope_type"] != "default":
-        made["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return made, weights
+    return in_both_spellings(parsed(CONFIG_MAPPING[kind], fields).to_diff_dict(), rope), weights
 
 
 def _architecture(ours: DiffTransformerConfig) -> tuple[str, Config]:
@@ -244,11 +242,6 @@ def _architecture(ours: DiffTransformerConfig) -> tuple[str, Config]:
         f"{biases[2]}, hidden_size {ours.hidden_size}, num_attention_heads {ours.num_attention_heads}; wanted what one "
         f"of {', '.join(LLAMA_LIKE)} has together: keep it as diff_transformer"
     )
-
-
-def _twice_each_head(tensor: Tensor, heads: int, width: int) -> Tensor:
-    """Rows of head i as heads 2i and 2i + 1, which is the order that V2 subtracts in."""
-    return tensor.reshape(heads, width, -1).repeat_interleave(2, dim=0).reshape(2 * len(tensor), *tensor.shape[1:])
 
 
 def _doubled(name: str, tensor: Tensor) -> Tensor:

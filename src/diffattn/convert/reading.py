@@ -95,6 +95,14 @@ def rope_of(source: PreTrainedConfig) -> Config:
     return rope
 
 
+def in_both_spellings(config: Config, rope: Mapping[str, Any]) -> Config:
+    """A ``config.json`` with its rotary positions under their former names too, for engines of either age."""
+    former: Config = {"rope_theta": rope["rope_theta"]}
+    if rope["rope_type"] != "default":
+        former["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return config | former
+
+
 def _check_window(source: PreTrainedConfig) -> None:
     layers, window = getattr(source, "layer_types", None) or (), getattr(source, "sliding_window", None)
     # Mistral's window is in all layers; one that no sequence outgrows changes nothing.

@@ -17,14 +17,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from diffattn.checkpoint_files import CONFIG, read_config, read_tensors
+from diffattn.checkpoint_files import CONFIG, TOKENIZERS, read_config, read_tensors
 from diffattn.errors import CheckpointError, ConfigError, DiffattnError, UnsupportedError
 
 DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 Dtype = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
-
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 def load(
@@ -99,9 +97,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         CheckpointError: no file of a tokenizer, or one that cannot be read.
         UnsupportedError: one whose program is not installed, or is to come from the folder.
     """
-    if not any((Path(folder) / name).is_file() for name in _TOKENIZERS):
+    if not any((Path(folder) / name).is_file() for name in TOKENIZERS):
         raise CheckpointError(
-            f"{str(folder)!r} holds no tokenizer; {_TOKENIZERS[0]} is wanted beside the weights: "
+            f"{str(folder)!r} holds no tokenizer; {TOKENIZERS[0]} is wanted beside the weights: "
             "save the tokenizer there with save_pretrained"
         )
     with _quiet():

@@ -114,44 +114,63 @@ class CheckReport:
         return lines
 
 
-def check_float32(
-    model: DiffTransformerForCausalLM, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
-) -> CheckReport:
+@dataclass(frozen=True)
+class Expected:
+    """What the torch model says in float32: the logits of each case, and the greedy texts behind the prompts."""
+
+    prompts: list[Ids]
+    cases: list[tuple[Ids, Ids, tuple[int, ...]]]
+    logits: list[npt.NDArray[Any]]
+    texts: Ids
+
+    @classmethod
+    def of(cls, model: DiffTransformerForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> Expected:
+        """Computed with a model in float32 on the CPU.
+
+        Args:
+            model: comes back as it was.
+            tokenizer: for prompts of text. Default: random tokens in their place.
+
+        Raises:
+            ConfigError: a model in another dtype.
+        """
+        if model.dtype != torch.float32:
+            raise ConfigError(f"the model is {model.dtype}; wanted float32, as the exported one is: load it as float32")
+        prompts = _prompts(model.config.vocab_size, tokenizer)
+        cases = _cases(model, prompts)
+        with _standard_call(model):
+            logits = [_torch_logits(model, *case) for case in cases]
+            return cls(prompts, cases, logits, _greedy(model, *_padded(prompts)))
+
+
+def check_float32(model: DiffTransformerForCausalLM, path: str | Path, expected: Expected | None = None) -> CheckReport:
     """Compare a float32 export with the torch model.
 
     Args:
         model: in float32 on the CPU; it is computed in float64 too and comes back as it was.
         path: what was exported: the folder or its ``model.onnx``.
-        tokenizer: for prompts of text. Default: random tokens in their place.
+        expected: what the model says, where it is known already.
 
     Raises:
         ConfigError: a model in another dtype.
     """
-    if model.dtype != torch.float32:
-        raise ConfigError(f"the model is {model.dtype}; wanted float32, as the exported one is: load it as float32")
+    expected = expected or Expected.of(model)
     decoder = OnnxDecoder(path)
-    prompts = _prompts(model.config.vocab_size, tokenizer)
-    cases = _cases(model, prompts)
-    before = model.config._attn_implementation
-    # What every transformers model runs: the exported graph is compared with the standard call.
-    model.set_attn_implementation("sdpa")
-    try:
-        expected = [_torch_logits(model, *case) for case in cases]
-        texts = _greedy(model, *_padded(prompts))
-        exact = [_torch_logits(model.double(), *case) for case in cases]
-    finally:
-        model.float()
-        model.set_attn_implementation(before)
-    actual = [_onnx_logits(decoder, *case) for case in cases]
-    torch_error = _largest(expected, exact)
+    with _standard_call(model):
+        try:
+            exact = [_torch_logits(model.double(), *case) for case in expected.cases]
+        finally:
+            model.float()
+    actual = [_onnx_logits(decoder, *case) for case in expected.cases]
+    torch_error = _largest(expected.logits, exact)
     return CheckReport(
         positions=sum(len(logits) for logits in exact),
-        largest_difference=_largest(actual, expected),
+        largest_difference=_largest(actual, expected.logits),
         error=_largest(actual, exact),
         torch_error=torch_error,
         bound=FACTOR * torch_error,
-        texts=len(prompts),
-        identical_texts=_identical(decoder, prompts, texts),
+        texts=len(expected.prompts),
+        identical_texts=_identical(decoder, expected),
     )
 
 
@@ -160,36 +179,40 @@ def check_quantized(
     path: str | Path,
     bits: int,
     float32: CheckReport,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    expected: Expected | None = None,
     *,
     block_size: int = 32,
 ) -> CheckReport:
     """The report ``float32`` of the graph before it was quantised, with what its quantised form at ``path`` does."""
+    expected = expected or Expected.of(model)
     decoder = OnnxDecoder(path)
-    prompts = _prompts(model.config.vocab_size, tokenizer)
-    cases = _cases(model, prompts)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    try:
-        expected = np.concatenate([_torch_logits(model, *case) for case in cases])
-        texts = _greedy(model, *_padded(prompts))
-        with _rounded_weights(model, bits, block_size):
-            rounded = np.concatenate([_torch_logits(model, *case) for case in cases])
-    finally:
-        model.set_attn_implementation(before)
-    actual = np.concatenate([_onnx_logits(decoder, *case) for case in cases])
-    rounded_error = _relative(rounded, expected)
+    with _standard_call(model), _rounded_weights(model, bits, block_size):
+        rounded = np.concatenate([_torch_logits(model, *case) for case in expected.cases])
+    wanted = np.concatenate(expected.logits)
+    actual = np.concatenate([_onnx_logits(decoder, *case) for case in expected.cases])
+    rounded_error = _relative(rounded, wanted)
     return replace(
         float32,
         quantized=QuantizedReport(
             bits=bits,
-            largest_difference=float(np.abs(actual - expected).max()),
-            error=_relative(actual, expected),
+            largest_difference=float(np.abs(actual - wanted).max()),
+            error=_relative(actual, wanted),
             rounded_error=rounded_error,
             bound=QUANTIZED_FACTOR * rounded_error,
-            identical_texts=_identical(decoder, prompts, texts),
+            identical_texts=_identical(decoder, expected),
         ),
     )
+
+
+@contextlib.contextmanager
+def _standard_call(model: DiffTransformerForCausalLM) -> Iterator[None]:
+    """What every transformers model runs, and what the graph holds."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 @contextlib.contextmanager
@@ -291,10 +314,10 @@ def _greedy(model: DiffTransformerForCausalLM, ids: Ids, mask: Ids) -> Ids:
     return np.concatenate(chosen, axis=1)
 
 
-def _identical(decoder: OnnxDecoder, prompts: list[Ids], texts: Ids) -> int:
-    ids, mask = _padded(prompts)
+def _identical(decoder: OnnxDecoder, expected: Expected) -> int:
+    ids, mask = _padded(expected.prompts)
     written = decoder.generate(ids, NEW_TOKENS, attention_mask=mask)[:, ids.shape[1] :]
-    return int((written == texts).all(axis=1).sum())
+    return int((written == expected.texts).all(axis=1).sum())
 
 
 def _largest(actual: Sequence[npt.NDArray[Any]], expected: Sequence[npt.NDArray[Any]]) -> float:

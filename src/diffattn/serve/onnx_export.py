@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffattn.checkpoint_files import read_config
+from diffattn.checkpoint_files import companions, copy_companions, read_config
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.files import whole_folder
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.loading import load_model, load_tokenizer
-from diffattn.serve.onnx_check import CheckReport, OnnxCheckError, check_float32, check_quantized
+from diffattn.serve.onnx_check import CheckReport, Expected, OnnxCheckError, check_float32, check_quantized
 from diffattn.serve.onnx_graph import GROUPED, OPSET, save, to_graph, weight_bytes
 from diffattn.serve.onnx_quantize import BITS, check_block_size, quantize
 from diffattn.serve.onnx_run import DATA_FILE, MODEL_FILE, require
-
-# Whatever of these a checkpoint has goes along as it is.
-COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,13 +86,14 @@ def export_onnx(
             # Also before quantising, which is no reason for a graph to be wrong.
             on_progress("comparing with the torch model")
             tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
-            report = _passed(check_float32(model, partial, tokenizer))
+            expected = Expected.of(model, tokenizer)
+            report = _passed(check_float32(model, partial, expected))
         if bits is not None:
             on_progress(f"quantising to {bits} bits")
             graph = quantize(graph, bits, block_size=block_size)
             save(graph, partial)
             if report is not None:
-                report = _passed(check_quantized(model, partial, bits, report, tokenizer, block_size=block_size))
+                report = _passed(check_quantized(model, partial, bits, report, expected, block_size=block_size))
         _save_companions(model.config, source, partial, cache)
         sizes = [(partial / name).stat().st_size for name in (MODEL_FILE, DATA_FILE) if (partial / name).exists()]
     return OnnxExport(
@@ -142,6 +136,4 @@ def _save_companions(config: DiffTransformerConfig, source: Path, folder: Path, 
         del config.auto_map
     config.use_cache = cache
     config.save_pretrained(folder)
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    copy_companions(companions(source), folder)
