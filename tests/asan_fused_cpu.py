@@ -22,7 +22,7 @@ from fused_cases import CASES, DTYPES
 from torch import Tensor
 
 from diffattn.ops import compiling
-from diffattn.ops.fused_cpu import first_visible_query, fused_cpu_diff_attention
+from diffattn.ops.fused_cpu import decodes, first_visible_query, fused_cpu_decoding, fused_cpu_diff_attention
 
 SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-omit-frame-pointer"
 WIDTHS = [(1, 1), (2, 5), (3, 16), (17, 31), (31, 17), (64, 128), (127, 2), (255, 256), (256, 251)]
@@ -48,6 +48,8 @@ def main() -> int:
             "ASAN_OPTIONS": "detect_leaks=0:exitcode=1",
             "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:exitcode=1",
             "KERNEL": str(library),
+            # Nothing that is imported may load the cached one beside it.
+            "DIFFATTN_FUSED": "0",
         }
         return subprocess.run([sys.executable, __file__, "inside"], env=environment).returncode
 
@@ -77,6 +79,17 @@ def run(x: Inputs, strided: bool) -> None:
     fused_cpu_diff_attention(*leaves, first_query=guarded(first)).sum().backward()
 
 
+@torch.no_grad()
+def run_decoding(x: Inputs) -> None:
+    """The same call as a layer makes it, with the norm behind it."""
+    query = torch.stack([x.q1, x.q2], dim=3).flatten(2, 3).transpose(1, 2)
+    key = (x.k1 if x.k2 is x.k1 else torch.cat([x.k1, x.k2], dim=-1)).transpose(1, 2)
+    given = [guarded(t) for t in (query, key, x.v.transpose(1, 2), x.lam)]
+    if decodes(given[0], given[2]) and x.q1.shape[1] <= x.k1.shape[1]:
+        gain = guarded(torch.ones(x.v.shape[-1]))
+        assert fused_cpu_decoding(*given, gain=gain, eps=1e-5).isfinite().all()
+
+
 def inside() -> int:
     torch.ops.load_library(os.environ["KERNEL"])
     problems = [dict(options) for options in CASES.values()]
@@ -90,10 +103,11 @@ def inside() -> int:
                 torch.set_num_threads(1 + number % 3)
                 try:
                     run(make_inputs(dtype=dtype, **problem), strided)
+                    run_decoding(make_inputs(dtype=dtype, **problem))
                 except BaseException:
                     print(f"in {problem}, strided={strided}, {dtype}", file=sys.stderr)
                     raise
-    print(f"{4 * len(problems)} calls, forward and backward: nothing reported")
+    print(f"{4 * len(problems)} calls, forward, backward and as a layer decodes: nothing reported")
     return 0
 
 

@@ -20,5 +20,6 @@ def recorded_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, function, recording)
 
     record("kernel", fused_cpu, "fused_cpu_diff_attention")
+    record("kernel", fused_cpu, "fused_cpu_decoding")
     record("standard", fused, "sdpa_attention_forward")
     return served

@@ -126,7 +126,7 @@ def test_half_precision_subtracts_and_norms_in_float32_and_rounds_once(attention
     else:
         y = signal - layer.lambda_proj(x).float().sigmoid()[..., None] * noise
     *_, lam = layer.project(x)
-    combined = layer.combine(o, lam, fused=False)
+    combined = layer.combine(o, lam)
     assert combined.dtype == torch.float32
     actual, expected = combined.bfloat16(), y.bfloat16()
     # Another order of the same float32 steps may round the last bit of a few values the other way.

@@ -43,7 +43,7 @@ def test_dex_subtracts_a_projection_of_each_chosen_heads_output(heads):
         for position, head in enumerate(range(SHAPE.num_heads) if heads is None else heads[index]):
             lam = 0.75 * lambda_init_schedule(index) + 0.25 * attention.dex.lam[position]
             expected[:, :, head] -= lam * o[:, :, head] @ attention.dex.weight[position]
-        torch.testing.assert_close(attention.combine(o, None, False), expected)
+        torch.testing.assert_close(attention.combine(o, None), expected)
 
 
 @pytest.mark.parametrize("heads", [None, SOME])

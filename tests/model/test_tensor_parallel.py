@@ -161,7 +161,7 @@ def test_numbers_of_ranks_that_part_a_pair_or_a_key_head_are_refused(attention, 
 def test_dex_heads_of_a_rank_that_is_not_told_are_refused():
     attention = model_of("dex").model.layers[0].self_attn
     with pytest.raises(UnsupportedError, match="does not say which ones are here, which DEX has to know"):
-        attention.combine(torch.zeros(1, 1, SHAPE.num_heads // 2, SHAPE.head_dim), None, False)
+        attention.combine(torch.zeros(1, 1, SHAPE.num_heads // 2, SHAPE.head_dim), None)
 
 
 @pytest.mark.parametrize("name", MODELS)

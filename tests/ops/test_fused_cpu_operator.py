@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import Inputs, forward_and_gradients, make_inputs
+from comparison import Inputs, compare, forward_and_gradients, make_inputs
 from fused_cases import both_dtypes, padded, require_kernel
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from diffattn.errors import UnsupportedError
 from diffattn.ops import fused_cpu
 from diffattn.ops.dispatch import diff_attention
 from diffattn.ops.fused_cpu import first_visible_query, fused_cpu_diff_attention
+from diffattn.ops.reference import diff_attention_reference
 from diffattn.ops.standard import standard_diff_attention
 
 
@@ -42,6 +43,69 @@ def test_opcheck(one_key: bool, masked: bool, queries: int, dtype: torch.dtype) 
     output, lse = torch.ops.diffattn.fused_cpu(*arguments)
     backward = (torch.randn_like(output), *arguments[:7], lse, *arguments[7:])
     torch.library.opcheck(torch.ops.diffattn.fused_cpu_backward.default, backward)
+
+
+NORMS: dict[str, dict[str, Any]] = {
+    "no norm": {},
+    "norm": {"norm_scale": 0.7, "eps": 1e-3},
+    "norm with gain": {"gain": torch.linspace(-1.0, 2.0, 14), "norm_scale": 0.7, "eps": 1e-3},
+}
+
+
+def as_of_a_layer(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Heads before tokens, pairs of queries adjacent, both keys side by side where they are two."""
+    query = torch.stack([x.q1, x.q2], dim=3).flatten(2, 3)
+    key = x.k1 if x.k2 is x.k1 else torch.cat([x.k1, x.k2], dim=-1)
+    return query.transpose(1, 2), key.transpose(1, 2).contiguous(), x.v.transpose(1, 2).contiguous(), x.lam
+
+
+def normed(x: Inputs, gain: Tensor | None = None, norm_scale: float = 1.0, eps: float | None = None) -> Tensor:
+    """The definition with the norm's; rounded to the inputs' dtype between them."""
+    y = diff_attention_reference(*x[:6], **x.options)
+    if eps is None:
+        return y
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    scaled = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * norm_scale
+    return (scaled if gain is None else scaled * gain).to(y.dtype)
+
+
+@both_dtypes
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "padding"])
+@pytest.mark.parametrize("one_key", [False, True], ids=["V1", "V2"])
+@torch.no_grad()
+def test_decoding_as_a_layer_calls_it(one_key: bool, masked: bool, norm: str, dtype: torch.dtype) -> None:
+    for queries, keys in ((1, 23), (3, 23), (8, 8), (1, 1100)):
+        if masked and queries == keys:
+            continue
+        x = make_inputs(T=queries, S=keys, D=6, Dv=14, dtype=dtype, one_key=one_key)
+        x = x._replace(key_padding=padded(keys, 3, 0)) if masked else x
+        first = None if x.key_padding is None else first_visible_query(queries, keys, True, x.key_padding)
+        arguments, options = as_of_a_layer(x), NORMS[norm]
+        assert fused_cpu.decodes(arguments[0], arguments[2])
+        actual = fused_cpu.fused_cpu_decoding(*arguments, first_query=first, **options)
+        expected, eager = normed(x.to(torch.float64), **options), normed(x, **options)
+        assert (actual.shape, actual.dtype) == (eager.shape, dtype)
+        # Rounding of what the norm divides is divided by the same.
+        floor = 4 * torch.finfo(dtype).eps * expected.abs().max().item()
+        compare(actual, expected, eager, floors=[floor])
+        arguments = (*arguments, first, 0.4, options.get("gain"), 0.7, options.get("eps"))
+        torch.library.opcheck(torch.ops.diffattn.fused_cpu_decoding.default, arguments)
+
+
+@torch.no_grad()
+def test_decoding_serves_few_queries_without_gradients_of_even_bfloat16_widths() -> None:
+    def serves(dtype: torch.dtype = torch.float32, **shape: int) -> bool:
+        query, _, value, _ = as_of_a_layer(make_inputs(**shape, dtype=dtype))
+        return fused_cpu.decodes(query, value)
+
+    assert serves(T=8, D=5)
+    assert not serves(T=9, D=6, Dv=14)
+    assert serves(torch.bfloat16, T=8, D=6, Dv=14)
+    assert not serves(torch.bfloat16, T=8, D=5, Dv=14)
+    assert not serves(torch.bfloat16, T=8, D=6, Dv=13)
+    with torch.enable_grad():
+        assert not serves(T=8, D=6)
 
 
 def grads_equal(function: Any, x: Inputs) -> None:

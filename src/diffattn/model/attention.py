@@ -2,8 +2,8 @@
 
 Every layer makes exactly one call to the attention interface of ``transformers``, whatever the variant, so that each
 engine that serves a grouped-query model serves this one. Under ``attn_implementation="diff_fused"`` that call is given
-λ and returns output heads that are subtracted already (see ``fused.py``); under any other name it is the standard call
-of padded queries (V1) and the subtraction follows it. The cache is the same under both.
+λ and the norm behind it, and returns output heads that are finished (see ``fused.py``); under any other name it is the
+standard call of padded queries (V1), and the subtraction and the norm follow it. The cache is the same under both.
 
 Shape suffixes: B batch, T queries, N query heads of the call, G key/value heads of the call, W head_dim of the call,
 n, g, d the same of the softmax Transformer that is replaced, D hidden size, H output heads, V width of an output head.
@@ -66,9 +66,16 @@ class DifferentialLambda(Float32Module):
 class RMSNormPerHead(nn.RMSNorm):
     """``scale · RMSNorm(y)`` over the channels of each output head, in float32 or wider."""
 
-    def forward(self, y_BTHV: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+    eps: float
+
+    def __init__(self, width: int, scale: float, eps: float, elementwise_affine: bool) -> None:
+        super().__init__(width, eps=eps, elementwise_affine=elementwise_affine)
+        self.scale = scale
+
+    def forward(self, y_BTHV: Tensor) -> Tensor:
         y = y_BTHV.to(torch.promote_types(y_BTHV.dtype, torch.float32))
         # The scale rides on the gain: one pass less over y, and one less over its gradient.
+        scale = self.scale
         gain = y.new_full(self.normalized_shape, scale) if self.weight is None else self.weight.to(y.dtype) * scale
         return F.rms_norm(y, self.normalized_shape, gain, self.eps)
 
@@ -100,6 +107,8 @@ class SoftmaxAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(outputs, config.hidden_size, bias=config.attention_output_bias)
+        # Of each output head, in variants that have one.
+        self.subln: RMSNormPerHead | None = None
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
@@ -132,8 +141,8 @@ class SoftmaxAttention(nn.Module):
             k, v = past_key_values.update(k, v, self.layer_idx)
         return q, k, v
 
-    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None, fused: bool) -> Tensor:
-        """Output heads (B, T, H, V) of the call's; in float32 where they are still to be rounded."""
+    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
+        """Output heads (B, T, H, V) of the standard call's; in float32 where they are still to be rounded."""
         return o_BTNW
 
     def forward(
@@ -154,20 +163,21 @@ class SoftmaxAttention(nn.Module):
         # vLLM reads the source of this function for the one call and its scale.
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if fused:
-            kwargs["lam"] = lam
+            kwargs |= {"lam": lam, "norm": self.subln}
         attended, weights = interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         # vLLM gives all heads of a token as one row.
         o_BTNW = attended.reshape(*hidden_states.shape[:-1], -1, self.head_dim)
-        y_BTHV = self.combine(o_BTNW, lam, fused).to(v.dtype)
+        y_BTHV = (o_BTNW if fused else self.combine(o_BTNW, lam)).to(v.dtype)
         return self.o_proj(y_BTHV.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class DifferentialAttention(SoftmaxAttention):
-    """What the variants share: the subtraction, where the one call has not done it."""
+    """What the variants share: the subtraction, and the norm where there is one."""
 
-    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None, fused: bool) -> Tensor:
+    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
         assert lam_BTH is not None
-        return o_BTNW if fused else subtract(o_BTNW, lam_BTH)
+        y_BTHV = subtract(o_BTNW, lam_BTH)
+        return y_BTHV if self.subln is None else self.subln(y_BTHV)
 
 
 class DiffV1Attention(DifferentialAttention):
@@ -180,7 +190,9 @@ class DiffV1Attention(DifferentialAttention):
     def __init__(self, config: DiffTransformerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.lam = DifferentialLambda(self.width, config.layer_lambda_init(layer_idx))
-        self.subln = RMSNormPerHead(self.head_dim, eps=config.subln_eps, elementwise_affine=config.subln_affine)
+        self.subln = RMSNormPerHead(
+            self.head_dim, 1.0 - self.lam.lambda_init, eps=config.subln_eps, elementwise_affine=config.subln_affine
+        )
 
     def lam_of(self, x_BTD: Tensor) -> Tensor:
         return self.lam()
@@ -190,9 +202,6 @@ class DiffV1Attention(DifferentialAttention):
     ) -> tuple[Tensor, Tensor]:
         q, k = super().position(q_BTnd, k_BTgd, rope, fused)
         return q if fused else pad_queries(q), k
-
-    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None, fused: bool) -> Tensor:
-        return self.subln(super().combine(o_BTNW, lam_BTH, fused), 1.0 - self.lam.lambda_init)
 
 
 class DiffV2Attention(DifferentialAttention):
@@ -249,7 +258,7 @@ class DexAttention(SoftmaxAttention):
         if self.heads:
             self.dex = DexProjection(len(self.heads), self.width, config.layer_lambda_init(layer_idx))
 
-    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None, fused: bool) -> Tensor:
+    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
         if not self.heads:
             return o_BTNW
         if o_BTNW.shape[2] != self.config.num_attention_heads:

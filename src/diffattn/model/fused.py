@@ -1,9 +1,9 @@
 """``attn_implementation="diff_fused"``: the fused kernel where it supports the call, the standard call elsewhere.
 
-An attention function of ``transformers`` that is given λ beside queries, keys and values, and returns output heads
-that are already subtracted. It is total: a call that the kernel does not serve (another device or dtype, no compiled
-kernel, a mask of its own per query and key) is padded, computed by ``sdpa`` and subtracted, with the same result up to
-rounding; ``diffattn doctor`` tells which of the two serves here.
+An attention function of ``transformers`` that is given λ and the norm behind it beside queries, keys and values, and
+returns output heads that are already subtracted and normalised. It is total: a call that the kernel does not serve
+(another device or dtype, no compiled kernel, a mask of its own per query and key) is padded, computed by ``sdpa`` and
+subtracted, with the same result up to rounding; ``diffattn doctor`` tells which of the two serves here.
 
 Its mask is O(S). Where the pattern is causal, as it is for all but packed sequences, the first query that sees a key
 says all about that key. T = 3 queries behind 2 cached keys, of which the first is padding:
@@ -33,6 +33,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
 
+from diffattn.model.attention import RMSNormPerHead
 from diffattn.model.configuration import DIFF_FUSED
 from diffattn.ops import build, fused_cpu
 from diffattn.ops.reference import visible_keys
@@ -49,9 +50,10 @@ def diff_fused_attention(
     scaling: float | None = None,
     *,
     lam: Tensor,
+    norm: RMSNormPerHead | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """``(softmax(Q1 K1ᵀ · scaling) − λ · softmax(Q2 K2ᵀ · scaling)) V`` for pairs of query heads.
+    """``norm((softmax(Q1 K1ᵀ · scaling) − λ · softmax(Q2 K2ᵀ · scaling)) V)`` for pairs of query heads.
 
     Args:
         module: the layer; the standard call reads ``num_key_value_groups`` and ``is_causal`` from it.
@@ -63,32 +65,42 @@ def diff_fused_attention(
         dropout: of the maps; only the standard call has it.
         scaling: of the scores.
         lam: λ in float32, broadcastable to (B, T, H).
+        norm: of each output head, or none.
         kwargs: options of ``sdpa_attention_forward``; those that change the result take the standard call.
 
     Returns:
         Output heads (B, T, H, V), H = N / 2, and None for the weights, which no one has held. Half-precision ones may
         be float32: the standard call leaves the rounding to the norm behind it.
     """
-    q_BTNd, k_BSGW, v_BSGV = (x.transpose(1, 2) for x in (query, key, value))
-    # Views, whose backward is one stack or one concatenation; that of strided slices fills a buffer of zeros each.
-    q1, q2 = q_BTNd.unflatten(2, (-1, 2)).unbind(3)
-    k1, k2 = k_BSGW.chunk(2, dim=-1) if _holds_both_keys(query, key) else (k_BSGW, k_BSGW)
     if (
         _needs_standard_call(attention_mask, dropout, kwargs) is None
-        and fused_cpu.unsupported(q1, k1, q2, k2, v_BSGV, lam) is None
+        and fused_cpu.unsupported(query, key, query, key, value, lam) is None
     ):
+        first_query = None if attention_mask is None else attention_mask[:, 0, 0]
+        if fused_cpu.decodes(query, value):
+            of_norm: dict[str, Any] = {}
+            if norm is not None:
+                of_norm = {"gain": norm.weight, "norm_scale": norm.scale, "eps": norm.eps}
+            return fused_cpu.fused_cpu_decoding(
+                query, key, value, lam, scale=scaling, first_query=first_query, **of_norm
+            ), None
+        q_BTNd, k_BSGW, v_BSGV = (x.transpose(1, 2) for x in (query, key, value))
+        # Views, whose backward is one stack or one concatenation; that of strided slices fills a buffer of zeros each.
+        q1, q2 = q_BTNd.unflatten(2, (-1, 2)).unbind(3)
+        k1, k2 = k_BSGW.chunk(2, dim=-1) if _holds_both_keys(query, key) else (k_BSGW, k_BSGW)
         output = fused_cpu.fused_cpu_diff_attention(
-            q1, k1, q2, k2, v_BSGV, lam, causal=True, scale=scaling,
-            first_query=None if attention_mask is None else attention_mask[:, 0, 0],
-        )  # fmt: skip
-        return output, None
+            q1, k1, q2, k2, v_BSGV, lam, causal=True, scale=scaling, first_query=first_query
+        )
+        return output if norm is None else norm(output), None
 
     if _holds_both_keys(query, key):
-        query = pad_queries(q_BTNd).transpose(1, 2)
+        query = pad_queries(query.transpose(1, 2)).transpose(1, 2)
     mask, dead = _standard_mask(attention_mask, query, key, kwargs.get("is_causal"))
     o_BTNV, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     output = subtract(o_BTNV, lam)
-    return output if dead is None else output.masked_fill(dead, 0.0), None
+    if dead is not None:
+        output = output.masked_fill(dead, 0.0)
+    return output if norm is None else norm(output), None
 
 
 def serving_backend(attention: str, device: str, dtype: torch.dtype) -> str:

@@ -30,11 +30,18 @@ from diffattn.ops.reference import as_lam
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_WIDTH = 256
+# Queries of a call that is split over its keys, as csrc/ops.cpp has it.
+DECODING_QUERIES = 8
 
 # `first_query` (B, S) int32 is the mask in O(S): query t sees key s where first_query[b, s] <= t. Without it every
 # query sees every key, or with `causal` those up to S − T + t. `k2` is None where both maps share their keys.
 _INPUTS = "Tensor q1, Tensor k1, Tensor q2, Tensor? k2, Tensor v, Tensor lam, Tensor? first_query"
 torch.library.define("diffattn::fused_cpu", f"({_INPUTS}, bool causal, float scale) -> (Tensor, Tensor)")
+torch.library.define(
+    "diffattn::fused_cpu_decoding",
+    "(Tensor query, Tensor key, Tensor value, Tensor lam, Tensor? first_query, float scale, Tensor? gain, "
+    "float norm_scale, float? eps) -> Tensor",
+)
 torch.library.define(
     "diffattn::fused_cpu_backward",
     f"(Tensor d_output, {_INPUTS}, Tensor lse, bool causal, float scale) "
@@ -103,6 +110,47 @@ def fused_cpu_diff_attention(
     return output[..., :width]
 
 
+def decodes(query: Tensor, value: Tensor) -> bool:
+    """Whether `fused_cpu_decoding` serves a call, of those to which `unsupported` answers None.
+
+    Not where a graph is traced: it would hold for few queries only.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    even = value.dtype != torch.bfloat16 or (query.shape[-1] % 2 == 0 and value.shape[-1] % 2 == 0)
+    return even and query.shape[2] <= DECODING_QUERIES
+
+
+def fused_cpu_decoding(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lam: Tensor,
+    *,
+    scale: float | None = None,
+    first_query: Tensor | None = None,
+    gain: Tensor | None = None,
+    norm_scale: float = 1.0,
+    eps: float | None = None,
+) -> Tensor:
+    """Differential attention of up to 8 queries as a layer calls it, with the norm behind it; no gradients.
+
+    Args:
+        query: (B, 2H, T, D), pairs of heads adjacent.
+        key: (B, G, S, 2D) for the keys of both maps side by side, (B, G, S, D) where they share them.
+        value: (B, G, S, Dv).
+        lam: λ in float32, broadcastable to (B, T, H).
+        scale, first_query: as in `fused_cpu_diff_attention`; causal without the latter.
+        gain: (Dv,), ones where it is None.
+        norm_scale, eps: the output is ``norm_scale · gain · y / sqrt(mean(y²) + eps)``, or y where eps is None.
+
+    Returns:
+        (B, T, H, Dv) in the inputs' dtype, rounded once.
+    """
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return torch.ops.diffattn.fused_cpu_decoding(query, key, value, lam, first_query, scale, gain, norm_scale, eps)
+
+
 def _even(x: Tensor) -> Tensor:
     return F.pad(x, (0, 1)) if x.shape[-1] % 2 else x
 
@@ -134,6 +182,12 @@ def _(
     return v.new_empty(B, T, H, v.shape[-1]), v.new_empty(
         4 if v.dtype == torch.float32 else 2, B, H, T, dtype=torch.float32
     )
+
+
+@torch.library.register_fake("diffattn::fused_cpu_decoding")
+def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    B, N, T, _ = query.shape
+    return value.new_empty(B, T, N // 2, value.shape[-1])
 
 
 @torch.library.register_fake("diffattn::fused_cpu_backward")

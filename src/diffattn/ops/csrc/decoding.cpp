@@ -193,10 +193,21 @@ class Worker {
   float *queries_, *scores_;
 };
 
-// The spans of one output row: o1 / l1 − λ o2 / l2.
+// RMSNorm of a row whose padding is zeros.
+void normalise(const Norm& norm, int64_t width, float* o) {
+  Floats squares = splat(0.0f);
+  for (int64_t i = 0; i < width; i += kLanes)
+    squares += load(o + i) * load(o + i);
+  const float factor = norm.scale / std::sqrt(sum(squares) / width + norm.eps);
+  for (int64_t i = 0; i < width; ++i)
+    o[i] *= norm.gain ? factor * norm.gain[i] : factor;
+}
+
+// The spans of one output row: o1 / l1 − λ o2 / l2, normalised where there is a norm.
 template <typename scalar>
 void join(
-    const Forward<scalar>& f, int64_t b, int64_t g, int64_t row, int64_t spans, const Partial& partial, float* o) {
+    const Forward<scalar>& f, const Norm* norm, int64_t b, int64_t g, int64_t row, int64_t spans,
+    const Partial& partial, float* o) {
   const Problem& p = f.p;
   const int64_t rows = p.R * p.T, h = g * p.R + row / p.T, t = row % p.T;
   const float factors[2] = {1.0f, -*f.lam.at(b, t, h)};
@@ -216,6 +227,8 @@ void join(
         store(o + i, load(o + i) + load(at(span) + kLanes + i) * factor);
     }
   }
+  if (norm)
+    normalise(*norm, p.Dv, o);
   scalar* to = f.output.at(b, t, h);
   for (int64_t i = 0; i < p.Dv; ++i)
     to[i] = scalar(o[i]);
@@ -224,7 +237,7 @@ void join(
 }  // namespace
 
 template <typename scalar>
-void run_decoding(const Forward<scalar>& f) {
+void run_decoding(const Forward<scalar>& f, const Norm* norm) {
   const Problem& p = f.p;
   const int64_t rows = p.R * p.T, groups = p.B * p.G, width = kLanes + padded(p.Dv);
   const int64_t spans = std::max<int64_t>(1, (p.S + kSpan - 1) / kSpan);
@@ -245,11 +258,11 @@ void run_decoding(const Forward<scalar>& f) {
     std::vector<float> o(padded(p.Dv));
     for (int64_t unit = begin; unit < end; ++unit)
       for (int64_t row = 0; row < rows; ++row)
-        join(f, unit / p.G, unit % p.G, row, spans, {data + unit * spans * 2 * rows * width, width}, o.data());
+        join(f, norm, unit / p.G, unit % p.G, row, spans, {data + unit * spans * 2 * rows * width, width}, o.data());
   });
 }
 
-template void run_decoding(const Forward<float>&);
-template void run_decoding(const Forward<at::BFloat16>&);
+template void run_decoding(const Forward<float>&, const Norm*);
+template void run_decoding(const Forward<at::BFloat16>&, const Norm*);
 
 }  // namespace diffattn

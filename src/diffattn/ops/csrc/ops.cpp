@@ -68,7 +68,8 @@ bool decodes(const Problem& p) {
 template <typename scalar>
 Forward<scalar> forward(const Inputs& x, const Tensor& output, const Tensor& lse) {
   return {x.p, reading<scalar>(x.q1), reading<scalar>(x.k1), reading<scalar>(x.q2), reading<scalar>(x.k2),
-          reading<scalar>(x.v), reading<float>(x.lam), view<scalar>(output), lse.data_ptr<float>()};
+          reading<scalar>(x.v), reading<float>(x.lam), view<scalar>(output),
+          lse.defined() ? lse.data_ptr<float>() : nullptr};
 }
 
 std::tuple<Tensor, Tensor> fused_cpu(
@@ -92,6 +93,42 @@ std::tuple<Tensor, Tensor> fused_cpu(
   else
     run(at::BFloat16());
   return {output, lse};
+}
+
+// As a layer calls it, heads before tokens and pairs adjacent, with its norm and without gradients: one operator where
+// the views, the expansion of λ and the norm would take longer than a short cache.
+Tensor fused_cpu_decoding(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& lam,
+    const std::optional<Tensor>& first_query, double scale, const std::optional<Tensor>& gain, double norm_scale,
+    std::optional<double> eps) {
+  TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "fused_cpu_decoding: wanted four dimensions");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const Tensor q = query.transpose(1, 2), k = key.transpose(1, 2);
+  const int64_t N = q.size(2), D = q.size(3);
+  TORCH_CHECK(N % 2 == 0 && (k.size(3) == D || k.size(3) == 2 * D), "fused_cpu_decoding: shapes do not fit");
+  const auto second = k.size(3) == D ? std::nullopt : std::optional<Tensor>(k.slice(3, D));
+  const Inputs x(
+      q.slice(2, 0, N, 2), k.slice(3, 0, D), q.slice(2, 1, N, 2), second, value.transpose(1, 2),
+      lam.expand({q.size(0), q.size(1), N / 2}), first_query, /*causal=*/true, scale);
+  const Problem& p = x.p;
+  TORCH_CHECK(decodes(p), "fused_cpu_decoding: too many queries");
+  Tensor gains;
+  if (gain) {
+    TORCH_CHECK(gain->dim() == 1 && gain->size(0) == p.Dv, "fused_cpu_decoding: gain does not fit");
+    gains = gain->to(at::kFloat).contiguous();
+  }
+  const Norm norm{gain ? gains.const_data_ptr<float>() : nullptr, float(norm_scale), float(eps.value_or(0.0))};
+  Tensor output = at::empty({p.B, p.T, p.H, p.Dv}, value.options());
+  if (output.numel() == 0)
+    return output;
+  auto run = [&]<typename scalar>(scalar) {
+    run_decoding(forward<scalar>(x, output, {}), eps ? &norm : nullptr);
+  };
+  if (value.scalar_type() == at::kFloat)
+    run(float());
+  else
+    run(at::BFloat16());
+  return output;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_cpu_backward(
@@ -166,6 +203,7 @@ TORCH_LIBRARY_FRAGMENT(diffattn, library) {
 
 TORCH_LIBRARY_IMPL(diffattn, CPU, library) {
   library.impl("fused_cpu", fused_cpu);
+  library.impl("fused_cpu_decoding", fused_cpu_decoding);
   library.impl("fused_cpu_backward", fused_cpu_backward);
 }
 
