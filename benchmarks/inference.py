@@ -6,7 +6,8 @@ asked for the last one's alone: a fifth more work in prefill.
 Prefill reads 512 tokens; decoding makes tokens one by one behind 128 or 4096 cached ones, greedily, with the cache
 that `generate` uses. The models take turns within one process, A B C A B C, so that a ratio compares neighbours in
 time. Start-up is a fresh process per model and round: from its start to the first token behind 128, its time to load,
-and its peak of resident memory. One JSON line per problem and model. Weights are random: they do not matter for time.
+and its peak of resident memory. Weights begin at a cache line in every file. One JSON line per problem and model.
+Weights are random: they do not matter for time.
 
     python -m benchmarks.inference --threads 1 2 --out benchmarks/results/inference.jsonl
 """
@@ -17,6 +18,7 @@ import argparse
 import json
 import operator
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -49,6 +51,8 @@ SHAPE = ModelShape(
 PROMPT, STEPS = 512, 8
 CONTEXTS = (128, 4096)
 DTYPES = ("float32", "bfloat16")
+# Its limit lies nearer to 1 than rounds lie to each other.
+ROUNDS = {"decoding 128": 25}
 PHASES = ("prefill", *(f"decoding {context}" for context in CONTEXTS), "start")
 
 
@@ -257,9 +261,22 @@ def save_models(entries: tuple[Entry, ...], folder: Path, dtype: str) -> dict[st
         if entry.onnx:
             saved = folder / f"{entry.name}-to-export"
         entry.build(SHAPE).to(getattr(torch, dtype)).save_pretrained(saved)
+        align(saved / "model.safetensors")
         if entry.onnx:
             export_onnx(saved, folders[entry.name])
     return folders
+
+
+def align(file: Path, boundary: int = 64) -> None:
+    """Let the tensors of a safetensors file begin at a cache line, by spaces behind its header.
+
+    Where they begin is the luck of the header's length, and moves any model's decoding in bfloat16 by up to 8%.
+    """
+    content = file.read_bytes()
+    (length,) = struct.unpack_from("<Q", content)
+    header = content[8 : 8 + length].rstrip()
+    header += b" " * (-(8 + len(header)) % boundary)
+    file.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
 
 
 def load_models(entries: tuple[Entry, ...], folders: dict[str, Path], dtype: str, threads: int) -> dict[str, Any]:
@@ -296,7 +313,7 @@ def main() -> None:
                     rows = (
                         start_rows(here, folders, threads, dtype, arguments.repeats or 5)
                         if phase == "start"
-                        else speed_rows(phase, here, models, arguments.repeats)
+                        else speed_rows(phase, here, models, arguments.repeats or ROUNDS.get(phase))
                     )
                     for row in rows:
                         write({"benchmark": "inference", "problem": problem} | row | origin)
