@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import itertools
 
 import pytest
@@ -125,7 +126,15 @@ def test_v1_norm_of_a_bfloat16_call_is_float32():
     wide = o.double()
     rms = (wide.square().mean(-1, keepdim=True) + layer.subln.eps).sqrt()
     expected = wide / rms * layer.subln.weight.double() * (1 - layer.lam.lambda_init)
-    torch.testing.assert_close(layer.subln(o), expected.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.subln(o, layer.subln.scale), expected.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_v1_norm_takes_its_scale_beside_its_input():
+    """By its one input vLLM would know it for a plain norm and put its own there, which has no scale."""
+    norm = small_model("diff_v1").model.layers[1].self_attn.subln
+    assert list(inspect.signature(norm.forward).parameters) == ["y_BTHV", "scale"]
+    with pytest.raises(TypeError):
+        norm(torch.randn(1, 2, 3, 2 * SHAPE.head_dim))
 
 
 @pytest.mark.parametrize("attention", DIFFERENTIAL)

@@ -72,10 +72,10 @@ class RMSNormPerHead(nn.RMSNorm):
         super().__init__(width, eps=eps, elementwise_affine=elementwise_affine)
         self.scale = scale
 
-    def forward(self, y_BTHV: Tensor) -> Tensor:
+    # vLLM swaps whatever computes the norm of its one input for a norm of its own, which has no scale.
+    def forward(self, y_BTHV: Tensor, scale: float) -> Tensor:  # type: ignore[override]
         y = y_BTHV.to(torch.promote_types(y_BTHV.dtype, torch.float32))
         # The scale rides on the gain: one pass less over y, and one less over its gradient.
-        scale = self.scale
         gain = y.new_full(self.normalized_shape, scale) if self.weight is None else self.weight.to(y.dtype) * scale
         return F.rms_norm(y, self.normalized_shape, gain, self.eps)
 
@@ -177,7 +177,7 @@ class DifferentialAttention(SoftmaxAttention):
     def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
         assert lam_BTH is not None
         y_BTHV = subtract(o_BTNW, lam_BTH)
-        return y_BTHV if self.subln is None else self.subln(y_BTHV)
+        return y_BTHV if self.subln is None else self.subln(y_BTHV, self.subln.scale)
 
 
 class DiffV1Attention(DifferentialAttention):

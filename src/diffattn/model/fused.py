@@ -91,7 +91,7 @@ def diff_fused_attention(
         output = fused_cpu.fused_cpu_diff_attention(
             q1, k1, q2, k2, v_BSGV, lam, causal=True, scale=scaling, first_query=first_query
         )
-        return output if norm is None else norm(output), None
+        return output if norm is None else norm(output, norm.scale), None
 
     if _holds_both_keys(query, key):
         query = pad_queries(query.transpose(1, 2)).transpose(1, 2)
@@ -100,7 +100,7 @@ def diff_fused_attention(
     output = subtract(o_BTNV, lam)
     if dead is not None:
         output = output.masked_fill(dead, 0.0)
-    return output if norm is None else norm(output), None
+    return output if norm is None else norm(output, norm.scale), None
 
 
 def serving_backend(attention: str, device: str, dtype: torch.dtype) -> str:
