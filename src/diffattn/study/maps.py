@@ -6,49 +6,47 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diffattn.model.attention import DiffV1Attention, DiffV2Attention, SoftmaxAttention
-from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.attention import DiffV1Attention
+from diffattn.study.layer_calls import LayerCall, served_by
 
 
 @torch.no_grad()
-def attention_maps(model: DiffTransformerForCausalLM, input_ids: Tensor, *, layer: int, head: int) -> dict[str, Any]:
+def attention_maps(model: PreTrainedModel, input_ids: Tensor, *, layer: int, head: int) -> dict[str, Any]:
     """``map_pos``, ``lam_map_neg`` and ``map_diff`` of one output head, ``T × T`` lists, and its λ.
 
-    For softmax only ``map_pos``. ``lam`` is a number under V1 and one per query token under V2.
+    For a model with one map only ``map_pos``. ``lam`` is a number under V1 and one per query token under V2.
 
     Args:
-        model: any variant; its attention implementation and mode are left as they were.
-        input_ids: ``(1, T)`` token ids; short, since the maps of all heads exist at once.
+        model: any whose attention can be read (``layer_calls.py``); its implementation and mode are left as they were.
+        input_ids: ``(1, T)`` token ids; short, since the maps of all heads of a layer exist at once.
         layer: from 0.
         head: output head, from 0.
     """
-    attention = model.model.layers[layer].self_attn
-    assert isinstance(attention, SoftmaxAttention)
-    seen: list[Tensor] = []
-    hook = attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    implementation, training = model.config._attn_implementation, model.training
+    found: dict[str, Any] = {}
+
+    def read(call: LayerCall) -> None:
+        if call.layer != layer:
+            return
+        rows = range(input_ids.shape[1])
+        maps, lam = [weights[0, head] for weights in call.maps(rows)], call.lam_of(rows)
+        found["map_pos"] = maps[0].tolist()
+        if lam is not None:
+            lam_T1 = lam[0, head]
+            found["lam_map_neg"] = (lam_T1 * maps[1]).tolist()
+            found["map_diff"] = (maps[0] - lam_T1 * maps[1]).tolist()
+            # One number for all tokens where the layer has one.
+            attention = model.get_decoder().layers[layer].self_attn
+            found["lam"] = lam_T1[0, 0].item() if isinstance(attention, DiffV1Attention) else lam_T1[:, 0].tolist()
+
+    training = model.training
     try:
-        model.set_attn_implementation("eager")
-        weights = model.eval()(input_ids, output_attentions=True).attentions[layer][0].float()
+        with served_by(model.eval(), read):
+            model(input_ids=input_ids, use_cache=False)
     finally:
-        hook.remove()
-        model.set_attn_implementation(implementation)
         model.train(training)
-    if isinstance(attention, DiffV1Attention):
-        lam = attention.lam().expand(weights.shape[-1])
-    elif isinstance(attention, DiffV2Attention):
-        lam = attention.lam(seen[0])[0, :, head]
-    else:
-        return {"map_pos": weights[head].tolist()}
-    map_pos, lam_map_neg = weights[2 * head], lam[:, None] * weights[2 * head + 1]
-    return {
-        "map_pos": map_pos.tolist(),
-        "lam_map_neg": lam_map_neg.tolist(),
-        "map_diff": (map_pos - lam_map_neg).tolist(),
-        "lam": lam[0].item() if isinstance(attention, DiffV1Attention) else lam.tolist(),
-    }
+    return found
 
 
 def token_labels(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:

@@ -1,0 +1,246 @@
+"""Needles in a haystack: magic numbers of cities hidden in real text, to be trained on and to be asked for.
+
+    … text. The magic number of Lima is 48219. More text … The magic number of Oslo is 70035. …
+
+    What is the magic number of Oslo? The magic number of Oslo is 70035.
+
+N needles are hidden, R of them are asked for at once. A needle stands between sentences. The first that is asked for
+lies at a given depth, the share of the text before it; the others lie anywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from diffattn.data.text import Document
+from diffattn.data.tokenizer import document_marks
+from diffattn.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CITIES = (
+    "Accra", "Algiers", "Amman", "Ankara", "Athens", "Baku", "Bamako", "Bangkok", "Berlin", "Bern", "Bogota",
+    "Brussels", "Bucharest", "Budapest", "Cairo", "Canberra", "Caracas", "Chennai", "Copenhagen", "Dakar",
+    "Damascus", "Delhi", "Denver", "Dhaka", "Doha", "Dresden", "Dublin", "Durban", "Geneva", "Hamburg", "Hanoi",
+    "Harare", "Havana", "Helsinki", "Houston", "Istanbul", "Jakarta", "Kabul", "Kampala", "Kigali", "Kingston",
+    "Lagos", "Lima", "Lisbon", "London", "Luanda", "Lusaka", "Madrid", "Manila", "Maputo", "Milan", "Minsk",
+    "Mumbai", "Munich", "Nairobi", "Naples", "Osaka", "Oslo", "Ottawa", "Panama", "Paris", "Perth", "Prague",
+    "Quito", "Riga", "Rome", "Santiago", "Seoul", "Sofia", "Sydney", "Taipei", "Tallinn", "Tehran", "Tirana",
+    "Tokyo", "Toronto", "Tunis", "Turin", "Vienna", "Vilnius", "Warsaw", "Zagreb", "Zurich",
+)  # fmt: skip
+DIGITS = 5
+# The end of a sentence: its mark, what closes a quotation, and the white space behind.
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+")
+
+
+class Needle(NamedTuple):
+    """A city and its magic number."""
+
+    city: str
+    number: str
+
+    @property
+    def sentence(self) -> str:
+        return f"The magic number of {self.city} is {self.number}."
+
+
+@dataclass(frozen=True)
+class NeedlePrompt:
+    """``ids`` ends where the model is to go on; ``answers`` are the numbers asked for, in order.
+
+    ``spans`` are half-open ranges of tokens, which join: ``bos`` (empty where the tokenizer has no such token), the
+    text ``before`` the first needle asked for, that needle's sentence, ``answer``, the text ``behind`` it, and the
+    ``query``.
+    """
+
+    ids: list[int]
+    spans: dict[str, tuple[int, int]]
+    answers: tuple[str, ...]
+
+
+def draw_needles(random: np.random.Generator, count: int) -> list[Needle]:
+    """Different cities, each with a random number of five digits.
+
+    Raises: `ConfigError` for more needles than there are cities.
+    """
+    if not 1 <= count <= len(CITIES):
+        raise ConfigError(f"{count} needles asked for; wanted 1 to {len(CITIES)}, one for each city that is known")
+    cities = random.choice(len(CITIES), count, replace=False)
+    numbers = random.integers(10 ** (DIGITS - 1), 10**DIGITS, count)
+    return [Needle(CITIES[city], str(number)) for city, number in zip(cities, numbers, strict=True)]
+
+
+def question(asked: Sequence[Needle]) -> str:
+    """The question for some needles and the beginning of its answer.
+
+    >>> question([Needle("Oslo", "70035"), Needle("Lima", "48219")])
+    'What are the magic numbers of Oslo and Lima? The magic numbers of Oslo and Lima are'
+    """
+    cities = _listed([needle.city for needle in asked])
+    if len(asked) == 1:
+        return f"What is the magic number of {cities}? The magic number of {cities} is"
+    return f"What are the magic numbers of {cities}? The magic numbers of {cities} are"
+
+
+def answer(asked: Sequence[Needle]) -> str:
+    """What follows the question, with the full stop.
+
+    >>> answer([Needle("Oslo", "70035"), Needle("Lima", "48219")])
+    ' 70035 and 48219.'
+    """
+    return f" {_listed([needle.number for needle in asked])}."
+
+
+def is_answer(text: str, answers: Sequence[str]) -> bool:
+    """Whether the first numbers of a text are those asked for, in order.
+
+    >>> is_answer(" 70035 and 48219. What", ["70035", "48219"]), is_answer(" 700351", ["70035"])
+    (True, False)
+    """
+    return re.findall(r"\d+", text)[: len(answers)] == list(answers)
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def sentences(text: str) -> list[str]:
+    """A text cut behind its sentences; strung together they are the text again.
+
+    >>> sentences("One. Two! Three")
+    ['One. ', 'Two! ', 'Three']
+    """
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True) if end > start]
+
+
+class Haystack:
+    """Real text as tokens, cut behind its sentences, from which prompts of any length are cut.
+
+    Arguments:
+        documents: the text; the longest that is asked for has to fit into all of them together.
+        tokenizer: of the model that is to read it.
+    Raises: `DataError` for text without the end of a sentence.
+    """
+
+    def __init__(self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        parts = [" ".join(part.split()) for document in documents for part in sentences(document.text)]
+        parts = [part for part in parts if part]
+        if len(parts) < 2:
+            raise DataError("the haystack is one sentence or none; wanted text of several sentences: give more of it")
+        self._sentences: list[list[int]] = [self._encode(f" {part}") for part in parts]
+        self._ends = np.cumsum([len(ids) for ids in self._sentences])
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prompt(
+        self, random: np.random.Generator, *, length: int, depth: float, needles: int = 1, queries: int = 1
+    ) -> NeedlePrompt:
+        """A prompt of exactly ``length`` tokens (a haystack is cut off in its last sentence to make it so).
+
+        Arguments:
+            random: what is drawn: the place in the text, cities, numbers, the places of the other needles.
+            length: tokens of the prompt, its question with them.
+            depth: from 0 to 1, the share of the text before the first needle asked for.
+            needles, queries: N and R, R at most N.
+        Raises: `ConfigError` for numbers that do not fit: no needle in the context, or more questions than needles.
+        """
+        if not 1 <= queries <= needles:
+            raise ConfigError(
+                f"{queries} of {needles} needles are asked for; wanted at least 1 and at most all of them"
+            )
+        if not 0 <= depth <= 1:
+            raise ConfigError(f"depth is {depth}; wanted 0, the beginning of the text, to 1, its end")
+        drawn = draw_needles(random, needles)
+        before = document_marks(self.tokenizer)[0] or [
+            token for token in [self.tokenizer.bos_token_id] if token is not None
+        ]
+        query = self._encode(f"\n\n{question(drawn[:queries])}")
+        hidden = [self._encode(f" {needle.sentence}") for needle in drawn]
+        room = length - len(before) - len(query) - sum(map(len, hidden))
+        if room < 1:
+            raise ConfigError(
+                f"a length of {length} tokens is asked for; {needles} needles and their question take "
+                f"{length - room}, so there is no needle in the context: wanted at least {length - room + 1}"
+            )
+        text = self._cut(random, room)
+        # Between sentences; the first needle at the place nearest to its depth.
+        places = np.array([0, *np.cumsum([len(ids) for ids in text])])
+        at = [int(np.abs(places - depth * room).argmin()), *random.integers(0, len(places), needles - 1).tolist()]
+        ids, span = list(before), (0, 0)
+        for place in range(len(places)):
+            for index in [index for index in range(needles) if at[index] == place]:
+                if index == 0:
+                    span = (len(ids), len(ids) + len(hidden[0]))
+                ids += hidden[index]
+            ids += text[place] if place < len(text) else []
+        ends = [0, len(before), *span, len(ids), len(ids) + len(query)]
+        names = ("bos", "before", "answer", "behind", "query")
+        spans = {name: (ends[i], ends[i + 1]) for i, name in enumerate(names)}
+        return NeedlePrompt(ids + query, spans, tuple(needle.number for needle in drawn[:queries]))
+
+    def _cut(self, random: np.random.Generator, room: int) -> list[list[int]]:
+        """Whole sentences from a random one on, the last cut off, of ``room`` tokens together."""
+        total = int(self._ends[-1])
+        if room > total:
+            raise ConfigError(
+                f"a haystack of {room} tokens is asked for and the text has {total}; give more text or a shorter length"
+            )
+        latest = int(np.searchsorted(self._ends, total - room, side="right"))
+        start = int(random.integers(0, latest + 1)) if latest else 0
+        if total - (int(self._ends[start - 1]) if start else 0) < room:
+            start = latest
+        cut: list[list[int]] = []
+        while room:
+            cut.append(self._sentences[start + len(cut)][:room])
+            room -= len(cut[-1])
+        return cut
+
+
+def needle_documents(
+    documents: Sequence[Document],
+    *,
+    count: int,
+    characters: int,
+    seed: int,
+    most_needles: int = 6,
+    most_queries: int = 2,
+) -> list[Document]:
+    """Documents to train on: real text of up to ``characters`` with needles in it, and questions with their answers.
+
+    Arguments:
+        documents: the text around the needles.
+        count: documents to make.
+        characters: of the longest; lengths are spread evenly from a quarter of it.
+        seed: of all that is drawn.
+        most_needles: a document hides 1 to so many.
+        most_queries: and asks for 1 to so many at once, until all are asked for.
+    """
+    random = np.random.default_rng(seed)
+    parts = [part for document in documents for part in sentences(document.text)]
+    if not parts:
+        raise DataError("there is no text to hide needles in; give a text of several sentences")
+    made = []
+    for number in range(count):
+        wanted, place = int(random.integers(characters // 4, characters + 1)), int(random.integers(0, len(parts)))
+        text: list[str] = []
+        while sum(map(len, text)) < wanted:
+            text.append(" ".join(parts[(place + len(text)) % len(parts)].split()))
+        drawn = draw_needles(random, int(random.integers(1, most_needles + 1)))
+        for needle in drawn:
+            text.insert(int(random.integers(0, len(text) + 1)), needle.sentence)
+        asked, questions = [drawn[i] for i in random.permutation(len(drawn))], []
+        while asked:
+            together = asked[: int(random.integers(1, most_queries + 1))]
+            asked = asked[len(together) :]
+            questions.append(f"\n\n{question(together)}{answer(together)}")
+        made.append(Document(f"needles {number}", " " + " ".join(part for part in text if part) + "".join(questions)))
+    return made

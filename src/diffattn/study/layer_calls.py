@@ -1,0 +1,208 @@
+"""What the layers of a model attend to, read from their own queries, keys and λ while it runs.
+
+Every model that calls the attention interface of ``transformers`` can be read: ours, and its causal models that do not
+change their scores behind the product. Nothing of T × T is held: a study asks for the rows of the maps that it needs.
+
+Shape suffixes: B batch, T queries, S keys, H output heads, G key/value heads, d width of a query, R some of the T rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from diffattn.errors import UnsupportedError
+from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
+
+# Numbers of a block of rows of all heads, about: 64 MiB in float32.
+BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The one attention call of a layer: its maps are ``softmax(scale · queries[i] keys[i]ᵀ)``.
+
+    ``queries`` (B, T, H, d) and ``keys`` (B, S, G, d) are those of map_pos, and behind them, for a differential model,
+    those of map_neg; ``lam`` is then λ in float32, (B, T, H). ``value`` is (B, S, G, V). ``mask`` is None for causal,
+    int32 (B, 1, 1, S), the first query that sees each key, or a mask of ``scaled_dot_product_attention``.
+    """
+
+    layer: int
+    queries: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]
+    value: Tensor
+    lam: Tensor | None
+    scale: float
+    mask: Tensor | None
+
+    @property
+    def heads(self) -> int:
+        """Output heads H."""
+        return self.queries[0].shape[2]
+
+    def row_blocks(self) -> Iterator[range]:
+        """All rows, in blocks of which the scores of all heads are a matter of some ten megabytes."""
+        B, T, H, _ = self.queries[0].shape
+        rows = max(1, BLOCK // (B * H * self.keys[0].shape[1]))
+        return (range(start, min(start + rows, T)) for start in range(0, T, rows))
+
+    def scores(self, which: int, rows: range, keys: range) -> Tensor:
+        """Scaled scores of map_pos (0) or map_neg (1) for some keys, (B, H, R, keys) in float32, hidden ones too."""
+        q_BRHd = self.queries[which][:, rows.start : rows.stop : rows.step].float() * self.scale
+        k_BSGd = self.keys[which][:, keys.start : keys.stop].float()
+        q_BGrd = q_BRHd.unflatten(2, (k_BSGd.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        scores = q_BGrd @ k_BSGd.permute(0, 2, 3, 1)
+        return scores.unflatten(2, (-1, len(rows))).flatten(1, 2)
+
+    def logits(self, which: int, rows: range) -> Tensor:
+        """Scaled scores of map_pos (0) or map_neg (1), (B, H, R, S) in float32; −∞ where a query sees no key."""
+        scores = self.scores(which, rows, range(self.keys[0].shape[1]))
+        mask = self._mask(rows)
+        if mask is None:
+            return scores
+        return scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+
+    def seen_scores(self, which: int, block: int = 1 << 18) -> Iterator[Tensor]:
+        """Every score of a query and a key that it sees, once, in tensors of any shape that may hold zeros beside.
+
+        In pieces of about ``block`` numbers, which the first caches hold. Under a causal mask nothing else is computed.
+        """
+        for sequence in range(self.queries[0].shape[0]):
+            call = self._of(sequence)
+            T, S, H = call.queries[0].shape[1], call.keys[0].shape[1], call.heads
+            step = max(1, block // (H * S))
+            for start in range(0, T, step):
+                rows = range(start, min(start + step, T))
+                if self.mask is not None:
+                    scores = call.logits(which, rows)
+                    yield scores[scores > -torch.inf]
+                    continue
+                # Up to where the first row sees, then the triangle behind.
+                seen = start + S - T + 1
+                yield call.scores(which, rows, range(seen))[0]
+                if len(rows) > 1:
+                    yield call.scores(which, rows, range(seen, rows.stop + S - T)).tril_(-1)
+
+    def _of(self, sequence: int) -> LayerCall:
+        """The call of one sequence of the batch, in float32."""
+        one = slice(sequence, sequence + 1)
+        return LayerCall(
+            self.layer,
+            tuple(x[one].float() for x in self.queries),
+            # Head by head in memory, as the products read them.
+            tuple(x[one].float().transpose(1, 2).contiguous().transpose(1, 2) for x in self.keys),
+            self.value[one],
+            None if self.lam is None else self.lam[one],
+            self.scale,
+            None if self.mask is None else self.mask[one if len(self.mask) > 1 else slice(None)],
+        )
+
+    def maps(self, rows: range) -> tuple[Tensor, ...]:
+        """``(map_pos,)`` or ``(map_pos, map_neg)``, each (B, H, R, S) in float32; a row without keys is zeros."""
+        return tuple(self.logits(which, rows).softmax(dim=-1).nan_to_num_(0.0) for which in range(len(self.queries)))
+
+    def lam_of(self, rows: range) -> Tensor | None:
+        """λ as it meets map_neg: (B, H, R, 1)."""
+        return None if self.lam is None else self.lam[:, rows.start : rows.stop : rows.step].transpose(1, 2)[..., None]
+
+    def map_diff(self, rows: range) -> Tensor:
+        """``map_pos − λ · map_neg``, or map_pos where there is no other; (B, H, R, S) in float32."""
+        maps, lam = self.maps(rows), self.lam_of(rows)
+        return maps[0] if lam is None else torch.addcmul(maps[0], lam, maps[1], value=-1)
+
+    def _mask(self, rows: range) -> Tensor | None:
+        """Of these rows: bool, True where a query sees a key, or a number to be added; None where all see all."""
+        T, S = self.queries[0].shape[1], self.keys[0].shape[1]
+        device = self.keys[0].device
+        row = torch.arange(rows.start, rows.stop, rows.step, device=device)[:, None]
+        if self.mask is None:
+            # Aligned at the end, which hides nothing from a single query.
+            return None if T == 1 else torch.arange(S, device=device) <= row + (S - T)
+        if self.mask.dtype == torch.int32:
+            return self.mask <= row
+        return self.mask[:, :, rows.start : rows.stop : rows.step, :S]
+
+
+Serve = Callable[[LayerCall], Tensor | None]
+
+
+@contextlib.contextmanager
+def served_by(model: PreTrainedModel, serve: Serve) -> Iterator[None]:
+    """While this lasts, every attention call of the model is shown to ``serve``.
+
+    Args:
+        model: any causal model of ``transformers``; its implementation is put back at the end.
+        serve: is given each layer's call, in order; what it returns, (B, T, H, V), is the output heads before V1's
+            norm, and None lets the model compute them as it would.
+
+    Raises:
+        UnsupportedError: the model does not use the attention interface, or changes its scores in a way that is not
+            read; says which.
+    """
+    differential = isinstance(model.config, DiffTransformerConfig) and model.config.subtracts_maps
+    implementation = DIFF_FUSED if differential else "sdpa"
+    before = model.config._attn_implementation
+    called: list[int] = []
+    plain = ALL_ATTENTION_FUNCTIONS[implementation]
+
+    def shown(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Any]:
+        call = _layer_call(module, query, key, value, mask, options)
+        called.append(call.layer)
+        output = serve(call)
+        if output is None:
+            return plain(module, query, key, value, mask, **options)
+        norm = options.get("norm")
+        return (output if norm is None else norm(output, norm.scale)).to(value.dtype), None
+
+    try:
+        model.set_attn_implementation(implementation)
+    except ValueError as error:
+        raise UnsupportedError(_cannot(model, str(error).split(". ")[0])) from None
+    ALL_ATTENTION_FUNCTIONS[implementation] = shown
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[implementation]
+        model.set_attn_implementation(before)
+    if not called:
+        raise UnsupportedError(_cannot(model, "it does not use the attention interface of transformers"))
+
+
+def _cannot(model: PreTrainedModel, reason: str) -> str:
+    return (
+        f"the attention of {type(model).__name__} cannot be read: {reason}; wanted a causal model of transformers "
+        "whose scores are scaled products of queries and keys, such as Llama's or one of ours"
+    )
+
+
+def _layer_call(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> LayerCall:
+    """The call in our layout: heads behind tokens, one entry per map."""
+    for name in ("softcap", "position_bias", "s_aux"):
+        if options.get(name) is not None:
+            raise UnsupportedError(
+                f"the attention of {type(module).__name__} cannot be read: it changes its scores by {name}; wanted "
+                "scaled products of queries and keys"
+            )
+    q_BTNd, k_BSGW, v_BSGV = (x.transpose(1, 2) for x in (query, key, value))
+    scale = options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    lam = options.get("lam")
+    queries: tuple[Tensor, ...] = (q_BTNd,)
+    keys: tuple[Tensor, ...] = (k_BSGW,)
+    if lam is not None:
+        queries = q_BTNd.unflatten(2, (-1, 2)).unbind(3)
+        keys = k_BSGW.chunk(2, dim=-1) if k_BSGW.shape[-1] != q_BTNd.shape[-1] else (k_BSGW, k_BSGW)
+        lam = lam.expand(queries[0].shape[:3])
+    layer: Any = module.layer_idx
+    return LayerCall(layer, queries, keys, v_BSGV, lam, float(scale), mask)

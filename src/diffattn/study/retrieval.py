@@ -1,0 +1,150 @@
+"""Multi-needle retrieval: how often a model copies the magic numbers that were hidden in a long text.
+
+Source: arXiv 2410.05258v2, section 3.4, Table 2 and Figure 7 (N needles, R of them asked for, 5 depths × 50 samples,
+exact match).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from diffattn.data.needles import DIGITS, Haystack, NeedlePrompt, is_answer
+from diffattn.errors import ConfigError
+from diffattn.study.noise import DEPTHS, check_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalOptions:
+    """What is asked; the fields are the options of ``diffattn eval retrieval``."""
+
+    lengths: tuple[int, ...] = (1024,)
+    """Tokens of a prompt, its question with them."""
+    depths: tuple[float, ...] = DEPTHS
+    """Where the first needle asked for lies."""
+    tasks: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (4, 2), (6, 2))
+    """N needles and R of them asked for."""
+    samples: int = 50
+    """Prompts for each length, depth and task."""
+    batch_size: int = 16
+    """Prompts that are answered together."""
+    seed: int = 0
+    """Of the prompts: the same ones for every model with the same tokenizer."""
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.batch_size) < 1 or not (self.lengths and self.depths and self.tasks):
+            raise ConfigError(
+                f"samples is {self.samples}, batch_size {self.batch_size}, with {len(self.lengths)} lengths, "
+                f"{len(self.depths)} depths and {len(self.tasks)} tasks; wanted at least one of each"
+            )
+
+
+class Cell(NamedTuple):
+    """Prompts of one kind: length in tokens, N, R, and the depth of the first needle asked for."""
+
+    length: int
+    needles: int
+    queries: int
+    depth: float
+    seed: int
+
+
+def measure_retrieval(
+    model: PreTrainedModel,
+    haystack: Haystack,
+    options: RetrievalOptions,
+    *,
+    rows: Path | None = None,
+    on_progress: Callable[[int, int, float], None] = lambda done, all_, seconds_left: None,
+) -> list[dict[str, Any]]:
+    """Ask a model for needles.
+
+    Args:
+        model: a causal model of ``transformers``.
+        haystack: the text, in the model's tokens.
+        options: see :class:`RetrievalOptions`.
+        rows: a file of JSON lines, to which each cell is appended when it is done; what it has is not done again.
+        on_progress: called with prompts done, prompts in all, and an estimate of the seconds left.
+
+    Returns:
+        One row per length, task and depth: ``length``, ``needles``, ``queries``, ``depth``, ``seed``, and ``correct``,
+        one truth value per sample.
+
+    Raises:
+        ConfigError: lengths beyond the model's, or too short for the needles.
+    """
+    cells = [
+        Cell(length, needles, queries, depth, options.seed)
+        for length in options.lengths
+        for needles, queries in options.tasks
+        for depth in options.depths
+    ]
+    longest_answer = _answer_tokens(max(queries for _, queries in options.tasks))
+    check_length(model, max(options.lengths) + longest_answer)
+    done = {cell: correct for cell, correct in _read(rows) if len(correct) == options.samples}
+    left = sum(cell not in done for cell in cells) * options.samples
+    began, answered = time.monotonic(), 0
+    for cell in cells:
+        if cell in done:
+            continue
+        prompts = [_prompt(haystack, cell, sample) for sample in range(options.samples)]
+        correct: list[bool] = []
+        for start in range(0, len(prompts), options.batch_size):
+            batch = prompts[start : start + options.batch_size]
+            correct += answered_rightly(model, haystack, batch)
+            answered += len(batch)
+            on_progress(answered, left, (time.monotonic() - began) / answered * (left - answered))
+        done[cell] = correct
+        if rows is not None:
+            with rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(cell._asdict() | {"correct": correct}) + "\n")
+    return [cell._asdict() | {"correct": done[cell]} for cell in cells]
+
+
+@torch.no_grad()
+def answered_rightly(model: PreTrainedModel, haystack: Haystack, prompts: list[NeedlePrompt]) -> list[bool]:
+    """Whether the greedy answers hold the numbers; prompts have one length, so that none is padded."""
+    tokenizer, queries = haystack.tokenizer, len(prompts[0].answers)
+    ids = torch.tensor([prompt.ids for prompt in prompts], device=model.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=_answer_tokens(queries),
+        do_sample=False,
+        pad_token_id=pad,
+    )
+    texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    return [is_answer(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def _answer_tokens(queries: int) -> int:
+    """Enough for any answer: a token for each digit at most, and the words and marks around them."""
+    return queries * (DIGITS + 3)
+
+
+def _prompt(haystack: Haystack, cell: Cell, sample: int) -> NeedlePrompt:
+    """Of a stream of its own, so that a cell more or less does not change the others."""
+    stream = (cell.seed, cell.length, cell.needles, cell.queries, round(1000 * cell.depth), sample)
+    return haystack.prompt(
+        np.random.default_rng(stream),
+        length=cell.length,
+        depth=cell.depth,
+        needles=cell.needles,
+        queries=cell.queries,
+    )
+
+
+def _read(rows: Path | None) -> Iterator[tuple[Cell, list[bool]]]:
+    """What a file has; nothing where there is none."""
+    for line in rows.read_text(encoding="utf-8").splitlines() if rows is not None and rows.exists() else ():
+        row = json.loads(line)
+        yield Cell(*(row[name] for name in Cell._fields)), row["correct"]
