@@ -12,13 +12,13 @@ from diffattn.errors import ConfigError, DataError
 from diffattn.study.icl import (
     Choices,
     Example,
-    IclOptions,
     measure_icl,
     query_ids,
     read_examples,
     shown_ids,
     synthetic_task,
 )
+from diffattn.study.options import IclOptions
 
 TASK = synthetic_task(4, examples=60, seed=5)
 TOKENIZER = train_tokenizer([TEXT, "input: label: 0 1 2 3\n\n"], VOCABULARY)

@@ -7,7 +7,8 @@ from study.needle_model import VOCABULARY, haystack, reader
 
 from diffattn.errors import ConfigError
 from diffattn.study.layer_calls import served_by
-from diffattn.study.noise import SPANS, NoiseOptions, measure_noise, span_sums
+from diffattn.study.noise import SPANS, measure_noise, span_sums
+from diffattn.study.options import NoiseOptions
 
 MODELS = ("softmax", "diff_v1", "diff_v2", "dex", "llama")
 HAY = haystack()

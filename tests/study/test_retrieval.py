@@ -8,7 +8,8 @@ from study.needle_model import haystack, reader
 
 from diffattn.data.needles import Needle, answer
 from diffattn.errors import ConfigError
-from diffattn.study.retrieval import RetrievalOptions, answered_rightly, measure_retrieval
+from diffattn.study.options import RetrievalOptions
+from diffattn.study.retrieval import answered_rightly, measure_retrieval
 
 HAY = haystack()
 OPTIONS = RetrievalOptions(lengths=(260, 301), depths=(0.0, 1.0), tasks=((1, 1), (3, 2)), samples=3, batch_size=2)

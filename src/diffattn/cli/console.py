@@ -67,6 +67,19 @@ class Console:
             self._tasks[name] = self._live.add_task(text, total=step.steps)
         self._live.update(self._tasks[name], completed=step.step, description=text)
 
+    def counted(self, name: str, done: int, all_: int) -> None:
+        """The live line of one model, by what is done; nothing where stderr is not a terminal."""
+        if not self._screen.is_terminal:
+            return
+        if not self._tasks:
+            self._live.start()
+        if name not in self._tasks:
+            self._tasks[name] = self._live.add_task(name, total=all_)
+        task = self._live.tasks[self._live.task_ids.index(self._tasks[name])]
+        left = f"  {task.time_remaining:.0f} s left" if task.time_remaining else ""
+        text = f"{name:<16} {done:,} of {all_:,}{left}"
+        self._live.update(self._tasks[name], completed=done, total=all_, description=text)
+
     def rows(self, rows: list[list[str]]) -> None:
         """A table; the first row is its header."""
         table = Table(*rows[0], box=rich.box.SIMPLE_HEAD)

@@ -14,6 +14,7 @@ import tyro
 from diffattn.cli.compare import compare
 from diffattn.cli.convert import convert
 from diffattn.cli.doctor import doctor
+from diffattn.cli.evaluate import EVAL
 from diffattn.cli.export import export
 from diffattn.cli.generate import generate
 from diffattn.cli.plan import plan
@@ -32,6 +33,7 @@ VERBS: dict[str, Callable[..., Callable[[], int]]] = {
     "serve": serve,
     "convert": convert,
     "export": export,
+    **EVAL,
     "doctor": doctor,
 }
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from diffattn.data.tokenizer import document_marks
 from diffattn.errors import ConfigError, DataError
 from diffattn.study.noise import check_length
+from diffattn.study.options import IclOptions
 
 ORDERS = ("random", "by class")
 
@@ -38,27 +38,6 @@ class Example(NamedTuple):
 
     text: str
     label: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class IclOptions:
-    """What is asked; the fields are the options of ``diffattn eval icl``."""
-
-    shots: tuple[int, ...] = (4, 8, 16, 32)
-    """Numbers of demonstrations."""
-    queries: int = 100
-    """Texts to classify at each number."""
-    permutations: int = 5
-    """Orders of the largest number of demonstrations, random ones and as many by class."""
-    seed: int = 0
-    """Of what is drawn."""
-
-    def __post_init__(self) -> None:
-        if not self.shots or min(*self.shots, self.queries, self.permutations) < 1:
-            raise ConfigError(
-                f"shots is {self.shots}, queries {self.queries}, permutations {self.permutations}; wanted each at "
-                "least 1"
-            )
 
 
 def synthetic_task(labels: int, *, examples: int, seed: int, words: int = 4) -> list[Example]:

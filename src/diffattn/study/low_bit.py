@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 
 from diffattn.errors import ConfigError
 from diffattn.study.layer_calls import LayerCall, served_by
-
-BITS = (16, 8, 6, 4)
+from diffattn.study.options import BITS
 
 
 def quantise_rows(logits: Tensor, bits: int) -> Tensor:

@@ -11,7 +11,6 @@ Source: arXiv 2410.05258v2, section 3.4 and Table 3, which does not say how the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,33 +21,10 @@ from transformers import PreTrainedModel
 from diffattn.data.needles import Haystack, NeedlePrompt
 from diffattn.errors import ConfigError
 from diffattn.study.layer_calls import LayerCall, served_by
+from diffattn.study.options import NoiseOptions
 
 SPANS = ("bos", "before", "answer", "behind", "query")
 NOISE = ("before", "behind")
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseOptions:
-    """What is asked; the fields are the options of ``diffattn eval noise``."""
-
-    length: int = 1024
-    """Tokens of a prompt, its question with them."""
-    depths: tuple[float, ...] = DEPTHS
-    """Where the needle lies: 0 is the beginning of the text, 1 its end."""
-    samples: int = 50
-    """Prompts at each depth."""
-    batch_size: int = 4
-    """Prompts that are read together."""
-    seed: int = 0
-    """Of the prompts: the same ones for every model with the same tokenizer."""
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.batch_size < 1 or not self.depths:
-            raise ConfigError(
-                f"samples is {self.samples}, batch_size {self.batch_size}, with {len(self.depths)} depths; wanted at "
-                "least one of each"
-            )
 
 
 def measure_noise(

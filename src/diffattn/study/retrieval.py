@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,33 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from diffattn.data.needles import DIGITS, Haystack, NeedlePrompt, is_answer
-from diffattn.errors import ConfigError
-from diffattn.study.noise import DEPTHS, check_length
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalOptions:
-    """What is asked; the fields are the options of ``diffattn eval retrieval``."""
-
-    lengths: tuple[int, ...] = (1024,)
-    """Tokens of a prompt, its question with them."""
-    depths: tuple[float, ...] = DEPTHS
-    """Where the first needle asked for lies."""
-    tasks: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (4, 2), (6, 2))
-    """N needles and R of them asked for."""
-    samples: int = 50
-    """Prompts for each length, depth and task."""
-    batch_size: int = 16
-    """Prompts that are answered together."""
-    seed: int = 0
-    """Of the prompts: the same ones for every model with the same tokenizer."""
-
-    def __post_init__(self) -> None:
-        if min(self.samples, self.batch_size) < 1 or not (self.lengths and self.depths and self.tasks):
-            raise ConfigError(
-                f"samples is {self.samples}, batch_size {self.batch_size}, with {len(self.lengths)} lengths, "
-                f"{len(self.depths)} depths and {len(self.tasks)} tasks; wanted at least one of each"
-            )
+from diffattn.study.noise import check_length
+from diffattn.study.options import RetrievalOptions
 
 
 class Cell(NamedTuple):

@@ -9,6 +9,19 @@ from typing import Any
 from scipy import stats
 
 
+def interval(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and its 95% interval by Student's t; of one value there is none.
+
+    >>> interval([1.0])
+    {'mean': 1.0, 'low': None, 'high': None}
+    """
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return {"mean": mean, "low": None, "high": None}
+    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, float | None]:
     """Mean of ``values − baseline``, pair by pair, with its 95% interval by Student's t.
 

@@ -1,0 +1,80 @@
+"""``diffattn eval``: the paper's studies, each a verb of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from diffattn.study.options import (
+    IclOptions,
+    LongContextOptions,
+    LowBitOptions,
+    NoiseOptions,
+    OutlierOptions,
+    RetrievalOptions,
+)
+
+DESCRIPTIONS: dict[str, tuple[type, str]] = {
+    "retrieval": (RetrievalOptions, "How often the numbers hidden in a long text are copied, by depth and length."),
+    "noise": (NoiseOptions, "How much attention goes to a hidden answer and how much to the text around it."),
+    "icl": (IclOptions, "Accuracy against the number of demonstrations in the prompt, and over their orders."),
+    "outliers": (OutlierOptions, "The largest magnitudes of attention logits and hidden states."),
+    "low_bit": (LowBitOptions, "The loss where attention logits have 16, 8, 6 or 4 bits."),
+    "long_context": (LongContextOptions, "The average loss up to each position of a long text."),
+}
+
+
+def _verb(study: str) -> Callable[..., Callable[[], int]]:
+    kind, description = DESCRIPTIONS[study]
+
+    def verb(
+        models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+        *,
+        options: Any,
+        text: str = "sotu",
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        png: Path | None = None,
+        json: bool = False,
+    ) -> Callable[[], int]:
+        def call() -> int:
+            from diffattn.cli.console import Console, print_json
+            from diffattn.files import writable_folder
+            from diffattn.report.study_chart import study_rows, write_study_png
+            from diffattn.study.evaluation import evaluate
+
+            if png is not None:
+                writable_folder(png.parent)
+            with Console(f"eval {study}", Path(), resume=False) as console:
+                result = evaluate(
+                    study, models, options, text=text, dtype=dtype, device=device, command=console.command,
+                    on_progress=console.counted,
+                )  # fmt: skip
+            console.rows(study_rows(result))
+            if png is not None:
+                write_study_png(result, png)
+            if json:
+                print_json(result)
+            return 0
+
+        return call
+
+    verb.__annotations__["options"] = kind
+    verb.__doc__ = f"""{description}
+
+    Args:
+        models: Checkpoint folders, ours or any causal model of transformers; NAME=FOLDER,FOLDER for several seeds.
+        options: Its own.
+        text: A file, a folder, or a data set's id; its held-out documents are read.
+        dtype: Of the weights; auto is the file's.
+        device: Where to run.
+        png: Where to write the chart.
+        json: Print the result on stdout, as one object.
+    """
+    return verb
+
+
+EVAL: dict[str, Callable[..., Callable[[], int]]] = {f"eval {study}": _verb(study) for study in DESCRIPTIONS}

@@ -1,0 +1,95 @@
+"""A study's result as a table and as one chart: a panel per thing measured, a line with its interval per model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffattn.report import charts
+
+PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 400, 240, 3
+
+
+def study_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """The header and a row per point: each model's mean ± half its 95% interval, then its difference from the first."""
+    names = list(result["models"])
+    first, others = names[0], names[1:]
+    header = [result["study"], result["axes"]["x"], *names, *(f"{name} − {first}" for name in others)]
+    rows = [header]
+    for point in result["points"]:
+        models = point["models"]
+        row = [point["panel"], f"{point['x']:g}", *(_mean(models.get(name)) for name in names)]
+        rows.append([*row, *(_difference(models.get(name)) for name in others)])
+    return rows
+
+
+def _mean(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "–"
+    return _number(entry["mean"]) + _half(entry)
+
+
+def _difference(entry: Mapping[str, Any] | None) -> str:
+    difference = None if entry is None else entry.get("difference")
+    if difference is None:
+        return "–"
+    text = ("+" if difference["mean"] > 0 else "") + _number(difference["mean"]) + _half(difference)
+    unclear = difference["low"] is None or difference["low"] <= 0 <= difference["high"]
+    return f"{text}, none seen" if unclear else text
+
+
+def _half(entry: Mapping[str, Any]) -> str:
+    return "" if entry["low"] is None else f" ±{_number(entry['high'] - entry['mean'])}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) >= 100 else f"{value:.3f}"
+
+
+def write_study_png(result: Mapping[str, Any], path: str | Path) -> None:
+    """The chart, as one PNG."""
+    panels: dict[str, list[Mapping[str, Any]]] = {}
+    for point in result["points"]:
+        panels.setdefault(point["panel"], []).append(point)
+    names = list(result["models"])
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    with charts.style():
+        fig = charts.figure(columns * PANEL_WIDTH + 20, rows * (PANEL_HEIGHT + 90) + 50)
+        handles: dict[str, Any] = {}
+        for place, (panel, points) in enumerate(panels.items()):
+            left, top = 70 + place % columns * PANEL_WIDTH, 80 + place // columns * (PANEL_HEIGHT + 90)
+            ax = charts.axes(fig, left, top, PANEL_WIDTH - 90, PANEL_HEIGHT)
+            handles |= _draw(ax, points, names)
+            ax.set_title(panel, fontsize=11)
+            ax.set_xlabel(result["axes"]["x"])
+            ax.set_ylabel(result["axes"]["y"])
+            if result["axes"]["logarithmic"] and len(points) > 1:
+                ax.set_xscale("log")
+                ax.set_xticks([point["x"] for point in points], [f"{point['x']:g}" for point in points])
+                ax.minorticks_off()
+                if len(points) > 8:
+                    ax.tick_params(axis="x", rotation=60)
+        fig.legend(handles.values(), handles.keys(), loc="upper left", ncols=len(names), bbox_to_anchor=(0.02, 1.0))
+        fig.savefig(path, format="png", dpi=144)
+
+
+def _draw(ax: Any, points: list[Mapping[str, Any]], names: list[str]) -> dict[str, Any]:
+    """A line per model with its interval as a band; a lone point with its interval as a bar."""
+    drawn = {}
+    for name in names:
+        mine = [(point["x"], point["models"][name]) for point in points if name in point["models"]]
+        if not mine:
+            continue
+        colour, line = charts.look(name, names)
+        x, mean = [place for place, _ in mine], [entry["mean"] for _, entry in mine]
+        (drawn[name],) = ax.plot(x, mean, color=colour, linestyle=line, marker="o", markersize=4, label=name)
+        bounded = [(place, entry) for place, entry in mine if entry["low"] is not None]
+        if len(bounded) > 1:
+            low, high = ([entry[end] for _, entry in bounded] for end in ("low", "high"))
+            ax.fill_between([place for place, _ in bounded], low, high, color=colour, alpha=0.15, linewidth=0)
+        for place, entry in bounded if len(bounded) == 1 else []:
+            ax.plot([place, place], [entry["low"], entry["high"]], color=colour)
+    ax.grid(axis="y")
+    return drawn

@@ -1,0 +1,126 @@
+"""What the studies of ``diffattn eval`` are asked: their options, in a file that imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffattn.errors import ConfigError
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+BITS = (16, 8, 6, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseOptions:
+    """What is asked; the fields are the options of ``diffattn eval noise``."""
+
+    length: int = 1024
+    """Tokens of a prompt, its question with them."""
+    depths: tuple[float, ...] = DEPTHS
+    """Where the needle lies: 0 is the beginning of the text, 1 its end."""
+    samples: int = 50
+    """Prompts at each depth."""
+    batch_size: int = 4
+    """Prompts that are read together."""
+    seed: int = 0
+    """Of the prompts: the same ones for every model with the same tokenizer."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.batch_size < 1 or not self.depths:
+            raise ConfigError(
+                f"samples is {self.samples}, batch_size {self.batch_size}, with {len(self.depths)} depths; wanted at "
+                "least one of each"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalOptions:
+    """What is asked; the fields are the options of ``diffattn eval retrieval``."""
+
+    lengths: tuple[int, ...] = (1024,)
+    """Tokens of a prompt, its question with them."""
+    depths: tuple[float, ...] = DEPTHS
+    """Where the first needle asked for lies."""
+    tasks: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (4, 2), (6, 2))
+    """N needles and R of them asked for."""
+    samples: int = 50
+    """Prompts for each length, depth and task."""
+    batch_size: int = 16
+    """Prompts that are answered together."""
+    seed: int = 0
+    """Of the prompts: the same ones for every model with the same tokenizer."""
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.batch_size) < 1 or not (self.lengths and self.depths and self.tasks):
+            raise ConfigError(
+                f"samples is {self.samples}, batch_size {self.batch_size}, with {len(self.lengths)} lengths, "
+                f"{len(self.depths)} depths and {len(self.tasks)} tasks; wanted at least one of each"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IclOptions:
+    """What is asked; the fields are the options of ``diffattn eval icl``."""
+
+    shots: tuple[int, ...] = (4, 8, 16, 32)
+    """Numbers of demonstrations."""
+    queries: int = 100
+    """Texts to classify at each number."""
+    permutations: int = 5
+    """Orders of the largest number of demonstrations, random ones and as many by class."""
+    seed: int = 0
+    """Of what is drawn."""
+    data: Path | None = None
+    """JSON lines of texts and labels; default: a generated task."""
+    labels: int = 4
+    """Of the generated task, 2 to 10."""
+    text_column: str = "text"
+    """Field of a row that holds the text."""
+    label_column: str = "label"
+    """Field of a row that holds the label."""
+
+    def __post_init__(self) -> None:
+        if not self.shots or min(*self.shots, self.queries, self.permutations) < 1:
+            raise ConfigError(
+                f"shots is {self.shots}, queries {self.queries}, permutations {self.permutations}; wanted each at "
+                "least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutlierOptions:
+    """Of ``diffattn eval outliers``."""
+
+    tokens: int = 400_000
+    """Tokens to read, at least."""
+    context: int = 1024
+    """Tokens of a block."""
+    batch_size: int = 4
+    """Blocks that are read together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowBitOptions:
+    """Of ``diffattn eval low_bit``."""
+
+    bits: tuple[int, ...] = BITS
+    """Numbers of bits; 16 leaves the logits as they are."""
+    context: int = 1024
+    """Tokens of a block."""
+    samples: int = 32
+    """Blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongContextOptions:
+    """Of ``diffattn eval long_context``."""
+
+    length: int = 4096
+    """Predicted tokens of a text."""
+    samples: int = 8
+    """Texts."""
+    chunk: int = 512
+    """Tokens that are read at once."""
+    rope_base: float | None = None
+    """Another base of the rotary frequencies, to read beyond the positions that the model was trained on."""

@@ -1,0 +1,184 @@
+"""The studies of ``diffattn eval`` as data: what measures a model, its options, the words on its axes.
+
+A study measures a model as *points*: a panel (what is measured), a place on its axis, and one value per sample.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from diffattn.data.needles import Haystack
+from diffattn.data.text import Document
+from diffattn.data.tokenizer import document_marks
+from diffattn.errors import ConfigError, DataError
+from diffattn.study.icl import Example, measure_icl, read_examples, synthetic_task
+from diffattn.study.long_context import measure_long_context, with_rope_base
+from diffattn.study.low_bit import measure_low_bit
+from diffattn.study.noise import NOISE, SPANS, check_length, measure_noise
+from diffattn.study.options import (
+    IclOptions,
+    LongContextOptions,
+    LowBitOptions,
+    NoiseOptions,
+    OutlierOptions,
+    RetrievalOptions,
+)
+from diffattn.study.outliers import measure_outliers
+from diffattn.study.retrieval import measure_retrieval
+
+
+class Point(NamedTuple):
+    """One measured thing: its ``panel``, its place ``x`` on the panel's axis, one value per sample."""
+
+    panel: str
+    x: float
+    values: list[float]
+
+
+class Given(NamedTuple):
+    """One run as a study meets it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    documents: tuple[Document, ...]
+    on_progress: Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as data: what runs it, its options, and the words on its axes."""
+
+    measure: Callable[[Given, Any], Iterator[Point]]
+    options: type
+    x: str
+    y: str
+    logarithmic: bool = False
+
+
+def _noise(given: Given, options: NoiseOptions) -> Iterator[Point]:
+    result = measure_noise(
+        given.model, Haystack(given.documents, given.tokenizer), options, on_progress=given.on_progress
+    )
+    columns = {"answer": [SPANS.index("answer")], "noise": [SPANS.index(name) for name in NOISE]}
+    # First the map that meets the values, which every model has; then a differential model's two apart.
+    *apart, used = result["maps"]
+    for name in (used, *apart):
+        shares = np.array(result["maps"][name]["shares"])
+        for what, spans in columns.items():
+            for depth, values in zip(options.depths, shares[..., spans].sum(-1), strict=True):
+                yield Point(what if name == used else f"{name}: {what}", depth, values.tolist())
+
+
+def _retrieval(given: Given, options: RetrievalOptions) -> Iterator[Point]:
+    rows = measure_retrieval(
+        given.model,
+        Haystack(given.documents, given.tokenizer),
+        options,
+        on_progress=lambda done, all_, _: given.on_progress(done, all_),
+    )
+    for row in rows:
+        panel = f"{row['needles']} needles, {row['queries']} asked for, {row['length']} tokens"
+        yield Point(panel, row["depth"], [float(right) for right in row["correct"]])
+
+
+def _icl(given: Given, options: IclOptions) -> Iterator[Point]:
+    examples = _examples(options)
+    result = measure_icl(given.model, given.tokenizer, examples, options, on_progress=given.on_progress)
+    for shots, right in result["accuracy"].items():
+        yield Point("accuracy", int(shots), [float(value) for value in right])
+    for kind, entry in result["permutations"].items():
+        yield Point(f"best − worst order, {kind}", max(options.shots), [entry["spread"]])
+
+
+def _outliers(given: Given, options: OutlierOptions) -> Iterator[Point]:
+    check_length(given.model, options.context)
+    blocks = _blocks(given, options.context)
+    batches = (torch.stack(batch) for batch in _batched(blocks, options.batch_size))
+    result = measure_outliers(given.model, batches, tokens=options.tokens, on_progress=given.on_progress)
+    for what in ("attention_logits", "hidden_states"):
+        for name, value in result[what].items():
+            panel = what.replace("_", " ")
+            rank = name.removeprefix("top_")
+            yield Point(
+                f"{panel}, median" if rank == "median" else panel, 1 if rank == "median" else int(rank), [value]
+            )
+
+
+def _low_bit(given: Given, options: LowBitOptions) -> Iterator[Point]:
+    check_length(given.model, options.context)
+    blocks = _first(_blocks(given, options.context), options.samples, options.context)
+    result = measure_low_bit(
+        given.model, [block[None] for block in blocks], bits=options.bits, on_progress=given.on_progress
+    )
+    for what, name in (("loss", "loss, nats per token"), ("accuracy", "next-token accuracy")):
+        for bits, entry in result.items():
+            yield Point(name, int(bits), entry[what])
+
+
+def _long_context(given: Given, options: LongContextOptions) -> Iterator[Point]:
+    model = given.model
+    if options.rope_base is None:
+        check_length(model, options.length)
+    else:
+        model = with_rope_base(model, options.rope_base)
+    texts = _first(_blocks(given, options.length + 1), options.samples, options.length + 1)
+    result = measure_long_context(
+        model, texts, length=options.length, chunk=options.chunk, on_progress=given.on_progress
+    )
+    for index, position in enumerate(result["positions"]):
+        yield Point("loss up to a position, nats per token", position, [losses[index] for losses in result["loss"]])
+
+
+STUDIES: dict[str, Study] = {
+    "retrieval": Study(_retrieval, RetrievalOptions, "depth of the first needle", "exact answers"),
+    "noise": Study(_noise, NoiseOptions, "depth of the needle", "share of attention"),
+    "icl": Study(_icl, IclOptions, "demonstrations", "accuracy", logarithmic=True),
+    "outliers": Study(_outliers, OutlierOptions, "rank", "magnitude", logarithmic=True),
+    "low_bit": Study(_low_bit, LowBitOptions, "bits of the attention logits", ""),
+    "long_context": Study(_long_context, LongContextOptions, "position", "", logarithmic=True),
+}
+
+
+def _examples(options: IclOptions) -> list[Example]:
+    if options.data is not None:
+        return read_examples(options.data, text=options.text_column, label=options.label_column)
+    return synthetic_task(options.labels, examples=max(options.shots) + options.queries, seed=options.seed)
+
+
+def _blocks(given: Given, length: int) -> Iterator[Tensor]:
+    """The held-out text in the model's own tokens, in blocks of one length; each begins with a document or goes on."""
+    before, behind = document_marks(given.tokenizer)
+    rest: list[int] = []
+    for document in given.documents:
+        plain = re.sub(r"\s+$", "", document.text)
+        rest += [*before, *given.tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"], behind]
+        while len(rest) >= length:
+            yield torch.tensor(rest[:length])
+            rest = rest[length:]
+
+
+def _first(blocks: Iterator[Tensor], count: int, length: int) -> list[Tensor]:
+    if count < 1:
+        raise ConfigError(f"samples is {count}; wanted at least 1")
+    found = [block for _, block in zip(range(count), blocks, strict=False)]
+    if len(found) < count:
+        raise DataError(
+            f"the held-out text has {len(found)} blocks of {length} tokens; wanted {count}: give more text or ask for "
+            "fewer"
+        )
+    return found
+
+
+def _batched(blocks: Iterator[Tensor], size: int) -> Iterator[list[Tensor]]:
+    if size < 1:
+        raise ConfigError(f"batch_size is {size}; wanted at least 1")
+    while batch := [block for _, block in zip(range(size), blocks, strict=False)]:
+        yield batch

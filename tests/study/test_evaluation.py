@@ -1,0 +1,191 @@
+"""Every study through one front: models of one and of several runs, their intervals and differences."""
+
+import json
+import math
+
+import pytest
+from study.needle_model import TEXT, haystack, reader
+
+from diffattn.cli.main import main
+from diffattn.errors import CheckpointError, ConfigError, DataError
+from diffattn.report.study_chart import study_rows, write_study_png
+from diffattn.study.evaluation import evaluate, parse_models
+from diffattn.study.options import (
+    IclOptions,
+    LongContextOptions,
+    LowBitOptions,
+    NoiseOptions,
+    OutlierOptions,
+    RetrievalOptions,
+)
+from diffattn.study.statistics import interval, paired_difference
+from diffattn.study.studies import STUDIES
+
+SMALL = {
+    "retrieval": RetrievalOptions(lengths=(260,), depths=(0.0, 1.0), tasks=((1, 1), (2, 2)), samples=2),
+    "noise": NoiseOptions(length=260, depths=(0.0, 0.5), samples=3),
+    "icl": IclOptions(shots=(2, 4), queries=3, permutations=2, labels=3),
+    "outliers": OutlierOptions(tokens=600, context=100, batch_size=2),
+    "low_bit": LowBitOptions(bits=(16, 4), context=100, samples=3),
+    "long_context": LongContextOptions(length=100, samples=3, chunk=32),
+}
+POINTS = {"retrieval": 4, "noise": 4, "icl": 4, "outliers": 12, "low_bit": 4, "long_context": 8}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two runs of V1, one of softmax and a Llama, beside each a tokenizer; and a text of which a half is held out."""
+    root, tokenizer = tmp_path_factory.mktemp("models"), haystack().tokenizer
+    made = {}
+    for name, attention in (("v1a", "diff_v1"), ("v1b", "diff_v1"), ("soft", "softmax"), ("llama", "llama")):
+        model = reader(attention)
+        if name == "v1b":
+            for parameter in model.parameters():
+                parameter.data *= 1.05
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+        made[name] = str(root / name)
+    (root / "text.txt").write_text(f"{TEXT}\n<|endoftext|>\n{TEXT} The end.\n", encoding="utf-8")
+    return made | {"text": str(root / "text.txt")}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_of_a_run_and_of_another_model(study, folders):
+    seen = []
+    result = evaluate(
+        study, [folders["soft"], f"llama={folders['llama']}"], SMALL[study], text=folders["text"],
+        on_progress=lambda *progress: seen.append(progress),
+    )  # fmt: skip
+    assert list(result["models"]) == ["soft", "llama"]
+    assert len(result["points"]) == POINTS[study]
+    assert {name for name, *_ in seen} == {"soft", "llama"}
+    assert all(0 < done <= all_ for _, done, all_ in seen)
+    for point in result["points"]:
+        assert list(point["models"]) == ["soft", "llama"]
+        for entry in point["models"].values():
+            assert math.isfinite(entry["mean"])
+            if entry["low"] is not None:
+                assert entry["low"] <= entry["mean"] <= entry["high"]
+        assert point["models"]["llama"]["difference"]["mean"] == pytest.approx(
+            point["models"]["llama"]["mean"] - point["models"]["soft"]["mean"], abs=1e-9
+        )
+    assert json.loads(json.dumps(result))["options"] == json.loads(json.dumps(result["options"]))
+
+
+def test_of_several_runs_each_is_one_value(folders):
+    options = SMALL["low_bit"]
+    runs = [evaluate("low_bit", [folders[name]], options, text=folders["text"])["points"] for name in ("v1a", "v1b")]
+    pair = f"v1={folders['v1a']},{folders['v1b']}"
+    both = evaluate("low_bit", [pair, folders["soft"]], options, text=folders["text"])
+    for first, second, point in zip(*runs, both["points"], strict=True):
+        means = [first["models"]["v1a"]["mean"], second["models"]["v1b"]["mean"]]
+        assert point["models"]["v1"] == interval(means) | {"values": 2}
+        # Two runs and one cannot be paired.
+        assert point["models"]["soft"]["difference"] is None
+        assert point["models"]["soft"]["values"] == 3
+    turned = f"b={folders['v1b']},{folders['v1a']}"
+    same = evaluate("low_bit", [pair, turned], options, text=folders["text"])
+    for point, first, second in zip(same["points"], *runs, strict=True):
+        a, b = first["models"]["v1a"]["mean"], second["models"]["v1b"]["mean"]
+        assert point["models"]["b"]["difference"] == paired_difference([b, a], [a, b])
+
+
+def test_another_rotary_base_reads_beyond_the_models_positions(folders):
+    options = LongContextOptions(length=9000, samples=1)
+    with pytest.raises(ConfigError, match="wanted at most 8192, the model's max_position_embeddings"):
+        evaluate("long_context", [folders["soft"]], options, text=folders["text"])
+    options = LongContextOptions(length=120, samples=1, rope_base=1e6)
+    extended = evaluate("long_context", [folders["soft"]], options, text=folders["text"])["points"][-1]
+    plain = evaluate("long_context", [folders["soft"]], LongContextOptions(length=120, samples=1), text=folders["text"])
+    assert extended["models"]["soft"]["mean"] != plain["points"][-1]["models"]["soft"]["mean"]
+
+
+def test_table_and_chart(folders, tmp_path):
+    result = evaluate("noise", [folders["soft"], folders["v1a"]], SMALL["noise"], text=folders["text"])
+    header, *rows = study_rows(result)
+    assert header == ["noise", "depth of the needle", "soft", "v1a", "v1a − soft"]
+    assert len(rows) == len(result["points"]) == 12
+    first = rows[0]
+    assert first[:2] == ["answer", "0"]
+    assert " ±" in first[2]
+    assert " ±" in first[4]
+    assert all(("none seen" in row[4]) == (row[4] != "–" and _crosses_zero(row[4])) for row in rows)
+    # Softmax has one map, so there is nothing to compare the others with.
+    assert [(row[2], row[4]) for row in rows if row[0].startswith("map_")] == [("–", "–")] * 8
+    write_study_png(result, tmp_path / "noise.png")
+    assert (tmp_path / "noise.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _crosses_zero(text: str) -> bool:
+    mean, half = text.removesuffix(", none seen").split(" ±")
+    return abs(float(mean)) <= float(half)
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_verb_prints_one_object_and_the_table(study, folders, tmp_path, capsys):
+    options = {
+        "retrieval": ["--lengths", "260", "--depths", "0.5", "--tasks", "1", "1", "--samples", "1"],
+        "noise": ["--length", "260", "--depths", "0.5", "--samples", "1"],
+        "icl": ["--shots", "2", "--queries", "2", "--permutations", "1"],
+        "outliers": ["--tokens", "200", "--context", "100"],
+        "low_bit": ["--bits", "8", "--context", "100", "--samples", "2"],
+        "long_context": ["--length", "50", "--samples", "2"],
+    }[study]
+    chart = tmp_path / "new" / "chart.png"
+    command = ["eval", study, folders["v1a"], "--text", folders["text"], "--json", "--png", str(chart), *options]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["study"] == study
+    assert result["command"].startswith("diffattn")
+    assert result["points"][0]["panel"][:8] in err.replace("\n", " ")
+    assert chart.stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "models are none"),
+        (["a", "b/a"], "models are a, a; wanted at least one, each of a name of its own"),
+        (["=a"], "model '=a' given"),
+        (["a="], "model 'a=' given"),
+    ],
+)
+def test_models_that_cannot_be_told_apart_are_refused(words, line):
+    with pytest.raises(ConfigError, match=line):
+        parse_models(words)
+
+
+def test_the_model_of_a_run_has_its_runs_name():
+    assert [model.name for model in parse_models(["runs/v1-seed0/model", "x=runs/b"])] == ["v1-seed0", "x"]
+
+
+def test_a_folder_that_is_none_is_found_before_the_first_is_read(folders, capsys):
+    seen = []
+    with pytest.raises(CheckpointError):
+        evaluate("noise", [folders["soft"], "absent"], SMALL["noise"], text=folders["text"], on_progress=seen.append)
+    assert not seen
+    assert main(["eval", "noise", "absent"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    with pytest.raises(ConfigError, match="study is 'poetry'; wanted one of retrieval, noise"):
+        evaluate("poetry", [folders["soft"]])
+
+
+@pytest.mark.parametrize(
+    ("study", "options", "words"),
+    [
+        (
+            "low_bit",
+            LowBitOptions(context=100, samples=900),
+            "the held-out text has .* blocks of 100 tokens; wanted 900",
+        ),
+        ("low_bit", LowBitOptions(context=100, samples=0), "samples is 0"),
+        ("outliers", OutlierOptions(context=100, batch_size=0), "batch_size is 0"),
+        ("outliers", OutlierOptions(context=100), "wanted 400000: give more text"),
+        ("outliers", OutlierOptions(context=9000), "wanted at most 8192"),
+    ],
+)
+def test_what_cannot_be_is_refused(study, options, words, folders):
+    with pytest.raises((ConfigError, DataError), match=words):
+        evaluate(study, [folders["soft"]], options, text=folders["text"])
