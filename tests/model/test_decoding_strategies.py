@@ -223,6 +223,23 @@ def test_drafts_of_an_assistant_change_no_token(attention, assistant):
     assert (len(lengths) < 12) if assistant == "itself" else (len(lengths) <= 12)
 
 
+@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2"])
+def test_drawn_tokens_checked_by_the_model_are_distributed_as_it_says_and_not_as_the_assistant_does(attention):
+    model, draft = small_model(attention, shape=FEW), small_model("softmax", shape=FEW, seed=2)
+    prompt = tokens(1, 5)[0] % FEW.vocab_size
+    torch.manual_seed(0)
+    counts, draws = torch.zeros(FEW.vocab_size, FEW.vocab_size), 300
+    for _ in range(draws):
+        found = model.generate(
+            prompt[None], attention_mask=torch.ones(1, 5, dtype=torch.long), do_sample=True, max_new_tokens=2,
+            pad_token_id=0, top_k=0, assistant_model=draft,
+        )  # fmt: skip
+        counts[tuple(found[0, 5:])] += 1
+    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    assert p_value(counts, pairs_of(model, prompt, plain)) > 1e-3
+    assert p_value(counts, pairs_of(draft, prompt, plain)) < 1e-6
+
+
 @pytest.mark.parametrize("attention", VARIANTS)
 def test_drafts_looked_up_in_the_prompt_change_no_token(attention):
     model = small_model(attention)

@@ -17,6 +17,7 @@ from diffattn.cli.doctor import doctor
 from diffattn.cli.evaluate import EVAL
 from diffattn.cli.export import export
 from diffattn.cli.generate import generate
+from diffattn.cli.lens import lens
 from diffattn.cli.plan import plan
 from diffattn.cli.scale import scale_fit, scale_run
 from diffattn.cli.serve import serve
@@ -34,6 +35,7 @@ VERBS: dict[str, Callable[..., Callable[[], int]]] = {
     "convert": convert,
     "export": export,
     **EVAL,
+    "lens": lens,
     "doctor": doctor,
 }
 

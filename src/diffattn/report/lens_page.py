@@ -1,0 +1,54 @@
+"""The page of ``diffattn lens``: maps that the reader's browser makes from the model's own queries, keys and λ."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffattn.report import charts
+from diffattn.report.map_chart import map_figure, scale
+from diffattn.report.page import HERE, render
+
+
+def render_lens(result: Mapping[str, Any]) -> str:
+    """One self-contained HTML page of what :func:`diffattn.study.lens.lens` returned."""
+    from markupsafe import Markup
+
+    script = (HERE / "lens.js").read_text(encoding="utf-8")
+    return render(
+        "lens.html",
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        # No tag and no comment can begin inside the data.
+        data=Markup(
+            json.dumps({**result, "picture": None}, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+        ),
+        names=[model["name"] for model in result["models"]],
+        layers=[layer["layer"] for layer in result["models"][0]["layers"]],
+        heads=result["models"][0]["heads"],
+        count=len(result["tokens"]),
+        answer=None if result["answer"] is None else "".join(result["tokens"][slice(*result["answer"])]),
+        halves=any(model["dtype"] == "float16" for model in result["models"]),
+        differential=any(layer["lam"] is not None for model in result["models"] for layer in model["layers"]),
+        command=result["command"],
+    )
+
+
+def write_lens_pngs(result: Mapping[str, Any], path: Path) -> list[Path]:
+    """The ``picture`` of what ``lens`` returned: the maps of one head, one file per model, on one scale.
+
+    The first model's is ``path`` itself, the second's has its name behind that of the file.
+    """
+    maps = result["picture"]
+    written: list[Path] = []
+    limit, largest = scale(maps)
+    for name in maps["variants"]:
+        target = path if not written else path.with_stem(f"{path.stem}-{name}")
+        with charts.style():
+            map_figure(maps, name, limit, largest, wide=True).savefig(target, format="png", dpi=144)
+        written.append(target)
+    return written
