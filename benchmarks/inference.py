@@ -221,13 +221,10 @@ def speed_rows(
     for entry in entries:
         limits = entry.at_least.get(phase, {})
         ratios = {
-            name: spread(pairwise(operator.truediv, speeds[entry.name], speeds[name]))
+            name: spread(pairwise(operator.truediv, speeds[entry.name], speeds[name]), at_least=limits.get(name))
             for name in REFERENCES
             if name in speeds and name != entry.name
         }
-        for name, limit in limits.items():
-            if name in ratios:
-                ratios[name] |= {"at_least": limit, "kept": ratios[name]["median"] >= limit}
         yield {
             "model": entry.name,
             "rounds": len(speeds[entry.name]),

@@ -26,13 +26,17 @@ def provenance(module: str, **machine: Any) -> dict[str, Any]:
     }
 
 
-def spread(values: Sequence[float], at_most: float | None = None) -> dict[str, float | bool]:
+def spread(
+    values: Sequence[float], at_most: float | None = None, at_least: float | None = None
+) -> dict[str, float | bool]:
     """Median, 20th and 80th percentile, to six digits; with a limit also whether the median keeps it."""
     fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
     row: dict[str, float | bool] = {
         name: float(f"{value:.6g}")
         for name, value in (("median", statistics.median(values)), ("p20", fifths[0]), ("p80", fifths[-1]))
     }
+    if at_least is not None:
+        return row | {"at_least": at_least, "kept": row["median"] >= at_least}
     return row if at_most is None else row | {"at_most": at_most, "kept": row["median"] <= at_most}
 
 

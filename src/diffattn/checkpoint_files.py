@@ -104,6 +104,16 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
+def folder_name(folder: str | Path) -> str:
+    """What a checkpoint is called: the folder of a run's model is ``model``, so its run tells more.
+
+    >>> folder_name("runs/v1-seed0/model"), folder_name("SmolLM2-135M")
+    ('v1-seed0', 'SmolLM2-135M')
+    """
+    path = Path(folder)
+    return path.parent.name if path.name == "model" else path.name
+
+
 def read_tensors(folder: str | Path) -> dict[str, dict[str, Any]]:
     """What a checkpoint holds, from the headers of its files, which are checked by :func:`check_safetensors`.
 

@@ -1,11 +1,11 @@
 """The page of a text's maps in a real browser: its numbers are the library's, wherever one points."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from report.browser import CHROMIUM, needs_chromium
 from study.needle_model import haystack, reader
 
 from diffattn.cli.main import main
@@ -16,8 +16,6 @@ from diffattn.study import lens as lens_module
 from diffattn.study.lens import lens
 from diffattn.study.maps import attention_maps
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page in")
 TEXT = "Line 3 is about rain. The magic number of Lima is 48219. Line 4 is about <b>old</b> wine. What is it? It is"
 ANSWER = "48219"
 

@@ -1,17 +1,15 @@
 import html
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report.browser import CHROMIUM, needs_chromium
 from report.synthetic_comparison import comparison, head_maps, loss_curves
 
 from diffattn.report.compare_page import render_compare
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def measure(page: str, widths: list[int], folder: Path) -> list[dict[str, Any]]:
@@ -52,7 +50,7 @@ def measure(page: str, widths: list[int], folder: Path) -> list[dict[str, Any]]:
     return json.loads(html.unescape(found[1]))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to lay the page out")
+@needs_chromium
 @pytest.mark.parametrize("seeds", [1, 2, 5])
 def test_page_fits_a_telephone_and_a_desk(seeds: int, tmp_path: Path) -> None:
     page = render_compare(comparison(seeds), loss_curves(seeds, steps=150), head_maps())

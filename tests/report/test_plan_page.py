@@ -14,13 +14,15 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from report.browser import CHROMIUM, needs_chromium
 from report.test_page_layout import measure
 
 from diffattn import numbers as written
 from diffattn.plan.activations import resolve
 from diffattn.plan.answer import plan
 from diffattn.plan.precision import Precision
-from diffattn.report.plan_page import BACKEND_CELLS, HERE, POINTS, render_plan, solve
+from diffattn.report.page import HERE
+from diffattn.report.plan_page import BACKEND_CELLS, POINTS, render_plan, solve
 
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="no node on this machine to run the page's script")
@@ -70,8 +72,6 @@ def test_script_writes_numbers_as_python_does(name: str) -> None:
     assert in_node(f"given.map((value) => WRITE.{name}(value))", values) == [getattr(written, name)(v) for v in values]
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page in")
 MOVED: list[dict[str, Any]] = [
     {"context": 8192, "batch": 4, "precision": "bf16", "machine": "H100 SXM"},
     {"context": 131072, "batch": 1, "precision": "autocast", "backend": "materialised", "checkpointing": "on"},

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from report.test_page_layout import CHROMIUM, measure
+from report.browser import needs_chromium
+from report.test_page_layout import measure
 
 from diffattn.report.scaling_page import equivalence_rows, number_rows, render_scaling
 from diffattn.study.scaling import fit_scaling
@@ -39,7 +40,7 @@ def test_an_equal_that_no_size_reaches_is_words_not_a_number(result: dict) -> No
     assert "equals softmax of –" in render_scaling(result | {"forms": forms})
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to lay the page out")
+@needs_chromium
 def test_the_page_fits_a_telephone_and_a_desk(result: dict, tmp_path: Path) -> None:
     for size in measure(render_scaling(result), [400, 1400], tmp_path):
         assert size["scroll"] <= size["window"]

@@ -54,30 +54,26 @@ class Console:
 
     def progress(self, name: str, step: Step) -> None:
         """The live line of one model; nothing where stderr is not a terminal."""
-        if not self._screen.is_terminal:
-            return
-        if not self._tasks:
-            self._live.start()
         minutes, seconds = divmod(round(step.seconds_left), 60)
         text = (
             f"{name:<16} step {step.step}/{step.steps}  loss {step.loss:.3f}  "
             f"{step.tokens_per_second:,.0f} tokens/s  {minutes}:{seconds:02d} left"
         )
-        if name not in self._tasks:
-            self._tasks[name] = self._live.add_task(text, total=step.steps)
-        self._live.update(self._tasks[name], completed=step.step, description=text)
+        self._show(name, text, step.step, step.steps)
 
     def counted(self, name: str, done: int, all_: int) -> None:
         """The live line of one model, by what is done; nothing where stderr is not a terminal."""
+        left = next((task.time_remaining for task in self._live.tasks if task.id == self._tasks.get(name)), None)
+        text = f"{name:<16} {done:,} of {all_:,}" + (f"  {left:.0f} s left" if left else "")
+        self._show(name, text, done, all_)
+
+    def _show(self, name: str, text: str, done: int, all_: int) -> None:
         if not self._screen.is_terminal:
             return
         if not self._tasks:
             self._live.start()
         if name not in self._tasks:
-            self._tasks[name] = self._live.add_task(name, total=all_)
-        task = self._live.tasks[self._live.task_ids.index(self._tasks[name])]
-        left = f"  {task.time_remaining:.0f} s left" if task.time_remaining else ""
-        text = f"{name:<16} {done:,} of {all_:,}{left}"
+            self._tasks[name] = self._live.add_task(text, total=all_)
         self._live.update(self._tasks[name], completed=done, total=all_, description=text)
 
     def rows(self, rows: list[list[str]]) -> None:

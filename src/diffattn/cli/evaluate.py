@@ -8,28 +8,19 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from diffattn.study.options import (
-    IclOptions,
-    LongContextOptions,
-    LowBitOptions,
-    NoiseOptions,
-    OutlierOptions,
-    RetrievalOptions,
-)
+from diffattn.study.options import OPTIONS
 
-DESCRIPTIONS: dict[str, tuple[type, str]] = {
-    "retrieval": (RetrievalOptions, "How often the numbers hidden in a long text are copied, by depth and length."),
-    "noise": (NoiseOptions, "How much attention goes to a hidden answer and how much to the text around it."),
-    "icl": (IclOptions, "Accuracy against the number of demonstrations in the prompt, and over their orders."),
-    "outliers": (OutlierOptions, "The largest magnitudes of attention logits and hidden states."),
-    "low_bit": (LowBitOptions, "The loss where attention logits have 16, 8, 6 or 4 bits."),
-    "long_context": (LongContextOptions, "The average loss up to each position of a long text."),
+DESCRIPTIONS = {
+    "retrieval": "How often the numbers hidden in a long text are copied, by depth and length.",
+    "noise": "How much attention goes to a hidden answer and how much to the text around it.",
+    "icl": "Accuracy against the number of demonstrations in the prompt, and over their orders.",
+    "outliers": "The largest magnitudes of attention logits and hidden states.",
+    "low_bit": "The loss where attention logits have 16, 8, 6 or 4 bits.",
+    "long_context": "The average loss up to each position of a long text.",
 }
 
 
 def _verb(study: str) -> Callable[..., Callable[[], int]]:
-    kind, description = DESCRIPTIONS[study]
-
     def verb(
         models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
         *,
@@ -62,8 +53,8 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
 
         return call
 
-    verb.__annotations__["options"] = kind
-    verb.__doc__ = f"""{description}
+    verb.__annotations__["options"] = OPTIONS[study]
+    verb.__doc__ = f"""{DESCRIPTIONS[study]}
 
     Args:
         models: Checkpoint folders, ours or any causal model of transformers; NAME=FOLDER,FOLDER for several seeds.

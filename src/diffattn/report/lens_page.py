@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffattn.report import charts
 from diffattn.report.map_chart import map_figure, scale
-from diffattn.report.page import HERE, render
+from diffattn.report.page import render_scripted
 
 
 def render_lens(result: Mapping[str, Any]) -> str:
     """One self-contained HTML page of what :func:`diffattn.study.lens.lens` returned."""
-    from markupsafe import Markup
-
-    script = (HERE / "lens.js").read_text(encoding="utf-8")
-    return render(
+    return render_scripted(
         "lens.html",
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        # No tag and no comment can begin inside the data.
-        data=Markup(
-            json.dumps({**result, "picture": None}, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
-        ),
+        "lens.js",
+        {**result, "picture": None},
         names=[model["name"] for model in result["models"]],
         layers=[layer["layer"] for layer in result["models"][0]["layers"]],
         heads=result["models"][0]["heads"],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,3 +25,21 @@ def render(template: str, **values: Any) -> str:
     )
     css = Markup((HERE / "page.css").read_text(encoding="utf-8"))
     return environment.get_template(template).render(css=css, **values)
+
+
+def render_scripted(template: str, script: str, data: Any, **values: Any) -> str:
+    """The same of a template that extends ``scripted.html``: its script, a file here, reads ``data`` as JSON.
+
+    Nothing else that the page holds may run: the script's hash is in its policy.
+    """
+    from markupsafe import Markup
+
+    code = (HERE / script).read_text(encoding="utf-8")
+    return render(
+        template,
+        script=Markup(code),
+        script_hash=base64.b64encode(hashlib.sha256(code.encode()).digest()).decode(),
+        # No tag and no comment can begin inside the data.
+        data=Markup(json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")),
+        **values,
+    )

@@ -6,11 +6,8 @@ solves for its exact coefficients and the page's script evaluates them: nothing 
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -27,7 +24,7 @@ from diffattn.plan.inference import Inference
 from diffattn.plan.precision import PRECISIONS, Precision
 from diffattn.plan.shape import ModelShape
 from diffattn.report import charts
-from diffattn.report.page import HERE, render
+from diffattn.report.page import render_scripted
 
 # Five points to solve at, two to see that the solution holds elsewhere.
 POINTS = ((1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 5), (7, 4093))
@@ -145,19 +142,14 @@ def render_plan(result: dict[str, Any]) -> str:
     Raises:
         ValueError: a quantity that is no polynomial in batch and context.
     """
-    from markupsafe import Markup
-
     given = _given(result)
     rows = [row for row in result["ratios"] if not row["key"].startswith("rank_")]
     data = page_data(given, rows)
     options = _options(given)
-    script = (HERE / "plan.js").read_text(encoding="utf-8")
-    return render(
+    return render_scripted(
         "plan.html",
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        # No tag and no comment can begin inside the data.
-        data=Markup(json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")),
+        "plan.js",
+        data,
         title=" against ".join(given.names.values()),
         colour=data["models"][0]["colour"],
         answers=result["sentences"],

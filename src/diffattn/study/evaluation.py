@@ -14,10 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffattn.checkpoint_files import folder_name
 from diffattn.data.text import read_corpus, split_by_document
 from diffattn.errors import ConfigError
 from diffattn.model.loading import Device, Dtype, load, load_config
 from diffattn.study.compare import versions
+from diffattn.study.options import OPTIONS
 from diffattn.study.statistics import interval, paired_difference
 from diffattn.study.studies import STUDIES, Given
 
@@ -47,9 +49,7 @@ def parse_models(words: Sequence[str]) -> list[Named]:
         paths = tuple(Path(folder) for folder in folders.split(",") if folder)
         if not paths or (equals and not name):
             raise ConfigError(f"model {word!r} given; wanted FOLDER, or NAME=FOLDER,FOLDER for runs of several seeds")
-        # The folder of a run's model is called model: its run tells more.
-        own = paths[0].parent.name if paths[0].name == "model" else paths[0].name
-        models.append(Named(name or own or str(paths[0]), paths))
+        models.append(Named(name or folder_name(paths[0]) or str(paths[0]), paths))
     names = [model.name for model in models]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"models are {', '.join(names) or 'none'}; wanted at least one, each of a name of its own")
@@ -88,7 +88,7 @@ def evaluate(
     """
     if study not in STUDIES:
         raise ConfigError(f"study is {study!r}; wanted one of {', '.join(STUDIES)}")
-    options = options or STUDIES[study].options()
+    options = options or OPTIONS[study]()
     named = parse_models(models)
     documents = split_by_document(read_corpus(text)).validation
     # Before any is read for minutes.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,34 +74,32 @@ class LayerCall:
 
         In pieces of about ``block`` numbers, which the first caches hold. Under a causal mask nothing else is computed.
         """
+        T, S, H = self.queries[0].shape[1], self.keys[0].shape[1], self.heads
         for sequence in range(self.queries[0].shape[0]):
-            call = self._of(sequence)
-            T, S, H = call.queries[0].shape[1], call.keys[0].shape[1], call.heads
+            call = self._one_map(which, sequence)
             step = max(1, block // (H * S))
             for start in range(0, T, step):
                 rows = range(start, min(start + step, T))
                 if self.mask is not None:
-                    scores = call.logits(which, rows)
+                    scores = call.logits(0, rows)
                     yield scores[scores > -torch.inf]
                     continue
                 # Up to where the first row sees, then the triangle behind.
                 seen = start + S - T + 1
-                yield call.scores(which, rows, range(seen))[0]
+                yield call.scores(0, rows, range(seen))[0]
                 if len(rows) > 1:
-                    yield call.scores(which, rows, range(seen, rows.stop + S - T)).tril_(-1)
+                    yield call.scores(0, rows, range(seen, rows.stop + S - T)).tril_(-1)
 
-    def _of(self, sequence: int) -> LayerCall:
-        """The call of one sequence of the batch, in float32."""
+    def _one_map(self, which: int, sequence: int) -> LayerCall:
+        """One map of one sequence of the batch, as if the layer had no other, in float32."""
         one = slice(sequence, sequence + 1)
-        return LayerCall(
-            self.layer,
-            tuple(x[one].float() for x in self.queries),
+        return replace(
+            self,
+            queries=(self.queries[which][one].float(),),
             # Head by head in memory, as the products read them.
-            tuple(x[one].float().transpose(1, 2).contiguous().transpose(1, 2) for x in self.keys),
-            self.value[one],
-            None if self.lam is None else self.lam[one],
-            self.scale,
-            None if self.mask is None else self.mask[one if len(self.mask) > 1 else slice(None)],
+            keys=(self.keys[which][one].float().transpose(1, 2).contiguous().transpose(1, 2),),
+            lam=None,
+            mask=None if self.mask is None else self.mask[one if len(self.mask) > 1 else slice(None)],
         )
 
     def maps(self, rows: range) -> tuple[Tensor, ...]:
@@ -114,7 +112,11 @@ class LayerCall:
 
     def map_diff(self, rows: range) -> Tensor:
         """``map_pos − λ · map_neg``, or map_pos where there is no other; (B, H, R, S) in float32."""
-        maps, lam = self.maps(rows), self.lam_of(rows)
+        return self.difference(self.maps(rows), rows)
+
+    def difference(self, maps: tuple[Tensor, ...], rows: range) -> Tensor:
+        """The same of maps that are given."""
+        lam = self.lam_of(rows)
         return maps[0] if lam is None else torch.addcmul(maps[0], lam, maps[1], value=-1)
 
     def _mask(self, rows: range) -> Tensor | None:

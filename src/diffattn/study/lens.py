@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diffattn.checkpoint_files import folder_name
 from diffattn.errors import ConfigError, DataError, UnsupportedError
 from diffattn.model.attention import DiffV1Attention
 from diffattn.model.loading import Device, Dtype, load
@@ -71,7 +72,7 @@ def lens(
         raise DataError("the two models read the text in different tokens; wanted models with one tokenizer")
     if not 2 <= len(ids) <= MOST_TOKENS:
         raise ConfigError(f"the text has {len(ids)} tokens; wanted 2 to {MOST_TOKENS}, so that a map can be looked at")
-    names = [_name(Path(folder)) for folder in folders]
+    names = [folder_name(folder) for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     result: dict[str, Any] = {
@@ -84,24 +85,21 @@ def lens(
         result["picture"] = {
             "tokens": result["tokens"],
             "variants": {
-                name: _maps(model, name, ids, *picture) for (model, _), name in zip(loaded, names, strict=True)
+                facts["name"]: _maps(model, facts, ids, *picture)
+                for (model, _), facts in zip(loaded, result["models"], strict=True)
             },
         }
     return result
 
 
-def _maps(model: PreTrainedModel, name: str, ids: list[int], layer: int, head: int) -> dict[str, Any]:
-    counts = len(model.get_decoder().layers), _read(model, name, ids, [0])["heads"]
-    if not (0 <= layer < counts[0] and 0 <= head < counts[1]):
+def _maps(model: PreTrainedModel, facts: dict[str, Any], ids: list[int], layer: int, head: int) -> dict[str, Any]:
+    layers, heads = len(model.get_decoder().layers), facts["heads"]
+    if not (0 <= layer < layers and 0 <= head < heads):
         raise ConfigError(
-            f"layer {layer} and head {head} are wanted as a picture; {name} has layers 0 to {counts[0] - 1} and heads "
-            f"0 to {counts[1] - 1}"
+            f"layer {layer} and head {head} are wanted as a picture; {facts['name']} has layers 0 to {layers - 1} and "
+            f"heads 0 to {heads - 1}"
         )
     return attention_maps(model, torch.tensor([ids], device=model.device), layer=layer, head=head)
-
-
-def _name(folder: Path) -> str:
-    return folder.parent.name if folder.name == "model" else folder.name
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ def measure_long_context(
             f"length is {length}, chunk {chunk}, and the shortest of {len(texts)} texts has {shortest} tokens; wanted "
             "texts of more tokens than length, and both at least 1"
         )
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     positions = sorted({*(2**power for power in range(length.bit_length())), length})
     losses = []
     for index, ids in enumerate(texts):

@@ -42,13 +42,11 @@ def low_bit_attention(call: LayerCall, bits: int) -> Tensor:
     parts, value = [], call.value.float().permute(0, 2, 1, 3)
     groups = value.shape[1]
     for rows in call.row_blocks():
-        maps = [
+        maps = tuple(
             quantise_rows(call.logits(which, rows), bits).softmax(dim=-1).nan_to_num_(0.0)
             for which in range(len(call.queries))
-        ]
-        lam = call.lam_of(rows)
-        weights = maps[0] if lam is None else maps[0] - lam * maps[1]
-        grouped = weights.unflatten(1, (groups, -1)).flatten(2, 3) @ value
+        )
+        grouped = call.difference(maps, rows).unflatten(1, (groups, -1)).flatten(2, 3) @ value
         parts.append(grouped.unflatten(2, (-1, len(rows))).flatten(1, 2))
     return torch.cat(parts, dim=2).transpose(1, 2)
 
@@ -79,7 +77,7 @@ def measure_low_bit(
     for number in bits:
         if not 2 <= number <= 16:
             raise ConfigError(f"bits is {number}; wanted 2 to 16, of which 16 leaves the logits as they are")
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     found: dict[str, Any] = {str(number): {"loss": [], "accuracy": []} for number in bits}
     for index, number in enumerate(bits):
 

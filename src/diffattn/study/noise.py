@@ -75,7 +75,7 @@ def span_sums(model: PreTrainedModel, prompts: Sequence[NeedlePrompt]) -> dict[s
 
     Prompts have one length. Only the last row of a map is ever made.
     """
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     ids = torch.tensor([prompt.ids for prompt in prompts], device=device)
     ends = torch.tensor([[prompt.spans[name][1] for name in SPANS] for prompt in prompts], device=device)
     found: dict[str, list[Tensor]] = {}

@@ -124,3 +124,13 @@ class LongContextOptions:
     """Tokens that are read at once."""
     rope_base: float | None = None
     """Another base of the rotary frequencies, to read beyond the positions that the model was trained on."""
+
+
+OPTIONS: dict[str, type] = {
+    "retrieval": RetrievalOptions,
+    "noise": NoiseOptions,
+    "icl": IclOptions,
+    "outliers": OutlierOptions,
+    "low_bit": LowBitOptions,
+    "long_context": LongContextOptions,
+}

@@ -89,7 +89,7 @@ def measure_outliers(
         UnsupportedError: a model whose attention cannot be read.
     """
     logits, hidden, done = Magnitudes(), Magnitudes(), 0
-    device = model.get_input_embeddings().weight.device
+    device = model.device
 
     def read(call: LayerCall) -> None:
         for which in range(len(call.queries)):

@@ -18,7 +18,8 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return {"mean": mean, "low": None, "high": None}
-    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+    spread = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
@@ -30,14 +31,7 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dic
     >>> paired_difference([1.0, 2.0, 3.0], [1.5, 2.5, 3.5])
     {'mean': -0.5, 'low': -0.5, 'high': -0.5}
     """
-    differences = [a - b for a, b in zip(values, baseline, strict=True)]
-    count = len(differences)
-    mean = math.fsum(differences) / count
-    if count < 2:
-        return {"mean": mean, "low": None, "high": None}
-    spread = math.sqrt(math.fsum((x - mean) ** 2 for x in differences) / (count - 1))
-    half = float(stats.t.ppf(0.975, count - 1)) * spread / math.sqrt(count)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    return interval([a - b for a, b in zip(values, baseline, strict=True)])
 
 
 def verdict(name: str, difference: dict[str, float | None], *, seeds: int, surplus: float) -> str:

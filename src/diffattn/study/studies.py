@@ -5,7 +5,7 @@ A study measures a model as *points*: a panel (what is measured), a place on its
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffattn.data.needles import Haystack
 from diffattn.data.text import Document
-from diffattn.data.tokenizer import document_marks
+from diffattn.data.tokenizer import encode_documents
 from diffattn.errors import ConfigError, DataError
 from diffattn.study.icl import Example, measure_icl, read_examples, synthetic_task
 from diffattn.study.long_context import measure_long_context, with_rope_base
@@ -54,10 +54,9 @@ class Given(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """A study as data: what runs it, its options, and the words on its axes."""
+    """A study as data: what runs it, and the words on its axes; its options are in ``options.py``."""
 
     measure: Callable[[Given, Any], Iterator[Point]]
-    options: type
     x: str
     y: str
     logarithmic: bool = False
@@ -138,12 +137,12 @@ def _long_context(given: Given, options: LongContextOptions) -> Iterator[Point]:
 
 
 STUDIES: dict[str, Study] = {
-    "retrieval": Study(_retrieval, RetrievalOptions, "depth of the first needle", "exact answers"),
-    "noise": Study(_noise, NoiseOptions, "depth of the needle", "share of attention"),
-    "icl": Study(_icl, IclOptions, "demonstrations", "accuracy", logarithmic=True),
-    "outliers": Study(_outliers, OutlierOptions, "rank", "magnitude", logarithmic=True),
-    "low_bit": Study(_low_bit, LowBitOptions, "bits of the attention logits", ""),
-    "long_context": Study(_long_context, LongContextOptions, "position", "", logarithmic=True),
+    "retrieval": Study(_retrieval, "depth of the first needle", "exact answers"),
+    "noise": Study(_noise, "depth of the needle", "share of attention"),
+    "icl": Study(_icl, "demonstrations", "accuracy", logarithmic=True),
+    "outliers": Study(_outliers, "rank", "magnitude", logarithmic=True),
+    "low_bit": Study(_low_bit, "bits of the attention logits", ""),
+    "long_context": Study(_long_context, "position", "", logarithmic=True),
 }
 
 
@@ -155,20 +154,18 @@ def _examples(options: IclOptions) -> list[Example]:
 
 def _blocks(given: Given, length: int) -> Iterator[Tensor]:
     """The held-out text in the model's own tokens, in blocks of one length; each begins with a document or goes on."""
-    before, behind = document_marks(given.tokenizer)
     rest: list[int] = []
-    for document in given.documents:
-        plain = re.sub(r"\s+$", "", document.text)
-        rest += [*before, *given.tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"], behind]
-        while len(rest) >= length:
-            yield torch.tensor(rest[:length])
-            rest = rest[length:]
+    for run in encode_documents(given.tokenizer, (document.text.rstrip() for document in given.documents)):
+        rest += run
+        whole = len(rest) // length * length
+        yield from torch.tensor(rest[:whole]).view(-1, length)
+        rest = rest[whole:]
 
 
 def _first(blocks: Iterator[Tensor], count: int, length: int) -> list[Tensor]:
     if count < 1:
         raise ConfigError(f"samples is {count}; wanted at least 1")
-    found = [block for _, block in zip(range(count), blocks, strict=False)]
+    found = list(itertools.islice(blocks, count))
     if len(found) < count:
         raise DataError(
             f"the held-out text has {len(found)} blocks of {length} tokens; wanted {count}: give more text or ask for "
@@ -180,5 +177,5 @@ def _first(blocks: Iterator[Tensor], count: int, length: int) -> list[Tensor]:
 def _batched(blocks: Iterator[Tensor], size: int) -> Iterator[list[Tensor]]:
     if size < 1:
         raise ConfigError(f"batch_size is {size}; wanted at least 1")
-    while batch := [block for _, block in zip(range(size), blocks, strict=False)]:
+    while batch := list(itertools.islice(blocks, size)):
         yield batch
