@@ -253,6 +253,7 @@ def test_a_gain_that_would_be_rounded_is_refused(gain: float) -> None:
         ("diff_v2", {}, "attention is 'diff_v2'"),
         ("diff_v1", {"lambda_init": 0.8}, "lambda_init is 0.8"),
         ("diff_v1", {"qk_norm": True}, "qk_norm is True"),
+        ("diff_v1", {"head_norm": False}, "'head_norm': False"),
         ("diff_v1", {"attention_bias": True}, "attention_output_bias False"),
         ("diff_v1", {"attention_output_bias": True}, "attention_bias is False, attention_output_bias True"),
         ("diff_v1", {"mlp_bias": True}, "mlp_bias True"),

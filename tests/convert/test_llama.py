@@ -431,6 +431,15 @@ def test_a_differential_model_is_no_llama(convert: Any) -> None:
         to_llama(*checkpoint(pretrained("llama")))
 
 
+def test_what_llama_has_no_switch_for_is_refused() -> None:
+    config, tensors = to_softmax(*checkpoint(pretrained("llama")))
+    for convert in (to_llama, to_dex):
+        with pytest.raises(UnsupportedError, match="'head_norm': True"):
+            convert(config | {"head_norm": True}, tensors)
+    with pytest.raises(UnsupportedError, match="Llama has no gate"):
+        to_llama(config | {"attention": "gated"}, tensors)
+
+
 def test_parts_that_no_architecture_has_together() -> None:
     config, tensors = to_softmax(*checkpoint(pretrained("qwen3")))
     tensors |= {f"model.layers.{i}.self_attn.o_proj.bias": torch.zeros(47) for i in range(3)}

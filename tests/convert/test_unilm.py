@@ -220,6 +220,9 @@ def test_a_gain_in_a_part_of_the_layers_is_refused() -> None:
         ("diff_v2", {"attention_output_bias": True}, "has biases"),
         ("diff_v2", {"mlp_bias": True}, "has biases"),
         ("diff_v2", {"qk_norm": True}, "qk_norm"),
+        ("diff_v2", {"lambda_form": "linear"}, "'lambda_form': 'linear'"),
+        ("diff_v2", {"pairs_share_group": False}, "'pairs_share_group': False"),
+        ("diff_v2", {"head_norm": True}, "'head_norm': True"),
         ("diff_v1", {"lambda_init": 0.8}, "lambda_init is 0.8"),
     ],
 )

@@ -45,9 +45,30 @@ class PaperSoftmax:
         )
         return self.rotate(q), self.rotate(k), v
 
-    def __call__(self, x: Tensor, w: Weights) -> Tensor:
+    def heads(self, x: Tensor, w: Weights) -> Tensor:
         q, k, v = self.project(x, w)
-        return softmax_attention_reference(q, k, v, scale=self.scale).flatten(2) @ w["o_proj.weight"].mT
+        return softmax_attention_reference(q, k, v, scale=self.scale)
+
+    def __call__(self, x: Tensor, w: Weights) -> Tensor:
+        return self.heads(x, w).flatten(2) @ w["o_proj.weight"].mT
+
+
+class PaperGated(PaperSoftmax):
+    """arXiv 2505.06708, the gate behind the attention (G1), of its own per head and channel."""
+
+    def gate(self, x: Tensor, w: Weights) -> Tensor:
+        return 1 / (1 + (-(x @ w["g_proj.weight"].mT)).exp())
+
+    def __call__(self, x: Tensor, w: Weights) -> Tensor:
+        return (self.gate(x, w) * self.heads(x, w).flatten(2)) @ w["o_proj.weight"].mT
+
+
+class PaperNormedSoftmax(PaperSoftmax):
+    """The softmax row "+ GroupNorm" of arXiv 2410.05258, Table 6: V1's norm of each head, with a scale of 1."""
+
+    def heads(self, x: Tensor, w: Weights) -> Tensor:
+        normed = rms_norm(super().heads(x, w).to(torch.promote_types(x.dtype, torch.float32)), 1e-5)
+        return (normed * w["subln.weight"]).to(x.dtype)
 
 
 class PaperV1(PaperSoftmax):
@@ -78,6 +99,18 @@ class PaperV1(PaperSoftmax):
         return y.to(x.dtype).flatten(2) @ w["o_proj.weight"].mT
 
 
+class PaperV1WithoutNorm(PaperV1):
+    """The row "w/o GroupNorm" of the same table: no norm, and so none of its scale."""
+
+    def __init__(self, shape: ModelShape, lambda_init: float) -> None:
+        super().__init__(shape, lambda_init)
+        self.factor = 1.0
+
+    def head(self, q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
+        (q1, q2), (k1, k2) = self.pair(q), self.pair(k)
+        return diff_attention_reference(q1, k1, q2, k2, v, lam, scale=self.scale)
+
+
 class PaperV2(PaperSoftmax):
     """The authors' post of 20 January 2026: 2n queries, the keys and values of the softmax layer, λ per token."""
 
@@ -91,6 +124,52 @@ class PaperV2(PaperSoftmax):
         q, k, v = self.project(x, w)
         q1, q2 = self.pair(q)
         y = diff_attention_reference(q1, k, q2, k, v, self.lam(x, w), scale=self.scale)
+        return y.flatten(2) @ w["o_proj.weight"].mT
+
+
+class PaperLinearV2(PaperV2):
+    """λ = x W_λ without the sigmoid."""
+
+    def lam(self, x: Tensor, w: Weights) -> Tensor:
+        return (x @ w["lambda_proj.weight"].mT).to(torch.promote_types(x.dtype, torch.float32))
+
+
+class PaperOneV2(PaperV2):
+    """λ = 1: the plain difference."""
+
+    def lam(self, x: Tensor, w: Weights) -> Tensor:
+        return torch.ones(x.shape[0], x.shape[1], self.shape.num_heads)
+
+
+class PaperOtherGroupsV2(PaperV2):
+    """The noise map, with its values, of the head that stands where this one does in the next key/value group."""
+
+    def __call__(self, x: Tensor, w: Weights) -> Tensor:
+        q, k, v = self.project(x, w)
+        signal, noise = (softmax_attention_reference(half, k, v, scale=self.scale) for half in self.pair(q))
+        share = self.shape.num_heads // self.shape.num_kv_heads
+        other = [(head + share) % self.shape.num_heads for head in range(self.shape.num_heads)]
+        y = signal - self.lam(x, w)[..., None] * noise[:, :, other]
+        return y.to(x.dtype).flatten(2) @ w["o_proj.weight"].mT
+
+
+class _GateWithoutSigmoid(PaperGated):
+    def gate(self, x: Tensor, w: Weights) -> Tensor:
+        return x @ w["g_proj.weight"].mT
+
+
+class _OneGatePerHead(PaperGated):
+    def gate(self, x: Tensor, w: Weights) -> Tensor:
+        heads = super().gate(x, w).unflatten(-1, (-1, self.shape.head_dim))
+        return heads.mean(-1, keepdim=True).expand_as(heads).flatten(2)
+
+
+class _GatedValues(PaperGated):
+    def __call__(self, x: Tensor, w: Weights) -> Tensor:
+        q, k, v = self.project(x, w)
+        share = self.shape.num_heads // self.shape.num_kv_heads
+        gate = self.gate(x, w).unflatten(-1, (-1, self.shape.head_dim))
+        y = softmax_attention_reference(*(q, k.repeat_interleave(share, 2)), gate * v.repeat_interleave(share, 2))
         return y.flatten(2) @ w["o_proj.weight"].mT
 
 
@@ -168,11 +247,6 @@ class _PairsByHalvesV2(_Halves, PaperV2): ...
 class _ScaleOf2dV2(_ScaleOf2d, PaperV2): ...
 
 
-class _NoSigmoid(PaperV2):
-    def lam(self, x: Tensor, w: Weights) -> Tensor:
-        return (x @ w["lambda_proj.weight"].mT).float()
-
-
 class _MapsSwapped(PaperV2):
     def pair(self, heads: Tensor) -> tuple[Tensor, Tensor]:
         return heads[:, :, 1::2], heads[:, :, 0::2]
@@ -205,5 +279,6 @@ KNOWN_WRONG: dict[str, tuple[type, ...]] = {
         _PairsByHalvesV1,
         _ValuesOfWidthD,
     ),
-    "diff_v2": (_PairsByHalvesV2, _ScaleOf2dV2, _NoSigmoid, _MapsSwapped, _NormedV2),
+    "diff_v2": (_PairsByHalvesV2, _ScaleOf2dV2, PaperLinearV2, PaperOneV2, PaperOtherGroupsV2, _MapsSwapped, _NormedV2),
+    "gated": (PaperSoftmax, _GateWithoutSigmoid, _OneGatePerHead, _GatedValues),
 }

@@ -3,7 +3,18 @@ import dataclasses
 import pytest
 import torch
 from comparison import compare
-from model.paper_layers import KNOWN_WRONG, PaperSoftmax, PaperV1, PaperV2
+from model.paper_layers import (
+    KNOWN_WRONG,
+    PaperGated,
+    PaperLinearV2,
+    PaperNormedSoftmax,
+    PaperOneV2,
+    PaperOtherGroupsV2,
+    PaperSoftmax,
+    PaperV1,
+    PaperV1WithoutNorm,
+    PaperV2,
+)
 from model.small_models import SHAPE, small_model, tokens
 from torch import Tensor
 from transformers import AttentionInterface
@@ -16,7 +27,7 @@ from diffattn.plan.shape import VARIANTS
 
 LAYER = 2
 LENGTH = 7
-PAPER = {"softmax": PaperSoftmax, "diff_v1": PaperV1, "diff_v2": PaperV2}
+PAPER = {"softmax": PaperSoftmax, "diff_v1": PaperV1, "diff_v2": PaperV2, "gated": PaperGated}
 
 
 def layer_of(attention: str, implementation: str = "sdpa", **config) -> SoftmaxAttention:
@@ -49,7 +60,7 @@ def weights_of(layer: SoftmaxAttention, dtype: torch.dtype) -> dict[str, Tensor]
 
 def with_gradients(output: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
-    return [output.detach(), *torch.autograd.grad(output, leaves, cotangent)]
+    return [output.detach(), *torch.autograd.grad(output, leaves, cotangent, allow_unused=True)]
 
 
 def run_layer(layer: SoftmaxAttention, x: Tensor) -> list[Tensor]:
@@ -75,24 +86,29 @@ def paper_of(attention: str, layer: SoftmaxAttention, kind: type | None = None) 
 
 
 LAYERS = [
-    ("softmax", {}),
-    ("diff_v1", {}),
-    ("diff_v1", {"subln_affine": False}),
-    ("diff_v1", {"lambda_init": 0.3}),
-    ("diff_v2", {}),
+    ("softmax", {}, PaperSoftmax),
+    ("softmax", {"head_norm": True}, PaperNormedSoftmax),
+    ("diff_v1", {}, PaperV1),
+    ("diff_v1", {"subln_affine": False}, PaperV1),
+    ("diff_v1", {"lambda_init": 0.3}, PaperV1),
+    ("diff_v1", {"head_norm": False}, PaperV1WithoutNorm),
+    ("diff_v2", {}, PaperV2),
+    ("diff_v2", {"lambda_form": "linear"}, PaperLinearV2),
+    ("diff_v2", {"lambda_form": "one"}, PaperOneV2),
+    ("diff_v2", {"pairs_share_group": False}, PaperOtherGroupsV2),
+    ("gated", {}, PaperGated),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize(("attention", "config"), LAYERS, ids=str)
-def test_layer_is_the_papers_forward_and_in_every_gradient(attention, config, implementation, dtype):
+@pytest.mark.parametrize(("attention", "config", "kind"), LAYERS, ids=str)
+def test_layer_is_the_papers_forward_and_in_every_gradient(attention, config, kind, implementation, dtype):
     layer = layer_of(attention, implementation, **config).to(dtype)
-    paper, x = paper_of(attention, layer), inputs(dtype)
+    paper, x = paper_of(attention, layer, kind), inputs(dtype)
     names = ["output", "d_x", *(f"d_{name}" for name, _ in layer.named_parameters())]
-    assert ("subln.weight" in dict(layer.named_parameters())) == (
-        attention == "diff_v1" and "subln_affine" not in config
-    )
+    normed = config.get("head_norm", attention == "diff_v1") and "subln_affine" not in config
+    assert ("subln.weight" in dict(layer.named_parameters())) == normed
     actual = run_layer(layer, x)
     expected, eager = run_paper(paper, layer, torch.float64, x), run_paper(paper, layer, dtype, x)
     compare(actual[:1], expected[:1], eager[:1])

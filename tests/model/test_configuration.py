@@ -13,7 +13,8 @@ from diffattn.plan.shape import VARIANTS, ModelShape, presets
 
 
 @pytest.mark.parametrize(
-    ("attention", "heads"), [("softmax", (12, 4, 10)), ("diff_v1", (12, 2, 20)), ("diff_v2", (24, 4, 10))]
+    ("attention", "heads"),
+    [("softmax", (12, 4, 10)), ("diff_v1", (12, 2, 20)), ("diff_v2", (24, 4, 10)), ("gated", (12, 4, 10))],
 )
 def test_heads_are_those_of_the_one_attention_call(attention, heads):
     config = DiffTransformerConfig.from_shape(SHAPE, attention)
@@ -48,6 +49,25 @@ def test_configuration_survives_a_file(attention, tmp_path):
     assert saved["attention"] == attention
     assert saved["rope_parameters"] == {"rope_type": "default", "rope_theta": 54321.0}
     assert DiffTransformerConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_switches_are_what_differs_from_the_variant_as_published():
+    def switches(attention, **fields):
+        return DiffTransformerConfig.from_shape(SHAPE, attention, **fields).switches()
+
+    for attention in (*VARIANTS, "dex"):
+        assert switches(attention) == {}
+    assert switches("diff_v1", head_norm=True) == switches("softmax", head_norm=False) == {}
+    assert switches("diff_v1", head_norm=False) == {"head_norm": False}
+    assert switches("softmax", head_norm=True) == {"head_norm": True}
+    both = {"lambda_form": "linear", "pairs_share_group": False}
+    assert switches("diff_v2", **both) == both
+
+
+def test_maps_of_other_groups_are_not_spread_over_ranks():
+    config = DiffTransformerConfig.from_shape(SHAPE, "diff_v2", pairs_share_group=False)
+    with pytest.raises(ConfigError, match="pairs_share_group is False"):
+        config.check_tensor_parallel(2)
 
 
 def test_defaults_are_the_papers_1_4B_v1_model():
@@ -106,6 +126,15 @@ def test_rotary_frequencies_are_those_of_the_replaced_softmax_transformer(scaled
 
 SMALL = {"attention": "diff_v1", "hidden_size": 60, "num_attention_heads": 6}
 WRONG = [
+    ({"attention": "gated", "head_norm": True}, ["head_norm is True", "'gated'", "leave it out"]),
+    ({"attention": "dex", "head_norm": True}, ["head_norm is True", "'dex'", "leave it out"]),
+    ({"attention": "diff_v2", "lambda_form": "tanh"}, ["lambda_form is 'tanh'", "sigmoid, linear, one"]),
+    ({"lambda_form": "one"}, ["lambda_form is 'one'", "wanted diff_v2", "leave it out"]),
+    ({"attention": "softmax", "pairs_share_group": False}, ["pairs_share_group is False", "wanted diff_v2"]),
+    (
+        {"attention": "diff_v2", "num_key_value_heads": 1, "pairs_share_group": False},
+        ["num_key_value_heads 1", "wanted 2 or more"],
+    ),
     ({"attention": "diff"}, ["attention", "'diff'", "softmax, diff_v1, diff_v2"]),
     ({"attention": None}, ["attention", "None", "softmax, diff_v1, diff_v2"]),
     ({"hidden_size": 0}, ["hidden_size=0", "positive integer"]),

@@ -92,7 +92,7 @@ def test_dex_takes_models_whose_heads_do_not_pair():
     )  # fmt: skip
     assert (config.head_dim, config.rope_width) == (6, 6)
     assert DiffTransformerForCausalLM(config)(tokens(1, 5)).logits.isfinite().all()
-    with pytest.raises(ConfigError, match="attention 'dex', which has one map only"):
+    with pytest.raises(ConfigError, match="attention 'dex', whose heads are no difference of two maps"):
         DiffTransformerForCausalLM(config).set_attn_implementation("diff_fused")
 
 

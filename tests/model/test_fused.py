@@ -82,6 +82,36 @@ def test_logits_and_every_gradient_are_those_of_sdpa(attention, shape, side, ser
     assert served == ["kernel"] * model.config.num_hidden_layers
 
 
+SWITCHED = [
+    ("diff_v1", {"head_norm": False}),
+    ("diff_v2", {"head_norm": True}),
+    ("diff_v2", {"head_norm": True, "subln_affine": False}),
+    ("diff_v2", {"lambda_form": "linear"}),
+    ("diff_v2", {"lambda_form": "one"}),
+]
+
+
+@needs_the_kernel
+@pytest.mark.parametrize(("attention", "fields"), SWITCHED, ids=str)
+def test_switches_of_a_variant_are_served_alike(attention, fields, served):
+    model, ids = small_model(attention, **fields), tokens(3, LENGTH)
+    assert_same_step(*both_steps(model, ids))
+    assert served == ["kernel"] * model.config.num_hidden_layers
+    with torch.no_grad():
+        # One query behind a cache.
+        whole = model(ids).logits[:, -1]
+        model.set_attn_implementation(DIFF_FUSED)
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        assert_same_logits(model(ids[:, -1:], past_key_values=cache).logits[:, -1], whole)
+
+
+def test_maps_of_other_groups_are_no_difference_of_maps():
+    model = small_model("diff_v2", pairs_share_group=False)
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ConfigError, match="no difference of two maps"):
+        model.set_attn_implementation(DIFF_FUSED)
+
+
 @needs_the_kernel
 @needs_kernel(torch.bfloat16)
 @pytest.mark.parametrize("attention", DIFFERENTIAL)
@@ -304,9 +334,11 @@ def test_a_differential_model_is_fused_where_nothing_was_asked_for(attention, tm
 
 
 def test_softmax_refuses_to_be_fused():
-    with pytest.raises(ConfigError, match=r"'diff_fused' and attention 'softmax', .* one map only; wanted"):
+    with pytest.raises(
+        ConfigError, match=r"'diff_fused' and attention 'softmax', .* no difference of two maps; wanted"
+    ):
         small_model("softmax", attn_implementation=DIFF_FUSED)
-    with pytest.raises(ConfigError, match="one map only"):
+    with pytest.raises(ConfigError, match="no difference of two maps"):
         small_model("softmax").set_attn_implementation(DIFF_FUSED)
 
 

@@ -6,7 +6,7 @@ from model.small_models import SHAPE, assert_same_logits, tokens
 
 from diffattn.errors import ConfigError
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.model.pairing import MATCHES, build_pair, pair_config
+from diffattn.model.pairing import MATCHES, build_pair, pair_config, parameters_of
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.shape import VARIANTS, ModelShape, presets
 
@@ -19,7 +19,7 @@ def by_head(model: DiffTransformerForCausalLM, layer: int) -> torch.Tensor:
 
 def own_values(model: DiffTransformerForCausalLM, attention: str) -> list[torch.Tensor]:
     """Every drawn tensor that the model does not share with its twin."""
-    own = [tensor for name, tensor in model.state_dict().items() if "lambda" in name]
+    own = [tensor for name, tensor in model.state_dict().items() if "lambda" in name or "g_proj" in name]
     if attention == "diff_v2":
         own += [by_head(model, layer)[:, 1].contiguous() for layer in range(SHAPE.num_layers)]
     return own
@@ -53,7 +53,7 @@ def test_v2_shares_the_signal_half_of_its_queries_and_the_leading_columns(match)
         assert torch.equal(ours[name], expected), name
 
 
-@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2"])
+@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2", "gated"])
 def test_what_is_not_shared_repeats_no_values_of_the_twin(attention):
     # λ with the spread of the projections, so that a repeated draw would be the same number.
     model, twin = build_pair(SHAPE, attention, seed=5, match="shape", lambda_std=0.02, initializer_range=0.02)
@@ -77,6 +77,43 @@ def test_v2_noise_queries_correlate_with_no_tensor_of_the_twin():
                 correlation = torch.corrcoef(torch.stack([noise[:size], tensor.flatten()[:size].detach()]))[0, 1]
                 # Five standard errors.
                 assert abs(correlation) < 5 / size**0.5, name
+
+
+@pytest.mark.parametrize("match", MATCHES)
+def test_gated_attention_shares_all_but_its_gate(match):
+    model, twin = build_pair(SHAPE, "gated", seed=5, match=match)
+    ours, theirs = model.state_dict(), twin.state_dict()
+    assert {name.split("self_attn.")[1] for name in ours.keys() - theirs.keys()} == {"g_proj.weight"}
+    assert (model.config.intermediate_size < SHAPE.intermediate_size) == (match == "parameters")
+    for name, tensor in theirs.items():
+        if ".mlp." not in name:
+            assert torch.equal(ours[name], tensor), name
+
+
+SWITCHES = [
+    ("softmax", {"head_norm": True}),
+    ("diff_v1", {"head_norm": False}),
+    ("diff_v1", {"lambda_init": 0.5, "subln_affine": False}),
+    ("diff_v2", {"head_norm": True}),
+    ("diff_v2", {"lambda_form": "linear"}),
+    ("diff_v2", {"lambda_form": "one"}),
+    ("diff_v2", {"pairs_share_group": False}),
+]
+
+
+@pytest.mark.parametrize(("attention", "switches"), SWITCHES, ids=str)
+def test_a_variant_with_a_switch_has_the_twin_of_its_variant_and_as_many_parameters(attention, switches):
+    model, twin = build_pair(SHAPE, attention, seed=5, **switches)
+    plain = build_pair(SHAPE, "softmax", seed=5).model.state_dict()
+    assert twin.state_dict().keys() == plain.keys()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in twin.state_dict().items())
+    queries = "model.layers.0.self_attn.q_proj.weight"
+    shared = (
+        by_head(model, 0)[:, 0].reshape_as(plain[queries]) if attention == "diff_v2" else model.state_dict()[queries]
+    )
+    assert torch.equal(shared, plain[queries])
+    assert parameters_of(model.config).total == model.num_parameters()
+    assert model.num_parameters() == pytest.approx(twin.num_parameters(), rel=0.005)
 
 
 @pytest.mark.parametrize("match", MATCHES)
@@ -122,7 +159,7 @@ def total(config) -> int:
         return sum(parameter.numel() for parameter in DiffTransformerForCausalLM(config).parameters())
 
 
-@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2"])
+@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2", "gated"])
 @pytest.mark.parametrize("preset", presets())
 def test_totals_match_within_half_a_percent_or_the_shape_stays(preset, attention):
     shape = ModelShape.preset(preset)

@@ -60,8 +60,13 @@ def test_the_parts_by_hand():
     assert softmax.non_embedding == 40_992 + 89_487 + 427
     # V2 adds a second W_Q and W_λ of 61·6 = 366 per layer; V1 adds (4 + 2)·14.
     assert count_parameters(PRIME, "diff_v2").attention == 3 * (13_664 + 5124 + 366)
+    assert count_parameters(PRIME, "gated").attention == 3 * (13_664 + 5124)
+    assert count_parameters(PRIME, "diff_v2", lambda_form="one").attention == 3 * (13_664 + 5124)
     assert count_parameters(PRIME, "diff_v1").attention == 3 * (13_664 + 84)
     assert count_parameters(PRIME, "diff_v1", subln_affine=False).attention == 3 * (13_664 + 56)
+    # The norm of each head: a gain of the width of an output head.
+    assert count_parameters(PRIME, "diff_v1", head_norm=False).attention == 3 * (13_664 + 56)
+    assert count_parameters(PRIME, "softmax", head_norm=True).attention == 3 * (13_664 + 14)
 
 
 def test_tying_saves_one_matrix_and_leaves_the_layers():
@@ -100,12 +105,13 @@ def test_every_preset_is_matched(name):
     softmax = count_parameters(shape, "softmax").total
     assert match_parameters(shape, "softmax") is match_parameters(shape, "diff_v1") is shape
     assert 0 < count_parameters(shape, "diff_v1").total - softmax < 0.001 * softmax
-    narrowed = match_parameters(shape, "diff_v2")
-    assert narrowed == dataclasses.replace(shape, intermediate_size=narrowed.intermediate_size)
-    assert narrowed.intermediate_size % 8 == 0
-    assert abs(count_parameters(narrowed, "diff_v2").total - softmax) <= 0.005 * softmax
-    # The same shape unmatched is well outside, so this test would notice a matching that does nothing.
-    assert count_parameters(shape, "diff_v2").total - softmax > 0.03 * softmax
+    for attention in ("diff_v2", "gated"):
+        narrowed = match_parameters(shape, attention)
+        assert narrowed == dataclasses.replace(shape, intermediate_size=narrowed.intermediate_size)
+        assert narrowed.intermediate_size % 8 == 0
+        assert abs(count_parameters(narrowed, attention).total - softmax) <= 0.005 * softmax
+        # The same shape unmatched is well outside, so this test would notice a matching that does nothing.
+        assert count_parameters(shape, attention).total - softmax > 0.03 * softmax
 
 
 @few
@@ -177,6 +183,7 @@ def test_attention_is_what_the_visible_pairs_cost(shape, context):
         "softmax": n * (2 * d + 2 * d),
         "diff_v1": n // 2 * (2 * d + 2 * d + 2 * (2 * d)),
         "diff_v2": n * (2 * d + 2 * d + 2 * d),
+        "gated": n * (2 * d + 2 * d),
     }
     for attention in VARIANTS:
         parts = count_parameters(shape, attention, subln_affine=False)

@@ -27,9 +27,10 @@ MATRICES = {
     "softmax": L * (2 * n * d * D + 2 * G * d * D + 3 * D * F),
     "diff_v1": L * (2 * n * d * D + 2 * G * d * D + 3 * D * F),
     "diff_v2": L * (3 * n * d * D + 2 * G * d * D + D * n + 3 * D * F),
+    "gated": L * (3 * n * d * D + 2 * G * d * D + 3 * D * F),
 }
 # FLOPs per query and key, of one layer, with every map computed once: n maps and n products of width d, V2 with 2n.
-PER_PAIR = {"softmax": 4 * n * d, "diff_v1": 4 * n * d, "diff_v2": 6 * n * d}
+PER_PAIR = {"softmax": 4 * n * d, "diff_v1": 4 * n * d, "diff_v2": 6 * n * d, "gated": 4 * n * d}
 
 
 def found(attention: str, shape: ModelShape = SHAPE, **changes: Any) -> dict[str, Any]:
@@ -85,9 +86,9 @@ def test_materialised_maps_are_kept_and_not_computed_again() -> None:
     # One float32 map of T × T per query head of the one call: V1 has n of them, V2 2n.
     sizes = {name: found(name, backend="materialised")["score_bytes"] for name in VARIANTS}
     one = 4 * L * B * T * T
-    assert sizes == {"softmax": n * one, "diff_v1": n * one, "diff_v2": 2 * n * one}
+    assert sizes == {"softmax": n * one, "diff_v1": n * one, "diff_v2": 2 * n * one, "gated": n * one}
     assert found("diff_v2", backend="materialised", checkpointing=True)["score_bytes"] == 2 * n * one // L
-    assert [found(name)["score_bytes"] for name in VARIANTS] == [0, 0, 0]
+    assert [found(name)["score_bytes"] for name in VARIANTS] == [0] * 4
 
 
 def test_calls_that_read_the_cache_more_often_say_so() -> None:
@@ -172,7 +173,9 @@ def test_a_ranks_peak_is_that_of_its_own_moments() -> None:
 
 
 def test_a_pair_stays_on_one_rank() -> None:
-    assert [call_heads(SHAPE, name) for name in VARIANTS] == [(n, G, d), (n, G // 2, 2 * d), (2 * n, G, d)]
+    assert [call_heads(SHAPE, name) for name in VARIANTS] == [
+        (n, G, d), (n, G // 2, 2 * d), (2 * n, G, d), (n, G, d)
+    ]  # fmt: skip
     found("softmax", tp=4)
     found("diff_v2", tp=4)
     with pytest.raises(ConfigError, match=r"tp=4 given.*2 key/value heads.*use one of 1, 2"):

@@ -64,6 +64,8 @@ def test_a_layer_by_hand():
     # V2: twice the queries, λ, and two log-sum-exps in two parts for each of n heads.
     v2 = softmax + width + n - n + 4 * n
     assert layer(PRIME, "diff_v2", backend="fused", size=4, autocast=False).token == 4 * v2
+    # The gate, and its product with what softmax keeps.
+    assert layer(PRIME, "gated", backend="standard", size=4, autocast=False).token == 4 * (softmax + 2 * width)
 
 
 def test_only_materialised_maps_cost_memory_by_the_square():
@@ -160,7 +162,7 @@ def test_fixed_parts_are_the_parameters():
     for attention in VARIANTS:
         count = count_parameters(PRIME, attention).total
         lambdas = 3 * 4 * 14 if attention == "diff_v1" else 0
-        tensors = 3 * (9 + {"softmax": 0, "diff_v1": 5, "diff_v2": 1}[attention]) + 3
+        tensors = 3 * (9 + {"softmax": 0, "diff_v1": 5, "diff_v2": 1, "gated": 1}[attention]) + 3
         place = {"batch": 1, "context": 5, "backend": "standard"}
         fp32, mixed = (
             training_memory(PRIME, attention, **place, precision=precision) for precision in ("fp32", "mixed")

@@ -124,7 +124,7 @@ def test_the_default_sizes_are_those_that_they_say() -> None:
         ({"sizes": ("many",)}, "a count of at least 1"),
         ({"sizes": ("1",)}, "what the rule reaches"),
         ({"tokens": "0"}, "a count of at least 1"),
-        ({"variants": ("soft",)}, "wanted of softmax, diff_v1, diff_v2"),
+        ({"variants": ("soft",)}, "wanted of softmax, softmax.wide_heads"),
         ({"variants": ("softmax", "softmax")}, "each at most once"),
         ({"seeds": 0}, "at least 1"),
         ({"match": "size"}, "wanted of parameters, shape"),

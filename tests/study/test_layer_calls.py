@@ -11,7 +11,15 @@ from diffattn.study import layer_calls
 from diffattn.study.layer_calls import LayerCall, served_by
 from diffattn.study.maps import attention_maps
 
-VARIANTS = ("softmax", "diff_v1", "diff_v2", "dex")
+VARIANTS = ("softmax", "diff_v1", "diff_v2", "dex", "gated")
+SWITCHED = [
+    ("softmax", {"head_norm": True}),
+    ("diff_v1", {"head_norm": False}),
+    ("diff_v2", {"head_norm": True}),
+    ("diff_v2", {"lambda_form": "linear"}),
+    ("diff_v2", {"lambda_form": "one"}),
+]
+MODELS = [*((name, {}) for name in VARIANTS), *SWITCHED]
 LENGTH = 17
 
 
@@ -46,7 +54,7 @@ def eager_maps(model, ids) -> list[dict[str, torch.Tensor]]:
         lams = [layer.lam_of(x) for layer, x in zip(layers, inputs, strict=True)]
     for hook in hooks:
         hook.remove()
-    if lams[0] is None:
+    if not model.config.subtracts_maps:
         return [{"map_pos": each} for each in weights]
     found = []
     for each, lam in zip(weights, lams, strict=True):
@@ -55,9 +63,9 @@ def eager_maps(model, ids) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
-def test_maps_are_those_of_the_eager_model(attention):
-    model, ids = small_model(attention), tokens(1, LENGTH)
+@pytest.mark.parametrize(("attention", "fields"), MODELS, ids=str)
+def test_maps_are_those_of_the_eager_model(attention, fields):
+    model, ids = small_model(attention, **fields), tokens(1, LENGTH)
     calls = read(model, ids)
     assert [call.layer for call in calls] == list(range(SHAPE.num_layers))
     for call, expected in zip(calls, eager_maps(model, ids), strict=True):
@@ -121,10 +129,17 @@ def test_a_window_hides_what_lies_before_it():
         torch.testing.assert_close(call.maps(range(LENGTH))[0], weights, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
-def test_what_serves_in_its_place_makes_the_models_logits(attention):
-    """The maps' product with the values, V1's norm behind it, is what the model does itself."""
-    model, ids = small_model(attention), tokens(2, LENGTH)
+def test_maps_that_meet_values_of_their_own_are_not_read():
+    model = small_model("diff_v2", pairs_share_group=False)
+    with pytest.raises(UnsupportedError, match="cannot be read: both maps of a head meet values of their own"):
+        read(model, tokens(1, LENGTH))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("attention", "fields"), MODELS, ids=str)
+def test_what_serves_in_its_place_makes_the_models_logits(attention, fields):
+    """The maps' product with the values, a norm or a gate behind it, is what the model does itself."""
+    model, ids = small_model(attention, **fields), tokens(2, LENGTH)
     with torch.no_grad():
         expected = model(ids).logits
         with served_by(model, lambda call: None):
@@ -138,9 +153,9 @@ def test_what_serves_in_its_place_makes_the_models_logits(attention):
         with served_by(model, serve):
             assert_same_logits(model(ids).logits, expected)
         with served_by(model, lambda call: 0.9 * serve(call)):
-            # V1's norm undoes a factor.
+            # A norm of each head undoes a factor.
             changed = (model(ids).logits - expected).abs().max()
-            assert (changed > 1e-3) == (attention != "diff_v1")
+            assert (changed > 1e-3) != model.config.normalizes_heads
 
 
 def test_the_models_own_attention_is_put_back():

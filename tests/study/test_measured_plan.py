@@ -7,9 +7,9 @@ import torch
 from benchmarks import plan_memory
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.fused import serving_backend
-from diffattn.plan.activations import layer, norm
+from diffattn.plan.activations import ONE_MAP, layer, norm
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
-from diffattn.plan.shape import ModelShape
+from diffattn.plan.shape import VARIANTS, ModelShape
 from diffattn.study.measured_machine import measure_machine, roofline
 from diffattn.study.measured_plan import Subject, all_pairs_flops, measure_plan
 
@@ -27,7 +27,7 @@ PAGE = Path(plan_memory.__file__).parents[1] / "docs" / "plan.md"
 
 def runs(attention: str, precision: str, backend: str) -> bool:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    return backend != "fused" or attention == "softmax" or serving_backend(attention, "cpu", dtype) == "fused"
+    return backend != "fused" or attention in ONE_MAP or serving_backend(attention, "cpu", dtype) == "fused"
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,8 @@ def runs(attention: str, precision: str, backend: str) -> bool:
         (UNTIED, "diff_v1", "bf16", "fused", False),
         (UNTIED, "diff_v2", "autocast", "fused", False),
         (UNTIED, "diff_v2", "fp32", "standard", True),
+        (GROUPED, "gated", "autocast", "standard", False),
+        (UNTIED, "gated", "fp32", "materialised", False),
     ],
 )
 def test_the_real_model_is_as_predicted(shape, attention, precision, backend, checkpointing):
@@ -65,7 +67,7 @@ def test_the_real_model_is_as_predicted(shape, attention, precision, backend, ch
             assert row["measured"] > 0
 
 
-@pytest.mark.parametrize("attention", ["softmax", "diff_v1", "diff_v2"])
+@pytest.mark.parametrize("attention", VARIANTS)
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
 def test_autograd_saves_what_is_counted(attention, precision):
     """The storages that autograd keeps, the parameters apart, against the sum of the model's own tensors."""
@@ -107,6 +109,7 @@ def test_inference_is_as_predicted(precision):
         ("diff_v2", "fused", UNTIED, 1),
         ("diff_v2", "standard", GROUPED, 3),
         ("diff_v1", "materialised", UNTIED, 3),
+        ("gated", "standard", GROUPED, 3),
     )
     for attention, backend, shape, batch in forms:
         if not runs(attention, precision, backend):

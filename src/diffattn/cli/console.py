@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import rich.console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn
@@ -16,7 +16,11 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from diffattn.errors import ConfigError
+from diffattn.numbers import seconds
 from diffattn.train.callbacks import Progress as Step
+
+if TYPE_CHECKING:
+    from diffattn.study.ladder import LadderProgress
 
 RUNS = Path("runs")
 
@@ -24,8 +28,11 @@ RUNS = Path("runs")
 class Console:
     """Names the run folder, shows a run's progress where stderr is a terminal, and says how to go on after Ctrl-C."""
 
-    def __init__(self, verb: str, out: Path | None, *, resume: bool) -> None:
+    def __init__(
+        self, verb: str, out: Path | None, *, resume: bool, kept: Literal["run", "rows", "nothing"] = "run"
+    ) -> None:
         self.verb = verb
+        self.kept = kept
         self.command = shlex.join(["diffattn", *sys.argv[1:]])
         self.folder = out if out is not None else _newest(verb) if resume else _new(verb)
         self._screen = rich.console.Console(stderr=True, highlight=False)
@@ -46,18 +53,19 @@ class Console:
     ) -> None:
         if self._tasks:
             self._live.stop()
-        if kind is KeyboardInterrupt:
-            self.note(f"stopped; what was trained is kept: diffattn {self.verb} --resume --out {self.folder}")
+        if kind is KeyboardInterrupt and self.kept != "nothing":
+            again = f"diffattn {self.verb} --resume --out {self.folder}" if self.kept == "run" else self.command
+            self.note(f"stopped; what was trained is kept, go on with: {again}")
 
     def note(self, line: str) -> None:
         self._screen.print(line, soft_wrap=True, markup=False)
 
     def progress(self, name: str, step: Step) -> None:
         """The live line of one model; nothing where stderr is not a terminal."""
-        minutes, seconds = divmod(round(step.seconds_left), 60)
+        minutes, rest = divmod(round(step.seconds_left), 60)
         text = (
             f"{name:<16} step {step.step}/{step.steps}  loss {step.loss:.3f}  "
-            f"{step.tokens_per_second:,.0f} tokens/s  {minutes}:{seconds:02d} left"
+            f"{step.tokens_per_second:,.0f} tokens/s  {minutes}:{rest:02d} left"
         )
         self._show(name, text, step.step, step.steps)
 
@@ -66,6 +74,15 @@ class Console:
         left = next((task.time_remaining for task in self._live.tasks if task.id == self._tasks.get(name)), None)
         text = f"{name:<16} {done:,} of {all_:,}" + (f"  {left:.0f} s left" if left else "")
         self._show(name, text, done, all_)
+
+    def ladder(self, progress: LadderProgress) -> None:
+        """A line at the start of each run of a ladder, and the live line of its steps."""
+        name = f"{progress.attention} {progress.size:,} parameters, seed {progress.seed}"
+        if progress.step is not None:
+            self.progress(name, progress.step)
+            return
+        left = "" if progress.seconds_left is None else f", about {seconds(progress.seconds_left)} left"
+        self.note(f"{progress.done} of {progress.runs} runs done{left}: training {name}")
 
     def _show(self, name: str, text: str, done: int, all_: int) -> None:
         if not self._screen.is_terminal:

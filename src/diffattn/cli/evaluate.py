@@ -39,7 +39,7 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
 
             if png is not None:
                 writable_folder(png.parent)
-            with Console(f"eval {study}", Path(), resume=False) as console:
+            with Console(f"eval {study}", Path(), resume=False, kept="nothing") as console:
                 result = evaluate(
                     study, models, options, text=text, dtype=dtype, device=device, command=console.command,
                     on_progress=console.counted,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from diffattn.cli.ablation import ablation
 from diffattn.cli.compare import compare
 from diffattn.cli.convert import convert
 from diffattn.cli.doctor import doctor
@@ -35,6 +36,7 @@ VERBS: dict[str, Callable[..., Callable[[], int]]] = {
     "convert": convert,
     "export": export,
     **EVAL,
+    "eval ablation": ablation,
     "lens": lens,
     "doctor": doctor,
 }

@@ -37,8 +37,8 @@ def plan(
     """Say what a DIFF model and a softmax model need before anything is built: memory, FLOPs, seconds, disk.
 
     Args:
-        model: variant:size, where the variant is softmax, diff_v1 or diff_v2 and the size a preset such as 6.8B, a
-            .toml file, a checkpoint's folder, or a count such as 11B. A checkpoint alone brings its own variant.
+        model: variant:size: softmax, diff_v1, diff_v2 or gated, and a preset such as 6.8B, a .toml file, a checkpoint's
+            folder, or a count such as 11B. A checkpoint alone brings its own variant.
         against: The other model, written alike.
         context: Tokens in a sequence; 4k is 4096.
         batch: Sequences.

@@ -49,25 +49,15 @@ def scale_run(
 
     def call() -> int:
         from diffattn.cli.console import Console, print_json
-        from diffattn.numbers import seconds
-        from diffattn.study.ladder import Ladder, LadderProgress, run_ladder
+        from diffattn.study.ladder import Ladder, run_ladder
 
         ladder = Ladder(
             sizes=sizes, tokens=tokens, variants=variants, seeds=seeds, text=text, vocab_size=vocab_size,
             context=context, match=match, batch_size=batch_size, learning_rate=learning_rate, device=device,
             dtype=dtype,
         )  # fmt: skip
-        with Console("scale run", out, resume=True) as console:
-
-            def show(progress: LadderProgress) -> None:
-                name = f"{progress.attention} {progress.size:,} parameters, seed {progress.seed}"
-                if progress.step is None:
-                    left = "" if progress.seconds_left is None else f", about {seconds(progress.seconds_left)} left"
-                    console.note(f"{progress.done} of {progress.runs} runs done{left}: training {name}")
-                else:
-                    console.progress(name, progress.step)
-
-            rows = run_ladder(ladder, out=out, command=console.command, on_progress=show)
+        with Console("scale run", out, resume=True, kept="rows") as console:
+            rows = run_ladder(ladder, out=out, command=console.command, on_progress=console.ladder)
         console.note(f"{len(rows)} rows: {out / 'rows.jsonl'}; fit them with: diffattn scale fit {out / 'rows.jsonl'}")
         if json:
             print_json({"rows": rows})

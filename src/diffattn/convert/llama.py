@@ -209,11 +209,17 @@ def to_llama(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
         raise UnsupportedError(
             "attention is 'dex'; wanted a softmax model, because Llama subtracts nothing: fold W_D into W_O first"
         )
+    if ours.attention == "gated":
+        raise UnsupportedError(
+            "attention is 'gated'; wanted a softmax model, because Llama has no gate: keep it as diff_transformer"
+        )
     if ours.attention != "softmax":
         raise UnsupportedError(
             f"attention is {ours.attention!r}; wanted a softmax model, because Llama has one softmax map per head and "
             "no parameters can make it the difference of two: keep it as diff_transformer"
         )
+    if ours.switches():
+        raise UnsupportedError(f"the model has {ours.switches()}; wanted a plain softmax model, as Llama is one")
     weights = dict(tensors)
     resolve_tie(ours, weights)
     check_tensors(ours, weights)

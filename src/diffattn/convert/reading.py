@@ -54,6 +54,8 @@ def softmax_config(config: Mapping[str, Any]) -> DiffTransformerConfig:
         ours = our_config(config)
         if ours.attention != "softmax":
             raise UnsupportedError(f"attention is {ours.attention!r}; wanted a softmax model to start from")
+        if ours.switches():
+            raise UnsupportedError(f"the model has {ours.switches()}; wanted a plain softmax model to start from")
         return ours
     if kind not in LLAMA_LIKE:
         raise UnsupportedError(

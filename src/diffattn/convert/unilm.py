@@ -207,6 +207,7 @@ def _check_sayable(ours: DiffTransformerConfig) -> None:
         (ours.subtracts_maps, f"attention is {ours.attention!r}", "diff_v1 or diff_v2"),
         (not (ours.attention_bias or ours.attention_output_bias or ours.mlp_bias), "the model has biases", "none"),
         (not ours.qk_norm, "qk_norm is True", "no norm of queries and keys"),
+        (not ours.switches(), f"the model has {ours.switches()}", "the variant as published"),
         (not v1 or ours.lambda_init is None, f"lambda_init is {ours.lambda_init}", "the schedule by depth"),
         (
             not v1 or filled == ours.hidden_size,

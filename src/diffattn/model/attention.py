@@ -107,14 +107,19 @@ class SoftmaxAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(outputs, config.hidden_size, bias=config.attention_output_bias)
-        # Of each output head, in variants that have one.
+        # Of each output head, where there is one.
         self.subln: RMSNormPerHead | None = None
+        if config.normalizes_heads:
+            scale = 1.0 - config.layer_lambda_init(layer_idx) if config.attention == "diff_v1" else 1.0
+            self.subln = RMSNormPerHead(
+                self.head_dim, scale, eps=config.subln_eps, elementwise_affine=config.subln_affine
+            )
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
 
     def lam_of(self, x_BTD: Tensor) -> Tensor | None:
-        """λ in float32, broadcastable to (B, T, H); softmax has none."""
+        """What the heads are combined with: λ in float32, broadcastable to (B, T, H), or a gate (B, T, H, d)."""
         return None
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -141,9 +146,13 @@ class SoftmaxAttention(nn.Module):
             k, v = past_key_values.update(k, v, self.layer_idx)
         return q, k, v
 
-    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
+    def combine(self, o_BTNW: Tensor, lam: Tensor | None) -> Tensor:
         """Output heads (B, T, H, V) of the standard call's; in float32 where they are still to be rounded."""
-        return o_BTNW
+        return self.normalized(o_BTNW)
+
+    def normalized(self, y_BTHV: Tensor) -> Tensor:
+        """The same, past the norm of each head where there is one."""
+        return y_BTHV if self.subln is None else self.subln(y_BTHV, self.subln.scale)
 
     def forward(
         self,
@@ -172,12 +181,11 @@ class SoftmaxAttention(nn.Module):
 
 
 class DifferentialAttention(SoftmaxAttention):
-    """What the variants share: the subtraction, and the norm where there is one."""
+    """What the variants share: the subtraction."""
 
-    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
-        assert lam_BTH is not None
-        y_BTHV = subtract(o_BTNW, lam_BTH)
-        return y_BTHV if self.subln is None else self.subln(y_BTHV, self.subln.scale)
+    def combine(self, o_BTNW: Tensor, lam: Tensor | None) -> Tensor:
+        assert lam is not None
+        return self.normalized(subtract(o_BTNW, lam))
 
 
 class DiffV1Attention(DifferentialAttention):
@@ -190,9 +198,6 @@ class DiffV1Attention(DifferentialAttention):
     def __init__(self, config: DiffTransformerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.lam = DifferentialLambda(self.width, config.layer_lambda_init(layer_idx))
-        self.subln = RMSNormPerHead(
-            self.head_dim, 1.0 - self.lam.lambda_init, eps=config.subln_eps, elementwise_affine=config.subln_affine
-        )
 
     def lam_of(self, x_BTD: Tensor) -> Tensor:
         return self.lam()
@@ -208,18 +213,45 @@ class DiffV2Attention(DifferentialAttention):
     """Differential attention V2 (the authors' post, January 2026): 2n query heads, keys and values of the baseline.
 
     ``softmax(Q_2i Kᵀ/√d) V − sigmoid(λ_i(x)) · softmax(Q_2i+1 Kᵀ/√d) V`` with λ(x) = x W_λ per token and head,
-    its sigmoid in float32; no norm behind it.
+    its sigmoid in float32; no norm behind it. What the post compares it with are fields of the configuration.
     """
 
     def __init__(self, config: DiffTransformerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.lambda_proj = nn.Linear(config.hidden_size, config.num_attention_heads // 2, bias=False)
+        if config.lambda_form != "one":
+            self.lambda_proj = nn.Linear(config.hidden_size, config.num_attention_heads // 2, bias=False)
 
     def lam(self, x_BTD: Tensor) -> Tensor:
-        return torch.sigmoid(self.lambda_proj(x_BTD).float())
+        if self.config.lambda_form == "one":
+            return x_BTD.new_ones((), dtype=torch.float32)
+        raw = self.lambda_proj(x_BTD).float()
+        return torch.sigmoid(raw) if self.config.lambda_form == "sigmoid" else raw
 
     def lam_of(self, x_BTD: Tensor) -> Tensor:
         return self.lam(x_BTD)
+
+    def combine(self, o_BTNW: Tensor, lam: Tensor | None) -> Tensor:
+        if not self.config.pairs_share_group:
+            signal, noise = o_BTNW.unflatten(2, (-1, 2)).unbind(3)
+            # Of the next group: as many heads further as a group has.
+            noise = noise.roll(-(self.num_key_value_groups // 2), dims=2)
+            o_BTNW = torch.stack((signal, noise), dim=3).flatten(2, 3)
+        return super().combine(o_BTNW, lam)
+
+
+class GatedAttention(SoftmaxAttention):
+    """``sigmoid(x W_g) ⊙ softmax-attention(x)``, a gate per channel of each head (arXiv 2505.06708, position G1)."""
+
+    def __init__(self, config: DiffTransformerConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.g_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.width, bias=False)
+
+    def lam_of(self, x_BTD: Tensor) -> Tensor:
+        return torch.sigmoid(self.g_proj(x_BTD)).unflatten(-1, (-1, self.width))
+
+    def combine(self, o_BTNW: Tensor, lam: Tensor | None) -> Tensor:
+        assert lam is not None
+        return o_BTNW * lam
 
 
 class DexProjection(Float32Module):
@@ -258,7 +290,7 @@ class DexAttention(SoftmaxAttention):
         if self.heads:
             self.dex = DexProjection(len(self.heads), self.width, config.layer_lambda_init(layer_idx))
 
-    def combine(self, o_BTNW: Tensor, lam_BTH: Tensor | None) -> Tensor:
+    def combine(self, o_BTNW: Tensor, lam: Tensor | None) -> Tensor:
         if not self.heads:
             return o_BTNW
         if o_BTNW.shape[2] != self.config.num_attention_heads:
@@ -296,4 +328,5 @@ ATTENTION: dict[str, type[SoftmaxAttention]] = {
     "diff_v1": DiffV1Attention,
     "diff_v2": DiffV2Attention,
     "dex": DexAttention,
+    "gated": GatedAttention,
 }

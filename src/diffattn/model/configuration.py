@@ -1,4 +1,4 @@
-"""The configuration of one decoder whose attention is softmax, Differential V1 or Differential V2."""
+"""The configuration of one decoder: softmax attention, Differential V1 or V2, DEX, or gated attention."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from diffattn.plan.shape import VARIANTS, ModelShape, check_positive_int
 ATTENTIONS = (*VARIANTS, "dex")
 # The attention function that subtracts the maps itself; ``diffattn.model.fused`` registers it.
 DIFF_FUSED = "diff_fused"
+LAMBDA_FORMS = ("sigmoid", "linear", "one")
 
 
 def lambda_init_schedule(layer: int) -> float:
@@ -36,14 +37,15 @@ class DiffTransformerConfig(PreTrainedConfig):
     softmax    n                   G                   d        n
     diff_v1    n                   G / 2               2d       n / 2, each of width 2d
     diff_v2    2n                  G                   d        n
-    dex        n                   G                   d        n
+    dex, gated n                   G                   d        n
     ========== =================== =================== ======== ====================================
 
     So ``2 · num_key_value_heads · head_dim`` values per layer and token is the cache, for every variant.
 
     Args:
         attention: ``"softmax"``, ``"diff_v1"`` (arXiv 2410.05258), ``"diff_v2"`` (the authors' post of January 2026)
-            or ``"dex"`` (arXiv 2505.16333), a pretrained softmax that learns to subtract a projection of its output.
+            or ``"dex"`` (arXiv 2505.16333), a pretrained softmax that learns to subtract a projection of its output;
+            or ``"gated"`` (arXiv 2505.06708), softmax attention times a sigmoid of the input.
         attention_bias: whether the projections of queries, keys and values have a bias (Qwen2; Llama's covers the
             output projection too).
         attention_output_bias: whether the output projection of attention has one.
@@ -53,9 +55,14 @@ class DiffTransformerConfig(PreTrainedConfig):
         dex_heads: DEX only. For every layer the heads, from 0, that subtract; ``None`` for all.
         lambda_init: V1 only. ``None`` for the paper's schedule by depth, or one constant for all layers.
         lambda_std: V1 only. Standard deviation of the four λ vectors at the start.
-        subln_affine: V1 only. Whether the norm of each head's output has a learnable gain
-            (the authors' code has one since October 2024; the paper's text and ``diffllama`` have none).
-        subln_eps: V1 only. ε of that norm.
+        head_norm: whether each output head passes an RMSNorm; ``None`` for the variant's own, which is V1 alone. V1
+            without it has no (1 − λ_init) either, which is that norm's scale. Not of DEX and gated attention.
+        subln_affine: whether that norm has a learnable gain (the authors' code of V1 has one since October 2024; the
+            paper's text and ``diffllama`` have none).
+        subln_eps: ε of that norm.
+        lambda_form: V2 only. ``"sigmoid"`` of x W_λ, x W_λ itself (``"linear"``), or ``"one"``: λ = 1, no W_λ.
+        pairs_share_group: V2 only. Whether both maps of a head meet the same keys and values; ``False`` takes the noise
+            map of the next key/value group's head, which is no difference of two maps any more.
         rope_parameters: as in ``transformers``, which fills in ``rope_type="default"`` and, from the keyword
             ``rope_theta`` where it is given, ``rope_theta=10000.0``.
 
@@ -94,6 +101,9 @@ class DiffTransformerConfig(PreTrainedConfig):
     lambda_std: float = 0.1
     subln_affine: bool = True
     subln_eps: float = 1e-5
+    head_norm: bool | None = None
+    lambda_form: str = "sigmoid"
+    pairs_share_group: bool = True
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
@@ -150,10 +160,42 @@ class DiffTransformerConfig(PreTrainedConfig):
                 f"lambda_init is {self.lambda_init!r}; wanted a number from 0 to below 1, because each head is scaled "
                 "by 1 - lambda_init: leave it out for the paper's schedule"
             )
+        self._check_switches()
         self._check_dex_heads()
         # Read by transformers and by engines, which shard by it; never saved.
         self.base_model_tp_plan = self.tensor_parallel_plan()
         super().__post_init__(**kwargs)
+
+    def _check_switches(self) -> None:
+        if self.head_norm and self.attention in ("dex", "gated"):
+            raise ConfigError(
+                f"head_norm is True and attention {self.attention!r}; wanted softmax, diff_v1 or diff_v2: leave it out"
+            )
+        if self.lambda_form not in LAMBDA_FORMS:
+            raise ConfigError(f"lambda_form is {self.lambda_form!r}; wanted one of {', '.join(LAMBDA_FORMS)}")
+        for name, plain in (("lambda_form", "sigmoid"), ("pairs_share_group", True)):
+            if self.attention != "diff_v2" and getattr(self, name) != plain:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r} and attention {self.attention!r}; wanted diff_v2: leave it out"
+                )
+        if not self.pairs_share_group and self.num_key_value_heads == 1:
+            raise ConfigError(
+                "pairs_share_group is False and num_key_value_heads 1; wanted 2 or more, or both maps of a head share "
+                "the one there is: set num_key_value_heads"
+            )
+
+    def switches(self) -> dict[str, Any]:
+        """The fields by which this model computes something else than its variant as published."""
+        plain = {"lambda_form": "sigmoid", "pairs_share_group": True}
+        found = {name: getattr(self, name) for name, value in plain.items() if getattr(self, name) != value}
+        if self.normalizes_heads != (self.attention == "diff_v1"):
+            found["head_norm"] = self.head_norm
+        return found
+
+    @property
+    def normalizes_heads(self) -> bool:
+        """Whether each output head passes an RMSNorm."""
+        return self.attention == "diff_v1" if self.head_norm is None else self.head_norm
 
     def _check_dex_heads(self) -> None:
         if self.dex_heads is None:
@@ -181,8 +223,13 @@ class DiffTransformerConfig(PreTrainedConfig):
 
     @property
     def subtracts_maps(self) -> bool:
-        """Whether the output is that of a difference of two softmax maps: V1 and V2."""
+        """Whether query heads come in pairs, one for the signal and one for the noise: V1 and V2."""
         return self.attention in ("diff_v1", "diff_v2")
+
+    @property
+    def has_map_diff(self) -> bool:
+        """Whether each output head is one difference of two softmax maps, times its values; ``diff_fused`` wants it."""
+        return self.subtracts_maps and self.pairs_share_group
 
     def tensor_parallel_plan(self) -> dict[str, str]:
         """How ``tp_plan="auto"`` spreads the layers over ranks: whole heads, and columns of the feed-forward network.
@@ -190,9 +237,13 @@ class DiffTransformerConfig(PreTrainedConfig):
         λ vectors, gains and DEX are on every rank, where they meet that rank's heads alone: their gradients are summed.
         """
         attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
-        if self.attention == "diff_v2":
+        if self.attention == "diff_v2" and self.lambda_form != "one":
             attention["lambda_proj"] = "colwise"
-        shared = {"diff_v1": ["lam"] + ["subln"] * self.subln_affine, "dex": ["dex"]}.get(self.attention, [])
+        if self.attention == "gated":
+            attention["g_proj"] = "colwise"
+        shared = {"diff_v1": ["lam"], "dex": ["dex"]}.get(self.attention, [])
+        if self.normalizes_heads and self.subln_affine:
+            shared.append("subln")
         if self.qk_norm:
             shared += ["q_norm", "k_norm"]
         attention |= dict.fromkeys(shared, "replicated_with_grad_allreduce")
@@ -208,6 +259,11 @@ class DiffTransformerConfig(PreTrainedConfig):
         """
         groups = self.num_key_value_heads
         assert groups is not None
+        if not self.pairs_share_group:
+            raise ConfigError(
+                f"tensor parallelism over {ranks} ranks given and pairs_share_group is False, whose heads are of two "
+                "groups that may lie on two ranks; wanted one rank"
+            )
         if groups % ranks:
             wanted = ", ".join(str(size) for size in range(1, groups + 1) if groups % size == 0)
             raise ConfigError(
@@ -239,6 +295,7 @@ class DiffTransformerConfig(PreTrainedConfig):
         heads = {
             "softmax": (n, groups, width),
             "dex": (n, groups, width),
+            "gated": (n, groups, width),
             "diff_v1": (n, groups // 2, 2 * width),
             "diff_v2": (2 * n, groups, width),
         }[attention]

@@ -38,6 +38,7 @@ from diffattn.model.configuration import DIFF_FUSED
 from diffattn.ops import build, fused_cpu
 from diffattn.ops.reference import visible_keys
 from diffattn.ops.standard import open_dead_rows, pad_queries, subtract
+from diffattn.plan.activations import ONE_MAP
 
 
 def diff_fused_attention(
@@ -108,7 +109,7 @@ def serving_backend(attention: str, device: str, dtype: torch.dtype) -> str:
 
     ``dtype`` is that of queries, keys and values, under autocast that of the products. Compiles the kernel if need be.
     """
-    fused = attention != "softmax" and device == "cpu" and dtype in fused_cpu.DTYPES
+    fused = attention not in ONE_MAP and device == "cpu" and dtype in fused_cpu.DTYPES
     return "fused" if fused and build.unavailable(dtype) is None else "standard"
 
 

@@ -1,4 +1,4 @@
-"""One decoder for softmax, V1 and V2: pre-RMSNorm, SwiGLU, rotary positions, grouped heads.
+"""One decoder for softmax, V1, V2, DEX and gated attention: pre-RMSNorm, SwiGLU, rotary positions, grouped heads.
 
 Built on ``transformers``' ``PreTrainedModel`` and ``GenerationMixin``, so saving, loading, caches, generation and the
 Trainer are the library's own. The maths of the variants is in ``attention.py``.
@@ -124,14 +124,14 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The library's choice; for a differential model ``diff_fused`` where nothing was asked for."""
-        differential = self.config.subtracts_maps
+        differential = self.config.has_map_diff
         # The code that is saved beside a model for those who have no diffattn comes without the fused kernel.
         if requested_attention is None and differential and DIFF_FUSED in ALL_ATTENTION_FUNCTIONS:
             requested_attention = DIFF_FUSED
         if requested_attention == DIFF_FUSED and not differential:
             raise ConfigError(
-                f"attn_implementation is {DIFF_FUSED!r} and attention {self.config.attention!r}, which has one map "
-                "only; wanted 'sdpa', or leave it out"
+                f"attn_implementation is {DIFF_FUSED!r} and attention {self.config.attention!r}, whose heads are no "
+                "difference of two maps; wanted 'sdpa', or leave it out"
             )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 

@@ -11,10 +11,13 @@ from torch import Tensor
 from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.plan.cost import match_parameters
+from diffattn.plan.cost import Parameters, count_parameters, match_parameters
 from diffattn.plan.shape import ModelShape
 
 MATCHES = ("parameters", "shape")
+# What makes a variant of a variant: the twin is the plain softmax model.
+_SWITCHES = {"head_norm", "lambda_form", "pairs_share_group"}
+_COUNTED = ("subln_affine", "head_norm", "lambda_form")
 _OF_THE_SHAPE = {
     "attention",
     "head_dim",
@@ -38,7 +41,8 @@ class Pair(NamedTuple):
 def pair_config(
     shape: ModelShape, attention: str, *, match: str = "parameters", **config: Any
 ) -> DiffTransformerConfig:
-    """The configuration of ``shape``'s variant: under ``match="parameters"`` V2's feed-forward width is narrowed."""
+    """The configuration of ``shape``'s variant: under ``match="parameters"`` V2's feed-forward width is narrowed, and
+    gated attention's."""
     if match not in MATCHES:
         raise ConfigError(f"match is {match!r}; wanted one of {', '.join(MATCHES)}")
     if of_the_shape := sorted(_OF_THE_SHAPE & config.keys()):
@@ -47,24 +51,37 @@ def pair_config(
             "numbers: use dataclasses.replace on the shape"
         )
     if match == "parameters":
-        shape = match_parameters(shape, attention, subln_affine=config.get("subln_affine", True))
+        counted = {name: config[name] for name in _COUNTED if name in config}
+        shape = match_parameters(shape, attention, **counted)
     return DiffTransformerConfig.from_shape(shape, attention, **config)
+
+
+def parameters_of(config: DiffTransformerConfig) -> Parameters:
+    """The parameters of a configuration without biases, norms of queries and keys, and DEX, before it is built.
+
+    >>> config = pair_config(ModelShape.load("300K"), "diff_v2", lambda_form="one")
+    >>> parameters_of(config).total == DiffTransformerForCausalLM(config).num_parameters()
+    True
+    """
+    return count_parameters(config.shape(), config.attention, **{name: getattr(config, name) for name in _COUNTED})
 
 
 def build_pair(shape: ModelShape, attention: str, *, seed: int = 0, match: str = "parameters", **config: Any) -> Pair:
     """Build a variant and its softmax twin with the same initial value in every tensor that they share.
 
     V1 shares all but its λ vectors and norm gains. V2 shares all but W_λ and the noise half of W_Q (its heads
-    2i + 1). Where V2's feed-forward width was narrowed, its matrices start as the leading columns of the twin's.
+    2i + 1), gated attention all but W_g. Where a feed-forward width was narrowed, its matrices start as the leading
+    columns of the twin's.
     What is not shared is drawn from a stream of its own, so that it does not repeat values of the twin.
 
     Args:
         shape: the softmax Transformer to be replaced.
-        attention: ``"diff_v1"``, ``"diff_v2"``, or ``"softmax"`` (model and twin are then equal).
+        attention: ``"diff_v1"``, ``"diff_v2"``, ``"gated"``, or ``"softmax"`` (model and twin are then equal).
         seed: of the initial values; the global random state is left as it was.
         match: ``"parameters"``: totals match (V1 by construction, V2 within 0.5% by a narrower feed-forward
-            layer). ``"shape"``: every width stays, and V2 has more parameters.
-        config: further fields of :class:`DiffTransformerConfig`, for both models.
+            layer, and so gated attention). ``"shape"``: every width stays, and these two have more parameters.
+        config: further fields of :class:`DiffTransformerConfig`, for both models; ``head_norm``, ``lambda_form`` and
+            ``pairs_share_group`` for the variant alone.
 
     Raises:
         ConfigError: a shape whose heads do not fit the variant, or an unknown ``match``.
@@ -74,7 +91,8 @@ def build_pair(shape: ModelShape, attention: str, *, seed: int = 0, match: str =
     True
     """
     model_config = pair_config(shape, attention, match=match, **config)
-    twin = _build(DiffTransformerConfig.from_shape(shape, "softmax", **config), seed)
+    plain = {name: value for name, value in config.items() if name not in _SWITCHES}
+    twin = _build(DiffTransformerConfig.from_shape(shape, "softmax", **plain), seed)
     own = int.from_bytes(hashlib.sha256(f"{attention}/{seed}".encode()).digest()[:7])
     model = _build(model_config, own)
     twin_state = twin.state_dict()

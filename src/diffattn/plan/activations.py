@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from diffattn.errors import ConfigError
 from diffattn.plan.shape import ModelShape
 
+# Attention whose output is one map's, so that there is nothing to subtract.
+ONE_MAP = ("softmax", "gated")
 BACKENDS = ("definition", "fused", "standard", "two_calls", "four_calls", "materialised")
 
 
@@ -59,12 +61,12 @@ def check_backend(attention: str, backend: str) -> None:
 
 
 def resolve(attention: str, backend: str) -> str:
-    """The backend whose tensors are counted: ``definition`` is ``fused``, and softmax's fused is one standard call.
+    """The backend whose tensors are counted: ``definition`` is ``fused``; of one map that is one standard call.
 
     >>> resolve("diff_v1", "definition"), resolve("softmax", "fused")
     ('fused', 'standard')
     """
-    if attention == "softmax":
+    if attention in ONE_MAP:
         return backend if backend == "materialised" else "standard"
     return "fused" if backend == "definition" else backend
 
@@ -92,13 +94,15 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
 
     =================== ===================================================================================
     norms               input and x̂ in float32, result, 1/rms: ``(8 + a)·D + 4``; autocast casts the result anew
-                        for each product that reads it: q, k, v (and V2's λ), gate, up
+                        for each product that reads it: q, k, v (and V2's λ or
+                        attention's gate), gate, up
     rotary              nothing: cosines and sines are those of all layers; autocast casts them for q and k, 4·a·d
                         per position
     attention           rotated q: a·Q (padded by V1's standard call: 2·a·n·d); k and v: 2·a·G·d; log-sum-exp
     its result          fused a·n·d (its log-sum-exps are 2 per output head, 4 in float32); standard a·N·W, then the
                         noise half and the difference in float32
     V1's norm           x̂ in float32 and the result, per n·d
+    attention's gate    the gate and its product with the call's result: 2·a·n·d
     feed-forward        gate, up, silu(gate), and the product: 4·a·F
     materialised maps   softmax in float32, and its copy in a half-precision dtype: N per query and key
     =================== ===================================================================================
@@ -108,7 +112,7 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
 
     Args:
         shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
-        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        attention: a name in ``VARIANTS``.
         backend: one of ``BACKENDS``.
         size: bytes of an activation, 4 or 2.
         autocast: whether float32 weights are cast on the way, which keeps residuals and norms in float32.
@@ -128,12 +132,12 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
     D, F, d = shape.hidden_size, shape.intermediate_size, shape.head_dim
     width, keys = shape.num_heads * d, shape.num_kv_heads * d
     N, W = heads(shape, attention)
-    queries, output_heads = (2 * width if attention == "diff_v2" else width), (N if attention == "softmax" else N // 2)
+    queries, output_heads = (2 * width if attention == "diff_v2" else width), (N if attention in ONE_MAP else N // 2)
     padded = attention == "diff_v1" and backend in ("standard", "materialised")
     materialised = backend == "materialised"
-    grouped = (shape.num_heads // shape.num_kv_heads) * (1 if attention == "softmax" else 2) > 1
+    grouped = (shape.num_heads // shape.num_kv_heads) * (1 if attention in ONE_MAP else 2) > 1
     spread = N * W if materialised and grouped else keys
-    readers = 4 if attention == "diff_v2" else 3
+    readers = 4 if attention in ("diff_v2", "gated") else 3
 
     before = norm(D, size, autocast, readers) + size * ((2 * width if padded else queries) + 2 * spread)
     if backend == "fused":
@@ -144,19 +148,25 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
     if attention == "diff_v2":
         before += 4 * output_heads
 
-    subtracted = attention != "softmax" and backend != "fused"
+    subtracted = attention not in ONE_MAP and backend != "fused"
     behind = 0
     if attention == "diff_v1":
         # Input and x̂ of the norm in float32, its result in the model's dtype, 1/rms.
         behind += (8 + size) * width + 4 * output_heads
     elif subtracted or backend == "fused" or materialised:
         behind += size * width
+    if attention == "gated":
+        # The gate, and its product with the call's result.
+        behind += 2 * size * width
     if subtracted:
         # In float32 the noise half is a view of the call's result, in half precision a cast copy.
         behind += 4 * width if half else (size * N * W if materialised else 0)
 
     residual = 4 if autocast else size
     gradients = 0 if materialised else (N * W if subtracted else width) + (2 * width if padded else queries) + 2 * keys
+    if attention == "gated":
+        # That of the gate, which waits until those of q, k and v are there.
+        gradients += width
     return Layer(
         feed_forward=norm(D, size, autocast, 2) + 4 * size * F,
         attention=before + behind,

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from diffattn.errors import ConfigError
-from diffattn.plan.activations import BACKENDS, check_backend
+from diffattn.plan.activations import BACKENDS, ONE_MAP, check_backend
 from diffattn.plan.estimate import DISK_DTYPES, estimate, inference_peak
 from diffattn.plan.hardware import Machine, load_machine
 from diffattn.plan.named_model import Model, parse_model
@@ -169,7 +169,7 @@ def _at(found: Any, path: str) -> Any:
 def _backend_rows(model: Model, place: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What each backend of the variant costs, and its maps beside those of a softmax model of the same shape."""
     # Softmax has nothing to subtract, so its other backends are the standard call by other names.
-    alike = ("standard", "materialised") if model.attention == "softmax" else backends_of(model.attention)
+    alike = ("standard", "materialised") if model.attention in ONE_MAP else backends_of(model.attention)
     for backend in alike:
         found = estimate(model.built, model.attention, backend=backend, **place)
         twin = estimate(model.shape, "softmax", backend=backend, **(dict(place) | {"tp": 1}))

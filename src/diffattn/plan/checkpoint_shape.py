@@ -23,7 +23,7 @@ def read_checkpoint(path: str | Path) -> tuple[ModelShape, str]:
     ================= =========================== =========================== ===========
     variant           n                           G                           d
     ================= =========================== =========================== ===========
-    softmax           num_attention_heads         num_key_value_heads         head_dim
+    softmax, gated    num_attention_heads         num_key_value_heads         head_dim
     diff_v1           num_attention_heads         2 · num_key_value_heads     head_dim / 2
     diff_v2           num_attention_heads / 2     num_key_value_heads         head_dim
     diffllama, as V1  num_attention_heads         num_key_value_heads         head_dim
@@ -35,7 +35,7 @@ def read_checkpoint(path: str | Path) -> tuple[ModelShape, str]:
         path: the folder of a checkpoint, or its ``config.json``.
 
     Returns:
-        The shape, named after the folder, and ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        The shape, named after the folder, and a name in ``VARIANTS``.
 
     Raises:
         ConfigError: no readable JSON object there, a missing or impossible field, or a model of another kind (experts,
@@ -91,7 +91,7 @@ def _read(values: dict[str, Any], name: str) -> tuple[ModelShape, str]:
     groups = values.get("num_key_value_heads")
     width = values.get("head_dim")
     if groups is None:
-        groups = heads if attention == "softmax" else heads // 2
+        groups = heads // 2 if v1 or v2 else heads
     check_positive_int("num_key_value_heads", groups)
     if width is not None:
         check_positive_int("head_dim", width)

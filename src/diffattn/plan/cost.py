@@ -8,6 +8,7 @@ feed-forward network (gate, up, down), no biases, one final RMSNorm. D, n, G, d 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from diffattn.errors import ConfigError
 from diffattn.plan.shape import ModelShape, check_positive_int
@@ -33,6 +34,8 @@ _ATTENTION: dict[str, dict[str, tuple[int, int]]] = {
     },
     "diff_v2": {"definition": (8, 4), "fused": (8, 4), "standard": (8, 8), "materialised": (8, 4)},
 }
+# The gate of gated attention meets what softmax attention gives.
+_ATTENTION["gated"] = _ATTENTION["softmax"]
 
 
 @dataclass(frozen=True)
@@ -75,28 +78,43 @@ class Flops:
     executed: int
 
 
-def count_parameters(shape: ModelShape, attention: str, *, subln_affine: bool = True) -> Parameters:
+def count_parameters(
+    shape: ModelShape,
+    attention: str,
+    *,
+    subln_affine: bool = True,
+    head_norm: bool | None = None,
+    lambda_form: str = "sigmoid",
+) -> Parameters:
     """Count the parameters of one variant of a shape.
 
     Attention per layer: W_Q and W_O n·d·D each, W_K and W_V G·d·D each. V1 adds its four λ vectors, 4d, and the
-    gain of its norm, 2d. V2 doubles W_Q and adds W_λ, D·n.
+    gain of its norm, 2d. V2 doubles W_Q and adds W_λ, D·n. Gated attention adds W_g, n·d·D.
 
     Args:
         shape: the softmax Transformer being replaced.
-        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
-        subln_affine: whether V1's norm has a learnable gain (the authors' code) or none (the paper). Default: True.
+        attention: a name in ``VARIANTS``.
+        subln_affine: whether a norm of each output head has a learnable gain (the authors' code) or none (the paper).
+            Default: True.
+        head_norm: whether there is such a norm; ``None`` for the variant's own, which V1 alone has. Default: None.
+        lambda_form: V2's λ; ``"one"`` has no W_λ. Default: ``"sigmoid"``.
 
     Raises:
         ConfigError: a variant that is unknown or that the shape cannot carry.
 
-    Source: arXiv 2410.05258v2, section 2; "Differential Transformer V2" (20 January 2026).
+    Source: arXiv 2410.05258v2, section 2; "Differential Transformer V2" (20 January 2026); arXiv 2505.06708.
 
     >>> shape = ModelShape.preset("3M")
     >>> count_parameters(shape, "diff_v1").total - count_parameters(shape, "softmax").total
     960
     """
     shape.check_variant(attention)
-    small = {"diff_v1": (6 if subln_affine else 4) * shape.head_dim}.get(attention, 0)
+    normed = attention == "diff_v1" if head_norm is None else head_norm
+    small = shape.head_dim * (2 if attention == "diff_v1" else 1) if normed and subln_affine else 0
+    if attention == "diff_v1":
+        small += 4 * shape.head_dim
+    if attention == "diff_v2" and lambda_form == "one":
+        small -= shape.hidden_size * shape.num_heads
     embedding = shape.vocab_size * shape.hidden_size
     return Parameters(
         embedding=embedding,
@@ -107,20 +125,18 @@ def count_parameters(shape: ModelShape, attention: str, *, subln_affine: bool = 
     )
 
 
-def match_parameters(
-    shape: ModelShape, attention: str, *, subln_affine: bool = True, tolerance: float = 0.005
-) -> ModelShape:
+def match_parameters(shape: ModelShape, attention: str, *, tolerance: float = 0.005, **switches: Any) -> ModelShape:
     """Return the shape with which a variant has as many parameters as the softmax twin has with the given one.
 
     Softmax and V1 return the shape as it is: V1's λ and gains are the whole difference. V2 spends n·d·D + D·n more per
-    layer on W_Q and W_λ, so its feed-forward network gets narrower by (n·d + n)/3: to the nearest multiple of 8, or,
-    where that misses the tolerance, to the nearest integer.
+    layer on W_Q and W_λ, so its feed-forward network gets narrower by (n·d + n)/3; gated attention, n·d·D more on W_g,
+    by n·d/3: to the nearest multiple of 8, or, where that misses the tolerance, to the nearest integer.
 
     Args:
         shape: the softmax Transformer being replaced.
-        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
-        subln_affine: as in ``count_parameters``. Default: True.
+        attention: a name in ``VARIANTS``.
         tolerance: largest allowed difference of the totals, as a share of the softmax total. Default: 0.005.
+        switches: further arguments of ``count_parameters``.
 
     Raises:
         ConfigError: a variant that the shape cannot carry, or no width of at least 1 within the tolerance.
@@ -132,17 +148,17 @@ def match_parameters(
     (512, 448)
     """
     wanted = count_parameters(shape, "softmax").total
-    surplus = count_parameters(shape, attention, subln_affine=subln_affine).total - wanted
-    if attention != "diff_v2":
+    surplus = count_parameters(shape, attention, **switches).total - wanted
+    if attention not in ("diff_v2", "gated"):
         return shape
     exact = shape.intermediate_size - surplus / (3 * shape.hidden_size * shape.num_layers)
     for width in (8 * round(exact / 8), round(exact)):
         if width >= 1:
             narrowed = replace(shape, intermediate_size=width)
-            if abs(count_parameters(narrowed, attention).total - wanted) <= tolerance * wanted:
+            if abs(count_parameters(narrowed, attention, **switches).total - wanted) <= tolerance * wanted:
                 return narrowed
     raise ConfigError(
-        f"intermediate_size={shape.intermediate_size} given; a matched diff_v2 wants it narrowed by "
+        f"intermediate_size={shape.intermediate_size} given; a matched {attention} wants it narrowed by "
         f"{shape.intermediate_size - exact:.1f}, to a whole width of at least 1 within {tolerance:.2%} of {wanted} "
         "parameters; widen intermediate_size or leave the pair unmatched"
     )
@@ -168,6 +184,8 @@ def flops_per_token(
     four_calls                             4d + 4d 8d + 8d
     ====================================== ======= ======= =======
 
+    Gated attention costs what softmax does; its gate is a product with parameters.
+
     Training, model: 3 × forward. Training, executed: linear 3 × forward; attention's backward pass recomputes the
     scores, as flash kernels do. It has three products as wide as q and k (scores, dQ, dK) and two as wide as v (dP,
     dV) where the forward pass has one of each: 2.5 × forward where both cost the same (8d, then 20d), 3·4d + 2·8d for
@@ -176,7 +194,7 @@ def flops_per_token(
 
     Args:
         shape: the shape that is built: for a matched V2, what ``match_parameters`` returned.
-        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        attention: a name in ``VARIANTS``.
         context: tokens T in the sequence, at least 1.
         phase: ``"forward"`` or ``"training"``. Default: ``"training"``.
         backend: a row of the table; softmax has the same cost in each. Default: ``"standard"``.
@@ -216,7 +234,7 @@ def decoding_flops_per_token(shape: ModelShape, attention: str, *, context: int,
 
     Args:
         shape: the shape that is built: for a matched V2, what ``match_parameters`` returned.
-        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        attention: a name in ``VARIANTS``.
         context: keys T that the query sees, its own among them; at least 1.
         backend: as in ``flops_per_token``. Default: ``"standard"``.
 
@@ -246,7 +264,7 @@ def cache_bytes_per_token(shape: ModelShape, attention: str, *, bytes_per_value:
 
     Args:
         shape: the softmax Transformer being replaced.
-        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        attention: a name in ``VARIANTS``.
         bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
 
     Raises:
@@ -286,4 +304,4 @@ def _attention_matrices(shape: ModelShape, attention: str) -> int:
     """Parameters of one layer's attention that take part in a matrix product with the hidden states."""
     n, G, d, D = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.hidden_size
     plain = 2 * n * d * D + 2 * G * d * D
-    return plain + n * d * D + D * n if attention == "diff_v2" else plain
+    return plain + {"diff_v2": n * d * D + D * n, "gated": n * d * D}.get(attention, 0)

@@ -51,7 +51,7 @@ def estimate(
 
     Args:
         shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
-        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        attention: a name in ``VARIANTS``.
         context: tokens in a sequence, at least 1; decoding adds one behind them.
         batch: sequences, at least 1; under FSDP those of one rank.
         precision: a ``Precision``, or the name of one in ``PRECISIONS``.
@@ -204,7 +204,7 @@ def _rank(
     precision = place["precision"]
     size = int(BYTES[precision.activations])
     one = layer(shape, attention, backend=place["backend"], size=size, autocast=precision.autocast)
-    whole = norm(shape.hidden_size, size, precision.autocast, 4 if attention == "diff_v2" else 3)
+    whole = norm(shape.hidden_size, size, precision.autocast, 4 if attention in ("diff_v2", "gated") else 3)
     whole += norm(shape.hidden_size, size, precision.autocast, 2)
     cut = one.token - whole
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
-from diffattn.plan.activations import heads, resolve
+from diffattn.plan.activations import ONE_MAP, heads, resolve
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.precision import BYTES, Precision, bytes_of, checked, float32_parameters
 from diffattn.plan.shape import ModelShape
@@ -77,8 +77,11 @@ class Inference:
         padded = self.attention == "diff_v1" and self.backend in ("standard", "materialised")
         cache, hidden = self.cache(tokens), (residual + normed) * D
         call = a * ((2 * width if padded else queries) + 2 * keys)
-        if self.attention == "softmax" or self.backend == "fused":
-            result = a * width
+        # It is made beside q, k and v, and waits for the call's result.
+        gate = a * width if self.attention == "gated" else 0
+        if self.attention in ONE_MAP or self.backend == "fused":
+            # And the product with the gate.
+            result = a * width + 2 * gate
         else:
             # The call's result, the difference, and in half precision both its halves, in float32.
             result = a * N * W + (4 if a == 4 else 12) * width
@@ -88,7 +91,7 @@ class Inference:
             result += 4 * width if self.backend != "fused" and a == 4 else 0
         # Rotating the queries of the last layer, its combine step, its feed-forward layer; the final norm; the logits.
         found = [
-            self.at(cache - cache // shape.num_layers, (hidden + a * (4 * queries + 2 * keys)) * tokens + rope),
+            self.at(cache - cache // shape.num_layers, (hidden + a * (4 * queries + 2 * keys) + gate) * tokens + rope),
             self.at(cache, (hidden + call + result) * tokens + rope),
             self.at(cache, (residual * D + hidden + a * (D + 3 * F)) * tokens + rope),
             self.at(cache, (residual + 8 + (2 * a if residual < 4 else 0)) * D * tokens + rope),
@@ -96,7 +99,7 @@ class Inference:
         ]
         if self.backend == "materialised":
             maps = self.maps(self.context, self.context)
-            found.append(self.at(cache, (hidden + call) * tokens + rope + self.spread(self.context), maps))
+            found.append(self.at(cache, (hidden + call + gate) * tokens + rope + self.spread(self.context), maps))
         return found
 
     def decoding(self) -> list[InferenceMemory]:

@@ -119,7 +119,7 @@ def training_memory(
 
     Args:
         shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
-        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        attention: a name in ``VARIANTS``.
         batch: sequences B in one forward pass, at least 1. A step of several such passes holds the gradients of the
             first through the others, so at most the bytes of all gradients more.
         context: tokens T in each, at least 1.
@@ -297,5 +297,5 @@ def _tied(shape: ModelShape, gradient: int, autocast: bool) -> int:
 
 def _tensors(shape: ModelShape, attention: str) -> int:
     """How many parameters, each of which has its own step count in AdamW."""
-    own = {"softmax": 0, "diff_v1": 5, "diff_v2": 1}[attention]
+    own = {"softmax": 0, "diff_v1": 5, "diff_v2": 1, "gated": 1}[attention]
     return shape.num_layers * (9 + own) + 2 + (not shape.tie_word_embeddings)

@@ -64,7 +64,7 @@ def weight_bytes(shape: ModelShape, attention: str, *, dtype: str) -> int:
 
     Args:
         shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
-        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        attention: a name in ``VARIANTS``.
         dtype: a name of ``BYTES``.
 
     Raises:

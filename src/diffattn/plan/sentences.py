@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffattn.numbers import count, seconds, size
+from diffattn.plan.activations import ONE_MAP
 from diffattn.plan.estimate import inference_peak
 from diffattn.plan.hardware import MACHINES, GiB
 from diffattn.plan.memory import decoding_memory, prefill_memory
@@ -31,7 +32,7 @@ def memory_sentence(result: dict[str, Any], model: Model) -> str:
         f"({count(a['parameters']['total'])} of {count(b['parameters']['total'])}) and needs {' and '.join(parts)}: "
         f"it needs less {won}."
     )
-    if model.attention == "softmax":
+    if model.attention in ONE_MAP:
         return text
     rows = [row for row in result["backends"] if row["model"] == model.name and row["attention"] == model.attention]
     held = [row for row in rows if row["score_ratio_to_twin"] is not None]

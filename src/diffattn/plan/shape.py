@@ -18,7 +18,9 @@ from typing import Any
 
 from diffattn.errors import ConfigError
 
-VARIANTS = ("softmax", "diff_v1", "diff_v2")
+VARIANTS = ("softmax", "diff_v1", "diff_v2", "gated")
+# What a pair is about: the others are trained where they are asked for.
+DEFAULT_VARIANTS = VARIANTS[:3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ class ModelShape:
         """Raise unless this shape can carry the variant; return nothing.
 
         V1 joins heads two by two: (q1, q2) of one output head, (k1, k2) of one key head, and two values of width d into
-        one of width 2d. So n and G must be even. Softmax and V2 take every shape.
+        one of width 2d. So n and G must be even. The others take every shape.
 
         Args:
             attention: one of ``VARIANTS``.

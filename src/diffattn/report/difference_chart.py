@@ -33,10 +33,15 @@ def interval_heading(seeds: int) -> str:
     return "95% interval" if seeds == 1 else f"95% interval over {seeds} seeds"
 
 
+def baseline_of(result: Mapping[str, Any], name: str) -> str:
+    """What a variant is compared with: softmax, unless its pair says otherwise."""
+    return result["pairs"].get(name, {}).get("baseline", BASELINE)
+
+
 def seed_differences(result: Mapping[str, Any], name: str) -> list[float]:
     """Each seed's own difference, where both losses are known."""
     ours = result["variants"].get(name, {}).get("val_loss") or []
-    theirs = result["variants"].get(BASELINE, {}).get("val_loss") or []
+    theirs = result["variants"].get(baseline_of(result, name), {}).get("val_loss") or []
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if a is not None and b is not None]
     return [a - b for a, b in pairs if math.isfinite(a - b)]
 
@@ -48,12 +53,15 @@ def difference_figure(result: Mapping[str, Any], wide: bool) -> "Figure":
     fig = charts.figure(width, ROW * len(pairs) + 66)
     ax = charts.axes(fig, 14, 22, width - 28, ROW * len(pairs))
     reach = 0.0
+    baselines = {baseline_of(result, name) for name in pairs}
+    common = next(iter(baselines)) if len(baselines) == 1 else None
     for place, (name, pair) in enumerate(pairs.items()):
         difference, colour = pair["val_loss_difference"], charts.look(name, names).colour
         mean, low, high = (difference[key] for key in ("mean", "low", "high"))
         each = seed_differences(result, name)
         row = place + 0.64
-        ax.text(0.0, place + 0.22, name, transform=ax.get_yaxis_transform(), weight="bold", va="center", color=colour)
+        title = name if baseline_of(result, name) == common else f"{name} − {baseline_of(result, name)}"
+        ax.text(0.0, place + 0.22, title, transform=ax.get_yaxis_transform(), weight="bold", va="center", color=colour)
         text = f"{signed(mean)}   ({interval_text(difference, len(result['seeds']))})"
         # The zero line must not strike a number through.
         clear = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
@@ -77,23 +85,27 @@ def difference_figure(result: Mapping[str, Any], wide: bool) -> "Figure":
     reach = 1.12 * reach or 0.01
     ax.set_xlim(-reach, reach)
     ax.set_ylim(len(pairs), 0)
-    _frame(ax)
+    _frame(ax, common)
     return fig
 
 
-def _frame(ax: Any) -> None:
+def _frame(ax: Any, baseline: str | None) -> None:
     """The zero line, the direction of better, and an axis that is named."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     ax.axvline(0, color=charts.INK, linewidth=1.2, zorder=1)
-    for word, place, side in ((f"← better than {BASELINE}", -8, "right"), ("worse →", 8, "left")):
+    for word, place, side in (
+        (f"← better than {baseline}" if baseline else "← better", -8, "right"),
+        ("worse →", 8, "left"),
+    ):
         shown = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": side, "va": "bottom", "fontsize": 11}
         ax.annotate(word, (0.5, 1.0), (place, 2), **shown)
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5, symmetric=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.3g}".replace("-", "−") if value else "0"))
-    ax.set_xlabel(f"validation loss − {BASELINE}'s (nats per token)")
+    of = f"{baseline}'s" if baseline else "that of the other"
+    ax.set_xlabel(f"validation loss − {of} (nats per token)")
 
 
 def difference_alt(result: Mapping[str, Any]) -> str:

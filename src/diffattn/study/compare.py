@@ -27,7 +27,7 @@ from diffattn.model.fused import serving_backend
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.pairing import MATCHES, build_pair, pair_config
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token
-from diffattn.plan.shape import VARIANTS, ModelShape
+from diffattn.plan.shape import DEFAULT_VARIANTS, VARIANTS, ModelShape
 from diffattn.report.compare_page import render_compare, render_picture
 from diffattn.study.maps import attention_maps, token_labels
 from diffattn.study.statistics import pairs
@@ -48,8 +48,8 @@ class Comparison:
 
     shape: str = "3M"
     """Preset or TOML file of the softmax Transformer that is to be replaced."""
-    variants: tuple[str, ...] = VARIANTS
-    """What is trained; softmax is the baseline of the pairs."""
+    variants: tuple[str, ...] = DEFAULT_VARIANTS
+    """What is trained, of softmax, diff_v1, diff_v2 and gated; softmax is the baseline of the pairs."""
     seeds: int = 2
     """Pairs: initial values and order of the data are drawn anew for each, the same for all variants."""
     steps: int | None = None

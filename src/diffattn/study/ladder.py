@@ -20,10 +20,11 @@ from typing import Any
 from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.errors import ConfigError, DataError
 from diffattn.files import explained, writable_folder
-from diffattn.model.pairing import MATCHES, build_pair, pair_config
+from diffattn.model.pairing import MATCHES, parameters_of
 from diffattn.plan.cost import count_parameters, flops_per_token
 from diffattn.plan.rule import parse_count, shape_about
-from diffattn.plan.shape import VARIANTS, ModelShape
+from diffattn.plan.shape import DEFAULT_VARIANTS, ModelShape
+from diffattn.study.arms import ARMS, Arm
 from diffattn.study.compare import versions
 from diffattn.train.callbacks import Progress
 from diffattn.train.recipe import Recipe
@@ -42,8 +43,8 @@ class Ladder:
     """Non-embedding parameters of the softmax models; the nearest shapes of ``diffattn.plan.rule.shape_about``."""
     tokens: str = "8M"
     """Training tokens of every run, rounded up to whole steps; the same for every size."""
-    variants: tuple[str, ...] = VARIANTS
-    """What is trained at every size."""
+    variants: tuple[str, ...] = DEFAULT_VARIANTS
+    """What is trained at every size: names in ``diffattn.study.arms.ARMS``."""
     seeds: int = 3
     """Pairs at every size."""
     text: str = "sotu"
@@ -64,7 +65,7 @@ class Ladder:
     """``auto``, ``float32`` or ``bfloat16`` (autocast)."""
 
     def __post_init__(self) -> None:
-        for name, known in (("variants", VARIANTS), ("match", MATCHES)):
+        for name, known in (("variants", ARMS), ("match", MATCHES)):
             given = getattr(self, name)
             for value in given if isinstance(given, tuple) else (given,):
                 if value not in known:
@@ -83,8 +84,8 @@ class Ladder:
             )
         for shape in self.shapes():
             self.recipe(shape, 0)
-            for attention in self.variants:
-                pair_config(shape, attention, match=self.match)
+            for name in self.variants:
+                ARMS[name].config(shape, self.match)
 
     def shapes(self) -> list[ModelShape]:
         """The softmax Transformers to be replaced, in the order of their size."""
@@ -213,6 +214,10 @@ class _Run:
     seed: int
     data: PreparedData
 
+    @property
+    def arm(self) -> Arm:
+        return ARMS[self.attention]
+
     @functools.cached_property
     def recipe(self) -> Recipe:
         return self.ladder.recipe(self.shape, self.seed)
@@ -225,10 +230,10 @@ class _Run:
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
         """What tells this run from others, known before it is trained."""
-        config = pair_config(self.shape, self.attention, match=self.ladder.match)
+        config = self.arm.config(self.shape, self.ladder.match)
         built = config.shape()
-        counted = count_parameters(built, self.attention)
-        flops = flops_per_token(built, self.attention, context=self.ladder.context, phase="training")
+        counted = parameters_of(config)
+        flops = flops_per_token(built, self.arm.attention, context=self.ladder.context, phase="training")
         return {
             "attention": self.attention,
             "seed": self.seed,
@@ -257,7 +262,7 @@ class _Run:
         """Train, or go on training, and measure."""
         result = read_result(folder)
         if result is None:
-            model = build_pair(self.shape, self.attention, seed=self.seed, match=self.ladder.match).model
+            model = self.arm.build(self.shape, seed=self.seed, match=self.ladder.match).model
             result = train(model, self.data, self.recipe, folder, resume=True, on_progress=on_step)
         return self.facts | {
             "val_loss": result.val_loss,

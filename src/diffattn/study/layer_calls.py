@@ -148,7 +148,10 @@ def served_by(model: PreTrainedModel, serve: Serve) -> Iterator[None]:
         UnsupportedError: the model does not use the attention interface, or changes its scores in a way that is not
             read; says which.
     """
-    differential = isinstance(model.config, DiffTransformerConfig) and model.config.subtracts_maps
+    ours = isinstance(model.config, DiffTransformerConfig)
+    differential = ours and model.config.has_map_diff
+    if ours and not model.config.pairs_share_group:
+        raise UnsupportedError(_cannot(model, "both maps of a head meet values of their own, so there is no map_diff"))
     implementation = DIFF_FUSED if differential else "sdpa"
     before = model.config._attn_implementation
     called: list[int] = []

@@ -24,6 +24,7 @@ from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.fused import DIFF_FUSED, serving_backend
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.plan.activations import ONE_MAP
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory, weight_bytes
 from diffattn.plan.shape import ModelShape, check_positive_int
@@ -42,7 +43,7 @@ class Subject:
 
     Args:
         shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
-        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        attention: a name in ``VARIANTS``.
         batch: sequences in a forward pass.
         context: tokens in each.
         precision: ``"fp32"``, ``"autocast"`` or ``"bf16"``.
@@ -75,7 +76,7 @@ class Subject:
         self.precision, self.backend, self.checkpointing = precision, backend, checkpointing
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         implementation = _IMPLEMENTATIONS[backend]
-        if backend == "fused" and attention == "softmax":
+        if backend == "fused" and attention in ONE_MAP:
             implementation = "sdpa"
         elif backend == "fused" and serving_backend(attention, "cpu", dtype) != "fused":
             raise UnsupportedError(
@@ -190,7 +191,7 @@ def all_pairs_flops(shape: ModelShape, attention: str, *, batch: int, context: i
 
     Args:
         shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
-        attention: ``"softmax"``, ``"diff_v1"`` or ``"diff_v2"``.
+        attention: a name in ``VARIANTS``.
         batch: sequences, at least 1.
         context: tokens T in each, at least 1.
 
