@@ -17,6 +17,7 @@ from diffattn.study.options import (
     NoiseOptions,
     OutlierOptions,
     RetrievalOptions,
+    StandardOptions,
 )
 from diffattn.study.statistics import interval, paired_difference
 from diffattn.study.studies import STUDIES
@@ -28,8 +29,9 @@ SMALL = {
     "outliers": OutlierOptions(tokens=600, context=100, batch_size=2),
     "low_bit": LowBitOptions(bits=(16, 4), context=100, samples=3),
     "long_context": LongContextOptions(length=100, samples=3, chunk=32),
+    "standard": StandardOptions(limit=3),
 }
-POINTS = {"retrieval": 4, "noise": 4, "icl": 4, "outliers": 12, "low_bit": 4, "long_context": 8}
+POINTS = {"retrieval": 4, "noise": 4, "icl": 4, "outliers": 12, "low_bit": 4, "long_context": 8, "standard": 3}
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,7 @@ def test_the_verb_prints_one_object_and_the_table(study, folders, tmp_path, caps
         "outliers": ["--tokens", "200", "--context", "100"],
         "low_bit": ["--bits", "8", "--context", "100", "--samples", "2"],
         "long_context": ["--length", "50", "--samples", "2"],
+        "standard": ["--tasks", "text_likelihood", "--limit", "2"],
     }[study]
     chart = tmp_path / "new" / "chart.png"
     command = ["eval", study, folders["v1a"], "--text", folders["text"], "--json", "--png", str(chart), *options]

@@ -16,6 +16,7 @@ DESCRIPTIONS = {
     "icl": "Accuracy against the number of demonstrations in the prompt, and over their orders.",
     "outliers": "The largest magnitudes of attention logits and hidden states.",
     "low_bit": "The loss where attention logits have 16, 8, 6 or 4 bits.",
+    "standard": "Tasks of EleutherAI's lm-eval, two of which need no network.",
     "long_context": "The average loss up to each position of a long text.",
 }
 

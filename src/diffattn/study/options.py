@@ -126,6 +126,33 @@ class LongContextOptions:
     """Another base of the rotary frequencies, to read beyond the positions that the model was trained on."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StandardOptions:
+    """Of ``diffattn eval standard``."""
+
+    tasks: tuple[str, ...] = ("text_continuation", "text_likelihood")
+    """Names of tasks of lm-eval; paper: the seven of the paper's Table 1, which want a network."""
+    shots: int | None = None
+    """Demonstrations before each example; default: the task's own number."""
+    limit: int | None = None
+    """Examples of each task; default: all."""
+    batch_size: int = 8
+    """Texts that are read together."""
+    seed: int = 0
+    """Of what is drawn."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"tasks is {' '.join(self.tasks) or 'empty'}; wanted at least one, each once")
+        for name, value, least in (
+            ("limit", self.limit, 1),
+            ("shots", self.shots, 0),
+            ("batch_size", self.batch_size, 1),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; wanted at least {least}")
+
+
 OPTIONS: dict[str, type] = {
     "retrieval": RetrievalOptions,
     "noise": NoiseOptions,
@@ -133,4 +160,5 @@ OPTIONS: dict[str, type] = {
     "outliers": OutlierOptions,
     "low_bit": LowBitOptions,
     "long_context": LongContextOptions,
+    "standard": StandardOptions,
 }

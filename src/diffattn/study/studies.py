@@ -30,9 +30,11 @@ from diffattn.study.options import (
     NoiseOptions,
     OutlierOptions,
     RetrievalOptions,
+    StandardOptions,
 )
 from diffattn.study.outliers import measure_outliers
 from diffattn.study.retrieval import measure_retrieval
+from diffattn.study.standard import measure_standard
 
 
 class Point(NamedTuple):
@@ -136,6 +138,16 @@ def _long_context(given: Given, options: LongContextOptions) -> Iterator[Point]:
         yield Point("loss up to a position, nats per token", position, [losses[index] for losses in result["loss"]])
 
 
+def _standard(given: Given, options: StandardOptions) -> Iterator[Point]:
+    # How far it is within them, lm-eval shows itself.
+    given.on_progress(0, len(options.tasks))
+    measured = measure_standard(given.model, given.tokenizer, given.documents, options)
+    given.on_progress(len(options.tasks), len(options.tasks))
+    for task, found in measured.items():
+        for metric, values in found["values"].items():
+            yield Point(f"{task}, {metric.replace('_', ' ')}", found["shots"], values)
+
+
 STUDIES: dict[str, Study] = {
     "retrieval": Study(_retrieval, "depth of the first needle", "exact answers"),
     "noise": Study(_noise, "depth of the needle", "share of attention"),
@@ -143,6 +155,7 @@ STUDIES: dict[str, Study] = {
     "outliers": Study(_outliers, "rank", "magnitude", logarithmic=True),
     "low_bit": Study(_low_bit, "bits of the attention logits", ""),
     "long_context": Study(_long_context, "position", "", logarithmic=True),
+    "standard": Study(_standard, "demonstrations", ""),
 }
 
 
