@@ -139,9 +139,8 @@ def _long_context(given: Given, options: LongContextOptions) -> Iterator[Point]:
 
 
 def _standard(given: Given, options: StandardOptions) -> Iterator[Point]:
-    # How far it is within them, lm-eval shows itself.
-    given.on_progress(0, len(options.tasks))
     measured = measure_standard(given.model, given.tokenizer, given.documents, options)
+    # How far it is within them, lm-eval shows itself.
     given.on_progress(len(options.tasks), len(options.tasks))
     for task, found in measured.items():
         for metric, values in found["values"].items():
