@@ -12,7 +12,6 @@ from diffattn.data.needles import (
     answer,
     draw_needles,
     is_answer,
-    needle_documents,
     question,
     sentences,
 )
@@ -119,13 +118,17 @@ def test_sentences_are_the_text_again():
     assert sentences("No end") == ["No end"]
 
 
-def test_documents_to_train_on_answer_every_needle_that_they_hide():
-    made = needle_documents(DOCUMENTS, count=40, characters=2000, seed=3)
-    assert made == needle_documents(DOCUMENTS, count=40, characters=2000, seed=3)
-    assert len({document.text for document in made}) == 40
+@pytest.mark.parametrize("length", [260, 400, 1201])
+def test_documents_to_train_on_ask_for_every_needle_that_they_hide(haystack, length):
     counts = set()
-    for document in made:
-        context, *questions = document.text.split("\n\n")
+    for seed in range(40):
+        ids = haystack.document(random(seed), length=length, most_needles=6, most_queries=2)
+        assert len(ids) == length
+        text = haystack.tokenizer.decode(ids)
+        assert text.startswith("<|endoftext|>")
+        assert text.endswith(".<|endoftext|>")
+        assert text.count("<|endoftext|>") == 2
+        context, *questions = text.removesuffix("<|endoftext|>").split("\n\n")
         hidden = dict(re.findall(r"The magic number of (\w+) is (\d{5})\.", context))
         counts.add(len(hidden))
         said = {}
@@ -135,5 +138,22 @@ def test_documents_to_train_on_answer_every_needle_that_they_hide():
             said |= dict(zip(cities, re.findall(r"\d+", end), strict=True))
             assert len(cities) in (1, 2)
         assert said == hidden
-        assert len(context) <= 2000 + 6 * 50 + 40
-    assert counts == {1, 2, 3, 4, 5, 6}
+    # Half of a document is text, so a short one hides fewer.
+    assert counts == {1, 2, 3, 4, 5, 6} if length == 1201 else max(counts) < 6
+    assert haystack.document(random(), length=length, most_needles=6, most_queries=2) != ids
+
+
+def test_a_document_without_room_for_a_needle_is_refused(haystack):
+    with pytest.raises(ConfigError, match="wanted a context of at least"):
+        haystack.document(random(), length=40, most_needles=6, most_queries=1)
+
+
+def test_a_document_asks_in_the_tokens_of_a_prompts_question(haystack):
+    for seed in range(10):
+        ids = haystack.document(random(seed), length=400, most_needles=4, most_queries=2)
+        _, *asked = haystack.tokenizer.decode(ids).removesuffix("<|endoftext|>").split("\n\n")
+        assert asked
+        for text in asked:
+            beginning = re.match(r".*\? .* (is|are)(?= \d)", text)[0]
+            query = haystack.tokenizer(f"\n\n{beginning}", add_special_tokens=False)["input_ids"]
+            assert any(ids[at : at + len(query)] == query for at in range(len(ids)))

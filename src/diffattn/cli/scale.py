@@ -18,6 +18,7 @@ def scale_run(
     text: str = "sotu",
     vocab_size: int = 1024,
     context: int = 256,
+    needles: float = 0.0,
     match: Literal["parameters", "shape"] = "parameters",
     batch_size: int = 8,
     learning_rate: float | None = None,
@@ -38,6 +39,7 @@ def scale_run(
         text: A file, a folder, or a data set's id; sotu is 12 MB of public speeches that are installed with diffattn.
         vocab_size: Tokens of the tokenizer that is trained on the text.
         context: Tokens per block.
+        needles: Share of the training blocks that hide magic numbers of cities in text and ask for them.
         match: parameters: V2's feed-forward width is narrowed until the totals match. shape: it has more parameters.
         batch_size: Blocks per step.
         learning_rate: Peak of the schedule at every size. Default: 4e-3 (N / 1M)^(-1/3), N without the embedding.
@@ -53,8 +55,8 @@ def scale_run(
 
         ladder = Ladder(
             sizes=sizes, tokens=tokens, variants=variants, seeds=seeds, text=text, vocab_size=vocab_size,
-            context=context, match=match, batch_size=batch_size, learning_rate=learning_rate, device=device,
-            dtype=dtype,
+            context=context, needles=needles, match=match, batch_size=batch_size, learning_rate=learning_rate,
+            device=device, dtype=dtype,
         )  # fmt: skip
         with Console("scale run", out, resume=True, kept="rows") as console:
             rows = run_ladder(ladder, out=out, command=console.command, on_progress=console.ladder)

@@ -160,9 +160,7 @@ class Haystack:
         if not 0 <= depth <= 1:
             raise ConfigError(f"depth is {depth}; wanted 0, the beginning of the text, to 1, its end")
         drawn = draw_needles(random, needles)
-        before = document_marks(self.tokenizer)[0] or [
-            token for token in [self.tokenizer.bos_token_id] if token is not None
-        ]
+        before = self._before()
         query = self._encode(f"\n\n{question(drawn[:queries])}")
         hidden = [self._encode(f" {needle.sentence}") for needle in drawn]
         room = length - len(before) - len(query) - sum(map(len, hidden))
@@ -187,6 +185,45 @@ class Haystack:
         spans = {name: (ends[i], ends[i + 1]) for i, name in enumerate(names)}
         return NeedlePrompt(ids + query, spans, tuple(needle.number for needle in drawn[:queries]))
 
+    def document(self, random: np.random.Generator, *, length: int, most_needles: int, most_queries: int) -> list[int]:
+        """A document to train on, of exactly ``length`` tokens: text, needles anywhere in it, all of them asked for.
+
+        Arguments:
+            random: what is drawn, the number of needles with it.
+            length: tokens, with the marks before and behind a document.
+            most_needles: 1 to so many are hidden, as few as leave half of the document to the text.
+            most_queries: 1 to so many are asked for at once.
+        Raises: `ConfigError` for a length without room for one needle and its question.
+        """
+        drawn = draw_needles(random, int(random.integers(1, most_needles + 1)))
+        before, behind = self._before(), document_marks(self.tokenizer)[1]
+        asked, hidden, questions = list(drawn), list[list[int]](), list[list[int]]()
+        while asked:
+            together = asked[: int(random.integers(1, most_queries + 1))]
+            tokens = self._encode(f"\n\n{question(together)}") + self._encode(answer(together))
+            told = [self._encode(f" {needle.sentence}") for needle in together]
+            if questions and sum(map(len, [*hidden, *questions, *told, tokens])) > length // 2:
+                break
+            hidden, asked = hidden + told, asked[len(together) :]
+            questions.append(tokens)
+        order = random.permutation(len(questions))
+        room = length - len(before) - 1 - sum(map(len, [*hidden, *questions]))
+        if room < 1:
+            raise ConfigError(
+                f"a document of {length} tokens is asked for; a needle and its question take {length - room}: wanted a "
+                f"context of at least {length - room + 1}"
+            )
+        text = self._cut(random, room)
+        for sentence in hidden:
+            text.insert(int(random.integers(0, len(text) + 1)), sentence)
+        parts = [before, *text, *(questions[index] for index in order), [behind]]
+        return [token for part in parts for token in part]
+
+    def _before(self) -> list[int]:
+        """The marks before a document; where there are none, the token that texts begin with, if there is one."""
+        bos = self.tokenizer.bos_token_id
+        return document_marks(self.tokenizer)[0] or ([] if bos is None else [bos])
+
     def _cut(self, random: np.random.Generator, room: int) -> list[list[int]]:
         """Whole sentences from a random one on, the last cut off, of ``room`` tokens together."""
         total = int(self._ends[-1])
@@ -203,44 +240,3 @@ class Haystack:
             cut.append(self._sentences[start + len(cut)][:room])
             room -= len(cut[-1])
         return cut
-
-
-def needle_documents(
-    documents: Sequence[Document],
-    *,
-    count: int,
-    characters: int,
-    seed: int,
-    most_needles: int = 6,
-    most_queries: int = 2,
-) -> list[Document]:
-    """Documents to train on: real text of up to ``characters`` with needles in it, and questions with their answers.
-
-    Arguments:
-        documents: the text around the needles.
-        count: documents to make.
-        characters: of the longest; lengths are spread evenly from a quarter of it.
-        seed: of all that is drawn.
-        most_needles: a document hides 1 to so many.
-        most_queries: and asks for 1 to so many at once, until all are asked for.
-    """
-    random = np.random.default_rng(seed)
-    parts = [part for document in documents for part in sentences(document.text)]
-    if not parts:
-        raise DataError("there is no text to hide needles in; give a text of several sentences")
-    made = []
-    for number in range(count):
-        wanted, place = int(random.integers(characters // 4, characters + 1)), int(random.integers(0, len(parts)))
-        text: list[str] = []
-        while sum(map(len, text)) < wanted:
-            text.append(" ".join(parts[(place + len(text)) % len(parts)].split()))
-        drawn = draw_needles(random, int(random.integers(1, most_needles + 1)))
-        for needle in drawn:
-            text.insert(int(random.integers(0, len(text) + 1)), needle.sentence)
-        asked, questions = [drawn[i] for i in random.permutation(len(drawn))], []
-        while asked:
-            together = asked[: int(random.integers(1, most_queries + 1))]
-            asked = asked[len(together) :]
-            questions.append(f"\n\n{question(together)}{answer(together)}")
-        made.append(Document(f"needles {number}", " " + " ".join(part for part in text if part) + "".join(questions)))
-    return made

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,17 @@ class TokenBlocks:
         return partial(TokenBlocks, dtype=self.dtype, context=self.context, part=self.part), (self.path,)
 
 
+class Blocks(Protocol):
+    """What a run is trained on: blocks of `context` tokens by number."""
+
+    @property
+    def context(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.int64]: ...
+
+
 class TrainingOrder(Dataset[dict[str, torch.Tensor]]):
     """The samples of a run: sample i is block `p[i % n]` of n, with p the permutation of epoch `i // n`.
 
@@ -87,7 +98,7 @@ class TrainingOrder(Dataset[dict[str, torch.Tensor]]):
     Raises: `ConfigError` for a number out of range.
     """
 
-    def __init__(self, blocks: TokenBlocks, *, seed: int, num_samples: int) -> None:
+    def __init__(self, blocks: Blocks, *, seed: int, num_samples: int) -> None:
         if seed < 0 or num_samples < 1:
             raise ConfigError(f"seed={seed}, num_samples={num_samples}: wanted a seed from 0 and at least 1 sample")
         self.blocks, self.seed, self.num_samples = blocks, seed, num_samples
@@ -138,7 +149,7 @@ class PreparedData:
     """
 
     tokenizer: "PreTrainedTokenizerFast"
-    train: TokenBlocks
+    train: Blocks
     validation: TokenBlocks
     facts: dict[str, Any]
     validation_bytes_per_token: float

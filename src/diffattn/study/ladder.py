@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffattn.data.mixture import with_needles
 from diffattn.data.packing import PreparedData, prepare_data
+from diffattn.data.text import read_corpus, split_by_document
 from diffattn.errors import ConfigError, DataError
 from diffattn.files import explained, writable_folder
 from diffattn.model.pairing import MATCHES, parameters_of
@@ -53,6 +55,8 @@ class Ladder:
     """Tokens of the tokenizer that is trained on the text."""
     context: int = 256
     """Tokens per block."""
+    needles: float = 0.0
+    """Share of the training blocks that hide needles and ask for them (``diffattn.data.mixture``)."""
     batch_size: int = 8
     """Blocks per step."""
     match: str = "parameters"
@@ -75,6 +79,8 @@ class Ladder:
                 raise ConfigError(f"{name} is {' '.join(getattr(self, name)) or 'empty'}; wanted each at most once")
         if self.seeds < 1:
             raise ConfigError(f"seeds is {self.seeds}; wanted a number of pairs, at least 1")
+        if not 0 <= self.needles < 1:
+            raise ConfigError(f"needles is {self.needles}; wanted the share of the training blocks, 0 to below 1")
         parse_count(self.tokens)
         widths = [shape.hidden_size for shape in self.shapes()]
         if len(set(widths)) < len(widths):
@@ -161,7 +167,9 @@ def run_ladder(
     """
     ladder = ladder or Ladder()
     folder = writable_folder(Path(out))
-    data = prepare_data(ladder.text, vocab_size=ladder.vocab_size, context=ladder.context)
+    corpus = read_corpus(ladder.text)
+    data = prepare_data(corpus, vocab_size=ladder.vocab_size, context=ladder.context)
+    data = with_needles(data, split_by_document(corpus).train, share=ladder.needles)
     runs = [
         _Run(ladder, shape, attention, seed, data)
         for shape in ladder.shapes()
@@ -246,6 +254,7 @@ class _Run:
             "intermediate_size": built.intermediate_size,
             "vocab_size": built.vocab_size,
             "context": self.ladder.context,
+            "needles": self.ladder.needles,
             "batch_size": self.ladder.batch_size,
             "match": self.ladder.match,
             "learning_rate": self.recipe.learning_rate,
