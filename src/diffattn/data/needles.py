@@ -11,8 +11,10 @@ lies at a given depth, the share of the text before it; the others lie anywhere.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -35,6 +37,8 @@ CITIES = (
     "Tokyo", "Toronto", "Tunis", "Turin", "Vienna", "Vilnius", "Warsaw", "Zagreb", "Zurich",
 )  # fmt: skip
 DIGITS = 5
+# Sentences that are encoded together.
+_AT_ONCE = 10_000
 # The end of a sentence: its mark, what closes a quotation, and the white space behind.
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+")
 
@@ -131,12 +135,22 @@ class Haystack:
 
     def __init__(self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        marks, self._behind = document_marks(tokenizer)
+        # Where nothing stands before a document, the token that texts begin with, if there is one.
+        bos = tokenizer.bos_token_id
+        self._before = marks or ([] if bos is None else [bos])
         parts = [" ".join(part.split()) for document in documents for part in sentences(document.text)]
         parts = [part for part in parts if part]
         if len(parts) < 2:
             raise DataError("the haystack is one sentence or none; wanted text of several sentences: give more of it")
-        self._sentences: list[list[int]] = [self._encode(f" {part}") for part in parts]
-        self._ends = np.cumsum([len(ids) for ids in self._sentences])
+        # One array: a list of a novel's tokens takes ten times the memory.
+        flat, lengths = array("i"), []
+        for start in range(0, len(parts), _AT_ONCE):
+            texts = [f" {part}" for part in parts[start : start + _AT_ONCE]]
+            for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+                flat.extend(ids)
+                lengths.append(len(ids))
+        self._tokens, self._ends = np.array(flat), np.cumsum(lengths)
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -160,7 +174,7 @@ class Haystack:
         if not 0 <= depth <= 1:
             raise ConfigError(f"depth is {depth}; wanted 0, the beginning of the text, to 1, its end")
         drawn = draw_needles(random, needles)
-        before = self._before()
+        before = self._before
         query = self._encode(f"\n\n{question(drawn[:queries])}")
         hidden = [self._encode(f" {needle.sentence}") for needle in drawn]
         room = length - len(before) - len(query) - sum(map(len, hidden))
@@ -196,7 +210,7 @@ class Haystack:
         Raises: `ConfigError` for a length without room for one needle and its question.
         """
         drawn = draw_needles(random, int(random.integers(1, most_needles + 1)))
-        before, behind = self._before(), document_marks(self.tokenizer)[1]
+        before = self._before
         asked, hidden, questions = list(drawn), list[list[int]](), list[list[int]]()
         while asked:
             together = asked[: int(random.integers(1, most_queries + 1))]
@@ -216,13 +230,8 @@ class Haystack:
         text = self._cut(random, room)
         for sentence in hidden:
             text.insert(int(random.integers(0, len(text) + 1)), sentence)
-        parts = [before, *text, *(questions[index] for index in order), [behind]]
+        parts = [before, *text, *(questions[index] for index in order), [self._behind]]
         return [token for part in parts for token in part]
-
-    def _before(self) -> list[int]:
-        """The marks before a document; where there are none, the token that texts begin with, if there is one."""
-        bos = self.tokenizer.bos_token_id
-        return document_marks(self.tokenizer)[0] or ([] if bos is None else [bos])
 
     def _cut(self, random: np.random.Generator, room: int) -> list[list[int]]:
         """Whole sentences from a random one on, the last cut off, of ``room`` tokens together."""
@@ -235,8 +244,8 @@ class Haystack:
         start = int(random.integers(0, latest + 1)) if latest else 0
         if total - (int(self._ends[start - 1]) if start else 0) < room:
             start = latest
-        cut: list[list[int]] = []
-        while room:
-            cut.append(self._sentences[start + len(cut)][:room])
-            room -= len(cut[-1])
-        return cut
+        first = int(self._ends[start - 1]) if start else 0
+        ends = [first, *self._ends[start : int(np.searchsorted(self._ends, first + room, side="left"))].tolist()]
+        if ends[-1] < first + room:
+            ends.append(first + room)
+        return [self._tokens[begin:end].tolist() for begin, end in pairwise(ends)]
