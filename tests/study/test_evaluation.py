@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from study.needle_model import TEXT, haystack, reader
@@ -192,3 +193,66 @@ def test_a_folder_that_is_none_is_found_before_the_first_is_read(folders, capsys
 def test_what_cannot_be_is_refused(study, options, words, folders):
     with pytest.raises((ConfigError, DataError), match=words):
         evaluate(study, [folders["soft"]], options, text=folders["text"])
+
+
+def test_what_is_kept_is_not_measured_again(folders, tmp_path, monkeypatch):
+    def measure(options=SMALL["low_bit"]):
+        seen = []
+        result = evaluate(
+            "low_bit", [f"v1={folders['v1a']},{folders['v1b']}", folders["soft"]], options, text=folders["text"],
+            keep=tmp_path / "kept", on_progress=lambda name, *_: seen.append(name),
+        )  # fmt: skip
+        return {name: result[name] for name in ("models", "points")}, seen
+
+    first, seen = measure()
+    assert set(seen) == {"v1", "soft"}
+    of_three = len(seen)
+    kept = sorted((tmp_path / "kept").glob("low_bit-*.json"))
+    assert len(kept) == 3
+    again, seen = measure()
+    assert (again, seen) == (first, [])
+    # One run is gone, one file is half of itself: those two are measured.
+    kept[0].unlink()
+    kept[1].write_text(kept[1].read_text()[:100])
+    again, seen = measure()
+    assert again == first
+    assert len(seen) * 3 == of_three * 2
+    # Another question has answers of its own, and so has a model whose weights were written again.
+    _, seen = measure(LowBitOptions(bits=(16,), context=100, samples=3))
+    assert seen
+    (weights,) = Path(folders["soft"]).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes())
+    _, seen = measure()
+    assert set(seen) == {"soft"}
+
+
+def test_cells_of_a_run_that_was_cut_are_kept(folders, tmp_path):
+    def cut(name, done, all_):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            "retrieval", [folders["soft"]], SMALL["retrieval"], text=folders["text"], keep=tmp_path, on_progress=cut
+        )
+    (rows,) = tmp_path.glob("retrieval-*.jsonl")
+    assert len(rows.read_text().splitlines()) == 1
+    seen = []
+    evaluate(
+        "retrieval", [folders["soft"]], SMALL["retrieval"], text=folders["text"], keep=tmp_path,
+        on_progress=lambda name, done, all_: seen.append((done, all_)),
+    )  # fmt: skip
+    assert seen[-1] == (6, 6)
+
+
+def test_depth_and_length_are_a_map(folders, tmp_path):
+    options = RetrievalOptions(lengths=(260, 300), depths=(0.0, 1.0), tasks=((1, 1),), samples=1)
+    result = evaluate("retrieval", [folders["soft"], folders["v1a"]], options, text=folders["text"])
+    assert [(point["panel"], point["by"], point["x"]) for point in result["points"]] == [
+        ("1 needle, 1 asked for", length, depth) for length in (260, 300) for depth in (0.0, 1.0)
+    ]
+    header, first, *_ = study_rows(result)
+    assert header[:5] == ["retrieval", "tokens", "depth of the first needle", "soft", "v1a"]
+    assert first[:3] == ["1 needle, 1 asked for", "260", "0"]
+    write_study_png(result, tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 5000

@@ -29,6 +29,7 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
         text: str = "sotu",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         device: Literal["auto", "cpu", "cuda"] = "auto",
+        keep: Path | None = None,
         png: Path | None = None,
         json: bool = False,
     ) -> Callable[[], int]:
@@ -40,10 +41,10 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
 
             if png is not None:
                 writable_folder(png.parent)
-            with Console(f"eval {study}", Path(), resume=False, kept="nothing") as console:
+            with Console(f"eval {study}", Path(), resume=False, kept="nothing" if keep is None else "rows") as console:
                 result = evaluate(
-                    study, models, options, text=text, dtype=dtype, device=device, command=console.command,
-                    on_progress=console.counted,
+                    study, models, options, text=text, dtype=dtype, device=device, keep=keep,
+                    command=console.command, on_progress=console.counted,
                 )  # fmt: skip
             console.rows(study_rows(result))
             if png is not None:
@@ -63,6 +64,7 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
         text: A file, a folder, or a data set's id; its held-out documents are read.
         dtype: Of the weights; auto is the file's.
         device: Where to run.
+        keep: A folder for what is measured of each run, so that a study that is cut goes on.
         png: Where to write the chart.
         json: Print the result on stdout, as one object.
     """

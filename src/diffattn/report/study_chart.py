@@ -1,10 +1,15 @@
-"""A study's result as a table and as one chart: a panel per thing measured, a line with its interval per model."""
+"""A study's result as a table and as one chart: a panel per thing measured, a line with its interval per model.
+
+Where panels have a second axis with several places, each model has a map of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from diffattn.report import charts
 
@@ -15,11 +20,14 @@ def study_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """The header and a row per point: each model's mean ± half its 95% interval, then its difference from the first."""
     names = list(result["models"])
     first, others = names[0], names[1:]
-    header = [result["study"], result["axes"]["x"], *names, *(f"{name} − {first}" for name in others)]
+    second = any(point["by"] is not None for point in result["points"])
+    places = [*([result["axes"]["by"]] if second else []), result["axes"]["x"]]
+    header = [result["study"], *places, *names, *(f"{name} − {first}" for name in others)]
     rows = [header]
     for point in result["points"]:
         models = point["models"]
-        row = [point["panel"], f"{point['x']:g}", *(_mean(models.get(name)) for name in names)]
+        at = [*([f"{point['by']:g}"] if second else []), f"{point['x']:g}"]
+        row = [point["panel"], *at, *(_mean(models.get(name)) for name in names)]
         rows.append([*row, *(_difference(models.get(name)) for name in others)])
     return rows
 
@@ -53,6 +61,9 @@ def write_study_png(result: Mapping[str, Any], path: str | Path) -> None:
     for point in result["points"]:
         panels.setdefault(point["panel"], []).append(point)
     names = list(result["models"])
+    if len({point["by"] for point in result["points"]}) > 1:
+        _write_maps(result, panels, names, path)
+        return
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     with charts.style():
@@ -72,6 +83,39 @@ def write_study_png(result: Mapping[str, Any], path: str | Path) -> None:
                 if len(points) > 8:
                     ax.tick_params(axis="x", rotation=60)
         fig.legend(handles.values(), handles.keys(), loc="upper left", ncols=len(names), bbox_to_anchor=(0.02, 1.0))
+        fig.savefig(path, format="png", dpi=144)
+
+
+def _write_maps(
+    result: Mapping[str, Any], panels: Mapping[str, list[Mapping[str, Any]]], names: list[str], path: str | Path
+) -> None:
+    """A row of maps per panel, a map per model: both places as axes, the mean as shade and as number."""
+    xs = sorted({point["x"] for point in result["points"]})
+    bys = sorted({point["by"] for point in result["points"]})
+    means = [entry["mean"] for point in result["points"] for entry in point["models"].values()]
+    shades = {"cmap": "cividis", "vmin": min(0.0, *means), "vmax": max(1.0, *means)}
+    width, height = 52 * len(xs), 34 * len(bys)
+    with charts.style():
+        fig = charts.figure(110 + len(names) * (width + 30), 20 + len(panels) * (height + 90))
+        for row, (panel, points) in enumerate(panels.items()):
+            for column, name in enumerate(names):
+                ax = charts.axes(fig, 80 + column * (width + 30), 44 + row * (height + 90), width, height)
+                cells = np.full((len(bys), len(xs)), np.nan)
+                for point in points:
+                    if name in point["models"]:
+                        cells[bys.index(point["by"]), xs.index(point["x"])] = point["models"][name]["mean"]
+                ax.imshow(cells, aspect="auto", **shades)
+                middle = (shades["vmin"] + shades["vmax"]) / 2
+                for (y, x), value in np.ndenumerate(cells):
+                    if np.isfinite(value):
+                        colour = charts.INK if value > middle else "white"
+                        ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=10, color=colour)
+                ax.set_title(f"{name}: {panel}" if len(names) > 1 else panel, fontsize=10)
+                ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
+                ax.set_yticks(range(len(bys)), [f"{by:g}" for by in bys] if column == 0 else [""] * len(bys))
+                ax.set_xlabel(result["axes"]["x"])
+                if column == 0:
+                    ax.set_ylabel(result["axes"]["by"])
         fig.savefig(path, format="png", dpi=144)
 
 

@@ -8,6 +8,8 @@ same samples or have as many runs.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,14 +19,15 @@ from typing import Any, NamedTuple
 from diffattn.checkpoint_files import folder_name
 from diffattn.data.text import read_corpus, split_by_document
 from diffattn.errors import ConfigError
+from diffattn.files import writable_folder, write_json
 from diffattn.model.loading import Device, Dtype, load, load_config
 from diffattn.study.compare import versions
 from diffattn.study.options import OPTIONS
 from diffattn.study.statistics import interval, paired_difference
 from diffattn.study.studies import STUDIES, Given
 
-# By panel and place, the values of every run.
-Runs = dict[tuple[str, float], list[list[float]]]
+# By panel and places, the values of every run.
+Runs = dict[tuple[str, float, float | None], list[list[float]]]
 
 
 class Named(NamedTuple):
@@ -64,6 +67,7 @@ def evaluate(
     text: str = "sotu",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    keep: Path | None = None,
     command: str = "diffattn.evaluate(...)",
     on_progress: Callable[[str, int, int], None] = lambda name, done, all_: None,
 ) -> dict[str, Any]:
@@ -75,13 +79,14 @@ def evaluate(
         options: an instance of the study's options; default: its defaults.
         text: a file, a folder or the id of a data set; the held-out documents of it are read (``data/text.py``).
         dtype, device: as in :func:`diffattn.model.loading.load`.
+        keep: a folder in which each run's points are kept as they are measured; what is there is not measured again.
         command: what is said to have made the result.
         on_progress: called with a run's name, steps done and steps in all.
 
     Returns:
         ``study``, ``options``, ``text``, ``models`` (folders and parameters by name), and ``points``: for every panel
-        and place the ``mean``, 95% interval (``low``, ``high``, None of one value) and number of values of each model,
-        and the same of its ``difference`` from the first model.
+        and place (``x``, and ``by`` on a second axis) the ``mean``, 95% interval (``low``, ``high``, None of one value)
+        and number of values of each model, and the same of its ``difference`` from the first model.
 
     Raises:
         ConfigError, DataError, CheckpointError, UnsupportedError: what cannot be used, in one line.
@@ -90,43 +95,78 @@ def evaluate(
         raise ConfigError(f"study is {study!r}; wanted one of {', '.join(STUDIES)}")
     options = options or OPTIONS[study]()
     named = parse_models(models)
-    documents = split_by_document(read_corpus(text)).validation
+    corpus = read_corpus(text)
+    documents = split_by_document(corpus).validation
     # Before any is read for minutes.
     for entry in named:
         for folder in entry.folders:
             load_config(folder)
+    if keep is not None:
+        writable_folder(keep)
+    asked = json.dumps([study, asdict(options), corpus.digest, dtype], default=str)
     found: dict[str, Runs] = {}
     facts: dict[str, Any] = {}
     for entry in named:
         mine = found.setdefault(entry.name, {})
+        facts[entry.name] = {"folders": [str(folder) for folder in entry.folders], "parameters": []}
         for folder in entry.folders:
-            model, tokenizer = load(folder, dtype, device)
-            facts.setdefault(entry.name, {"folders": [], "parameters": []})
-            facts[entry.name]["folders"].append(str(folder))
-            facts[entry.name]["parameters"].append(model.num_parameters())
-            given = Given(model, tokenizer, documents, functools.partial(on_progress, entry.name))
-            for point in STUDIES[study].measure(given, options):
-                mine.setdefault((point.panel, point.x), []).append(point.values)
+            file = None if keep is None else keep / f"{study}-{_identity(folder, asked)}.json"
+            run = _kept(file)
+            if run is None:
+                model, tokenizer = load(folder, dtype, device)
+                rows = None if file is None else file.with_suffix(".jsonl")
+                given = Given(model, tokenizer, documents, functools.partial(on_progress, entry.name), rows)
+                points = [point._asdict() for point in STUDIES[study].measure(given, options)]
+                run = {"folder": str(folder), "parameters": model.num_parameters(), "points": points}
+                if file is not None:
+                    write_json(file, run)
+            facts[entry.name]["parameters"].append(run["parameters"])
+            for point in run["points"]:
+                mine.setdefault((point["panel"], point["x"], point["by"]), []).append(point["values"])
     return {
         "study": study,
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
         "text": text,
         "models": facts,
         "points": _compared(found),
-        "axes": {"x": STUDIES[study].x, "y": STUDIES[study].y, "logarithmic": STUDIES[study].logarithmic},
+        "axes": {key: getattr(STUDIES[study], key) for key in ("x", "y", "by", "logarithmic")},
         "versions": versions(),
         "command": command,
     }
+
+
+def _identity(folder: Path, asked: str) -> str:
+    """A name for what is asked of the run in a folder, which changes when its files do."""
+    digest = hashlib.sha256(asked.encode())
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".json":
+            digest.update(file.name.encode() + file.read_bytes())
+        elif file.suffix == ".safetensors":
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:24]
+
+
+def _kept(file: Path | None) -> dict[str, Any] | None:
+    """What is kept of a run; a file that cannot be read counts as none, since it is written whole."""
+    if file is None or not file.exists():
+        return None
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return run if isinstance(run, dict) and run.keys() >= {"parameters", "points"} else None
 
 
 def _compared(found: dict[str, Runs]) -> list[dict[str, Any]]:
     """Points in the order in which they were measured, each with all models that have it."""
     keys = list(dict.fromkeys(key for mine in found.values() for key in mine))
     points = []
-    for panel, x in keys:
-        runs = {name: mine[panel, x] for name, mine in found.items() if (panel, x) in mine}
+    for key in keys:
+        runs = {name: mine[key] for name, mine in found.items() if key in mine}
         first = runs.get(next(iter(found)))
-        points.append({"panel": panel, "x": x, "models": {name: _entry(own, first) for name, own in runs.items()}})
+        entries = {name: _entry(own, first) for name, own in runs.items()}
+        points.append(dict(zip(("panel", "x", "by"), key, strict=True)) | {"models": entries})
     return points
 
 

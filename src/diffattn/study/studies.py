@@ -1,6 +1,7 @@
 """The studies of ``diffattn eval`` as data: what measures a model, its options, the words on its axes.
 
-A study measures a model as *points*: a panel (what is measured), a place on its axis, and one value per sample.
+A study measures a model as *points*: a panel (what is measured), a place on its axis, and one value per sample. Where
+a panel has two axes, ``by`` is the place on the second.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +45,7 @@ class Point(NamedTuple):
     panel: str
     x: float
     values: list[float]
+    by: float | None = None
 
 
 class Given(NamedTuple):
@@ -52,6 +55,8 @@ class Given(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     documents: tuple[Document, ...]
     on_progress: Callable[[int, int], None]
+    # Where a study may keep what it has done of the run, a file of its own.
+    rows: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Study:
     x: str
     y: str
     logarithmic: bool = False
+    by: str = ""
 
 
 def _noise(given: Given, options: NoiseOptions) -> Iterator[Point]:
@@ -83,11 +89,13 @@ def _retrieval(given: Given, options: RetrievalOptions) -> Iterator[Point]:
         given.model,
         Haystack(given.documents, given.tokenizer),
         options,
+        rows=given.rows,
         on_progress=lambda done, all_, _: given.on_progress(done, all_),
     )
     for row in rows:
-        panel = f"{row['needles']} needles, {row['queries']} asked for, {row['length']} tokens"
-        yield Point(panel, row["depth"], [float(right) for right in row["correct"]])
+        hidden = "1 needle" if row["needles"] == 1 else f"{row['needles']} needles"
+        panel = f"{hidden}, {row['queries']} asked for"
+        yield Point(panel, row["depth"], [float(right) for right in row["correct"]], row["length"])
 
 
 def _icl(given: Given, options: IclOptions) -> Iterator[Point]:
@@ -148,7 +156,7 @@ def _standard(given: Given, options: StandardOptions) -> Iterator[Point]:
 
 
 STUDIES: dict[str, Study] = {
-    "retrieval": Study(_retrieval, "depth of the first needle", "exact answers"),
+    "retrieval": Study(_retrieval, "depth of the first needle", "exact answers", by="tokens"),
     "noise": Study(_noise, "depth of the needle", "share of attention"),
     "icl": Study(_icl, "demonstrations", "accuracy", logarithmic=True),
     "outliers": Study(_outliers, "rank", "magnitude", logarithmic=True),
