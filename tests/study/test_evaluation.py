@@ -26,13 +26,23 @@ from diffattn.study.studies import STUDIES
 SMALL = {
     "retrieval": RetrievalOptions(lengths=(260,), depths=(0.0, 1.0), tasks=((1, 1), (2, 2)), samples=2),
     "noise": NoiseOptions(length=260, depths=(0.0, 0.5), samples=3),
+    "noise_by_head": NoiseOptions(length=260, depths=(0.0, 0.5), samples=3),
     "icl": IclOptions(shots=(2, 4), queries=3, permutations=2, labels=3),
     "outliers": OutlierOptions(tokens=600, context=100, batch_size=2),
     "low_bit": LowBitOptions(bits=(16, 4), context=100, samples=3),
     "long_context": LongContextOptions(length=100, samples=3, chunk=32),
     "standard": StandardOptions(limit=3),
 }
-POINTS = {"retrieval": 4, "noise": 4, "icl": 4, "outliers": 12, "low_bit": 4, "long_context": 8, "standard": 3}
+POINTS = {
+    "retrieval": 4,
+    "noise": 4,
+    "noise_by_head": 72,
+    "icl": 4,
+    "outliers": 12,
+    "low_bit": 4,
+    "long_context": 8,
+    "standard": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +74,17 @@ def test_a_study_of_a_run_and_of_another_model(study, folders):
     assert {name for name, *_ in seen} == {"soft", "llama"}
     assert all(0 < done <= all_ for _, done, all_ in seen)
     for point in result["points"]:
-        assert list(point["models"]) == ["soft", "llama"]
+        # Llama has two layers of three, and six heads of twelve.
+        both = study != "noise_by_head" or (point["by"] < 2 and point["x"] < 6)
+        assert list(point["models"]) == (["soft", "llama"] if both else ["soft"])
         for entry in point["models"].values():
             assert math.isfinite(entry["mean"])
             if entry["low"] is not None:
                 assert entry["low"] <= entry["mean"] <= entry["high"]
-        assert point["models"]["llama"]["difference"]["mean"] == pytest.approx(
-            point["models"]["llama"]["mean"] - point["models"]["soft"]["mean"], abs=1e-9
-        )
+        if both:
+            assert point["models"]["llama"]["difference"]["mean"] == pytest.approx(
+                point["models"]["llama"]["mean"] - point["models"]["soft"]["mean"], abs=1e-9
+            )
     assert json.loads(json.dumps(result))["options"] == json.loads(json.dumps(result["options"]))
 
 
@@ -129,6 +142,7 @@ def test_the_verb_prints_one_object_and_the_table(study, folders, tmp_path, caps
     options = {
         "retrieval": ["--lengths", "260", "--depths", "0.5", "--tasks", "1", "1", "--samples", "1"],
         "noise": ["--length", "260", "--depths", "0.5", "--samples", "1"],
+        "noise_by_head": ["--length", "260", "--depths", "0.5", "--samples", "1"],
         "icl": ["--shots", "2", "--queries", "2", "--permutations", "1"],
         "outliers": ["--tokens", "200", "--context", "100"],
         "low_bit": ["--bits", "8", "--context", "100", "--samples", "2"],

@@ -13,6 +13,7 @@ from diffattn.study.options import OPTIONS
 DESCRIPTIONS = {
     "retrieval": "How often the numbers hidden in a long text are copied, by depth and length.",
     "noise": "How much attention goes to a hidden answer and how much to the text around it.",
+    "noise_by_head": "The same for every layer and head, over all depths.",
     "icl": "Accuracy against the number of demonstrations in the prompt, and over their orders.",
     "outliers": "The largest magnitudes of attention logits and hidden states.",
     "low_bit": "The loss where attention logits have 16, 8, 6 or 4 bits.",

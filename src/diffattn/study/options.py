@@ -13,7 +13,7 @@ BITS = (16, 8, 6, 4)
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseOptions:
-    """What is asked; the fields are the options of ``diffattn eval noise``."""
+    """What is asked; the fields are the options of ``diffattn eval noise`` and ``noise_by_head``."""
 
     length: int = 1024
     """Tokens of a prompt, its question with them."""
@@ -156,6 +156,7 @@ class StandardOptions:
 OPTIONS: dict[str, type] = {
     "retrieval": RetrievalOptions,
     "noise": NoiseOptions,
+    "noise_by_head": NoiseOptions,
     "icl": IclOptions,
     "outliers": OutlierOptions,
     "low_bit": LowBitOptions,

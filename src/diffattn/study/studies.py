@@ -70,18 +70,33 @@ class Study:
     by: str = ""
 
 
-def _noise(given: Given, options: NoiseOptions) -> Iterator[Point]:
+def _noise_maps(given: Given, options: NoiseOptions) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is measured of each map, with what goes before its panels' names."""
     result = measure_noise(
         given.model, Haystack(given.documents, given.tokenizer), options, on_progress=given.on_progress
     )
-    columns = {"answer": [SPANS.index("answer")], "noise": [SPANS.index(name) for name in NOISE]}
     # First the map that meets the values, which every model has; then a differential model's two apart.
     *apart, used = result["maps"]
-    for name in (used, *apart):
-        shares = np.array(result["maps"][name]["shares"])
+    yield "", result["maps"][used]
+    for name in apart:
+        yield f"{name}: ", result["maps"][name]
+
+
+def _noise(given: Given, options: NoiseOptions) -> Iterator[Point]:
+    columns = {"answer": [SPANS.index("answer")], "noise": [SPANS.index(name) for name in NOISE]}
+    for name, found in _noise_maps(given, options):
+        shares = np.array(found["shares"])
         for what, spans in columns.items():
             for depth, values in zip(options.depths, shares[..., spans].sum(-1), strict=True):
-                yield Point(what if name == used else f"{name}: {what}", depth, values.tolist())
+                yield Point(f"{name}{what}", depth, values.tolist())
+
+
+def _noise_by_head(given: Given, options: NoiseOptions) -> Iterator[Point]:
+    for name, found in _noise_maps(given, options):
+        for what, layers in found["by_head"].items():
+            for layer, heads in enumerate(layers):
+                for head, share in enumerate(heads):
+                    yield Point(f"{name}{what}", head, [share], layer)
 
 
 def _retrieval(given: Given, options: RetrievalOptions) -> Iterator[Point]:
@@ -158,6 +173,7 @@ def _standard(given: Given, options: StandardOptions) -> Iterator[Point]:
 STUDIES: dict[str, Study] = {
     "retrieval": Study(_retrieval, "depth of the first needle", "exact answers", by="tokens"),
     "noise": Study(_noise, "depth of the needle", "share of attention"),
+    "noise_by_head": Study(_noise_by_head, "head", "share of attention", by="layer"),
     "icl": Study(_icl, "demonstrations", "accuracy", logarithmic=True),
     "outliers": Study(_outliers, "rank", "magnitude", logarithmic=True),
     "low_bit": Study(_low_bit, "bits of the attention logits", ""),
