@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup compare test test-full test-vllm asan check benchmarks ladder test-lowest
+.PHONY: help setup compare test test-full test-vllm asan check benchmarks ladder study ablation test-lowest
 .DEFAULT_GOAL := help
 
 help:
@@ -65,6 +65,23 @@ ladder: $(READY)
 	test -f runs/ladder/rows.jsonl || cp benchmarks/results/ladder.jsonl runs/ladder/rows.jsonl
 	for process in 1 2; do OMP_NUM_THREADS=1 $(BIN)/diffattn scale run --text $(TEXT) --out runs/ladder & done; wait
 	cp runs/ladder/rows.jsonl benchmarks/results/ladder.jsonl
+
+# The models that docs/findings.md is about, and every study of them: a night. Call it again to go on.
+STUDY := --sizes 4M --tokens 10M --variants softmax diff_v1 diff_v2 gated --vocab-size 4096 --context 1024 --needles 0.5 --batch-size 4
+study: $(READY)
+	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make study TEXT=eltec_eng.txt.xz" >&2; exit 2; }
+	mkdir -p runs/study
+	for process in 1 2; do OMP_NUM_THREADS=1 $(BIN)/diffattn scale run $(STUDY) --text $(TEXT) --out runs/study & done; wait
+	cp runs/study/rows.jsonl benchmarks/results/study.jsonl
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.findings --runs runs/study --text $(TEXT) --out benchmarks/results/findings.jsonl --charts docs/findings
+
+# One thing changed at a time, 36 runs: hours. Call it again to go on.
+ablation: $(READY)
+	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make ablation TEXT=eltec_eng.txt.xz" >&2; exit 2; }
+	mkdir -p runs/ablation
+	test -f runs/ablation/rows.jsonl || cp benchmarks/results/ablation.jsonl runs/ablation/rows.jsonl || true
+	for process in 1 2; do OMP_NUM_THREADS=1 $(BIN)/diffattn eval ablation --text $(TEXT) --out runs/ablation & done; wait
+	cp runs/ablation/rows.jsonl benchmarks/results/ablation.jsonl
 
 # Apart from .venv: the lowest releases that pyproject.toml allows.
 test-lowest:
