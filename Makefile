@@ -8,7 +8,7 @@ READY := .venv/ready
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST); echo "make setup     the environment alone      make check   style, types, imports      make benchmarks   measured ratios"
+	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST); echo "make setup     the environment alone      make check   style, types, imports      make benchmarks   measured ratios"; echo "make ladder, make study, make ablation   hours: the rows of docs/scaling.md and of the studies"
 
 setup: $(READY)
 
@@ -79,7 +79,7 @@ study: $(READY)
 ablation: $(READY)
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make ablation TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	mkdir -p runs/ablation
-	test -f runs/ablation/rows.jsonl || cp benchmarks/results/ablation.jsonl runs/ablation/rows.jsonl || true
+	test -f runs/ablation/rows.jsonl || test ! -f benchmarks/results/ablation.jsonl || cp benchmarks/results/ablation.jsonl runs/ablation/rows.jsonl
 	for process in 1 2; do OMP_NUM_THREADS=1 $(BIN)/diffattn eval ablation --text $(TEXT) --out runs/ablation & done; wait
 	cp runs/ablation/rows.jsonl benchmarks/results/ablation.jsonl
 

@@ -115,7 +115,7 @@ def main() -> None:
     if not any(all(row.get(key) == value for key, value in wanted.items()) for row in known):
         write(rounded(losses | wanted | provenance("benchmarks.findings")))
     for case in cases(context):
-        asked = json.loads(json.dumps(asdict(case.options), default=str))
+        asked = json.loads(json.dumps(asdict(case.options)))
         wanted = {"name": case.name, "runs": words, "asked": asked}
         found = next((row for row in known if all(row.get(key) == value for key, value in wanted.items())), None)
         if found is None and (options.only is None or case.name in options.only):

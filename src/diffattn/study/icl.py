@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from diffattn.data.text import load_rows
 from diffattn.data.tokenizer import document_marks
 from diffattn.errors import ConfigError, DataError
 from diffattn.study.noise import check_length
@@ -61,37 +62,53 @@ def synthetic_task(labels: int, *, examples: int, seed: int, words: int = 4) -> 
     return [task[index] for index in random.permutation(examples)]
 
 
-def read_examples(path: Path, *, text: str = "text", label: str = "label") -> list[Example]:
-    """Examples from JSON lines.
+def read_examples(source: str, *, text: str = "text", label: str = "label") -> list[Example]:
+    """Examples from a file of JSON lines, or from a ``datasets`` id (``id``, ``id:config`` or ``id:config:split``).
+
+    A label that a data set numbers is called by its name.
 
     Raises:
-        DataError: no file, no rows, or a row without text and one label: says which line.
+        DataError: no file or data set, no rows, or a row without text and one label: says which.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); a file of JSON lines is wanted") from None
     examples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for where, row in _rows(source, label):
         try:
-            row = json.loads(line)
             given, choice = row[text], row[label]
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError) as error:
             raise DataError(
-                f"{path}: line {number} has no {text!r} and {label!r} ({error}); an object with both is wanted on each "
-                "line"
+                f"{where} has no {text!r} and {label!r} ({error}); both are wanted in each row: name the fields"
             ) from None
         if not isinstance(given, str) or not isinstance(choice, str | int) or isinstance(choice, bool) or choice == "":
             raise DataError(
-                f"{path}: the label of line {number} is {choice!r}; a single choice is wanted, a word or a number: "
-                "take one of several, or leave the row out"
+                f"{where}: the label is {choice!r}; a single choice is wanted, a word or a number: take one of "
+                "several, or leave the row out"
             )
         examples.append(Example(" ".join(given.split()), str(choice)))
     if not examples:
-        raise DataError(f"{path} holds no examples; an object with {text!r} and {label!r} is wanted on each line")
+        raise DataError(f"{source} holds no examples; rows with {text!r} and {label!r} are wanted")
     return examples
+
+
+def _rows(source: str, label: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a file or a data set, each with the words for where it stands."""
+    path = Path(source)
+    if not path.exists() and path.suffix not in (".json", ".jsonl"):
+        rows = load_rows(source)
+        names = getattr(rows.features.get(label), "names", None) or []
+        for number, row in enumerate(rows):
+            named = isinstance(row.get(label), int) and 0 <= row[label] < len(names)
+            yield f"{source}: row {number}", row | {label: names[row[label]]} if named else row
+        return
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source} cannot be read ({error}); a file of JSON lines is wanted") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield f"{source}: line {number}", json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{source}: line {number} is no JSON ({error}); an object is wanted on each") from None
 
 
 class Choices:

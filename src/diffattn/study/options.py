@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from diffattn.errors import ConfigError
 
@@ -71,8 +70,8 @@ class IclOptions:
     """Orders of the largest number of demonstrations, random ones and as many by class."""
     seed: int = 0
     """Of what is drawn."""
-    data: Path | None = None
-    """JSON lines of texts and labels; default: a generated task."""
+    data: str | None = None
+    """JSON lines of texts and labels, or a data set's id (id:config:split); default: a generated task."""
     labels: int = 4
     """Of the generated task, 2 to 10."""
     text_column: str = "text"
