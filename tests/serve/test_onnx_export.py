@@ -16,7 +16,7 @@ from diffattn.serve.onnx_check import check_float32
 from diffattn.serve.onnx_run import OnnxDecoder
 
 CACHED = [(attention, True) for attention in ATTENTIONS]
-EVERY = CACHED + [(attention, False) for attention in ATTENTIONS]
+EVERY = [*CACHED, *((attention, False) for attention in ATTENTIONS), ("gated", False)]
 # Traced with 2 rows, 3 new tokens and 5 earlier ones; none of these sizes is.
 SIZES = [(1, 1), (1, 37), (5, 17), (7, 4)]
 

@@ -40,25 +40,23 @@ def lens(
     """
 
     def call() -> int:
-        import sys
-
         from diffattn.cli.console import Console, print_json
         from diffattn.files import writable_folder, write_text
         from diffattn.report.lens_page import render_lens, write_lens_pngs
         from diffattn.study.lens import lens as read
 
-        command = Console("lens", Path(), resume=False).command
         for target in (html, png):
             if target is not None:
                 writable_folder(target.parent)
-        result = read(
-            models, text, layers=layers, answer=answer, picture=None if png is None else (layer, head), dtype=dtype,
-            device=device, command=command,
-        )  # fmt: skip
+        with Console("lens", Path(), resume=False, kept="nothing") as console:
+            result = read(
+                models, text, layers=layers, answer=answer, picture=None if png is None else (layer, head),
+                dtype=dtype, device=device, command=console.command,
+            )  # fmt: skip
         if png is not None:
             write_lens_pngs(result, png)
         write_text(html, render_lens(result))
-        print(f"{html} shows {len(result['tokens'])} tokens; open it in a browser", file=sys.stderr)
+        console.note(f"{html} shows {len(result['tokens'])} tokens; open it in a browser")
         if json:
             print_json(result)
         return 0

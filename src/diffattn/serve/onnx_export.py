@@ -115,8 +115,8 @@ def _check_source(source: Path) -> None:
     if config.get("model_type") != DiffTransformerConfig.model_type:
         raise UnsupportedError(
             f"model_type is {config.get('model_type')!r} in {str(source / 'config.json')!r}; the ONNX export takes "
-            f"{DiffTransformerConfig.model_type} (softmax, diff_v1, diff_v2, dex): diffattn convert makes one of "
-            "a Llama or diffllama checkpoint, optimum exports others as they are"
+            f"{DiffTransformerConfig.model_type} (softmax, diff_v1, diff_v2, gated, dex): diffattn convert makes one "
+            "of a Llama or diffllama checkpoint, optimum exports others as they are"
         )
 
 
