@@ -8,7 +8,7 @@ READY := .venv/ready
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST); echo "make setup     the environment alone      make check   style, types, imports      make benchmarks   measured ratios"; echo "make ladder, make study, make ablation   hours: the rows of docs/scaling.md and of the studies"
+	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST); echo "make setup     the environment alone      make check   style, types, imports      make benchmarks   measured ratios"; echo "make ladder, make study, make ablation   hours: the rows of docs/scaling.md and docs/studies.md"
 
 setup: $(READY)
 
@@ -66,7 +66,7 @@ ladder: $(READY)
 	for process in 1 2; do OMP_NUM_THREADS=1 $(BIN)/diffattn scale run --text $(TEXT) --out runs/ladder & done; wait
 	cp runs/ladder/rows.jsonl benchmarks/results/ladder.jsonl
 
-# The models that docs/findings.md is about, and every study of them: a night. Call it again to go on.
+# Models to be studied, and every study of them: a night. Call it again to go on (docs/studies.md says how far it is).
 STUDY := --sizes 4M --tokens 10M --variants softmax diff_v1 diff_v2 gated --vocab-size 4096 --context 1024 --needles 0.5 --batch-size 4
 study: $(READY)
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make study TEXT=eltec_eng.txt.xz" >&2; exit 2; }
