@@ -5,7 +5,7 @@ import torch
 from model.small_models import SHAPE, assert_same_logits, small_model, tokens
 from transformers import StaticCache
 
-from diffattn.plan.shape import VARIANTS
+from diffattn.plan.shape import DEFAULT_VARIANTS
 
 # The compiler's own modules meet what this version of torch has retired.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -29,14 +29,14 @@ def assert_same_step(model, compiled) -> None:
         assert_same_logits(actual, expected)
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", DEFAULT_VARIANTS)
 def test_training_step_compiles_into_one_graph(attention):
     model = small_model(attention, shape=dataclasses.replace(SHAPE, num_layers=2)).train()
     # fullgraph=True raises at a graph break.
     assert_same_step(model, torch.compile(model, fullgraph=True, backend="aot_eager"))
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", DEFAULT_VARIANTS)
 @torch.no_grad()
 def test_decoding_step_with_a_static_cache_compiles_into_one_graph_for_every_position(attention):
     model, ids = small_model(attention), tokens(2, 9)

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, QuantizedCache
 
-from diffattn.plan.shape import VARIANTS
+from diffattn.plan.shape import DEFAULT_VARIANTS
 
 # Few enough tokens to look at every text of some tokens.
 FEW = dataclasses.replace(SHAPE, vocab_size=11, num_layers=2)
@@ -79,7 +79,7 @@ SAMPLING = {
 
 
 @pytest.mark.parametrize(("options", "cache"), SAMPLING.values(), ids=list(SAMPLING))
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", DEFAULT_VARIANTS)
 def test_drawn_tokens_of_a_left_padded_batch_are_distributed_as_the_uncached_model_says(attention, options, cache):
     model = small_model(attention, shape=FEW)
     prompts = [tokens(1, length, seed=length)[0] % FEW.vocab_size for length in (3, 5)]
@@ -126,7 +126,7 @@ def beams_by_generate(model, prompts: Tensor, beams: int, length: int, **options
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", DEFAULT_VARIANTS)
 def test_beams_are_the_likeliest_prefixes_at_every_step(attention, cache):
     model, prompts = small_model(attention, shape=FEW), tokens(2, 5) % FEW.vocab_size
     texts, scores = beams_by_generate(model, prompts, 3, 4, cache_implementation=cache)
@@ -136,7 +136,7 @@ def test_beams_are_the_likeliest_prefixes_at_every_step(attention, cache):
         torch.testing.assert_close(scores[row].double(), torch.tensor(wanted).double(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", DEFAULT_VARIANTS)
 def test_beams_enough_for_every_text_find_the_likeliest_of_all(attention):
     model, prompt = small_model(attention, shape=FEW), tokens(1, 5) % FEW.vocab_size
     count = FEW.vocab_size**2
@@ -161,7 +161,7 @@ def dequantised(cache: QuantizedCache, config) -> DynamicCache:
     return plain
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", DEFAULT_VARIANTS)
 @torch.no_grad()
 def test_a_quantised_cache_gives_what_its_dequantised_numbers_give(attention):
     model, ids = small_model(attention, shape=WIDE), tokens(2, 13)
@@ -181,7 +181,7 @@ def test_a_quantised_cache_gives_what_its_dequantised_numbers_give(attention):
     assert 1e-2 < errors[4] < 1.0 < errors[2]
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", DEFAULT_VARIANTS)
 def test_greedy_decoding_from_a_quantised_cache_follows_its_dequantised_numbers(attention):
     model, ids = small_model(attention, shape=WIDE), tokens(2, 8)
     settings = {"backend": "quanto", "nbits": 2, "q_group_size": 16, "residual_length": 4}
@@ -208,8 +208,8 @@ def counted(model) -> list[int]:
     return lengths
 
 
-@pytest.mark.parametrize("assistant", ["itself", *VARIANTS])
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("assistant", ["itself", *DEFAULT_VARIANTS])
+@pytest.mark.parametrize("attention", DEFAULT_VARIANTS)
 def test_drafts_of_an_assistant_change_no_token(attention, assistant):
     model, ids = small_model(attention), tokens(1, 9)
     expected = greedy(model, ids, 12)
@@ -240,7 +240,7 @@ def test_drawn_tokens_checked_by_the_model_are_distributed_as_it_says_and_not_as
     assert p_value(counts, pairs_of(draft, prompt, plain)) < 1e-6
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", DEFAULT_VARIANTS)
 def test_drafts_looked_up_in_the_prompt_change_no_token(attention):
     model = small_model(attention)
     # Its own continuation, so that what is looked up is taken.
@@ -253,7 +253,7 @@ def test_drafts_looked_up_in_the_prompt_change_no_token(attention):
     assert max(lengths[1:]) > 1
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", DEFAULT_VARIANTS)
 def test_an_engine_with_shared_prefixes_gives_every_request_its_own_greedy_tokens(attention):
     model = small_model(attention, shape=dataclasses.replace(SHAPE, num_layers=2))
     prefix = tokens(1, 9, seed=5)[0].tolist()

@@ -5,7 +5,7 @@ import pytest
 from model.small_models import small_model, tokens
 
 import diffattn
-from diffattn.plan.shape import VARIANTS
+from diffattn.plan.shape import DEFAULT_VARIANTS
 
 LOAD = """
 import sys
@@ -51,7 +51,7 @@ def test_auto_classes_know_the_model_in_every_order_of_imports(order, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", DEFAULT_VARIANTS)
 def test_a_saved_model_loads_by_its_own_name(attention, tmp_path):
     from transformers import AutoModelForCausalLM
 

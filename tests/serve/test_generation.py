@@ -7,7 +7,7 @@ from serve.small_folders import TOKENS, small_folder, small_tokenizer
 from transformers import GenerationConfig
 
 from diffattn.errors import CheckpointError, ConfigError
-from diffattn.plan.shape import VARIANTS
+from diffattn.plan.shape import DEFAULT_VARIANTS
 from diffattn.serve.decoding import Decoding
 from diffattn.serve.generation import continue_text, generate
 
@@ -46,7 +46,7 @@ def dictate(model, tokens: list[int]) -> None:
     model.register_forward_hook(say)
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", DEFAULT_VARIANTS)
 def test_the_text_is_that_of_the_likeliest_tokens(attention, tmp_path):
     folder = small_folder(tmp_path, attention)
     pieces: list[str] = []
