@@ -9,7 +9,7 @@ from data.test_needles import TEXT
 
 from diffattn.data.mixture import JoinedBlocks, with_needles
 from diffattn.data.packing import TrainingOrder, prepare_data
-from diffattn.data.text import Corpus, Document, split_by_document
+from diffattn.data.text import Corpus, Document
 from diffattn.errors import ConfigError, DataError
 
 CORPUS = Corpus.of("text", [Document(str(number), f"{TEXT} Number {number} ends.") for number in range(30)])
@@ -22,8 +22,7 @@ def plain(tmp_path):
 
 
 def mixed(plain, tmp_path, **options):
-    documents = split_by_document(CORPUS).train
-    return with_needles(plain, documents, **{"share": 0.25, "cache_dir": tmp_path, "most_needles": 4} | options)
+    return with_needles(plain, CORPUS, **{"share": 0.25, "cache_dir": tmp_path, "most_needles": 4} | options)
 
 
 def test_blocks_of_needles_stand_behind_the_text_in_the_share_that_was_asked_for(plain, tmp_path):
@@ -96,7 +95,7 @@ def test_what_cannot_hold_a_needle_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="wanted a context of at least"):
         mixed(short, tmp_path)
     with pytest.raises(DataError, match="wanted text of several sentences"):
-        with_needles(short, [Document("a", "none here")], share=0.5, cache_dir=tmp_path)
+        with_needles(short, Corpus.of("a", [Document("a", "none here")]), share=0.5, cache_dir=tmp_path)
     assert not list(tmp_path.glob("*.needles.bin*"))
 
 

@@ -17,20 +17,20 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from diffattn.data.needles import Haystack
-from diffattn.data.packing import PreparedData, TokenBlocks, cache_root
+from diffattn.data.packing import PreparedData, TokenBlocks, cache_explained, cache_root
+from diffattn.data.text import split_by_document
 from diffattn.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from diffattn.data.text import Document
+    from diffattn.data.text import Corpus
 
 # Part of the name of what is cached: changes when the blocks do.
 _FORMAT = 1
@@ -53,9 +53,15 @@ class JoinedBlocks:
         return self.first[index] if index < len(self.first) else self.second[index - len(self.first)]
 
 
+def check_share(share: float) -> None:
+    """Raise a `ConfigError` unless this can be a share of the training blocks: 0 to below 1."""
+    if not 0 <= share < 1:
+        raise ConfigError(f"needles is {share}; wanted the share of the training blocks, 0 to below 1")
+
+
 def with_needles(
     data: PreparedData,
-    documents: Sequence[Document],
+    corpus: Corpus,
     *,
     share: float,
     seed: int = 0,
@@ -67,7 +73,7 @@ def with_needles(
 
     Args:
         data: of ``prepare_data``.
-        documents: the text around the needles: those that ``data`` trains on.
+        corpus: what ``data`` was prepared from; the text around the needles is of the documents that it trains on.
         share: of the training blocks that are needle blocks, 0 to below 1; 0 leaves the data as they are.
         seed: of all that is drawn.
         most_needles: a document hides 1 to so many, fewer where it is short.
@@ -80,8 +86,7 @@ def with_needles(
 
     Source: the prompts are those of ``diffattn.data.needles``, the mixture is ours.
     """
-    if not 0 <= share < 1:
-        raise ConfigError(f"needles is {share}; wanted the share of the training blocks, 0 to below 1")
+    check_share(share)
     if share == 0:
         return data
     assert isinstance(data.train, TokenBlocks)
@@ -91,7 +96,7 @@ def with_needles(
     path = cache_root(cache_dir) / f"{key[:32]}.needles.bin"
     size = count * context * np.dtype(data.train.dtype).itemsize
     if not path.exists() or path.stat().st_size != size:
-        haystack = Haystack(documents, data.tokenizer)
+        haystack = Haystack(split_by_document(corpus).train, data.tokenizer)
         blocks = np.empty((count, context), dtype=data.train.dtype)
         for index in range(count):
             random = np.random.default_rng((seed, index))
@@ -130,7 +135,7 @@ def _block(
 
 def _write(path: Path, blocks: npt.NDArray[np.unsignedinteger]) -> None:
     """Under another name first: no one sees a half-written file, and of two that write it the last wins."""
-    try:
+    with cache_explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.tmp-", delete=False) as file:
             try:
@@ -141,8 +146,3 @@ def _write(path: Path, blocks: npt.NDArray[np.unsignedinteger]) -> None:
             except BaseException:
                 os.unlink(file.name)
                 raise
-    except OSError as error:
-        raise ConfigError(
-            f"cache folder {path.parent} cannot be written ({error.strerror or error}); "
-            "name one that can: DIFFATTN_CACHE=/path/to/folder"
-        ) from None

@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -203,13 +204,8 @@ def prepare_data(
     split = split_by_document(corpus, validation_fraction=validation_fraction)
     key = json.dumps([FORMAT, corpus.digest, float(validation_fraction), name])
     folder = cache_root(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:32]
-    try:
+    with cache_explained(folder.parent):
         manifest = check_token_files(folder) or _build(folder, split, corpus.digest, vocabulary)
-    except OSError as error:
-        raise ConfigError(
-            f"cache folder {folder.parent} cannot be written ({error.strerror or error}); "
-            "name one that can: DIFFATTN_CACHE=/path/to/folder"
-        ) from None
     if tokenizer is None:
         from transformers import PreTrainedTokenizerFast
 
@@ -223,6 +219,18 @@ def prepare_data(
 def cache_root(cache_dir: str | Path | None = None) -> Path:
     """Give the folder that token files are kept in: `cache_dir`, else what the environment says."""
     return Path(os.path.expanduser(cache_dir)) if cache_dir else cache_folder()
+
+
+@contextmanager
+def cache_explained(root: Path) -> Iterator[None]:
+    """Say in one line that nothing can be written into the cache, and what to do: a `ConfigError`."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"cache folder {root} cannot be written ({error.strerror or error}); "
+            "name one that can: DIFFATTN_CACHE=/path/to/folder"
+        ) from None
 
 
 def _open(

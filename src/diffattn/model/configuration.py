@@ -14,6 +14,8 @@ ATTENTIONS = (*VARIANTS, "dex")
 # The attention function that subtracts the maps itself; ``diffattn.model.fused`` registers it.
 DIFF_FUSED = "diff_fused"
 LAMBDA_FORMS = ("sigmoid", "linear", "one")
+# Of V2 as published.
+_V2_SWITCHES = {"lambda_form": "sigmoid", "pairs_share_group": True}
 
 
 def lambda_init_schedule(layer: int) -> float:
@@ -173,7 +175,7 @@ class DiffTransformerConfig(PreTrainedConfig):
             )
         if self.lambda_form not in LAMBDA_FORMS:
             raise ConfigError(f"lambda_form is {self.lambda_form!r}; wanted one of {', '.join(LAMBDA_FORMS)}")
-        for name, plain in (("lambda_form", "sigmoid"), ("pairs_share_group", True)):
+        for name, plain in _V2_SWITCHES.items():
             if self.attention != "diff_v2" and getattr(self, name) != plain:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r} and attention {self.attention!r}; wanted diff_v2: leave it out"
@@ -186,8 +188,7 @@ class DiffTransformerConfig(PreTrainedConfig):
 
     def switches(self) -> dict[str, Any]:
         """The fields by which this model computes something else than its variant as published."""
-        plain = {"lambda_form": "sigmoid", "pairs_share_group": True}
-        found = {name: getattr(self, name) for name, value in plain.items() if getattr(self, name) != value}
+        found = {name: getattr(self, name) for name, plain in _V2_SWITCHES.items() if getattr(self, name) != plain}
         if self.normalizes_heads != (self.attention == "diff_v1"):
             found["head_norm"] = self.head_norm
         return found

@@ -89,6 +89,15 @@ def norm(width: int, size: int, autocast: bool, readers: int) -> int:
     return 8 * width + 4 + size * width * (readers if autocast else 1)
 
 
+def readers(attention: str) -> int:
+    """How many products read the normed input of attention: q, k, v, and V2's λ or attention's gate.
+
+    >>> readers("softmax"), readers("gated")
+    (3, 4)
+    """
+    return 4 if attention in ("diff_v2", "gated") else 3
+
+
 def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocast: bool) -> Layer:
     """What a decoder layer keeps and needs, with activations of ``size`` bytes.
 
@@ -137,9 +146,7 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
     materialised = backend == "materialised"
     grouped = (shape.num_heads // shape.num_kv_heads) * (1 if attention in ONE_MAP else 2) > 1
     spread = N * W if materialised and grouped else keys
-    readers = 4 if attention in ("diff_v2", "gated") else 3
-
-    before = norm(D, size, autocast, readers) + size * ((2 * width if padded else queries) + 2 * spread)
+    before = norm(D, size, autocast, readers(attention)) + size * ((2 * width if padded else queries) + 2 * spread)
     if backend == "fused":
         before += 4 * output_heads * (2 if half else 4)
     elif not materialised:

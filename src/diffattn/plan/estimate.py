@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from diffattn.errors import ConfigError
-from diffattn.plan.activations import heads, layer, norm
+from diffattn.plan.activations import heads, layer, norm, readers
 from diffattn.plan.cost import count_parameters, decoding_flops_per_token, flops_per_token
 from diffattn.plan.hardware import Machine
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory, training_moments
@@ -204,7 +204,7 @@ def _rank(
     precision = place["precision"]
     size = int(BYTES[precision.activations])
     one = layer(shape, attention, backend=place["backend"], size=size, autocast=precision.autocast)
-    whole = norm(shape.hidden_size, size, precision.autocast, 4 if attention in ("diff_v2", "gated") else 3)
+    whole = norm(shape.hidden_size, size, precision.autocast, readers(attention))
     whole += norm(shape.hidden_size, size, precision.autocast, 2)
     cut = one.token - whole
 

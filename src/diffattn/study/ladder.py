@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffattn.data.mixture import with_needles
+from diffattn.data.mixture import check_share, with_needles
 from diffattn.data.packing import PreparedData, prepare_data
-from diffattn.data.text import read_corpus, split_by_document
+from diffattn.data.text import read_corpus
 from diffattn.errors import ConfigError, DataError
 from diffattn.files import explained, writable_folder
 from diffattn.model.pairing import MATCHES, parameters_of
@@ -79,8 +79,7 @@ class Ladder:
                 raise ConfigError(f"{name} is {' '.join(getattr(self, name)) or 'empty'}; wanted each at most once")
         if self.seeds < 1:
             raise ConfigError(f"seeds is {self.seeds}; wanted a number of pairs, at least 1")
-        if not 0 <= self.needles < 1:
-            raise ConfigError(f"needles is {self.needles}; wanted the share of the training blocks, 0 to below 1")
+        check_share(self.needles)
         parse_count(self.tokens)
         widths = [shape.hidden_size for shape in self.shapes()]
         if len(set(widths)) < len(widths):
@@ -169,7 +168,7 @@ def run_ladder(
     folder = writable_folder(Path(out))
     corpus = read_corpus(ladder.text)
     data = prepare_data(corpus, vocab_size=ladder.vocab_size, context=ladder.context)
-    data = with_needles(data, split_by_document(corpus).train, share=ladder.needles)
+    data = with_needles(data, corpus, share=ladder.needles)
     runs = [
         _Run(ladder, shape, attention, seed, data)
         for shape in ladder.shapes()

@@ -25,7 +25,6 @@ from diffattn.errors import ConfigError, DataError, UnsupportedError
 from diffattn.study.options import StandardOptions
 
 PAPER = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
-OFFLINE = ("text_continuation", "text_likelihood")
 # Words that are shown, and words of each piece to choose from.
 _SHOWN, _CHOICE, _CHOICES = 60, 12, 4
 # Words of a text whose likelihood is asked for.
@@ -169,6 +168,7 @@ def _likelihood(documents: Sequence[Document], random: np.random.Generator) -> d
 
 
 _MADE = {"text_continuation": _continuation, "text_likelihood": _likelihood}
+OFFLINE = tuple(_MADE)
 
 
 def _task(name: str, rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
