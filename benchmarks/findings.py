@@ -1,7 +1,8 @@
-"""Every study on the models that ``make study`` trained: one row of JSON a study, all variants and seeds in it.
+"""Every study on the models that ``make study`` trained: one row of JSON for each model and study.
 
-The runs of a ladder of one size are the models; a variant is read over its seeds, and compared with softmax seed by
-seed. A study that has a row for these models is not made again, and one that was cut goes on.
+The runs of a ladder of one size are the models. A model that has a row of a study is not measured again, so it may be
+deleted, and others trained later or elsewhere; a study that was cut goes on. ``--table`` and ``--charts`` read the
+rows: a variant over its seeds, and compared with softmax seed by seed.
 
     python -m benchmarks.findings --runs runs/study --text eltec_eng.txt.xz --out benchmarks/results/findings.jsonl
 """
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +22,9 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.rows import Writer, provenance
-from diffattn.report.ablation_table import ablation_rows
 from diffattn.report.study_chart import study_rows, write_study_png
-from diffattn.study.ablation import ablation
-from diffattn.study.evaluation import evaluate
+from diffattn.study.arms import ARMS
+from diffattn.study.evaluation import Runs, compared, evaluate
 from diffattn.study.ladder import ROWS, read_rows
 from diffattn.study.options import (
     IclOptions,
@@ -60,21 +61,62 @@ def cases(context: int) -> list[Case]:
     ]  # fmt: skip
 
 
-def models(runs: Path) -> dict[str, list[Path]]:
-    """The folders of each variant's models, by seed; softmax first."""
-    rows = sorted(
-        read_rows(runs / ROWS), key=lambda row: (row["attention"] != "softmax", row["attention"], row["seed"])
+LOSS = "held-out loss"
+# What tells a model from others, in its row of the ladder and in those of its studies.
+MODEL = ("attention", "seed", "tokens", "learning_rate", "data_digest", "val_loss", "parameters")
+
+
+def folder_of(runs: Path, row: dict[str, Any]) -> Path | None:
+    """Where the model of a ladder's row is; None where it was deleted or trained elsewhere."""
+    pattern = f"{row['attention']}-{row['hidden_size']}x{row['num_layers']}-seed{row['seed']}-*/model"
+    folders = [folder for folder in runs.glob(pattern) if (folder / "config.json").exists()]
+    if len(folders) > 1:
+        raise SystemExit(f"findings: {runs / pattern} is {len(folders)} folders; one model of each row is wanted")
+    return folders[0] if folders else None
+
+
+def measured(
+    case: Case, model: Path, facts: dict[str, Any], *, text: str, keep: Path, on_progress: Callable[..., None]
+) -> dict[str, Any]:
+    """The row of one study of one model: the mean of its samples at every point."""
+    result = evaluate(case.study, [f"model={model}"], case.options, text=text, keep=keep, on_progress=on_progress)
+    points = [[point["panel"], point["x"], point["by"], point["models"]["model"]["mean"]] for point in result["points"]]
+    return rounded(
+        {"name": case.name, "model": facts, "study": case.study, "asked": _asked(case), "points": points}
+        | {"axes": result["axes"]}
+        | provenance("benchmarks.findings")
     )
-    found: dict[str, list[Path]] = {}
-    for row in rows:
-        pattern = f"{row['attention']}-*-seed{row['seed']}-*/model"
-        folders = [folder for folder in runs.glob(pattern) if (folder / "config.json").exists()]
-        if len(folders) != 1:
-            raise SystemExit(f"findings: {runs / pattern} is {len(folders)} folders; one model of each row is wanted")
-        found.setdefault(row["attention"], []).append(folders[0])
-    if not found:
-        raise SystemExit(f"findings: {runs / ROWS} has no rows; wanted those of `make study`: train first")
-    return found
+
+
+def together(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The studies of all models: for each what ``evaluate`` gives, variants over their seeds, softmax first.
+
+    The first is the held-out loss, which every row has.
+    """
+    models = {json.dumps(row["model"]): row["model"] for row in rows}.values()
+    axes = {"x": "training tokens", "y": "nats per token", "by": "", "logarithmic": False}
+    losses = [
+        {"name": LOSS, "study": LOSS, "axes": axes, "model": model}
+        | {"points": [[LOSS, model["tokens"], None, model["val_loss"]]]}
+        for model in models
+    ]
+    studies = []
+    for name in dict.fromkeys(row["name"] for row in [*losses, *rows]):
+        mine = [row for row in [*losses, *rows] if row["name"] == name]
+        mine.sort(key=lambda row: (list(ARMS).index(row["model"]["attention"]), row["model"]["seed"]))
+        found: dict[str, Runs] = {}
+        for row in mine:
+            runs = found.setdefault(row["model"]["attention"], {})
+            for panel, x, by, mean in row["points"]:
+                runs.setdefault((panel, x, by), []).append([mean])
+        seeds = {kind: [row["model"]["seed"] for row in mine if row["model"]["attention"] == kind] for kind in found}
+        points = compared(found)
+        studies.append({key: mine[0][key] for key in ("name", "study", "axes")} | {"models": seeds, "points": points})
+    return studies
+
+
+def _asked(case: Case) -> Any:
+    return json.loads(json.dumps(asdict(case.options)))
 
 
 def rounded(value: Any) -> Any:
@@ -98,41 +140,42 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file of the rows, to which is added")
     parser.add_argument("--charts", type=Path, help="folder for one PNG a row")
     parser.add_argument("--only", nargs="+", help="names of cases")
-    parser.add_argument("--table", action="store_true", help="print the rows of --out as tables, and measure nothing")
+    parser.add_argument("--table", action="store_true", help="print all rows of --out as tables, and measure nothing")
     options = parser.parse_args()
     known = [json.loads(line) for line in _lines(options.out)]
-    if options.table:
-        for row in known:
-            table = ablation_rows(row) if row["study"] == "ablation" else study_rows(row)
-            print(f"## {row['name']}\n\n{markdown(table)}\n")
-        return
-    named = models(options.runs)
-    context = int(read_rows(options.runs / ROWS)[0]["context"])
-    words = [f"{name}={','.join(map(str, folders))}" for name, folders in named.items()]
+    ladder = [] if options.table else read_rows(options.runs / ROWS)
+    if not ladder and not options.table:
+        raise SystemExit(f"findings: {options.runs / ROWS} has no rows; wanted those of `make study`: train first")
     write = Writer(options.out, keep=True)
-    losses = ablation(read_rows(options.runs / ROWS))
-    wanted = {"name": "held-out loss", "runs": words}
-    if not any(all(row.get(key) == value for key, value in wanted.items()) for row in known):
-        write(rounded(losses | wanted | provenance("benchmarks.findings")))
-    for case in cases(context):
-        asked = json.loads(json.dumps(asdict(case.options)))
-        wanted = {"name": case.name, "runs": words, "asked": asked}
-        found = next((row for row in known if all(row.get(key) == value for key, value in wanted.items())), None)
-        if found is None and (options.only is None or case.name in options.only):
-            found = rounded(
-                evaluate(
-                    case.study, words, case.options, text=options.text, keep=options.runs / "studies",
-                    on_progress=lambda name, done, all_, case=case: print(
-                        f"{case.name}: {name} {done} of {all_}", end="\r", file=sys.stderr
-                    ),
-                )
-                | wanted
-                | provenance("benchmarks.findings")
+    for trained in ladder:
+        facts = rounded({key: trained[key] for key in MODEL})
+        for case in cases(int(trained["context"])):
+            wanted = {"name": case.name, "model": facts, "asked": _asked(case)}
+            if options.only is not None and case.name not in options.only:
+                continue
+            if any(all(row[key] == value for key, value in wanted.items()) for row in known):
+                continue
+            who = f"{trained['attention']}, seed {trained['seed']}"
+            model = folder_of(options.runs, trained)
+            if model is None:
+                print(f"{case.name}: the model of {who} is not in {options.runs}; not measured", file=sys.stderr)
+                continue
+            row = measured(
+                case, model, facts, text=options.text, keep=options.runs / "studies",
+                on_progress=lambda _, done, all_, case=case, who=who: print(
+                    f"{case.name}: {who}, {done} of {all_}", end="\r", file=sys.stderr
+                ),
             )  # fmt: skip
-            write(found)
-        if found is not None and options.charts is not None:
-            options.charts.mkdir(parents=True, exist_ok=True)
-            write_study_png(found, options.charts / f"{case.name.replace(', ', '-').replace(' ', '-')}.png")
+            write(row)
+            known.append(row)
+    studies = together(known)
+    if options.table:
+        for study in studies:
+            print(f"## {study['name']}\n\n{markdown(study_rows(study))}\n")
+    if options.charts is not None:
+        options.charts.mkdir(parents=True, exist_ok=True)
+        for study in studies:
+            write_study_png(study, options.charts / f"{study['name'].replace(', ', '-').replace(' ', '-')}.png")
 
 
 def _lines(path: Path | None) -> list[str]:

@@ -1,6 +1,7 @@
 """The findings: every study of a ladder's models, by variant and seed, and nothing twice."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 from study.test_ladder import small, write_text
 
 from benchmarks import findings
-from diffattn.study.ladder import run_ladder
+from diffattn.study.evaluation import evaluate
+from diffattn.study.ladder import ROWS, read_rows, run_ladder
 from diffattn.study.options import LongContextOptions, LowBitOptions
 
 CASES = [
@@ -32,29 +34,51 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[dict]
     return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
-def test_a_row_a_study_with_every_variant_over_its_seeds(folder, monkeypatch, capsys):
+def test_a_row_a_model_and_study_read_together_over_seeds(folder, monkeypatch, capsys):
     rows = run(folder, monkeypatch, "--charts", str(folder / "charts"))
-    assert [row["name"] for row in rows] == ["held-out loss", "low_bit", "long_context, short"]
-    assert list(rows[0]["pairs"]) == ["diff_v1"]
-    assert rows[0]["seeds"] == [0, 1]
-    for row in rows[1:]:
-        assert list(row["models"]) == ["softmax", "diff_v1"]
-        assert all(len(model["folders"]) == 2 for model in row["models"].values())
-        assert [Path(name).parent.name.split("-")[2] for name in row["models"]["diff_v1"]["folders"]] == [
-            "seed0",
-            "seed1",
-        ]
-        for point in row["points"]:
-            assert point["models"]["diff_v1"]["values"] == 2
-            assert point["models"]["diff_v1"]["difference"] is not None
-        assert {"command", "versions", "machine"} <= row.keys()
-    assert sorted(path.name for path in (folder / "charts").iterdir()) == ["long_context-short.png", "low_bit.png"]
+    assert len(rows) == 4 * len(CASES)
+    assert {(row["model"]["attention"], row["model"]["seed"], row["name"]) for row in rows} == {
+        (kind, seed, case.name) for kind in ("softmax", "diff_v1") for seed in (0, 1) for case in CASES
+    }
+    assert all({"command", "versions", "machine"} <= row.keys() for row in rows)
+    losses, low_bit, long_context = findings.together(rows)
+    trained = read_rows(folder / "runs" / ROWS)
+    of_v1 = [row["val_loss"] for row in trained if row["attention"] == "diff_v1"]
+    assert losses["points"][0]["models"]["diff_v1"]["mean"] == pytest.approx(sum(of_v1) / 2, rel=1e-5)
+    words = [
+        f"{kind}={','.join(str(next(folder.glob(f'runs/{kind}-*seed{seed}-*/model'))) for seed in (0, 1))}"
+        for kind in ("softmax", "diff_v1")
+    ]
+    for case, study in zip(CASES, (low_bit, long_context), strict=True):
+        assert study["models"] == {"softmax": [0, 1], "diff_v1": [0, 1]}
+        at_once = evaluate(case.study, words, case.options, text=str(folder / "text"))
+        assert len(study["points"]) == len(at_once["points"])
+        for mine, theirs in zip(study["points"], at_once["points"], strict=True):
+            assert (mine["panel"], mine["x"], mine["by"]) == (theirs["panel"], theirs["x"], theirs["by"])
+            for key in ("mean", "low", "high"):
+                wanted = theirs["models"]["diff_v1"]["difference"][key]
+                assert mine["models"]["diff_v1"]["difference"][key] == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+    assert sorted(path.name for path in (folder / "charts").iterdir()) == [
+        "held-out-loss.png",
+        "long_context-short.png",
+        "low_bit.png",
+    ]
+
+
+def test_a_model_that_is_measured_may_be_deleted(folder, monkeypatch, capsys):
+    rows = run(folder, monkeypatch)
+    for model in (folder / "runs").glob("*/model"):
+        shutil.rmtree(model)
     monkeypatch.setattr(findings, "evaluate", lambda *_, **__: pytest.fail("measured again"))
     assert run(folder, monkeypatch) == rows
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
     capsys.readouterr()
+    assert run(folder, monkeypatch) == rows[1:]
+    assert "low_bit: the model of diff_v1, seed 0 is not in" in capsys.readouterr().err
     run(folder, monkeypatch, "--table")
     printed = capsys.readouterr().out
-    assert [line for line in printed.splitlines() if line.startswith("## ")] == [f"## {row['name']}" for row in rows]
+    titles = [line for line in printed.splitlines() if line.startswith("## ")]
+    assert titles == ["## held-out loss", "## long_context, short", "## low_bit"]
     assert "| diff_v1 − softmax |" in printed
 
 

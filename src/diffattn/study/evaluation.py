@@ -128,11 +128,28 @@ def evaluate(
         "options": asdict(options),
         "text": text,
         "models": facts,
-        "points": _compared(found),
+        "points": compared(found),
         "axes": {key: getattr(STUDIES[study], key) for key in ("x", "y", "by", "logarithmic")},
         "versions": versions(),
         "command": command,
     }
+
+
+def compared(found: dict[str, Runs]) -> list[dict[str, Any]]:
+    """The ``points`` of a study, in the order in which they were measured, each with all models that have it.
+
+    Args:
+        found: by model, and by panel, ``x`` and ``by``, the values of each of its runs; the first model is the one that
+            others are compared with.
+    """
+    keys = list(dict.fromkeys(key for mine in found.values() for key in mine))
+    points = []
+    for key in keys:
+        runs = {name: mine[key] for name, mine in found.items() if key in mine}
+        first = runs.get(next(iter(found)))
+        entries = {name: _entry(own, first) for name, own in runs.items()}
+        points.append(dict(zip(("panel", "x", "by"), key, strict=True)) | {"models": entries})
+    return points
 
 
 def _identity(folder: Path, asked: str) -> str:
@@ -156,18 +173,6 @@ def _kept(file: Path | None) -> dict[str, Any] | None:
     except ValueError:
         return None
     return run if isinstance(run, dict) and run.keys() >= {"parameters", "points"} else None
-
-
-def _compared(found: dict[str, Runs]) -> list[dict[str, Any]]:
-    """Points in the order in which they were measured, each with all models that have it."""
-    keys = list(dict.fromkeys(key for mine in found.values() for key in mine))
-    points = []
-    for key in keys:
-        runs = {name: mine[key] for name, mine in found.items() if key in mine}
-        first = runs.get(next(iter(found)))
-        entries = {name: _entry(own, first) for name, own in runs.items()}
-        points.append(dict(zip(("panel", "x", "by"), key, strict=True)) | {"models": entries})
-    return points
 
 
 def _entry(runs: list[list[float]], first: list[list[float]] | None) -> dict[str, Any]:
