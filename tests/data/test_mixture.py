@@ -1,5 +1,6 @@
-"""Needle blocks among blocks of text: whole documents, the same ones again, and none in what is held out."""
+"""Pieces of text, repeats and needles: the same ones again, short ones first, and none in what is held out."""
 
+import itertools
 import re
 
 import numpy as np
@@ -7,38 +8,84 @@ import pytest
 import torch
 from data.test_needles import TEXT
 
-from diffattn.data.mixture import JoinedBlocks, with_needles
+from diffattn.data.mixture import STAGES, MixedOrder, with_needles
 from diffattn.data.packing import TrainingOrder, prepare_data
 from diffattn.data.text import Corpus, Document
 from diffattn.errors import ConfigError, DataError
 
 CORPUS = Corpus.of("text", [Document(str(number), f"{TEXT} Number {number} ends.") for number in range(30)])
-CONTEXT = 300
+CONTEXT = 512
+SAMPLES = 400
 
 
-@pytest.fixture
-def plain(tmp_path):
-    return prepare_data(CORPUS, vocab_size=400, context=CONTEXT, cache_dir=tmp_path)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return prepare_data(CORPUS, vocab_size=400, context=CONTEXT, cache_dir=tmp_path_factory.mktemp("cache"))
 
 
-def mixed(plain, tmp_path, **options):
-    return with_needles(plain, CORPUS, **{"share": 0.25, "cache_dir": tmp_path, "most_needles": 4} | options)
+def mixed(plain, share=0.5, **options):
+    return with_needles(plain, CORPUS, share=share, **{"most_needles": 4} | options)
 
 
-def test_blocks_of_needles_stand_behind_the_text_in_the_share_that_was_asked_for(plain, tmp_path):
-    data = mixed(plain, tmp_path)
-    text, needles = len(plain.train), len(data.train) - len(plain.train)
-    assert needles == round(text / 3)
-    assert data.train.context == CONTEXT
-    assert all(np.array_equal(data.train[index], plain.train[index]) for index in (0, text - 1))
+def ordered(data, seed=0, num_samples=SAMPLES, batch_size=4) -> MixedOrder:
+    return data.order(seed=seed, num_samples=num_samples, batch_size=batch_size)
+
+
+def kind(data, piece: torch.Tensor) -> str:
+    if "magic number" in data.tokenizer.decode(piece):
+        return "needles"
+    ids = piece.tolist()
+    periods = range(3, len(ids) // 2 + 1)
+    return "repeats" if any(ids[period:] == ids[:-period] for period in periods) else "text"
+
+
+def test_pieces_grow_over_a_run_and_a_step_is_of_one_stage(plain):
+    order = ordered(mixed(plain))
+    shapes = [tuple(order[index]["input_ids"].shape) for index in range(len(order))]
+    assert all(pieces * length == CONTEXT for pieces, length in shapes)
+    lengths = [length for _, length in shapes]
+    assert list(dict.fromkeys(lengths)) == [16, 32, 64, 128, 256, CONTEXT]
+    assert lengths == sorted(lengths)
+    assert all(len(set(lengths[step : step + 4])) == 1 for step in range(0, len(lengths), 4))
+    ends = [0.0, *(stage.until for stage in STAGES)]
+    wanted = [round(SAMPLES * (after - before)) for before, after in itertools.pairwise(ends)]
+    assert [lengths.count(length) for length in dict.fromkeys(lengths)] == pytest.approx(wanted, abs=4)
+
+
+def test_the_shares_are_those_that_were_asked_for(plain):
+    data = mixed(plain, share=0.6)
+    order = ordered(data)
+    kinds = [[kind(data, piece) for piece in order[index]["input_ids"]] for index in range(len(order))]
+    text = sum(set(each) == {"text"} for each in kinds)
+    assert text / SAMPLES == pytest.approx(0.4, abs=0.08)
+    early, late = kinds[: int(0.4 * SAMPLES)], kinds[int(0.7 * SAMPLES) :]
+    assert {name for each in early for name in each} == {"text", "repeats"}
+    needles = sum("needles" in each for each in late)
+    assert needles / len(late) == pytest.approx(0.6 * STAGES[-1].needles, abs=0.12)
+
+
+def test_repeats_have_periods_that_fit_and_few_different_tokens_at_first(plain):
+    mixture = mixed(plain).mixture
+    random = np.random.default_rng(0)
+    for length in (16, 64, 512):
+        found = set()
+        for _ in range(200):
+            ids = mixture.repeats(random, length).tolist()
+            assert len(ids) == length
+            periods = [period for period in range(1, length) if ids[period:] == ids[:-period]]
+            found.add(periods[0])
+        assert length // 6 - 1 <= min(p for p in found if p > 2) <= max(found) <= length // 2
+        assert len(found) > 3
+    assert len({token for _ in range(200) for token in mixture.repeats(random, 16)}) <= 256
+
+
+def test_needle_documents_are_whole_and_ask_for_what_they_hide(plain):
+    data = mixed(plain)
+    random = np.random.default_rng(1)
     documents = []
-    for index in range(text, text + needles):
-        block = data.train[index]
-        assert block.dtype == np.int64
-        assert block.shape == (CONTEXT,)
-        decoded = data.tokenizer.decode(block)
+    for _ in range(30):
+        decoded = data.tokenizer.decode(data.mixture.needles(random, CONTEXT))
         parts = [part for part in decoded.split("<|endoftext|>") if part]
-        # Each begins and ends with its mark, so that no question is parted from its text.
         assert decoded.count("<|endoftext|>") == 2 * len(parts)
         documents.append(len(parts))
         for part in parts:
@@ -47,60 +94,49 @@ def test_blocks_of_needles_stand_behind_the_text_in_the_share_that_was_asked_for
             assert hidden
             assert sorted(hidden) == sorted(re.findall(r"\d{5}", " ".join(questions)))
     assert set(documents) >= {1, 2}
-    with pytest.raises(IndexError):
-        data.train[len(data.train)]
 
 
-def test_the_same_blocks_come_from_the_cache_and_others_from_another_seed(plain, tmp_path, monkeypatch):
-    data, other = mixed(plain, tmp_path), mixed(plain, tmp_path, seed=1)
-    assert data.facts["digest"] != other.facts["digest"] != plain.facts["digest"]
-    last = len(data.train) - 1
-    assert not np.array_equal(data.train[last], other.train[last])
-    monkeypatch.setattr("diffattn.data.mixture.Haystack", lambda *_: pytest.fail("made again"))
-    again = mixed(plain, tmp_path)
-    assert again.facts == data.facts
-    assert np.array_equal(again.train[last], data.train[last])
+def test_a_sample_depends_on_seed_and_index_alone(plain):
+    first, again, other = ordered(mixed(plain)), ordered(mixed(plain)), ordered(mixed(plain), seed=1)
+    for index in (399, 0, 170, 288):
+        assert torch.equal(first[index]["input_ids"], again[index]["input_ids"])
+        assert torch.equal(first[index]["labels"], first[index]["input_ids"])
+    assert any(not torch.equal(first[index]["input_ids"], other[index]["input_ids"]) for index in range(4))
 
 
-def test_a_damaged_file_is_made_again(plain, tmp_path):
-    data = mixed(plain, tmp_path)
-    wanted = data.train[len(data.train) - 1]
-    (file,) = tmp_path.glob("*.needles.bin")
-    file.write_bytes(file.read_bytes()[:-7])
-    again = mixed(plain, tmp_path)
-    assert np.array_equal(again.train[len(again.train) - 1], wanted)
-    assert [path.name for path in tmp_path.iterdir() if ".tmp-" in path.name] == []
+def test_a_sample_of_text_is_the_block_that_it_would_be_alone(plain):
+    data = mixed(plain)
+    order, alone = ordered(data), TrainingOrder(plain.train, seed=0, num_samples=SAMPLES)
+    text = [index for index in range(SAMPLES) if kind(data, order[index]["input_ids"][0]) == "text"]
+    assert len(text) > 100
+    for index in text:
+        assert torch.equal(order[index]["input_ids"].view(-1), alone[index]["input_ids"])
 
 
-def test_a_run_draws_both_kinds_and_held_out_text_has_no_needles(plain, tmp_path):
-    data = mixed(plain, tmp_path)
-    order = TrainingOrder(data.train, seed=0, num_samples=len(data.train))
-    found = ["magic number" in data.tokenizer.decode(order[index]["input_ids"]) for index in range(len(order))]
-    assert sum(found) == len(data.train) - len(plain.train)
-    assert any(found[: len(found) // 3])
-    assert isinstance(order[0]["labels"], torch.Tensor)
+def test_held_out_text_stays_and_the_digest_says_what_is_mixed(plain):
+    data = mixed(plain)
     assert data.validation is plain.validation
-    assert "magic number" not in data.tokenizer.decode(data.validation.tokens)
+    digests = {each.facts["digest"] for each in (plain, data, mixed(plain, share=0.4), mixed(plain, most_queries=1))}
+    assert len(digests) == 4
+    assert mixed(plain).facts == data.facts
 
 
-def test_no_share_is_the_text_alone_and_a_wrong_one_is_refused(plain, tmp_path):
-    assert mixed(plain, tmp_path, share=0) is plain
+def test_no_share_is_the_text_alone_and_a_wrong_one_is_refused(plain):
+    assert mixed(plain, share=0) is plain
     for share in (-0.1, 1.0, 1.5):
         with pytest.raises(ConfigError, match="needles is"):
-            mixed(plain, tmp_path, share=share)
+            mixed(plain, share=share)
+
+
+def test_a_context_that_no_power_of_two_divides_is_not_cut(tmp_path):
+    odd = prepare_data(CORPUS, vocab_size=400, context=300, cache_dir=tmp_path)
+    order = ordered(mixed(odd))
+    assert {tuple(order[index]["input_ids"].shape) for index in range(0, SAMPLES, 7)} == {(1, 300)}
 
 
 def test_what_cannot_hold_a_needle_is_refused(tmp_path):
     short = prepare_data(CORPUS, vocab_size=400, context=40, cache_dir=tmp_path)
     with pytest.raises(ConfigError, match="wanted a context of at least"):
-        mixed(short, tmp_path)
+        mixed(short)
     with pytest.raises(DataError, match="wanted text of several sentences"):
-        with_needles(short, Corpus.of("a", [Document("a", "none here")]), share=0.5, cache_dir=tmp_path)
-    assert not list(tmp_path.glob("*.needles.bin*"))
-
-
-def test_joined_blocks_have_no_negative_numbers(plain, tmp_path):
-    joined = mixed(plain, tmp_path).train
-    assert isinstance(joined, JoinedBlocks)
-    with pytest.raises(IndexError):
-        joined[-1]
+        with_needles(short, Corpus.of("a", [Document("a", "none here")]), share=0.5)

@@ -72,6 +72,30 @@ def test_the_losses_are_those_of_a_plain_loop(attention: str, data: PreparedData
     assert all(torch.allclose(trained[n], w, atol=1e-4) for n, w in model.named_parameters() if n in trained)
 
 
+class Halves(TrainingOrder):
+    """Blocks that are cut in two."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = super().__getitem__(index)["input_ids"].view(2, -1)
+        return {"input_ids": ids, "labels": ids}
+
+
+def test_pieces_of_a_mixture_do_not_see_each_other(data: PreparedData, tmp_path: Path) -> None:
+    def halves(order: TrainingOrder, batch_size: int) -> Halves:
+        assert batch_size == RECIPE.batch_size * RECIPE.gradient_accumulation
+        return Halves(order.blocks, seed=order.seed, num_samples=order.num_samples)
+
+    cut = dataclasses.replace(data, mixture=halves)
+    train(small_model("diff_v1"), cut, RECIPE, tmp_path / "cut")
+    order = TrainingOrder(data.train, seed=RECIPE.seed, num_samples=RECIPE.batch_size)
+    ids = torch.stack([order[index]["input_ids"] for index in range(RECIPE.batch_size)])
+    with torch.no_grad():
+        wanted = all_labels_loss(small_model("diff_v1"), ids.view(-1, CONTEXT // 2)).item()
+    assert losses(tmp_path / "cut")[0] == pytest.approx(wanted, abs=ROUNDING)
+    assert rows(tmp_path / "cut")[0]["tokens"] == RECIPE.tokens_per_step(CONTEXT)
+    assert losses(tmp_path / "cut")[0] != pytest.approx(all_labels_loss(small_model("diff_v1"), ids).item(), abs=1e-3)
+
+
 def test_the_columns_and_the_files_of_a_run(whole: Path, data: PreparedData) -> None:
     written = read_metrics(whole / "metrics.jsonl")
     steps = [row for row in written if "loss" in row]

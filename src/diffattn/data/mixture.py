@@ -1,56 +1,72 @@
-"""Real text mixed with blocks that hide needles and ask for them, for models that are to be studied.
+"""Real text mixed with passages in which something earlier has to be looked up, for models that are to be studied.
 
-A needle block is a sequence of whole documents, one, two or four of equal length, so no question is parted from its
-text:
+Three kinds of block, drawn by share:
 
-    <|endoftext|> … text. The magic number of Lima is 48219. More text …
+- text, as everywhere;
+- repeats: random tokens, again and again from the first on, so that each is found behind its last occurrence;
+- needles: whole documents of ``diffattn.data.needles``, no question parted from its text:
 
-    What is the magic number of Lima? The magic number of Lima is 48219.<|endoftext|>
+      <|endoftext|> … text. The magic number of Lima is 48219. More text …
 
-Blocks of text and of needles are drawn by one permutation; held-out text stays as it is, without needles.
+      What is the magic number of Lima? The magic number of Lima is 48219.<|endoftext|>
+
+Blocks are cut into pieces that do not see each other, of 16 tokens at first and of the whole context at last (staged
+training, Press et al. 2021, arXiv 2012.15832): in a short piece little stands beside what is to be found, and a small
+model that is given the whole context at once has not learned to look anything up after millions of tokens
+(docs/studies.md). Held-out text stays as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
 
 from diffattn.data.needles import Haystack
-from diffattn.data.packing import PreparedData, TokenBlocks, cache_explained, cache_root
+from diffattn.data.packing import PreparedData, TrainingOrder
 from diffattn.data.text import split_by_document
 from diffattn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Sequence
 
-    from diffattn.data.text import Corpus
+    from transformers import PreTrainedTokenizerBase
 
-# Part of the name of what is cached: changes when the blocks do.
-_FORMAT = 1
-# Documents in a block.
-_PARTS = (1, 1, 2, 4)
+    from diffattn.data.text import Corpus, Document
+
+# Part of the digest: changes when the samples do.
+_FORMAT = 2
+# Characters of text around the needles: more takes a minute to encode, and no block shows what it is of.
+_HAYSTACK_CHARACTERS = 4_000_000
 
 
-class JoinedBlocks:
-    """Blocks of one part behind those of another; both have the same context."""
+class Stage(NamedTuple):
+    """A part of a run."""
 
-    def __init__(self, first: TokenBlocks, second: TokenBlocks) -> None:
-        self.first, self.second, self.context = first, second, first.context
+    until: float
+    """The share of the run's steps at which it ends."""
+    piece: int | None
+    """Tokens that see each other; None: the whole context."""
+    needles: float
+    """Of the blocks that are no text, the share with needles; the others repeat."""
 
-    def __len__(self) -> int:
-        return len(self.first) + len(self.second)
 
-    def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"block {index} of {len(self)}")
-        return self.first[index] if index < len(self.first) else self.second[index - len(self.first)]
+STAGES = (
+    Stage(0.20, 16, 0.0),
+    Stage(0.30, 32, 0.0),
+    Stage(0.40, 64, 0.0),
+    Stage(0.55, 128, 0.5),
+    Stage(0.70, 256, 0.7),
+    Stage(1.00, None, 0.8),
+)
 
 
 def check_share(share: float) -> None:
@@ -60,89 +76,122 @@ def check_share(share: float) -> None:
 
 
 def with_needles(
-    data: PreparedData,
-    corpus: Corpus,
-    *,
-    share: float,
-    seed: int = 0,
-    most_needles: int = 12,
-    most_queries: int = 2,
-    cache_dir: str | Path | None = None,
+    data: PreparedData, corpus: Corpus, *, share: float, most_needles: int = 12, most_queries: int = 2
 ) -> PreparedData:
-    """The data with needle blocks among its training blocks; they are made once and kept in the cache.
+    """The data with repeats and needles among its training blocks, in pieces that grow over a run.
 
     Args:
         data: of ``prepare_data``.
         corpus: what ``data`` was prepared from; the text around the needles is of the documents that it trains on.
-        share: of the training blocks that are needle blocks, 0 to below 1; 0 leaves the data as they are.
-        seed: of all that is drawn.
+        share: of the training blocks that are repeats or needles, 0 to below 1; 0 leaves the data as they are.
         most_needles: a document hides 1 to so many, fewer where it is short.
         most_queries: and asks for 1 to so many at once, until all are asked for.
-        cache_dir: as in ``prepare_data``.
 
     Raises:
         ConfigError: a share out of range, or a context too short for a needle and its question.
         DataError: text without the end of a sentence.
 
-    Source: the prompts are those of ``diffattn.data.needles``, the mixture is ours.
+    Source: the prompts are those of ``diffattn.data.needles``, the mixture and its stages are ours.
     """
     check_share(share)
     if share == 0:
         return data
-    assert isinstance(data.train, TokenBlocks)
-    count, context = round(len(data.train) * share / (1 - share)), data.train.context
-    made = [_FORMAT, data.facts["digest"], data.facts["vocab_size"], context, count, seed, most_needles, most_queries]
-    key = hashlib.sha256(json.dumps(made).encode()).hexdigest()
-    path = cache_root(cache_dir) / f"{key[:32]}.needles.bin"
-    size = count * context * np.dtype(data.train.dtype).itemsize
-    if not path.exists() or path.stat().st_size != size:
-        haystack = Haystack(split_by_document(corpus).train, data.tokenizer)
-        blocks = np.empty((count, context), dtype=data.train.dtype)
-        for index in range(count):
-            random = np.random.default_rng((seed, index))
-            blocks[index] = _block(haystack, random, context, most_needles, most_queries)
-        _write(path, blocks)
-    needles = TokenBlocks(path, dtype=data.train.dtype, context=context, part="needle blocks")
-    train = JoinedBlocks(data.train, needles)
+    mixture = Mixture(
+        share, most_needles, most_queries, _haystack(split_by_document(corpus).train, data.tokenizer),
+        vocab_size=data.facts["vocab_size"],
+    )  # fmt: skip
+    mixture.needles(np.random.default_rng(0), data.train.context)
+    made = [_FORMAT, data.facts["digest"], share, most_needles, most_queries, STAGES]
     facts = data.facts | {
-        "digest": key,
-        "blocks": data.facts["blocks"] | {"train": len(train), "needles": len(needles)},
-        "needles": {"share": share, "seed": seed, "most_needles": most_needles, "most_queries": most_queries},
+        "digest": hashlib.sha256(json.dumps(made).encode()).hexdigest(),
+        "needles": {"share": share, "most_needles": most_needles, "most_queries": most_queries},
     }
-    return dataclasses.replace(data, train=train, facts=facts)
+    return dataclasses.replace(data, mixture=mixture, facts=facts)
 
 
-def _block(
-    haystack: Haystack, random: np.random.Generator, context: int, most_needles: int, most_queries: int
-) -> list[int]:
-    """Whole documents of ``context`` tokens together; one where several have no room for a needle."""
-    parts = int(random.choice(_PARTS))
-    for count in (parts, 1):
-        share = context // count
-        lengths = [share] * (count - 1) + [context - share * (count - 1)]
-        try:
-            documents = [
-                haystack.document(random, length=length, most_needles=most_needles, most_queries=most_queries)
-                for length in lengths
-            ]
-        except ConfigError:
-            if count == 1:
-                raise
-            continue
-        return [token for document in documents for token in document]
-    raise AssertionError
+class Mixture:
+    """How blocks of text become samples of the mixture: ``mixture(order, batch_size)``."""
 
+    def __init__(
+        self, share: float, most_needles: int, most_queries: int, haystack: Haystack, *, vocab_size: int
+    ) -> None:
+        self.share, self.most_needles, self.most_queries, self.haystack = share, most_needles, most_queries, haystack
+        # Few different tokens at first: most of what is learned there is which token a vector stands for.
+        self._alphabet = np.random.default_rng(0).permutation(vocab_size)
 
-def _write(path: Path, blocks: npt.NDArray[np.unsignedinteger]) -> None:
-    """Under another name first: no one sees a half-written file, and of two that write it the last wins."""
-    with cache_explained(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.tmp-", delete=False) as file:
+    def __call__(self, order: TrainingOrder, batch_size: int) -> MixedOrder:
+        return MixedOrder(self, order, batch_size)
+
+    def repeats(self, random: np.random.Generator, length: int) -> npt.NDArray[np.int64]:
+        """Random tokens, repeated to ``length``; a period is a sixth to a half of it, of 16 · length different tokens
+        at most."""
+        fewest, most = max(3, length // 6), max(4, length // 2)
+        period = int(np.exp(random.uniform(np.log(fewest), np.log(most))))
+        once = self._alphabet[random.integers(0, min(len(self._alphabet), 16 * length), period)]
+        return np.tile(once, length // period + 1)[:length]
+
+    def needles(self, random: np.random.Generator, length: int) -> npt.NDArray[np.int64]:
+        """Whole documents of ``length`` tokens together: one, two or four; one where several have no room."""
+        for count in (int(random.choice((1, 1, 2, 4))), 1):
+            share = length // count
+            lengths = [share] * (count - 1) + [length - share * (count - 1)]
             try:
-                blocks.tofile(file)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+                documents = [
+                    self.haystack.document(
+                        random, length=each, most_needles=self.most_needles, most_queries=self.most_queries
+                    )
+                    for each in lengths
+                ]
+            except ConfigError:
+                if count == 1:
+                    raise
+                continue
+            return np.array([token for document in documents for token in document], np.int64)
+        raise AssertionError
+
+
+class MixedOrder(Dataset[dict[str, torch.Tensor]]):
+    """The samples of a run on a mixture; a sample depends on the order's seed, its length and the index alone.
+
+    Arguments:
+        mixture: what is drawn.
+        order: the blocks of text; a sample that is text is the block that it would be without the mixture.
+        batch_size: samples of a step, which are all of one stage.
+    `mixed[i]` is `{"input_ids": int64 (pieces, tokens of a piece), "labels": the same}`; pieces times tokens is the
+    context.
+    """
+
+    def __init__(self, mixture: Mixture, order: TrainingOrder, batch_size: int) -> None:
+        self.mixture, self.order, self.batch_size = mixture, order, batch_size
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def stage(self, index: int) -> Stage:
+        """The stage of a sample, that of the first of its step."""
+        done = index // self.batch_size * self.batch_size / len(self)
+        return next(stage for stage in STAGES if done < stage.until)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        context, stage = self.order.blocks.context, self.stage(index)
+        length = stage.piece if stage.piece is not None and context % stage.piece == 0 else context
+        random = np.random.default_rng((self.order.seed, index))
+        if random.random() >= self.mixture.share:
+            ids = self.order[index]["input_ids"].view(-1, length)
+        else:
+            asks = random.random() < stage.needles
+            ids = torch.from_numpy(np.stack([self._piece(random, length, asks) for _ in range(context // length)]))
+        return {"input_ids": ids, "labels": ids}
+
+    def _piece(self, random: np.random.Generator, length: int, asks: bool) -> npt.NDArray[np.int64]:
+        if asks:
+            # A small vocabulary spells a question in more tokens than a short piece has.
+            with contextlib.suppress(ConfigError):
+                return self.mixture.needles(random, length)
+        return self.mixture.repeats(random, length)
+
+
+def _haystack(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> Haystack:
+    """The first documents, as many as make the characters that are wanted."""
+    lengths = np.cumsum([len(document.text) for document in documents])
+    return Haystack(list(islice(documents, int((lengths < _HAYSTACK_CHARACTERS).sum()) + 1)), tokenizer)

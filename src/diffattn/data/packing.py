@@ -7,12 +7,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,17 +73,6 @@ class TokenBlocks:
         return partial(TokenBlocks, dtype=self.dtype, context=self.context, part=self.part), (self.path,)
 
 
-class Blocks(Protocol):
-    """What a run is trained on: blocks of `context` tokens by number."""
-
-    @property
-    def context(self) -> int: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> npt.NDArray[np.int64]: ...
-
-
 class TrainingOrder(Dataset[dict[str, torch.Tensor]]):
     """The samples of a run: sample i is block `p[i % n]` of n, with p the permutation of epoch `i // n`.
 
@@ -99,7 +88,7 @@ class TrainingOrder(Dataset[dict[str, torch.Tensor]]):
     Raises: `ConfigError` for a number out of range.
     """
 
-    def __init__(self, blocks: Blocks, *, seed: int, num_samples: int) -> None:
+    def __init__(self, blocks: TokenBlocks, *, seed: int, num_samples: int) -> None:
         if seed < 0 or num_samples < 1:
             raise ConfigError(f"seed={seed}, num_samples={num_samples}: wanted a seed from 0 and at least 1 sample")
         self.blocks, self.seed, self.num_samples = blocks, seed, num_samples
@@ -146,14 +135,21 @@ class PreparedData:
 
     Fields: `tokenizer`; `train` and `validation` blocks; `facts`, what a report says of the text, ready for JSON;
     `validation_bytes_per_token`, bytes of text per predicted token (all but the first of a block, separators included)
-    of the held-out blocks, so that bits per byte = mean loss / ln 2 / `validation_bytes_per_token`.
+    of the held-out blocks, so that bits per byte = mean loss / ln 2 / `validation_bytes_per_token`; `mixture`, which
+    makes samples of a mixture from those of the text, and how many of them a step has (`data/mixture.py`).
     """
 
     tokenizer: "PreTrainedTokenizerFast"
-    train: Blocks
+    train: TokenBlocks
     validation: TokenBlocks
     facts: dict[str, Any]
     validation_bytes_per_token: float
+    mixture: "Callable[[TrainingOrder, int], Dataset[dict[str, torch.Tensor]]] | None" = None
+
+    def order(self, *, seed: int, num_samples: int, batch_size: int) -> "Dataset[dict[str, torch.Tensor]]":
+        """Give the samples of a run, `batch_size` of them in each step: those of `TrainingOrder`, or of the mixture."""
+        text = TrainingOrder(self.train, seed=seed, num_samples=num_samples)
+        return text if self.mixture is None else self.mixture(text, batch_size)
 
     def sample_text(self, n_chars: int = 400) -> str:
         """Give at most `n_chars` characters of the first held-out document: whole sentences, else whole words."""

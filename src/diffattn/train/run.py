@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset, SequentialSampler, Subset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from diffattn.data.packing import PreparedData, TrainingOrder, ValidationBlocks
+from diffattn.data.packing import PreparedData, ValidationBlocks
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import sync, whole_folder, writable_folder, write_json
 from diffattn.model.modeling import DiffTransformerForCausalLM
@@ -105,9 +105,8 @@ def train(
             "restore the file, or start again with another --out"
         )
     metrics = MetricsFile(written, keep_to_step=step)
-    order = TrainingOrder(
-        data.train, seed=recipe.seed, num_samples=recipe.steps * recipe.batch_size * recipe.gradient_accumulation
-    )
+    together = recipe.batch_size * recipe.gradient_accumulation
+    order = data.order(seed=recipe.seed, num_samples=recipe.steps * together, batch_size=together)
     validation = ValidationBlocks(data.validation)
     some = Subset(validation, range(min(len(validation), recipe.evaluation_blocks)))
     with Interruption() as interruption:
@@ -224,6 +223,12 @@ def _finish(folder: Path, model: DiffTransformerForCausalLM, data: PreparedData,
     return result
 
 
+def _joined(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Blocks as rows; of a block that was cut into pieces, each piece."""
+    ids = torch.cat([sample["input_ids"].view(-1, sample["input_ids"].shape[-1]) for sample in samples])
+    return {"input_ids": ids, "labels": ids}
+
+
 def _every(steps: int, times: int) -> int:
     return max(1, math.ceil(steps / times)) if times else steps + 1
 
@@ -270,7 +275,7 @@ class _PlainTrainer(Trainer):
         model: DiffTransformerForCausalLM,
         recipe: Recipe,
         folder: Path,
-        order: TrainingOrder,
+        order: Dataset,
         validation: Dataset,
         interruption: Interruption,
         callbacks: list[TrainerCallback],
@@ -280,6 +285,7 @@ class _PlainTrainer(Trainer):
             args=training_arguments(recipe, folder),
             train_dataset=order,
             eval_dataset=validation,
+            data_collator=_joined,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
