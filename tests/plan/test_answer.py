@@ -37,6 +37,15 @@ def test_a_model_is_a_preset_a_file_a_checkpoint_or_a_count(tmp_path: Path) -> N
     assert parse_model(f"diff_v2:{file}").shape.name == "mine"
 
 
+def test_what_is_not_planned_of_a_checkpoint_is_said(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"attention": "softmax", "attention_bias": True}))
+    result = plan(str(tmp_path), "softmax:300K", context=64, machine=None)
+    # Biases of 4 heads of queries and 2 of keys and of values, 32 wide, in two layers, beside 102,464 parameters.
+    assert result["model"]["left_out"] == {"biases": 512}
+    assert result["notes"] == [f"Not planned of {tmp_path}: biases (512 parameters), 0.50% of it."]
+    assert plan("softmax:300K", "softmax:300K", context=64, machine=None)["notes"] == []
+
+
 def test_v2_is_matched_and_the_others_are_built_as_they_are() -> None:
     wanted = count_parameters(PRESET, "softmax").total
     for attention in VARIANTS:
@@ -68,7 +77,7 @@ def paper() -> dict[str, Any]:
 
 
 def test_rows_hold_both_values_and_their_ratio(paper: dict[str, Any]) -> None:
-    assert list(paper) == ["model", "against", "ratios", "backends", "setting", "command", "sentences"]
+    assert list(paper) == ["model", "against", "ratios", "backends", "setting", "command", "sentences", "notes"]
     rows = {row["key"]: row for row in paper["ratios"]}
     shape, other = ModelShape.preset("6.8B"), shape_about(11e9)
     place: dict[str, Any] = {"batch": 1, "context": 4096, "precision": "mixed", "backend": "standard"}

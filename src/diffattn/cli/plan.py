@@ -89,7 +89,7 @@ def plan(
             _write(html, render_plan(result))
         for rows in shown:
             show(rows)
-        print("\n\n".join(result["sentences"]), file=sys.stderr)
+        print("\n\n".join([*result["sentences"], *result["notes"]]), file=sys.stderr)
         if json:
             json_lines.dump(result, sys.stdout, indent=1, ensure_ascii=False)
             sys.stdout.write("\n")

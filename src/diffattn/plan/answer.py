@@ -12,7 +12,7 @@ from diffattn.plan.estimate import DISK_DTYPES, estimate, inference_peak
 from diffattn.plan.hardware import Machine, load_machine
 from diffattn.plan.named_model import Model, parse_model
 from diffattn.plan.precision import Precision, resolve_precision
-from diffattn.plan.sentences import memory_sentence, phase_sentence, small_machine_sentence
+from diffattn.plan.sentences import left_out_sentence, memory_sentence, phase_sentence, small_machine_sentence
 
 
 def plan(
@@ -42,9 +42,10 @@ def plan(
         command: what reproduces this; kept as it is. Default: empty.
 
     Returns:
-        ``model`` and ``against``: each ``name``, ``attention``, ``shape`` and ``estimate``; ``ratios``: rows of
-        ``key``, ``label``, ``format``, ``unit``, both values and their ratio; ``backends``: a row for each backend that
-        a variant has; ``sentences``: three; ``setting``; ``command``. JSON-able.
+        ``model`` and ``against``: each ``name``, ``attention``, ``shape``, ``left_out`` and ``estimate``; ``ratios``:
+        rows of ``key``, ``label``, ``format``, ``unit``, both values and their ratio; ``backends``: a row for each
+        backend that a variant has; ``sentences``: three; ``notes``: a sentence for each checkpoint with parameters that
+        are not planned; ``setting``; ``command``. JSON-able.
 
     Raises:
         ConfigError: what ``parse_model``, ``load_machine`` and ``estimate`` raise.
@@ -72,6 +73,7 @@ def plan(
             "name": each.name,
             "attention": each.attention,
             "shape": asdict(each.built),
+            "left_out": each.left_out,
             "estimate": estimate(each.built, each.attention, backend=backend, **place),
         }
         for each in (one, other)
@@ -99,6 +101,7 @@ def plan(
         phase_sentence(result),
         small_machine_sentence(result, one, other),
     ]
+    result["notes"] = [left_out_sentence(each) for each in found if each["left_out"]]
     return result
 
 

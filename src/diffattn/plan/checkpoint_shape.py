@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffattn.errors import ConfigError
+from diffattn.plan.cost import count_parameters
 from diffattn.plan.shape import VARIANTS, ModelShape, check_positive_int
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -15,27 +16,39 @@ _FOREIGN = ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_ran
 _TIED = ("diff_transformer", "gemma", "gemma2", "gemma3_text")
 
 
-def read_checkpoint(path: str | Path) -> tuple[ModelShape, str]:
-    """The softmax Transformer that a checkpoint replaces, and its variant.
+class Checkpoint(NamedTuple):
+    """What a planner knows of a checkpoint."""
+
+    shape: ModelShape
+    """The softmax Transformer that it replaces, with the checkpoint's own feed-forward width."""
+    attention: str
+    """A name in ``VARIANTS``; softmax where it is DEX, which is fitted to such a model."""
+    left_out: dict[str, int]
+    """Parameters that the shape does not say, by what they are, of all layers; negative where it has too many."""
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """The softmax Transformer that a checkpoint replaces, its variant, and what the two do not say of it.
 
     Heads in the file are those of the one attention call; the shape's are the softmax model's:
 
     ================= =========================== =========================== ===========
     variant           n                           G                           d
     ================= =========================== =========================== ===========
-    softmax, gated    num_attention_heads         num_key_value_heads         head_dim
+    softmax, dex      num_attention_heads         num_key_value_heads         head_dim
+    gated             num_attention_heads         num_key_value_heads         head_dim
     diff_v1           num_attention_heads         2 · num_key_value_heads     head_dim / 2
     diff_v2           num_attention_heads / 2     num_key_value_heads         head_dim
     diffllama, as V1  num_attention_heads         num_key_value_heads         head_dim
     ================= =========================== =========================== ===========
 
-    A Llama-like file has these fields and a gated feed-forward network; biases, if it has any, are not counted.
+    A Llama-like file has these fields and a gated feed-forward network.
 
     Args:
         path: the folder of a checkpoint, or its ``config.json``.
 
     Returns:
-        The shape, named after the folder, and a name in ``VARIANTS``.
+        A :class:`Checkpoint`; its shape is named after the folder.
 
     Raises:
         ConfigError: no readable JSON object there, a missing or impossible field, or a model of another kind (experts,
@@ -77,14 +90,14 @@ def read_checkpoint(path: str | Path) -> tuple[ModelShape, str]:
         raise ConfigError(f"{str(file)!r}: {error}") from None
 
 
-def _read(values: dict[str, Any], name: str) -> tuple[ModelShape, str]:
+def _read(values: dict[str, Any], name: str) -> Checkpoint:
     for key in _SIZES:
         check_positive_int(key, values[key])
     kind = values.get("model_type", "")
     ours = kind == "diff_transformer" or "attention" in values
     attention = values.get("attention", "diff_v1") if ours else "softmax"
-    if attention not in VARIANTS:
-        raise ConfigError(f"attention={attention!r} given; one of {', '.join(VARIANTS)} is wanted; correct it")
+    if attention not in (*VARIANTS, "dex"):
+        raise ConfigError(f"attention={attention!r} given; one of {', '.join(VARIANTS)}, dex is wanted; correct it")
     v1, v2 = attention == "diff_v1", attention == "diff_v2"
 
     heads = values["num_attention_heads"]
@@ -116,6 +129,37 @@ def _read(values: dict[str, Any], name: str) -> tuple[ModelShape, str]:
         source="config.json",
     )
     # DiffLlama's file has the softmax model's own heads, which it pairs.
-    attention = "diff_v1" if kind == "diffllama" else attention
-    shape.check_variant(attention)
-    return shape, attention
+    attention = {"diffllama": "diff_v1"}.get(kind, attention)
+    planned = "softmax" if attention == "dex" else attention
+    shape.check_variant(planned)
+    return Checkpoint(shape, planned, _left_out(values, shape, attention))
+
+
+def _left_out(values: dict[str, Any], shape: ModelShape, attention: str) -> dict[str, int]:
+    """Biases, norms of queries and keys, switches, DEX: what is not 0."""
+    assert shape.num_kv_heads is not None
+    assert shape.head_dim is not None
+    kind, layers = values.get("model_type", ""), shape.num_layers
+    ours = "attention" in values or kind == "diff_transformer"
+    bias = kind == "qwen2" or bool(values.get("attention_bias"))
+    output_bias = bool(values.get("attention_output_bias") if ours else kind != "qwen2" and bias)
+    queries = shape.num_heads * shape.head_dim * (2 if attention == "diff_v2" else 1)
+    biases = bias * (queries + 2 * shape.num_kv_heads * shape.head_dim) + output_bias * shape.hidden_size
+    biases += bool(values.get("mlp_bias")) * (2 * shape.intermediate_size + shape.hidden_size)
+    normed = values.get("qk_norm") if ours else kind == "qwen3"
+    switches = 0
+    if attention in VARIANTS:
+        chosen = {
+            "subln_affine": values.get("subln_affine", True) and kind != "diffllama",
+            "head_norm": values.get("head_norm"),
+            "lambda_form": values.get("lambda_form", "sigmoid"),
+        }
+        plain = count_parameters(shape, attention).total
+        switches = count_parameters(shape, attention, **chosen).total - plain
+    found = {"biases": layers * biases, "norms of queries and keys": layers * 2 * shape.head_dim if normed else 0}
+    found |= {"the norm of heads and λ": switches}
+    if attention == "dex":
+        chosen_heads = values.get("dex_heads")
+        heads = layers * shape.num_heads if chosen_heads is None else sum(map(len, chosen_heads))
+        found["DEX"] = heads * (shape.head_dim**2 + 1)
+    return {name: number for name, number in found.items() if number}

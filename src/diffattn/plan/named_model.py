@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffattn.errors import ConfigError
@@ -17,7 +17,9 @@ from diffattn.plan.shape import VARIANTS, ModelShape, presets
 class Model:
     """A model to plan: what it is called, its variant, the softmax shape, and the shape that is built.
 
-    ``built`` is ``shape`` but for V2, whose feed-forward network is narrowed to as many parameters as softmax has.
+    ``built`` is ``shape`` but for V2 and gated attention, whose feed-forward network is narrowed to as many parameters
+    as softmax has; a checkpoint's own model is built already. ``left_out`` are parameters of a checkpoint that are not
+    planned, by what they are.
 
     >>> parse_model("diff_v2:3M").built.intermediate_size
     448
@@ -27,6 +29,7 @@ class Model:
     attention: str
     shape: ModelShape
     built: ModelShape
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def parse_model(text: str) -> Model:
@@ -55,13 +58,13 @@ def parse_model(text: str) -> Model:
                 f"model {text!r} given; a variant and a size are wanted, such as diff_v1:6.8B or softmax:11B; "
                 f"put one of {', '.join(VARIANTS)} and a colon before it"
             )
-        shape, variant = read_checkpoint(text)
-    elif variant not in VARIANTS:
+        found = read_checkpoint(text)
+        return Model(text, found.attention, found.shape, found.shape, found.left_out)
+    if variant not in VARIANTS:
         near = difflib.get_close_matches(variant, VARIANTS, n=1)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"model {text!r} given; one of {', '.join(VARIANTS)} is wanted before the colon{meant}")
-    else:
-        shape = _shape(size)
+    shape = _shape(size)
     shape.check_variant(variant)
     return Model(text, variant, shape, match_parameters(shape, variant))
 
@@ -71,7 +74,7 @@ def _shape(size: str) -> ModelShape:
     if size in presets() or size.endswith(".toml"):
         return ModelShape.load(size)
     if size and Path(size).exists():
-        return read_checkpoint(size)[0]
+        return read_checkpoint(size).shape
     try:
         count = parse_count(about)
     except ConfigError:

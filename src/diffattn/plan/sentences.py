@@ -50,6 +50,19 @@ def memory_sentence(result: dict[str, Any], model: Model) -> str:
     )
 
 
+def left_out_sentence(entry: dict[str, Any]) -> str:
+    """What a checkpoint has and its plan has not.
+
+    >>> found = {"name": "my-model", "left_out": {"biases": 300, "DEX": 20}}
+    >>> left_out_sentence(found | {"estimate": {"parameters": {"total": 10_000}}})
+    'Not planned of my-model: biases (300 parameters), DEX (20 parameters), 3.10% of it.'
+    """
+    parts, total = entry["left_out"], entry["estimate"]["parameters"]["total"]
+    listed = ", ".join(f"{name} ({number:,} parameters)" for name, number in parts.items())
+    missing = sum(parts.values())
+    return f"Not planned of {entry['name']}: {listed}, {abs(missing) / (total + missing):.2%} of it."
+
+
 def phase_sentence(result: dict[str, Any]) -> str:
     """Whether what is won differs between training and inference."""
     a, b = (result[side]["estimate"] for side in ("model", "against"))

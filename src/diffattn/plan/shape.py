@@ -199,7 +199,7 @@ class ModelShape:
                 # That file reads shapes, so it imports this one.
                 from diffattn.plan.checkpoint_shape import read_checkpoint
 
-                return read_checkpoint(text)[0]
+                return read_checkpoint(text).shape
             if text.endswith(".toml") or Path(text).is_file():
                 return cls.from_toml(text)
         return cls.preset(text)

@@ -152,7 +152,7 @@ def render_plan(result: dict[str, Any]) -> str:
         data,
         title=" against ".join(given.names.values()),
         colour=data["models"][0]["colour"],
-        answers=result["sentences"],
+        answers=[*result["sentences"], *result["notes"]],
         setting=_setting(given.state, options),
         limits=data["limits"],
         options=options,
