@@ -3,7 +3,8 @@
 Three kinds of block, drawn by share:
 
 - text, as everywhere;
-- repeats: random tokens, again and again from the first on, so that each is found behind its last occurrence;
+- repeats: random tokens, or random digits, again and again from the first on, so that each is found behind its last
+  occurrence;
 - needles: whole documents of ``diffattn.data.needles``, no question parted from its text:
 
       <|endoftext|> … text. The magic number of Lima is 48219. More text …
@@ -30,7 +31,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from diffattn.data.needles import Haystack
+from diffattn.data.needles import Haystack, Needle, question
 from diffattn.data.packing import PreparedData, TrainingOrder
 from diffattn.data.text import split_by_document
 from diffattn.errors import ConfigError
@@ -60,12 +61,13 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(0.20, 16, 0.0),
-    Stage(0.30, 32, 0.0),
-    Stage(0.40, 64, 0.0),
-    Stage(0.55, 128, 0.5),
-    Stage(0.70, 256, 0.7),
-    Stage(1.00, None, 0.8),
+    Stage(0.22, 16, 0.0),
+    Stage(0.29, 32, 0.0),
+    Stage(0.35, 64, 0.0),
+    Stage(0.47, 128, 0.5),
+    Stage(0.60, 256, 0.6),
+    Stage(0.72, 512, 0.7),
+    Stage(1.00, None, 0.7),
 )
 
 
@@ -116,8 +118,14 @@ class Mixture:
         self, share: float, most_needles: int, most_queries: int, haystack: Haystack, *, vocab_size: int
     ) -> None:
         self.share, self.most_needles, self.most_queries, self.haystack = share, most_needles, most_queries, haystack
-        # Few different tokens at first: most of what is learned there is which token a vector stands for.
-        self._alphabet = np.random.default_rng(0).permutation(vocab_size)
+        # Few different tokens at first: most of what is learned there is which token a vector stands for. Those of a
+        # needle are among them, and a quarter of all repeats is of digits: what is never repeated is not looked up.
+        tokenizer, told = haystack.tokenizer, [Needle("Lima", "48219")]
+        ids = tokenizer([*map(str, range(10)), f" {told[0].sentence}\n\n{question(told)}"], add_special_tokens=False)
+        self._digits = np.unique([each[-1] for each in ids["input_ids"][:10]])
+        first = np.array(list(dict.fromkeys([*self._digits.tolist(), *ids["input_ids"][10]])))
+        others = np.random.default_rng(0).permutation(vocab_size)
+        self._alphabet = np.concatenate([first, others[~np.isin(others, first)]])
 
     def __call__(self, order: TrainingOrder, batch_size: int) -> MixedOrder:
         return MixedOrder(self, order, batch_size)
@@ -127,7 +135,8 @@ class Mixture:
         at most."""
         fewest, most = max(3, length // 6), max(4, length // 2)
         period = int(np.exp(random.uniform(np.log(fewest), np.log(most))))
-        once = self._alphabet[random.integers(0, min(len(self._alphabet), 16 * length), period)]
+        alphabet = self._digits if random.random() < 0.25 else self._alphabet[: 16 * length]
+        once = alphabet[random.integers(0, len(alphabet), period)]
         return np.tile(once, length // period + 1)[:length]
 
     def needles(self, random: np.random.Generator, length: int) -> npt.NDArray[np.int64]:
