@@ -56,12 +56,14 @@ def test_the_shares_are_those_that_were_asked_for(plain):
     data = mixed(plain, share=0.6)
     order = ordered(data)
     kinds = [[kind(data, piece) for piece in order[index]["input_ids"]] for index in range(len(order))]
-    text = sum(set(each) == {"text"} for each in kinds)
-    assert text / SAMPLES == pytest.approx(0.4, abs=0.08)
-    early, late = kinds[: int(0.35 * SAMPLES)], kinds[int(0.6 * SAMPLES) :]
+    text = sum(each.count("text") / len(each) for each in kinds)
+    assert text / SAMPLES == pytest.approx(0.4, abs=0.04)
+    early, late = kinds[: int(0.46 * SAMPLES)], kinds[int(0.66 * SAMPLES) :]
     assert {name for each in early for name in each} == {"text", "repeats"}
-    needles = sum("needles" in each for each in late)
-    assert needles / len(late) == pytest.approx(0.6 * STAGES[-1].needles, abs=0.12)
+    # Both kinds in every step, so that no step unlearns what another has taught.
+    assert sum(len(set(each)) == 2 for each in early) > 0.9 * len(early)
+    needles = sum(each.count("needles") for each in late)
+    assert needles / sum(map(len, late)) == pytest.approx(0.6 * STAGES[-1].needles, abs=0.12)
 
 
 def test_repeats_have_periods_that_fit_and_few_different_tokens_at_first(plain):
@@ -110,13 +112,16 @@ def test_a_sample_depends_on_seed_and_index_alone(plain):
     assert any(not torch.equal(first[index]["input_ids"], other[index]["input_ids"]) for index in range(4))
 
 
-def test_a_sample_of_text_is_the_block_that_it_would_be_alone(plain):
+def test_a_piece_of_text_is_that_piece_of_the_block_that_it_would_be_alone(plain):
     data = mixed(plain)
     order, alone = ordered(data), TrainingOrder(plain.train, seed=0, num_samples=SAMPLES)
-    text = [index for index in range(SAMPLES) if kind(data, order[index]["input_ids"][0]) == "text"]
-    assert len(text) > 100
-    for index in text:
-        assert torch.equal(order[index]["input_ids"].view(-1), alone[index]["input_ids"])
+    same = 0
+    for index in range(0, SAMPLES, 5):
+        pieces = order[index]["input_ids"]
+        for piece, text in zip(pieces, alone[index]["input_ids"].view(pieces.shape), strict=True):
+            assert torch.equal(piece, text) == (kind(data, piece) == "text")
+            same += torch.equal(piece, text)
+    assert same > 300
 
 
 def test_held_out_text_stays_and_the_digest_says_what_is_mixed(plain):

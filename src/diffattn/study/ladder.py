@@ -56,8 +56,8 @@ class Ladder:
     context: int = 256
     """Tokens per block."""
     needles: float = 0.0
-    """Share of the training blocks in which something earlier is to be looked up, cut into pieces that grow over the
-    run (``diffattn.data.mixture``)."""
+    """Share of the training tokens in pieces in which something earlier is to be looked up; pieces grow over the run
+    (``diffattn.data.mixture``)."""
     batch_size: int = 8
     """Blocks per step."""
     match: str = "parameters"
