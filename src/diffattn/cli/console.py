@@ -10,11 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-import rich.console
+import rich.box
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from diffattn.cli.screen import screen
 from diffattn.errors import ConfigError
 from diffattn.numbers import seconds
 from diffattn.train.callbacks import Progress as Step
@@ -35,7 +36,7 @@ class Console:
         self.kept = kept
         self.command = shlex.join(["diffattn", *sys.argv[1:]])
         self.folder = out if out is not None else _newest(verb) if resume else _new(verb)
-        self._screen = rich.console.Console(stderr=True, highlight=False)
+        self._screen = screen()
         self._live = Progress(
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description}"),
@@ -98,7 +99,7 @@ class Console:
         table = Table(*rows[0], box=rich.box.SIMPLE_HEAD)
         for row in rows[1:]:
             table.add_row(*row)
-        self._screen.print(table)
+        self._screen.print(table, markup=False)
 
     def table(self, result: dict[str, Any]) -> None:
         """The comparison as the report has it, and the verdict of each pair."""

@@ -101,20 +101,17 @@ def plan(
 def show(rows: Sequence[Sequence[str]]) -> None:
     """A table on stderr; the first row is its header."""
     import rich.box
-    import rich.console
     from rich.table import Table
 
-    console = rich.console.Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        # Nothing to fit into: a file or a pipe takes lines of any length.
-        console.width = 160
+    from diffattn.cli.screen import screen
+
     table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for place, title in enumerate(rows[0]):
         words = all(row[place][:1] not in "0123456789–" for row in rows[1:])
         table.add_column(title, justify="left" if words else "right")
     for row in rows[1:]:
         table.add_row(*row)
-    console.print(table, markup=False)
+    screen().print(table, markup=False)
 
 
 def measured_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
