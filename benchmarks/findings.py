@@ -46,11 +46,14 @@ class Case(NamedTuple):
 
 
 def cases(context: int) -> list[Case]:
-    """What is asked of models that were trained on ``context`` tokens; a prompt leaves room for its answer."""
-    whole, half = context - 16, context // 2
+    """What is asked of models that were trained on ``context`` tokens.
+
+    Retrieval has the paper's tasks and, beside them, one number asked for among as many: how much the others distract.
+    """
+    tasks = ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (6, 2))
     return [
-        Case("noise", "noise", NoiseOptions(length=whole)),
-        Case("retrieval", "retrieval", RetrievalOptions(lengths=(half, whole))),
+        Case("noise", "noise", NoiseOptions(length=context)),
+        Case("retrieval", "retrieval", RetrievalOptions(lengths=(context // 2, context), tasks=tasks, samples=20)),
         Case("icl", "icl", IclOptions()),
         Case("outliers", "outliers", OutlierOptions(context=context)),
         Case("low_bit", "low_bit", LowBitOptions(context=context)),

@@ -99,11 +99,22 @@ def test_a_haystack_of_one_sentence_is_refused():
 def test_questions_and_answers():
     three = [Needle("Oslo", "70035"), Needle("Lima", "48219"), Needle("Rome", "10000")]
     assert question(three[:1]) == "What is the magic number of Oslo? The magic number of Oslo is"
-    assert question(three).endswith("The magic numbers of Oslo, Lima and Rome are")
-    assert answer(three) == " 70035, 48219 and 10000."
+    assert question(three) == "What are the magic numbers of Oslo, Lima and Rome? The magic number of Oslo is"
+    assert answer(three) == " 70035. The magic number of Lima is 48219. The magic number of Rome is 10000."
     assert is_answer(answer(three), [needle.number for needle in three])
     assert not is_answer(answer(three[::-1]), [needle.number for needle in three])
     assert not is_answer("", ["70035"])
+
+
+def test_a_prompt_leaves_room_for_any_answer(haystack):
+    prompt = haystack.prompt(random(), length=300, depth=0.5, needles=2, queries=2, answered=True)
+    assert len(prompt.ids) == 300 - haystack.answer_tokens(2)
+    for city in CITIES:
+        needles = [Needle(city, "70035"), Needle(CITIES[0], "48219")]
+        ids = haystack.tokenizer(answer(needles), add_special_tokens=False)["input_ids"]
+        assert len(ids) <= haystack.answer_tokens(2)
+    with pytest.raises(ConfigError, match=r"their question and answer take \d+"):
+        haystack.prompt(random(), length=60, depth=0.5, answered=True)
 
 
 def test_needles_are_of_different_cities():

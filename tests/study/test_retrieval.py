@@ -12,7 +12,7 @@ from diffattn.study.options import RetrievalOptions
 from diffattn.study.retrieval import answered_rightly, measure_retrieval
 
 HAY = haystack()
-OPTIONS = RetrievalOptions(lengths=(260, 301), depths=(0.0, 1.0), tasks=((1, 1), (3, 2)), samples=3, batch_size=2)
+OPTIONS = RetrievalOptions(lengths=(340, 381), depths=(0.0, 1.0), tasks=((1, 1), (3, 2)), samples=3, batch_size=2)
 
 
 def telling(model, replies):
@@ -36,7 +36,8 @@ def knowing(row: torch.Tensor) -> str:
 
     text = HAY.tokenizer.decode(row)
     numbers = dict(re.findall(r"The magic number of (\w+) is (\d{5})\.", text))
-    cities = re.findall(r"magic numbers? of ([\w ,]+?) (?:is|are)$", text)[0].replace(" and ", ", ").split(", ")
+    asked = re.findall(r"What (?:is|are) the magic numbers? of ([\w ,]+)\?", text)[0]
+    cities = asked.replace(" and ", ", ").split(", ")
     return answer([Needle(city, numbers[city]) for city in cities])
 
 
@@ -47,7 +48,7 @@ def test_a_model_that_knows_is_right_and_one_that_guesses_is_not():
     assert len(rows) == 8
     assert all(row["correct"] == [True] * 3 for row in rows)
     assert asked == [2, 1] * 8
-    telling(model, lambda row: " 12345 and 67890.")
+    telling(model, lambda row: " 12345. The magic number of Lima is 67890.")
     assert not any(any(row["correct"]) for row in measure_retrieval(model, HAY, OPTIONS))
 
 
@@ -68,7 +69,7 @@ def test_it_goes_on_where_it_was_cut(tmp_path):
     # Another number of samples is another question.
     asked = telling(model, knowing)
     measure_retrieval(
-        model, HAY, RetrievalOptions(lengths=(260,), tasks=((1, 1),), depths=(0.0,), samples=2), rows=file
+        model, HAY, RetrievalOptions(lengths=(340,), tasks=((1, 1),), depths=(0.0,), samples=2), rows=file
     )
     assert asked == [2]
 
@@ -91,6 +92,7 @@ def test_batched_answers_are_those_of_one_at_a_time(attention):
 
     class Hay:
         tokenizer = Listening()
+        answer_tokens = staticmethod(HAY.answer_tokens)
 
     answered_rightly(model, Hay(), prompts)
     for prompt in prompts:
@@ -108,7 +110,7 @@ def test_batched_answers_are_those_of_one_at_a_time(attention):
     [
         ({"samples": 0}, "samples is 0"),
         ({"tasks": ()}, "0 tasks"),
-        ({"lengths": (8190,)}, "wanted at most 8192"),
+        ({"lengths": (8193,)}, "wanted at most 8192"),
         ({"lengths": (30,)}, "there is no needle in the context"),
         ({"lengths": (300,), "tasks": ((1, 2),)}, "2 of 1 needles"),
     ],

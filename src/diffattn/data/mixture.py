@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from diffattn.data.text import Corpus, Document
 
 # Part of the digest: changes when the samples do.
-_FORMAT = 2
+_FORMAT = 3
 # Characters of text around the needles: more takes a minute to encode, and no block shows what it is of.
 _HAYSTACK_CHARACTERS = 4_000_000
 

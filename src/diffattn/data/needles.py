@@ -14,6 +14,7 @@ import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,6 +38,7 @@ CITIES = (
     "Tokyo", "Toronto", "Tunis", "Turin", "Vienna", "Vilnius", "Warsaw", "Zagreb", "Zurich",
 )  # fmt: skip
 DIGITS = 5
+_BEFORE_NUMBER = "The magic number of {} is"
 # Sentences that are encoded together.
 _AT_ONCE = 10_000
 # The end of a sentence: its mark, what closes a quotation, and the white space behind.
@@ -51,7 +53,7 @@ class Needle(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        return f"The magic number of {self.city} is {self.number}."
+        return f"{_BEFORE_NUMBER.format(self.city)} {self.number}."
 
 
 @dataclass(frozen=True)
@@ -84,34 +86,30 @@ def question(asked: Sequence[Needle]) -> str:
     """The question for some needles and the beginning of its answer.
 
     >>> question([Needle("Oslo", "70035"), Needle("Lima", "48219")])
-    'What are the magic numbers of Oslo and Lima? The magic numbers of Oslo and Lima are'
+    'What are the magic numbers of Oslo and Lima? The magic number of Oslo is'
     """
-    cities = _listed([needle.city for needle in asked])
-    if len(asked) == 1:
-        return f"What is the magic number of {cities}? The magic number of {cities} is"
-    return f"What are the magic numbers of {cities}? The magic numbers of {cities} are"
+    cities = [needle.city for needle in asked]
+    listed = " and ".join([", ".join(cities[:-1]), cities[-1]] if len(cities) > 1 else cities)
+    verb, ending = ("are", "s") if len(cities) > 1 else ("is", "")
+    return f"What {verb} the magic number{ending} of {listed}? {_BEFORE_NUMBER.format(cities[0])}"
 
 
 def answer(asked: Sequence[Needle]) -> str:
-    """What follows the question, with the full stop.
+    """What follows the question: one sentence for each needle, with its city, as it stands in the text.
 
     >>> answer([Needle("Oslo", "70035"), Needle("Lima", "48219")])
-    ' 70035 and 48219.'
+    ' 70035. The magic number of Lima is 48219.'
     """
-    return f" {_listed([needle.number for needle in asked])}."
+    return " ".join([f" {asked[0].number}.", *(needle.sentence for needle in asked[1:])])
 
 
 def is_answer(text: str, answers: Sequence[str]) -> bool:
     """Whether the first numbers of a text are those asked for, in order.
 
-    >>> is_answer(" 70035 and 48219. What", ["70035", "48219"]), is_answer(" 700351", ["70035"])
+    >>> is_answer(" 70035. That of Lima is 48219. 1", ["70035", "48219"]), is_answer(" 700351", ["70035"])
     (True, False)
     """
     return re.findall(r"\d+", text)[: len(answers)] == list(answers)
-
-
-def _listed(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def sentences(text: str) -> list[str]:
@@ -155,8 +153,25 @@ class Haystack:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def answer_tokens(self, queries: int) -> int:
+        """Room for the answer to as many questions, whichever their cities and numbers."""
+        return queries * self._longest_sentence
+
+    @cached_property
+    def _longest_sentence(self) -> int:
+        # A token for each digit at most, the space before them and the full stop.
+        before = [f" {_BEFORE_NUMBER.format(city)}" for city in CITIES]
+        return max(map(len, self.tokenizer(before, add_special_tokens=False)["input_ids"])) + DIGITS + 2
+
     def prompt(
-        self, random: np.random.Generator, *, length: int, depth: float, needles: int = 1, queries: int = 1
+        self,
+        random: np.random.Generator,
+        *,
+        length: int,
+        depth: float,
+        needles: int = 1,
+        queries: int = 1,
+        answered: bool = False,
     ) -> NeedlePrompt:
         """A prompt of exactly ``length`` tokens (a haystack is cut off in its last sentence to make it so).
 
@@ -165,6 +180,7 @@ class Haystack:
             length: tokens of the prompt, its question with them.
             depth: from 0 to 1, the share of the text before the first needle asked for.
             needles, queries: N and R, R at most N.
+            answered: ``length`` has room for the answer, too, and the prompt is shorter by it.
         Raises: `ConfigError` for numbers that do not fit: no needle in the context, or more questions than needles.
         """
         if not 1 <= queries <= needles:
@@ -177,11 +193,13 @@ class Haystack:
         before = self._before
         query = self._encode(f"\n\n{question(drawn[:queries])}")
         hidden = [self._encode(f" {needle.sentence}") for needle in drawn]
-        room = length - len(before) - len(query) - sum(map(len, hidden))
+        taken = len(before) + len(query) + sum(map(len, hidden)) + (self.answer_tokens(queries) if answered else 0)
+        room = length - taken
         if room < 1:
             raise ConfigError(
-                f"a length of {length} tokens is asked for; {needles} needles and their question take "
-                f"{length - room}, so there is no needle in the context: wanted at least {length - room + 1}"
+                f"a length of {length} tokens is asked for; {needles} needles and their question"
+                f"{' and answer' if answered else ''} take {taken}, so there is no needle in the context: wanted at "
+                f"least {taken + 1}"
             )
         text = self._cut(random, room)
         # Between sentences; the first needle at the place nearest to its depth.

@@ -38,7 +38,7 @@ class RetrievalOptions:
     """What is asked; the fields are the options of ``diffattn eval retrieval``."""
 
     lengths: tuple[int, ...] = (1024,)
-    """Tokens of a prompt, its question with them."""
+    """Tokens of a prompt, its question with them, and of the room for its answer."""
     depths: tuple[float, ...] = DEPTHS
     """Where the first needle asked for lies."""
     tasks: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (4, 2), (6, 2))

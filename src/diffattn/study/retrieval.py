@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from diffattn.data.needles import DIGITS, Haystack, NeedlePrompt, is_answer
+from diffattn.data.needles import Haystack, NeedlePrompt, is_answer
 from diffattn.study.noise import check_length
 from diffattn.study.options import RetrievalOptions
 
 
 class Cell(NamedTuple):
-    """Prompts of one kind: length in tokens, N, R, and the depth of the first needle asked for."""
+    """Prompts of one kind: length in tokens with the answer, N, R, and the depth of the first needle asked for."""
 
     length: int
     needles: int
@@ -61,8 +61,7 @@ def measure_retrieval(
         for needles, queries in options.tasks
         for depth in options.depths
     ]
-    longest_answer = _answer_tokens(max(queries for _, queries in options.tasks))
-    check_length(model, max(options.lengths) + longest_answer)
+    check_length(model, max(options.lengths))
     done = {cell: correct for cell, correct in _read(rows) if len(correct) == options.samples}
     left = sum(cell not in done for cell in cells) * options.samples
     began, answered = time.monotonic(), 0
@@ -86,23 +85,18 @@ def measure_retrieval(
 @torch.no_grad()
 def answered_rightly(model: PreTrainedModel, haystack: Haystack, prompts: list[NeedlePrompt]) -> list[bool]:
     """Whether the greedy answers hold the numbers; prompts have one length, so that none is padded."""
-    tokenizer, queries = haystack.tokenizer, len(prompts[0].answers)
+    tokenizer = haystack.tokenizer
     ids = torch.tensor([prompt.ids for prompt in prompts], device=model.device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=_answer_tokens(queries),
+        max_new_tokens=haystack.answer_tokens(len(prompts[0].answers)),
         do_sample=False,
         pad_token_id=pad,
     )
     texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return [is_answer(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)]
-
-
-def _answer_tokens(queries: int) -> int:
-    """Enough for any answer: a token for each digit at most, and the words and marks around them."""
-    return queries * (DIGITS + 3)
 
 
 def _prompt(haystack: Haystack, cell: Cell, sample: int) -> NeedlePrompt:
@@ -114,6 +108,7 @@ def _prompt(haystack: Haystack, cell: Cell, sample: int) -> NeedlePrompt:
         depth=cell.depth,
         needles=cell.needles,
         queries=cell.queries,
+        answered=True,
     )
 
 
