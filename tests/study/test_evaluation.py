@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from diffattn.study.options import (
     OutlierOptions,
     RetrievalOptions,
     StandardOptions,
+    fitted,
 )
 from diffattn.study.statistics import interval, paired_difference
 from diffattn.study.studies import STUDIES
@@ -114,6 +116,37 @@ def test_another_rotary_base_reads_beyond_the_models_positions(folders):
     extended = evaluate("long_context", [folders["soft"]], options, text=folders["text"])["points"][-1]
     plain = evaluate("long_context", [folders["soft"]], LongContextOptions(length=120, samples=1), text=folders["text"])
     assert extended["models"]["soft"]["mean"] != plain["points"][-1]["models"]["soft"]["mean"]
+
+
+def test_a_length_left_open_fits_all_models(folders, tmp_path):
+    shutil.copytree(folders["soft"], tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 90}))
+    models = [folders["soft"], str(tmp_path / "short")]
+    result = evaluate("low_bit", models, LowBitOptions(bits=(16,), samples=2), text=folders["text"])
+    assert result["options"]["context"] == 90
+    assert all(entry["mean"] == result["points"][0]["models"]["soft"]["mean"]
+               for entry in result["points"][0]["models"].values())  # fmt: skip
+    # Refused before the text is read.
+    for study, options in (("noise", NoiseOptions(length=91)), ("retrieval", RetrievalOptions(lengths=(80, 91)))):
+        with pytest.raises(ConfigError, match="a length of 91 tokens is asked for; wanted at most 90"):
+            evaluate(study, models, options, text="absent")
+
+
+@pytest.mark.parametrize(
+    ("options", "positions", "name", "wanted"),
+    [
+        (RetrievalOptions(), 256, "lengths", (256,)),
+        (RetrievalOptions(lengths=(64, 128)), 256, "lengths", (64, 128)),
+        (NoiseOptions(), None, "length", 1024),
+        (OutlierOptions(), 2048, "context", 1024),
+        (LongContextOptions(), 2048, "length", 2048),
+        (LongContextOptions(), 8192, "length", 4096),
+        (LongContextOptions(rope_base=1e6), 2048, "length", 4096),
+    ],
+)
+def test_lengths_by_default(options, positions, name, wanted):
+    assert getattr(fitted(options, positions), name) == wanted
 
 
 def test_table_and_chart(folders, tmp_path):

@@ -22,7 +22,7 @@ from diffattn.errors import ConfigError
 from diffattn.files import writable_folder, write_json
 from diffattn.model.loading import Device, Dtype, load, load_config
 from diffattn.study.compare import versions
-from diffattn.study.options import OPTIONS
+from diffattn.study.options import OPTIONS, fitted, positions_of
 from diffattn.study.statistics import interval, paired_difference
 from diffattn.study.studies import STUDIES, Given
 
@@ -93,14 +93,12 @@ def evaluate(
     """
     if study not in STUDIES:
         raise ConfigError(f"study is {study!r}; wanted one of {', '.join(STUDIES)}")
-    options = options or OPTIONS[study]()
     named = parse_models(models)
+    # Before text is read, and models for minutes; one length for all, so that they are given the same samples.
+    known = [positions_of(load_config(folder)) for entry in named for folder in entry.folders]
+    options = fitted(options or OPTIONS[study](), min((limit for limit in known if limit is not None), default=None))
     corpus = read_corpus(text)
     documents = split_by_document(corpus).validation
-    # Before any is read for minutes.
-    for entry in named:
-        for folder in entry.folders:
-            load_config(folder)
     if keep is not None:
         writable_folder(keep)
     asked = json.dumps([study, asdict(options), corpus.digest, dtype])

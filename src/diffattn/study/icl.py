@@ -28,8 +28,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from diffattn.data.text import load_rows
 from diffattn.data.tokenizer import document_marks
 from diffattn.errors import ConfigError, DataError
-from diffattn.study.noise import check_length
-from diffattn.study.options import IclOptions
+from diffattn.study.options import IclOptions, positions_of
 
 ORDERS = ("random", "by class")
 
@@ -182,6 +181,7 @@ def measure_icl(
             f"{most + options.queries}: give more, or ask for fewer shots or queries"
         )
     choices = Choices([example.label for example in examples], tokenizer)
+    limit = positions_of(model.config)
     random = np.random.default_rng(options.seed)
     order = random.permutation(len(examples))
     queries = [examples[index] for index in order[: options.queries]]
@@ -193,7 +193,12 @@ def measure_icl(
         nonlocal done
         shown = shown_ids(demonstrations, tokenizer)
         given = [query_ids(query, tokenizer) for query in queries]
-        check_length(model, len(shown) + max(map(len, given)) + max(map(len, choices.ids.values())))
+        longest = len(shown) + max(map(len, given)) + max(map(len, choices.ids.values()))
+        if limit is not None and longest > limit:
+            raise ConfigError(
+                f"{len(demonstrations)} demonstrations and a question take {longest} tokens; wanted at most {limit}, "
+                "the model's max_position_embeddings: ask for fewer shots"
+            )
         said = choices.best(model, shown, given)
         done += len(queries)
         on_progress(done, all_)

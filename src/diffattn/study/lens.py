@@ -21,7 +21,7 @@ from diffattn.model.attention import DiffV1Attention
 from diffattn.model.loading import Device, Dtype, load
 from diffattn.study.layer_calls import LayerCall, served_by
 from diffattn.study.maps import attention_maps, token_labels
-from diffattn.study.noise import check_length
+from diffattn.study.options import fitting_length, positions_of
 
 FLOAT32_BYTES = 12_000_000
 MOST_BYTES = 48_000_000
@@ -104,7 +104,7 @@ def _maps(model: PreTrainedModel, facts: dict[str, Any], ids: list[int], layer: 
 
 @torch.no_grad()
 def _read(model: PreTrainedModel, name: str, ids: list[int], layers: Sequence[int] | None) -> dict[str, Any]:
-    check_length(model, len(ids))
+    fitting_length(len(ids), positions_of(model.config))
     count = len(model.get_decoder().layers)
     wanted = list(range(count)) if layers is None else list(layers)
     if not wanted or not set(wanted) <= set(range(count)):

@@ -19,9 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from diffattn.data.needles import Haystack, NeedlePrompt
-from diffattn.errors import ConfigError
 from diffattn.study.layer_calls import LayerCall, served_by
-from diffattn.study.options import NoiseOptions
+from diffattn.study.options import NoiseOptions, fitting_length, positions_of
 
 SPANS = ("bos", "before", "answer", "behind", "query")
 NOISE = ("before", "behind")
@@ -50,12 +49,12 @@ def measure_noise(
         ConfigError: a length beyond the model's, or too short for a needle.
         UnsupportedError: a model whose attention cannot be read.
     """
-    check_length(model, options.length)
+    length = fitting_length(options.length, positions_of(model.config))
     # Each sample is its own stream, so that a depth more or less does not change the others.
     prompts = [
         (
             depth,
-            haystack.prompt(np.random.default_rng((options.seed, index, sample)), length=options.length, depth=depth),
+            haystack.prompt(np.random.default_rng((options.seed, index, sample)), length=length, depth=depth),
         )
         for index, depth in enumerate(options.depths)
         for sample in range(options.samples)
@@ -96,15 +95,6 @@ def span_sums(model: PreTrainedModel, prompts: Sequence[NeedlePrompt]) -> dict[s
     with served_by(model, read):
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return {name: torch.stack(layers, dim=1).cpu() for name, layers in found.items()}
-
-
-def check_length(model: PreTrainedModel, length: int) -> None:
-    """Raise where a prompt is longer than the positions that the model knows."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise ConfigError(
-            f"a length of {length} tokens is asked for; wanted at most {limit}, the model's max_position_embeddings"
-        )
 
 
 def _summary(sums: Tensor, depths: int) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from diffattn.errors import ConfigError
 
@@ -10,12 +11,42 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BITS = (16, 8, 6, 4)
 
 
+def fitting_length(asked: int | None, positions: int | None, *, most: int = 1024) -> int:
+    """What is asked for where it fits into a model, and what fits where nothing is.
+
+    Args:
+        asked: tokens; None: ``most``, or ``positions`` where these are fewer.
+        positions: the model's ``max_position_embeddings``; None: any number.
+
+    Raises:
+        ConfigError: more than the model's positions, or none.
+
+    >>> fitting_length(None, 512), fitting_length(300, 512), fitting_length(None, None)
+    (512, 300, 1024)
+    """
+    if asked is None:
+        return most if positions is None else min(most, positions)
+    if asked < 1:
+        raise ConfigError(f"a length of {asked} tokens is asked for; wanted at least 1")
+    if positions is not None and asked > positions:
+        raise ConfigError(
+            f"a length of {asked} tokens is asked for; wanted at most {positions}, the model's max_position_embeddings"
+        )
+    return asked
+
+
+def positions_of(config: Any) -> int | None:
+    """How many positions a model of this configuration knows; None: any number."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoiseOptions:
     """What is asked; the fields are the options of ``diffattn eval noise`` and ``noise_by_head``."""
 
-    length: int = 1024
-    """Tokens of a prompt, its question with them."""
+    length: int | None = None
+    """Tokens of a prompt, its question with them; default: 1,024, or the models' context where that is shorter."""
     depths: tuple[float, ...] = DEPTHS
     """Where the needle lies: 0 is the beginning of the text, 1 its end."""
     samples: int = 50
@@ -37,8 +68,9 @@ class NoiseOptions:
 class RetrievalOptions:
     """What is asked; the fields are the options of ``diffattn eval retrieval``."""
 
-    lengths: tuple[int, ...] = (1024,)
-    """Tokens of a prompt, its question with them, and of the room for its answer."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of a prompt, its question and the room for its answer with them; default: one length, 1,024, or the
+    models' context where that is shorter."""
     depths: tuple[float, ...] = DEPTHS
     """Where the first needle asked for lies."""
     tasks: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (4, 2), (6, 2))
@@ -51,9 +83,9 @@ class RetrievalOptions:
     """Of the prompts: the same ones for every model with the same tokenizer."""
 
     def __post_init__(self) -> None:
-        if min(self.samples, self.batch_size) < 1 or not (self.lengths and self.depths and self.tasks):
+        if min(self.samples, self.batch_size) < 1 or not (self.depths and self.tasks):
             raise ConfigError(
-                f"samples is {self.samples}, batch_size {self.batch_size}, with {len(self.lengths)} lengths, "
+                f"samples is {self.samples}, batch_size {self.batch_size}, with "
                 f"{len(self.depths)} depths and {len(self.tasks)} tasks; wanted at least one of each"
             )
 
@@ -93,8 +125,8 @@ class OutlierOptions:
 
     tokens: int = 400_000
     """Tokens to read, at least."""
-    context: int = 1024
-    """Tokens of a block."""
+    context: int | None = None
+    """Tokens of a block; default: 1,024, or the models' context where that is shorter."""
     batch_size: int = 4
     """Blocks that are read together."""
 
@@ -105,8 +137,8 @@ class LowBitOptions:
 
     bits: tuple[int, ...] = BITS
     """Numbers of bits; 16 leaves the logits as they are."""
-    context: int = 1024
-    """Tokens of a block."""
+    context: int | None = None
+    """Tokens of a block; default: 1,024, or the models' context where that is shorter."""
     samples: int = 32
     """Blocks."""
 
@@ -115,8 +147,10 @@ class LowBitOptions:
 class LongContextOptions:
     """Of ``diffattn eval long_context``."""
 
-    length: int = 4096
-    """Predicted tokens of a text."""
+    LONGEST: ClassVar[int] = 4096
+
+    length: int | None = None
+    """Predicted tokens of a text; default: 4,096, or the models' context where that is shorter and no base is given."""
     samples: int = 8
     """Texts."""
     chunk: int = 512
@@ -162,3 +196,20 @@ OPTIONS: dict[str, type] = {
     "long_context": LongContextOptions,
     "standard": StandardOptions,
 }
+
+
+def fitted(options: Any, positions: int | None) -> Any:
+    """The options with their length, where it is left open, made to fit models with so many positions.
+
+    Raises: `ConfigError` as `fitting_length`.
+    """
+    if isinstance(options, RetrievalOptions):
+        return replace(options, lengths=tuple(fitting_length(each, positions) for each in options.lengths or (None,)))
+    if isinstance(options, NoiseOptions):
+        return replace(options, length=fitting_length(options.length, positions))
+    if isinstance(options, OutlierOptions | LowBitOptions):
+        return replace(options, context=fitting_length(options.context, positions))
+    if isinstance(options, LongContextOptions):
+        limit = positions if options.rope_base is None else None
+        return replace(options, length=fitting_length(options.length, limit, most=options.LONGEST))
+    return options

@@ -17,8 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from diffattn.data.needles import Haystack, NeedlePrompt, is_answer
-from diffattn.study.noise import check_length
-from diffattn.study.options import RetrievalOptions
+from diffattn.study.options import RetrievalOptions, fitting_length, positions_of
 
 
 class Cell(NamedTuple):
@@ -55,13 +54,14 @@ def measure_retrieval(
     Raises:
         ConfigError: lengths beyond the model's, or too short for the needles.
     """
+    limit = positions_of(model.config)
+    lengths = [fitting_length(length, limit) for length in options.lengths or (None,)]
     cells = [
         Cell(length, needles, queries, depth, options.seed)
-        for length in options.lengths
+        for length in lengths
         for needles, queries in options.tasks
         for depth in options.depths
     ]
-    check_length(model, max(options.lengths))
     done = {cell: correct for cell, correct in _read(rows) if len(correct) == options.samples}
     left = sum(cell not in done for cell in cells) * options.samples
     began, answered = time.monotonic(), 0

@@ -24,7 +24,7 @@ from diffattn.errors import ConfigError, DataError
 from diffattn.study.icl import Example, measure_icl, read_examples, synthetic_task
 from diffattn.study.long_context import measure_long_context, with_rope_base
 from diffattn.study.low_bit import measure_low_bit
-from diffattn.study.noise import NOISE, SPANS, check_length, measure_noise
+from diffattn.study.noise import NOISE, SPANS, measure_noise
 from diffattn.study.options import (
     IclOptions,
     LongContextOptions,
@@ -33,6 +33,8 @@ from diffattn.study.options import (
     OutlierOptions,
     RetrievalOptions,
     StandardOptions,
+    fitting_length,
+    positions_of,
 )
 from diffattn.study.outliers import measure_outliers
 from diffattn.study.retrieval import measure_retrieval
@@ -123,8 +125,7 @@ def _icl(given: Given, options: IclOptions) -> Iterator[Point]:
 
 
 def _outliers(given: Given, options: OutlierOptions) -> Iterator[Point]:
-    check_length(given.model, options.context)
-    blocks = _blocks(given, options.context)
+    blocks = _blocks(given, fitting_length(options.context, positions_of(given.model.config)))
     batches = (torch.stack(batch) for batch in _batched(blocks, options.batch_size))
     result = measure_outliers(given.model, batches, tokens=options.tokens, on_progress=given.on_progress)
     for what in ("attention_logits", "hidden_states"):
@@ -137,8 +138,8 @@ def _outliers(given: Given, options: OutlierOptions) -> Iterator[Point]:
 
 
 def _low_bit(given: Given, options: LowBitOptions) -> Iterator[Point]:
-    check_length(given.model, options.context)
-    blocks = _first(_blocks(given, options.context), options.samples, options.context)
+    context = fitting_length(options.context, positions_of(given.model.config))
+    blocks = _first(_blocks(given, context), options.samples, context)
     result = measure_low_bit(
         given.model, [block[None] for block in blocks], bits=options.bits, on_progress=given.on_progress
     )
@@ -148,15 +149,12 @@ def _low_bit(given: Given, options: LowBitOptions) -> Iterator[Point]:
 
 
 def _long_context(given: Given, options: LongContextOptions) -> Iterator[Point]:
-    model = given.model
-    if options.rope_base is None:
-        check_length(model, options.length)
-    else:
-        model = with_rope_base(model, options.rope_base)
-    texts = _first(_blocks(given, options.length + 1), options.samples, options.length + 1)
-    result = measure_long_context(
-        model, texts, length=options.length, chunk=options.chunk, on_progress=given.on_progress
-    )
+    model, limit = given.model, positions_of(given.model.config)
+    if options.rope_base is not None:
+        model, limit = with_rope_base(model, options.rope_base), None
+    length = fitting_length(options.length, limit, most=options.LONGEST)
+    texts = _first(_blocks(given, length + 1), options.samples, length + 1)
+    result = measure_long_context(model, texts, length=length, chunk=options.chunk, on_progress=given.on_progress)
     for index, position in enumerate(result["positions"]):
         yield Point("loss up to a position, nats per token", position, [losses[index] for losses in result["loss"]])
 
