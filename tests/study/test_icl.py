@@ -148,5 +148,7 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(DataError, match="the examples have 1 label"):
         measure_icl(model, TOKENIZER, [Example("a", "x")] * 9, IclOptions(shots=(1,), queries=2))
     long = [Example(f"{text} " * 400, label) for text, label in TASK]
-    with pytest.raises(ConfigError, match="wanted at most 8192"):
-        measure_icl(model, TOKENIZER, long, IclOptions(shots=(4,), queries=2))
+    seen = []
+    with pytest.raises(ConfigError, match=r"8 demonstrations and a question take \d+ tokens; wanted at most 8192"):
+        measure_icl(model, TOKENIZER, long, IclOptions(shots=(1, 8), queries=2), on_progress=lambda *at: seen.append(at))
+    assert not seen

@@ -181,25 +181,24 @@ def measure_icl(
             f"{most + options.queries}: give more, or ask for fewer shots or queries"
         )
     choices = Choices([example.label for example in examples], tokenizer)
-    limit = positions_of(model.config)
     random = np.random.default_rng(options.seed)
     order = random.permutation(len(examples))
     queries = [examples[index] for index in order[: options.queries]]
     pool = [examples[index] for index in order[options.queries :]]
     orders = {kind: [_permuted(pool[:most], kind, random) for _ in range(options.permutations)] for kind in ORDERS}
+    given = [query_ids(query, tokenizer) for query in queries]
+    limit, shown = positions_of(model.config), len(shown_ids(pool[:most], tokenizer))
+    longest = shown + max(map(len, given)) + max(map(len, choices.ids.values()))
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"{most} demonstrations and a question take {longest} tokens; wanted at most {limit}, the model's "
+            "max_position_embeddings: ask for fewer shots"
+        )
     all_, done = options.queries * (len(options.shots) + 2 * options.permutations), 0
 
     def right(demonstrations: Sequence[Example]) -> list[bool]:
         nonlocal done
-        shown = shown_ids(demonstrations, tokenizer)
-        given = [query_ids(query, tokenizer) for query in queries]
-        longest = len(shown) + max(map(len, given)) + max(map(len, choices.ids.values()))
-        if limit is not None and longest > limit:
-            raise ConfigError(
-                f"{len(demonstrations)} demonstrations and a question take {longest} tokens; wanted at most {limit}, "
-                "the model's max_position_embeddings: ask for fewer shots"
-            )
-        said = choices.best(model, shown, given)
+        said = choices.best(model, shown_ids(demonstrations, tokenizer), given)
         done += len(queries)
         on_progress(done, all_)
         return [label == query.label for label, query in zip(said, queries, strict=True)]
