@@ -30,7 +30,7 @@ def test_commands_exist() -> None:
     assert {"compare", "test"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    verbs = re.findall(r"diffattn (scale \w+|[a-z]+)", commands)
+    verbs = re.findall(r"diffattn ((?:scale|eval) \w+|[a-z]+)", commands)
     assert verbs
     assert set(verbs) <= set(VERBS)
 
