@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +150,17 @@ def test_beams_enough_for_every_text_find_the_likeliest_of_all(attention):
     assert texts[0, :20].tolist() == every[best].tolist()
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """quanto unpacks in Python, instead of compiling an extension for 40 seconds."""
+    from optimum.quanto.library.extensions import get_extension
+
+    def unpack(packed: Tensor, bits: int) -> Tensor:
+        return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
+
+    monkeypatch.setattr(get_extension("quanto_cpp"), "_lib", SimpleNamespace(unpack=unpack))
+
+
 def dequantised(cache: QuantizedCache, config) -> DynamicCache:
     """A cache of ordinary numbers with what a quantised one stands for."""
     plain = DynamicCache(config=config)
@@ -161,6 +173,7 @@ def dequantised(cache: QuantizedCache, config) -> DynamicCache:
     return plain
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("attention", DEFAULT_VARIANTS)
 @torch.no_grad()
 def test_a_quantised_cache_gives_what_its_dequantised_numbers_give(attention):
@@ -181,6 +194,7 @@ def test_a_quantised_cache_gives_what_its_dequantised_numbers_give(attention):
     assert 1e-2 < errors[4] < 1.0 < errors[2]
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("attention", DEFAULT_VARIANTS)
 def test_greedy_decoding_from_a_quantised_cache_follows_its_dequantised_numbers(attention):
     model, ids = small_model(attention, shape=WIDE), tokens(2, 8)
