@@ -130,7 +130,9 @@ def _arrow(ax: Axes, result: Mapping[str, Any], form: str) -> None:
     head, foot = (float(row["equal"]["value"]), loss), (float(row["size"]), loss)
     ax.annotate("", xy=head, xytext=foot, arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 2})
     text = f"{row['given']} {count(row['size'])} = softmax {count(row['equal']['value'])}"
-    ax.annotate(text, (row["size"], loss), xytext=(-6, -14), textcoords="offset points", ha="right", color=colour)
+    # Left of the arrow, below the curves, nothing else is drawn.
+    left = min(head, foot)
+    ax.annotate(text, left, xytext=(-3, -7), textcoords="offset points", ha="right", va="top", color=colour)
 
 
 def _alt(result: Mapping[str, Any]) -> str:
