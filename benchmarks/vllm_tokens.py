@@ -31,7 +31,7 @@ TOKENS = 32
 CONTEXT = 256
 KEY = "a-key"
 # Heads of 32, of which vLLM's CPU kernel knows the multiples: V1's one call has 64.
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 256, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "head_dim": 32, "intermediate_size": 512,
     "max_position_embeddings": CONTEXT,
 }  # fmt: skip
@@ -112,7 +112,7 @@ def write_model(folder: Path, variant: str) -> list[list[int]]:
     from diffattn.plan.shape import ModelShape
 
     tokenizer = train_tokenizer(PROMPTS, 512)
-    shape = ModelShape(vocab_size=len(tokenizer), **SHAPE)  # type: ignore[arg-type]
+    shape = ModelShape(vocab_size=len(tokenizer), **SHAPE)
     torch.manual_seed(0)
     # Tied, an embedding this wide would make every model repeat its last token.
     config = DiffTransformerConfig.from_shape(shape, variant, initializer_range=0.12, tie_word_embeddings=False)

@@ -171,6 +171,12 @@ def load_config(folder: str | Path) -> Any:
         raise CheckpointError(f"{str(Path(folder) / CONFIG)!r} describes no model: {_line(error)}") from error
 
 
+def positions_of(config: Any) -> int | None:
+    """How many positions a model of this configuration knows; None: any number."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
 def _check_report(folder: str | Path, found: dict[str, Any]) -> None:
     """Refuse a model of which a part would be made up, left out or put into another shape."""
     where = f"the weights in {str(folder)!r}"

@@ -109,8 +109,8 @@ def _needs(node: ast.AST, gone: set[str]) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_ours(node.value)
 
 
-def _within(node: ast.AST, ranges: dict[tuple[int, int], list[str]]) -> bool:
-    return any(start <= node.lineno <= end for start, end in ranges)  # type: ignore[attr-defined]
+def _within(node: ast.stmt, ranges: dict[tuple[int, int], list[str]]) -> bool:
+    return any(start <= node.lineno <= end for start, end in ranges)
 
 
 def _end(node: ast.stmt) -> int:

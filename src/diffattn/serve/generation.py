@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from diffattn.errors import CheckpointError, ConfigError
-from diffattn.model.loading import Device, Dtype, load
+from diffattn.model.loading import Device, Dtype, load, positions_of
 from diffattn.serve.decoding import Decoding, check_assisted, generation_config
 
 
@@ -221,7 +221,7 @@ def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: 
 
 
 def _check_length(model: PreTrainedModel, ids: Tensor, decoding: Decoding) -> None:
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     length, new = ids.shape[1], decoding.max_new_tokens
     if positions is None or length + new <= positions:
         return

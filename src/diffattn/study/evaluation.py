@@ -20,9 +20,9 @@ from diffattn.checkpoint_files import folder_name
 from diffattn.data.text import read_corpus, split_by_document
 from diffattn.errors import ConfigError
 from diffattn.files import writable_folder, write_json
-from diffattn.model.loading import Device, Dtype, load, load_config
+from diffattn.model.loading import Device, Dtype, load, load_config, positions_of
 from diffattn.study.compare import versions
-from diffattn.study.options import OPTIONS, fitted, positions_of
+from diffattn.study.options import OPTIONS, fitted
 from diffattn.study.statistics import interval, paired_difference
 from diffattn.study.studies import STUDIES, Given
 

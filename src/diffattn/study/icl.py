@@ -28,7 +28,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from diffattn.data.text import load_rows
 from diffattn.data.tokenizer import document_marks
 from diffattn.errors import ConfigError, DataError
-from diffattn.study.options import IclOptions, positions_of
+from diffattn.model.loading import positions_of
+from diffattn.study.options import IclOptions
 
 ORDERS = ("random", "by class")
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diffattn.checkpoint_files import folder_name
 from diffattn.errors import ConfigError, DataError, UnsupportedError
 from diffattn.model.attention import DiffV1Attention
-from diffattn.model.loading import Device, Dtype, load
+from diffattn.model.loading import Device, Dtype, load, positions_of
 from diffattn.study.layer_calls import LayerCall, served_by
 from diffattn.study.maps import attention_maps, token_labels
-from diffattn.study.options import fitting_length, positions_of
+from diffattn.study.options import fitting_length
 
 FLOAT32_BYTES = 12_000_000
 MOST_BYTES = 48_000_000

@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from diffattn.data.needles import Haystack, NeedlePrompt
+from diffattn.model.loading import positions_of
 from diffattn.study.layer_calls import LayerCall, served_by
-from diffattn.study.options import NoiseOptions, fitting_length, positions_of
+from diffattn.study.options import NoiseOptions, fitted
 
 SPANS = ("bos", "before", "answer", "behind", "query")
 NOISE = ("before", "behind")
@@ -49,7 +50,7 @@ def measure_noise(
         ConfigError: a length beyond the model's, or too short for a needle.
         UnsupportedError: a model whose attention cannot be read.
     """
-    length = fitting_length(options.length, positions_of(model.config))
+    length = fitted(options, positions_of(model.config)).length
     # Each sample is its own stream, so that a depth more or less does not change the others.
     prompts = [
         (

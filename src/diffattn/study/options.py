@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from diffattn.errors import ConfigError
 
@@ -33,12 +33,6 @@ def fitting_length(asked: int | None, positions: int | None, *, most: int = 1024
             f"a length of {asked} tokens is asked for; wanted at most {positions}, the model's max_position_embeddings"
         )
     return asked
-
-
-def positions_of(config: Any) -> int | None:
-    """How many positions a model of this configuration knows; None: any number."""
-    limit = getattr(config, "max_position_embeddings", None)
-    return None if limit is None else int(limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +141,6 @@ class LowBitOptions:
 class LongContextOptions:
     """Of ``diffattn eval long_context``."""
 
-    LONGEST: ClassVar[int] = 4096
-
     length: int | None = None
     """Predicted tokens of a text; default: 4,096, or the models' context where that is shorter and no base is given."""
     samples: int = 8
@@ -211,5 +203,5 @@ def fitted(options: Any, positions: int | None) -> Any:
         return replace(options, context=fitting_length(options.context, positions))
     if isinstance(options, LongContextOptions):
         limit = positions if options.rope_base is None else None
-        return replace(options, length=fitting_length(options.length, limit, most=options.LONGEST))
+        return replace(options, length=fitting_length(options.length, limit, most=4096))
     return options

@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from diffattn.data.needles import Haystack, NeedlePrompt, is_answer
-from diffattn.study.options import RetrievalOptions, fitting_length, positions_of
+from diffattn.model.loading import positions_of
+from diffattn.study.options import RetrievalOptions, fitted
 
 
 class Cell(NamedTuple):
@@ -54,11 +55,9 @@ def measure_retrieval(
     Raises:
         ConfigError: lengths beyond the model's, or too short for the needles.
     """
-    limit = positions_of(model.config)
-    lengths = [fitting_length(length, limit) for length in options.lengths or (None,)]
     cells = [
         Cell(length, needles, queries, depth, options.seed)
-        for length in lengths
+        for length in fitted(options, positions_of(model.config)).lengths
         for needles, queries in options.tasks
         for depth in options.depths
     ]

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffattn.data.text import Document
 from diffattn.errors import ConfigError, DataError, UnsupportedError
+from diffattn.model.loading import positions_of
 from diffattn.study.options import StandardOptions
 
 PAPER = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
@@ -83,7 +84,7 @@ def measure_standard(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=options.batch_size,
-            max_length=getattr(model.config, "max_position_embeddings", None),
+            max_length=positions_of(model.config),
         )
         found = evaluate(reader, loaded, limit=options.limit, bootstrap_iters=0, log_samples=True)
     assert found is not None

@@ -21,6 +21,7 @@ from diffattn.data.needles import Haystack
 from diffattn.data.text import Document
 from diffattn.data.tokenizer import encode_documents
 from diffattn.errors import ConfigError, DataError
+from diffattn.model.loading import positions_of
 from diffattn.study.icl import Example, measure_icl, read_examples, synthetic_task
 from diffattn.study.long_context import measure_long_context, with_rope_base
 from diffattn.study.low_bit import measure_low_bit
@@ -33,8 +34,7 @@ from diffattn.study.options import (
     OutlierOptions,
     RetrievalOptions,
     StandardOptions,
-    fitting_length,
-    positions_of,
+    fitted,
 )
 from diffattn.study.outliers import measure_outliers
 from diffattn.study.retrieval import measure_retrieval
@@ -125,7 +125,7 @@ def _icl(given: Given, options: IclOptions) -> Iterator[Point]:
 
 
 def _outliers(given: Given, options: OutlierOptions) -> Iterator[Point]:
-    blocks = _blocks(given, fitting_length(options.context, positions_of(given.model.config)))
+    blocks = _blocks(given, fitted(options, positions_of(given.model.config)).context)
     batches = (torch.stack(batch) for batch in _batched(blocks, options.batch_size))
     result = measure_outliers(given.model, batches, tokens=options.tokens, on_progress=given.on_progress)
     for what in ("attention_logits", "hidden_states"):
@@ -138,7 +138,7 @@ def _outliers(given: Given, options: OutlierOptions) -> Iterator[Point]:
 
 
 def _low_bit(given: Given, options: LowBitOptions) -> Iterator[Point]:
-    context = fitting_length(options.context, positions_of(given.model.config))
+    context = fitted(options, positions_of(given.model.config)).context
     blocks = _first(_blocks(given, context), options.samples, context)
     result = measure_low_bit(
         given.model, [block[None] for block in blocks], bits=options.bits, on_progress=given.on_progress
@@ -149,10 +149,10 @@ def _low_bit(given: Given, options: LowBitOptions) -> Iterator[Point]:
 
 
 def _long_context(given: Given, options: LongContextOptions) -> Iterator[Point]:
-    model, limit = given.model, positions_of(given.model.config)
+    model = given.model
+    length = fitted(options, positions_of(model.config)).length
     if options.rope_base is not None:
-        model, limit = with_rope_base(model, options.rope_base), None
-    length = fitting_length(options.length, limit, most=options.LONGEST)
+        model = with_rope_base(model, options.rope_base)
     texts = _first(_blocks(given, length + 1), options.samples, length + 1)
     result = measure_long_context(model, texts, length=length, chunk=options.chunk, on_progress=given.on_progress)
     for index, position in enumerate(result["positions"]):
