@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 # Idle threads sleep instead of spinning: spinning ones starve the others wherever the machine is shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import torch
+
 from benchmarks.rows import Writer, provenance
 from diffattn.report.study_chart import study_rows, write_study_png
 from diffattn.study.arms import ARMS
@@ -84,10 +86,11 @@ def measured(
     """The row of one study of one model: the mean of its samples at every point."""
     result = evaluate(case.study, [f"model={model}"], case.options, text=text, keep=keep, on_progress=on_progress)
     points = [[point["panel"], point["x"], point["by"], point["models"]["model"]["mean"]] for point in result["points"]]
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return rounded(
         {"name": case.name, "model": facts, "study": case.study, "asked": _asked(case), "points": points}
         | {"axes": result["axes"]}
-        | provenance("benchmarks.findings")
+        | provenance("benchmarks.findings", **gpu)
     )
 
 
