@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
 import shutil
-from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from study.needle_model import TEXT, haystack, reader
 
 from diffattn.cli.main import main
@@ -264,13 +265,31 @@ def test_what_is_kept_is_not_measured_again(folders, tmp_path, monkeypatch):
     again, seen = measure()
     assert again == first
     assert len(seen) * 3 == of_three * 2
-    # Another question has answers of its own, and so has a model whose weights were written again.
+    # Another question has answers of its own.
     _, seen = measure(LowBitOptions(bits=(16,), context=100, samples=3))
     assert seen
-    (weights,) = Path(folders["soft"]).glob("*.safetensors")
-    weights.write_bytes(weights.read_bytes())
-    _, seen = measure()
-    assert set(seen) == {"soft"}
+
+
+def test_weights_of_one_size_and_time_are_told_apart(folders, tmp_path):
+    def loss(folder):
+        result = evaluate(
+            "low_bit", [str(folder)], LowBitOptions(bits=(16,), context=100, samples=1), text=folders["text"],
+            keep=tmp_path / "kept",
+        )  # fmt: skip
+        return result["points"][0]["models"][folder.name]["mean"]
+
+    first = shutil.copytree(folders["soft"], tmp_path / "first")
+    other = shutil.copytree(first, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor.flip(0) for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    for folder in (first, other):
+        os.utime(folder / "model.safetensors", (1e9, 1e9))
+    assert (first / "model.safetensors").stat().st_size == (other / "model.safetensors").stat().st_size
+    assert loss(first) != loss(other)
+    # A folder that was moved is known.
+    again = shutil.copytree(first, tmp_path / "again")
+    assert loss(again) == loss(first)
+    assert len(list((tmp_path / "kept").glob("low_bit-*.json"))) == 2
 
 
 def test_cells_of_a_run_that_was_cut_are_kept(folders, tmp_path):

@@ -157,8 +157,9 @@ def _identity(folder: Path, asked: str) -> str:
         if file.suffix == ".json":
             digest.update(file.name.encode() + file.read_bytes())
         elif file.suffix == ".safetensors":
-            status = file.stat()
-            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+            # Not its size and time alone: models of several seeds, unpacked from one archive, may share both.
+            with file.open("rb") as weights:
+                digest.update(file.name.encode() + hashlib.file_digest(weights, "sha256").digest())
     return digest.hexdigest()[:24]
 
 
