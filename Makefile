@@ -57,13 +57,16 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.attention --out benchmarks/results/attention.jsonl
 	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup.jsonl
 
+# Of one thread each, for the targets that train for hours; on a GPU as many as it holds, up to one a core.
+PROCESSES := 2
+
 # The rows of docs/scaling.md: hours, in two processes of one thread. TEXT is the English part of ELTeC as one file.
 # Runs that have a row in benchmarks/results are skipped; call it again to go on.
 ladder: $(READY)
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make ladder TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	mkdir -p runs/ladder
 	test -f runs/ladder/rows.jsonl || cp benchmarks/results/ladder.jsonl runs/ladder/rows.jsonl
-	for process in 1 2; do OMP_NUM_THREADS=1 $(BIN)/diffattn scale run --text $(TEXT) --out runs/ladder --dtype bfloat16 & done; wait
+	for process in $$(seq $(PROCESSES)); do OMP_NUM_THREADS=1 $(BIN)/diffattn scale run --text $(TEXT) --out runs/ladder --dtype bfloat16 & done; wait
 	cp runs/ladder/rows.jsonl benchmarks/results/ladder.jsonl
 
 # Models to be studied, and every study of them: a night. Call it again to go on: models that have their rows are neither trained nor measured again.
@@ -72,16 +75,17 @@ study: $(READY)
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make study TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	mkdir -p runs/study
 	test -f runs/study/rows.jsonl || test ! -f benchmarks/results/study.jsonl || cp benchmarks/results/study.jsonl runs/study/rows.jsonl
-	for process in 1 2; do OMP_NUM_THREADS=1 $(BIN)/diffattn scale run $(STUDY) --text $(TEXT) --out runs/study & done; wait
+	for process in $$(seq $(PROCESSES)); do OMP_NUM_THREADS=1 $(BIN)/diffattn scale run $(STUDY) --text $(TEXT) --out runs/study & done; wait
 	cp runs/study/rows.jsonl benchmarks/results/study.jsonl
-	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.findings --runs runs/study --text $(TEXT) --out benchmarks/results/findings.jsonl --charts docs/findings
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.findings --runs runs/study --text $(TEXT) --out benchmarks/results/findings.jsonl
+	$(BIN)/python -m benchmarks.findings --out benchmarks/results/findings.jsonl --table --charts docs/findings --only "training loss" retrieval noise outliers "long_context, 4 times as long"
 
 # One thing changed at a time, 36 runs: hours. Call it again to go on.
 ablation: $(READY)
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make ablation TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	mkdir -p runs/ablation
 	test -f runs/ablation/rows.jsonl || test ! -f benchmarks/results/ablation.jsonl || cp benchmarks/results/ablation.jsonl runs/ablation/rows.jsonl
-	for process in 1 2; do OMP_NUM_THREADS=1 $(BIN)/diffattn eval ablation --text $(TEXT) --out runs/ablation --dtype bfloat16 & done; wait
+	for process in $$(seq $(PROCESSES)); do OMP_NUM_THREADS=1 $(BIN)/diffattn eval ablation --text $(TEXT) --out runs/ablation --dtype bfloat16 & done; wait
 	cp runs/ablation/rows.jsonl benchmarks/results/ablation.jsonl
 
 # Apart from .venv: the lowest releases that pyproject.toml allows.

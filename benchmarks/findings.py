@@ -2,7 +2,8 @@
 
 The runs of a ladder of one size are the models. A model that has a row of a study is not measured again, so it may be
 deleted, and others trained later or elsewhere; a study that was cut goes on. ``--table`` and ``--charts`` read the
-rows: a variant over its seeds, and compared with softmax seed by seed.
+rows: a variant over its seeds, and compared with softmax seed by seed. The tables are the brief ones of
+docs/findings.md, the charts have every point.
 
     python -m benchmarks.findings --runs runs/study --text eltec_eng.txt.xz --out benchmarks/results/findings.jsonl
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -24,7 +26,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from benchmarks.rows import Writer, provenance
+from diffattn.data.mixture import STAGES
+from diffattn.report.ablation_table import ablation_rows
 from diffattn.report.study_chart import study_rows, write_study_png
+from diffattn.study.ablation import ablation
 from diffattn.study.arms import ARMS
 from diffattn.study.evaluation import Runs, compared, evaluate
 from diffattn.study.ladder import ROWS, read_rows
@@ -37,6 +42,7 @@ from diffattn.study.options import (
     RetrievalOptions,
     StandardOptions,
 )
+from diffattn.train.callbacks import read_metrics
 
 
 class Case(NamedTuple):
@@ -54,7 +60,9 @@ def cases(context: int) -> list[Case]:
     """
     tasks = ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (6, 2))
     return [
+        Case(TRAINING, TRAINING, None),
         Case("noise", "noise", NoiseOptions(length=context)),
+        Case("noise_by_head", "noise_by_head", NoiseOptions(length=context, samples=10)),
         Case("retrieval", "retrieval", RetrievalOptions(lengths=(context // 2, context), tasks=tasks, samples=20)),
         Case("icl", "icl", IclOptions()),
         Case("outliers", "outliers", OutlierOptions(context=context)),
@@ -66,7 +74,9 @@ def cases(context: int) -> list[Case]:
     ]  # fmt: skip
 
 
-LOSS = "held-out loss"
+LOSS, TRAINING = "held-out loss", "training loss"
+# Beside the rows, where there is one.
+ABLATION = "ablation.jsonl"
 # What tells a model from others, in its row of the ladder and in those of its studies.
 MODEL = ("attention", "seed", "tokens", "learning_rate", "data_digest", "val_loss", "parameters")
 
@@ -84,7 +94,10 @@ def measured(
     case: Case, model: Path, facts: dict[str, Any], *, text: str, keep: Path, on_progress: Callable[..., None]
 ) -> dict[str, Any]:
     """The row of one study of one model: the mean of its samples at every point."""
-    result = evaluate(case.study, [f"model={model}"], case.options, text=text, keep=keep, on_progress=on_progress)
+    if case.study == TRAINING:
+        result = training_loss(read_metrics(model.parent / "metrics.jsonl"))
+    else:
+        result = evaluate(case.study, [f"model={model}"], case.options, text=text, keep=keep, on_progress=on_progress)
     points = [[point["panel"], point["x"], point["by"], point["models"]["model"]["mean"]] for point in result["points"]]
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return rounded(
@@ -92,6 +105,21 @@ def measured(
         | {"axes": result["axes"]}
         | provenance("benchmarks.findings", **gpu)
     )
+
+
+def training_loss(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean loss of each stage of the mixture, in the form of a study of one model."""
+    losses = [row["loss"] for row in metrics if "loss" in row]
+    steps = metrics[-1]["step"]
+    context = metrics[-1].get("tokens", 0) // steps
+    points, start = [], 0
+    for stage in STAGES:
+        stop = round(stage.until * steps)
+        mean = math.fsum(losses[start:stop]) / (stop - start)
+        points.append({"panel": TRAINING, "x": stage.piece or context, "by": None, "models": {"model": {"mean": mean}}})
+        start = stop
+    axes = {"x": "tokens of a piece", "y": "nats per token", "by": "", "logarithmic": True}
+    return {"points": points, "axes": axes}
 
 
 def together(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -121,8 +149,82 @@ def together(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return studies
 
 
+def brief(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with fewer points, for tables: one place for many, or what is to be read off them."""
+    return [row | _BRIEF.get(row["study"], lambda row: {})(row) for row in rows]
+
+
+def _over_depths(row: dict[str, Any]) -> dict[str, Any]:
+    """The mean over depths, and behind those of a length the mean over all of its tasks."""
+    places = list(dict.fromkeys(by for _, _, by, _ in row["points"]))
+    points = []
+    for place in places:
+        found: dict[str, list[float]] = {}
+        for panel, _, by, mean in row["points"]:
+            if by == place:
+                found.setdefault(panel, []).append(mean)
+        if place is not None:
+            found["all of these"] = [mean for means in found.values() for mean in means]
+        points += [[panel, place or len(each), None, math.fsum(each) / len(each)] for panel, each in found.items()]
+    return {"points": points, "axes": row["axes"] | {"x": row["axes"]["by"] or "mean over depths", "by": ""}}
+
+
+def _strongest_head(row: dict[str, Any]) -> dict[str, Any]:
+    """The largest share of the answer in any head, of either map and of one; of map_diff nothing: shares of a head
+    whose maps nearly cancel have no bounds."""
+    shares: dict[str, list[float]] = {}
+    for panel, _, _, mean in row["points"]:
+        shares.setdefault(panel, []).append(mean)
+    largest = {panel.removesuffix(": answer"): max(each) for panel, each in shares.items() if panel.endswith("answer")}
+    if len(largest) > 1:
+        del largest["answer"]
+    largest = {"either map": max(largest.values())} | {name: each for name, each in largest.items() if name != "answer"}
+    return {
+        "points": [[f"{name}, largest answer", 1, None, each] for name, each in largest.items()],
+        "axes": row["axes"] | {"x": "heads", "by": ""},
+    }
+
+
+def _above_16_bits(row: dict[str, Any]) -> dict[str, Any]:
+    """What fewer bits change."""
+    at_16 = {panel: mean for panel, bits, _, mean in row["points"] if bits == 16}
+    return {
+        "points": [
+            [f"{panel}, less that of 16 bits" if bits < 16 else panel, bits, by, mean - at_16[panel] * (bits < 16)]
+            for panel, bits, by, mean in row["points"]
+        ]
+    }
+
+
+def _settled(row: dict[str, Any]) -> dict[str, Any]:
+    """Positions up to which a mean has tokens enough to tell models apart."""
+    return {"points": [point for point in row["points"] if point[1] >= 64]}
+
+
+_BRIEF: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "retrieval": _over_depths,
+    "noise": _over_depths,
+    "noise_by_head": _strongest_head,
+    "low_bit": _above_16_bits,
+    "long_context": _settled,
+}
+
+
+def tables(rows: list[dict[str, Any]], trained: list[dict[str, Any]]) -> dict[str, str]:
+    """The tables of docs/findings.md in Markdown, by name: of the studies' rows, and of those of the ablation."""
+    found = {study["name"]: study_rows(study) for study in together(brief(rows))}
+    if trained:
+        found["ablation"] = ablation_rows(ablation(trained))
+    return {name: _markdown(lines) for name, lines in found.items()}
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    header, *rows = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
+
+
 def _asked(case: Case) -> Any:
-    return json.loads(json.dumps(asdict(case.options)))
+    return None if case.options is None else json.loads(json.dumps(asdict(case.options)))
 
 
 def rounded(value: Any) -> Any:
@@ -134,19 +236,18 @@ def rounded(value: Any) -> Any:
     return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the ladder")
     parser.add_argument("--text", default="sotu", help="what the models were trained on")
     parser.add_argument("--out", type=Path, help="file of the rows, to which is added")
     parser.add_argument("--charts", type=Path, help="folder for one PNG a row")
-    parser.add_argument("--only", nargs="+", help="names of cases")
-    parser.add_argument("--table", action="store_true", help="print all rows of --out as tables, and measure nothing")
+    parser.add_argument("--only", nargs="+", help="names of cases to measure, or to draw")
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="print all rows of --out, and of ablation.jsonl beside it, as tables; measure nothing",
+    )
     options = parser.parse_args()
     known = [json.loads(line) for line in _lines(options.out)]
     ladder = [] if options.table else read_rows(options.runs / ROWS)
@@ -174,14 +275,16 @@ def main() -> None:
             )  # fmt: skip
             write(row)
             known.append(row)
-    studies = together(known)
     if options.table:
-        for study in studies:
-            print(f"## {study['name']}\n\n{markdown(study_rows(study))}\n")
+        trained = [] if options.out is None else read_rows(options.out.with_name(ABLATION))
+        for name, table in tables(known, trained).items():
+            print(f"## {name}\n\n{table}\n")
     if options.charts is not None:
         options.charts.mkdir(parents=True, exist_ok=True)
-        for study in studies:
-            write_study_png(study, options.charts / f"{study['name'].replace(', ', '-').replace(' ', '-')}.png")
+        for study in together(known):
+            if options.only is None or study["name"] in options.only:
+                name = study["name"].replace(", ", "-").replace(" ", "-")
+                write_study_png(study, options.charts / f"{name}.png")
 
 
 def _lines(path: Path | None) -> list[str]:

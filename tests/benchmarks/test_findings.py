@@ -1,6 +1,7 @@
 """The findings: every study of a ladder's models, by variant and seed, and nothing twice."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from diffattn.study.evaluation import evaluate
 from diffattn.study.ladder import ROWS, read_rows, run_ladder
 from diffattn.study.options import LongContextOptions, LowBitOptions
 
+ROOT = Path(__file__).parents[2]
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "findings.md"
 CASES = [
     findings.Case("low_bit", "low_bit", LowBitOptions(bits=(16, 4), context=16, samples=2)),
     findings.Case("long_context, short", "long_context", LongContextOptions(length=15, samples=2)),
@@ -32,6 +35,10 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[dict]
     monkeypatch.setattr(sys, "argv", ["findings", *arguments, *more])
     findings.main()
     return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_a_row_a_model_and_study_read_together_over_seeds(folder, monkeypatch, capsys):
@@ -86,6 +93,84 @@ def test_what_was_not_trained_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["findings", "--runs", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"has no rows; wanted those of `make study`"):
         findings.main()
+
+
+def test_the_page_has_the_tables_of_the_rows():
+    page = PAGE.read_text(encoding="utf-8")
+    tables = findings.tables(read(RESULTS / "findings.jsonl"), read_rows(RESULTS / findings.ABLATION))
+    assert list(tables)[-1] == "ablation"
+    for name, table in tables.items():
+        assert table in page, name
+
+
+def test_what_the_pages_cite_is_in_the_tables():
+    tables = findings.tables(read(RESULTS / "findings.jsonl"), read_rows(RESULTS / findings.ABLATION))
+    known = " ".join(tables.values())
+    text = PAGE.read_text(encoding="utf-8") + (ROOT / "README.md").read_text(encoding="utf-8")
+    cited = {number.replace("−", "-") for number in re.findall(r"[+−-]?\d+\.\d{3} ±\d+\.\d{3}", text)}
+    assert len(cited) > 100
+    assert [number for number in cited if number not in known] == []
+
+
+def test_every_model_of_the_study_has_every_case():
+    trained, rows = read_rows(RESULTS / "study.jsonl"), read(RESULTS / "findings.jsonl")
+    assert len(trained) == 12
+    wanted = {
+        (case.name, row["attention"], row["seed"], findings.rounded(row["val_loss"]))
+        for row in trained
+        for case in findings.cases(1024)
+    }
+    measured = [
+        (row["name"], row["model"]["attention"], row["model"]["seed"], row["model"]["val_loss"]) for row in rows
+    ]
+    assert sorted(measured) == sorted(wanted)
+
+
+def row_of(study: str, points: list[list], **axes: str) -> dict:
+    return {"study": study, "points": points, "axes": {"x": "depth", "y": "", "by": "", "logarithmic": False} | axes}
+
+
+def test_brief_rows_average_over_depths():
+    values = {512: (0.0, 1.0, 0.5, 0.7), 1024: (0.2, 0.2, 0.0, 0.0)}
+    places = (("2 needles", 0.0), ("2 needles", 1.0), ("4 needles", 0.0), ("4 needles", 1.0))
+    points = [
+        [panel, depth, length, values[length][index]]
+        for length in values
+        for index, (panel, depth) in enumerate(places)
+    ]
+    (row,) = findings.brief([row_of("retrieval", points, by="tokens")])
+    assert [point[:3] for point in row["points"]] == [
+        [panel, length, None] for length in values for panel in ("2 needles", "4 needles", "all of these")
+    ]
+    assert [point[3] for point in row["points"]] == pytest.approx([0.5, 0.6, 0.55, 0.2, 0.0, 0.1])
+    assert row["axes"]["x"] == "tokens"
+    (row,) = findings.brief([row_of("noise", [["answer", 0.0, None, 0.1], ["answer", 0.5, None, 0.3]])])
+    assert row["points"] == [["answer", 2, None, pytest.approx(0.2)]]
+
+
+def test_brief_rows_have_the_head_that_sees_most_of_the_answer():
+    points = [["map_pos: answer", 0, 0, 0.1], ["map_neg: answer", 0, 0, 0.6], ["map_neg: answer", 1, 0, 0.2],
+              ["map_neg: noise", 0, 0, 0.9], ["answer", 0, 0, -70.0], ["answer", 1, 0, 3.0]]  # fmt: skip
+    (row,) = findings.brief([row_of("noise_by_head", points)])
+    assert [(point[0], point[3]) for point in row["points"]] == [
+        ("either map, largest answer", 0.6),
+        ("map_pos, largest answer", 0.1),
+        ("map_neg, largest answer", 0.6),
+    ]
+    (row,) = findings.brief([row_of("noise_by_head", [["answer", 0, 0, 0.2], ["answer", 1, 0, 0.4]])])
+    assert [(point[0], point[3]) for point in row["points"]] == [("either map, largest answer", 0.4)]
+
+
+def test_brief_rows_have_what_fewer_bits_change():
+    (row,) = findings.brief([row_of("low_bit", [["loss", 16, None, 4.0], ["loss", 4, None, 4.5]])])
+    assert row["points"] == [["loss", 16, None, 4.0], ["loss, less that of 16 bits", 4, None, 0.5]]
+
+
+def test_training_loss_is_by_stage_of_the_mixture():
+    metrics = [{"step": step, "tokens": 100 * step, "loss": float(step <= 30)} for step in range(1, 101)]
+    points = findings.training_loss([*metrics, {"step": 100, "tokens": 10_000, "val_loss": 9.0}])["points"]
+    assert [point["x"] for point in points] == [16, 32, 64, 128, 256, 512, 100]
+    assert [point["models"]["model"]["mean"] for point in points] == [1.0] + [0.0] * 6
 
 
 def test_cases_have_names_of_their_own():

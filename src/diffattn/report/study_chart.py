@@ -74,9 +74,13 @@ def write_study_png(result: Mapping[str, Any], path: str | Path) -> None:
             ax = charts.axes(fig, left, top, PANEL_WIDTH - 90, PANEL_HEIGHT)
             handles |= _draw(ax, points, names)
             ax.set_title(panel, fontsize=11)
-            ax.set_xlabel(result["axes"]["x"])
             ax.set_ylabel(result["axes"]["y"])
-            if result["axes"]["logarithmic"] and len(points) > 1:
+            if len(points) == 1:
+                ax.set_xticks(range(len(names)), names, rotation=0 if sum(map(len, names)) < 40 else 60)
+                ax.set_xlim(-0.5, len(names) - 0.5)
+                continue
+            ax.set_xlabel(result["axes"]["x"])
+            if result["axes"]["logarithmic"]:
                 ax.set_xscale("log")
                 ax.set_xticks([point["x"] for point in points], [f"{point['x']:g}" for point in points])
                 ax.minorticks_off()
@@ -120,13 +124,15 @@ def _write_maps(
 
 
 def _draw(ax: Any, points: list[Mapping[str, Any]], names: list[str]) -> dict[str, Any]:
-    """A line per model with its interval as a band; a lone point with its interval as a bar."""
+    """A line per model with its interval as a band; in a panel of one place, models side by side, intervals as bars."""
     drawn = {}
-    for name in names:
+    for column, name in enumerate(names):
         mine = [(point["x"], point["models"][name]) for point in points if name in point["models"]]
         if not mine:
             continue
         colour, line = charts.look(name, names)
+        if len(points) == 1:
+            mine = [(column, mine[0][1])]
         x, mean = [place for place, _ in mine], [entry["mean"] for _, entry in mine]
         (drawn[name],) = ax.plot(x, mean, color=colour, linestyle=line, marker="o", markersize=4, label=name)
         bounded = [(place, entry) for place, entry in mine if entry["low"] is not None]
