@@ -13,6 +13,10 @@ from diffattn.cli.main import main
 from diffattn.errors import ConfigError, DataError
 from diffattn.plan.cost import count_parameters
 from diffattn.study.ladder import Ladder, LadderProgress, learning_rate_for, read_rows, run_ladder
+from diffattn.study.statistics import paired_difference
+
+ROOT = Path(__file__).parents[2]
+MEASURED = ROOT / "benchmarks" / "results" / "ladder.jsonl"
 
 
 def small(folder: Path, **changes: object) -> Ladder:
@@ -150,7 +154,7 @@ def test_a_damaged_row_is_named_and_nothing_is_trained(text: Path, capsys: pytes
 
 
 def test_the_committed_rows_are_of_the_default_ladder() -> None:
-    rows = read_rows(Path(__file__).parents[2] / "benchmarks/results/ladder.jsonl")
+    rows = read_rows(MEASURED)
     sizes = {shape.hidden_size: count_parameters(shape, "softmax").non_embedding for shape in Ladder().shapes()}
     assert rows
     for row in rows:
@@ -158,3 +162,26 @@ def test_the_committed_rows_are_of_the_default_ladder() -> None:
         assert row["non_embedding_parameters"] == pytest.approx(sizes[row["hidden_size"]], rel=0.01)
         assert row["learning_rate"] == learning_rate_for(sizes[row["hidden_size"]])
         assert row["tokens"] >= 8e6
+
+
+def test_the_page_has_the_table_of_the_committed_rows() -> None:
+    kinds = ("softmax", "diff_v1", "diff_v2")
+    found: dict[int, dict[str, list[float]]] = {}
+    for row in sorted(read_rows(MEASURED), key=lambda row: (row["hidden_size"], row["seed"])):
+        found.setdefault(row["hidden_size"], {}).setdefault(row["attention"], []).append(row["val_loss"])
+    sizes = {
+        row["hidden_size"]: row["non_embedding_parameters"]
+        for row in read_rows(MEASURED)
+        if row["attention"] == "softmax"
+    }
+    found[0] = {
+        kind: [sum(found[width][kind][seed] for width in sizes) / len(sizes) for seed in range(3)] for kind in kinds
+    }
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    for width, losses in found.items():
+        cells = [f"{sizes[width] / 1e6:.2f} M" if width else "mean of the five, by seed"]
+        cells += [f"{sum(losses[kind]) / 3:.3f}" for kind in kinds]
+        for kind in kinds[1:]:
+            gap = paired_difference(losses[kind], losses["softmax"])
+            cells.append(f"{gap['mean']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})".replace("-", "−"))
+        assert f"| {' | '.join(cells)} |" in page

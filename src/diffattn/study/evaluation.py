@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +80,8 @@ def evaluate(
         options: an instance of the study's options; default: its defaults.
         text: a file, a folder or the id of a data set; the held-out documents of it are read (``data/text.py``).
         dtype, device: as in :func:`diffattn.model.loading.load`.
-        keep: a folder in which each run's points are kept as they are measured; what is there is not measured again.
+        keep: a folder in which each run's points are kept as they are measured; what is there is not measured again,
+            unless the run's files, the text, the options or diffattn's version changed.
         command: what is said to have made the result.
         on_progress: called with a run's name, steps done and steps in all.
 
@@ -101,7 +103,8 @@ def evaluate(
     documents = split_by_document(corpus).validation
     if keep is not None:
         writable_folder(keep)
-    asked = json.dumps([study, asdict(options), corpus.digest, dtype])
+    # Another release may ask otherwise.
+    asked = json.dumps([version("diffattn"), study, asdict(options), corpus.digest, dtype])
     found: dict[str, Runs] = {}
     facts: dict[str, Any] = {}
     for entry in named:
