@@ -155,7 +155,7 @@ def brief(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _over_depths(row: dict[str, Any]) -> dict[str, Any]:
-    """The mean over depths, and behind those of a length the mean over all of its tasks."""
+    """The mean over depths; where there are lengths, of the tasks at the longest, and behind them the mean of all."""
     places = list(dict.fromkeys(by for _, _, by, _ in row["points"]))
     points = []
     for place in places:
@@ -164,33 +164,34 @@ def _over_depths(row: dict[str, Any]) -> dict[str, Any]:
             if by == place:
                 found.setdefault(panel, []).append(mean)
         if place is not None:
-            found["all of these"] = [mean for means in found.values() for mean in means]
-        points += [[panel, place or len(each), None, math.fsum(each) / len(each)] for panel, each in found.items()]
-    return {"points": points, "axes": row["axes"] | {"x": row["axes"]["by"] or "mean over depths", "by": ""}}
+            together = {"all of these": [mean for means in found.values() for mean in means]}
+            found = found | together if place == places[-1] else together
+        points += [[panel, place or 0, None, math.fsum(each) / len(each)] for panel, each in found.items()]
+    return {"points": points, "axes": row["axes"] | {"x": row["axes"]["by"], "by": ""}}
 
 
-def _strongest_head(row: dict[str, Any]) -> dict[str, Any]:
-    """The largest share of the answer in any head, of either map and of one; of map_diff nothing: shares of a head
-    whose maps nearly cancel have no bounds."""
+def _answering_heads(row: dict[str, Any]) -> dict[str, Any]:
+    """The largest share of the answer in any head, and how many heads have a tenth; not of map_diff, whose shares have
+    no bounds where a head's maps nearly cancel."""
     shares: dict[str, list[float]] = {}
     for panel, _, _, mean in row["points"]:
-        shares.setdefault(panel, []).append(mean)
-    largest = {panel.removesuffix(": answer"): max(each) for panel, each in shares.items() if panel.endswith("answer")}
-    if len(largest) > 1:
-        del largest["answer"]
-    largest = {"either map": max(largest.values())} | {name: each for name, each in largest.items() if name != "answer"}
-    return {
-        "points": [[f"{name}, largest answer", 1, None, each] for name, each in largest.items()],
-        "axes": row["axes"] | {"x": "heads", "by": ""},
-    }
+        if panel.endswith("answer"):
+            shares.setdefault(panel.removesuffix("answer").removesuffix(": "), []).append(mean)
+    # What a model with one map uses is that map.
+    maps = {name or "map_pos": each for name, each in shares.items() if name or len(shares) == 1}
+    points = [[f"largest share, {name}", 0, None, max(each)] for name, each in maps.items()]
+    points += [[f"heads above 0.1, {name}", 0, None, sum(one > 0.1 for one in each)] for name, each in maps.items()]
+    return {"points": points, "axes": row["axes"] | {"by": ""}}
 
 
 def _above_16_bits(row: dict[str, Any]) -> dict[str, Any]:
-    """What fewer bits change."""
+    """What fewer bits change, in thousandths."""
     at_16 = {panel: mean for panel, bits, _, mean in row["points"] if bits == 16}
     return {
         "points": [
-            [f"{panel}, less that of 16 bits" if bits < 16 else panel, bits, by, mean - at_16[panel] * (bits < 16)]
+            [f"change of {panel.removesuffix(', nats per token')}, in 0.001", bits, by, 1000 * (mean - at_16[panel])]
+            if bits < 16
+            else [panel, bits, by, mean]
             for panel, bits, by, mean in row["points"]
         ]
     }
@@ -204,7 +205,7 @@ def _settled(row: dict[str, Any]) -> dict[str, Any]:
 _BRIEF: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "retrieval": _over_depths,
     "noise": _over_depths,
-    "noise_by_head": _strongest_head,
+    "noise_by_head": _answering_heads,
     "low_bit": _above_16_bits,
     "long_context": _settled,
 }
@@ -219,6 +220,9 @@ def tables(rows: list[dict[str, Any]], trained: list[dict[str, Any]]) -> dict[st
 
 
 def _markdown(lines: list[list[str]]) -> str:
+    """A table, without the place of points where it is one for all."""
+    if len({line[1] for line in lines[1:]}) == 1:
+        lines = [[line[0], *line[2:]] for line in lines]
     header, *rows = lines
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
 

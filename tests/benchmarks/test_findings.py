@@ -131,39 +131,45 @@ def row_of(study: str, points: list[list], **axes: str) -> dict:
 
 
 def test_brief_rows_average_over_depths():
+    tasks = ("2 needles", "2 needles", "4 needles", "4 needles")
     values = {512: (0.0, 1.0, 0.5, 0.7), 1024: (0.2, 0.2, 0.0, 0.0)}
-    places = (("2 needles", 0.0), ("2 needles", 1.0), ("4 needles", 0.0), ("4 needles", 1.0))
     points = [
-        [panel, depth, length, values[length][index]]
-        for length in values
-        for index, (panel, depth) in enumerate(places)
+        [task, index % 2, length, value]
+        for length, row in values.items()
+        for index, (task, value) in enumerate(zip(tasks, row, strict=True))
     ]
     (row,) = findings.brief([row_of("retrieval", points, by="tokens")])
     assert [point[:3] for point in row["points"]] == [
-        [panel, length, None] for length in values for panel in ("2 needles", "4 needles", "all of these")
+        ["all of these", 512, None],
+        *([panel, 1024, None] for panel in ("2 needles", "4 needles", "all of these")),
     ]
-    assert [point[3] for point in row["points"]] == pytest.approx([0.5, 0.6, 0.55, 0.2, 0.0, 0.1])
+    assert [point[3] for point in row["points"]] == pytest.approx([0.55, 0.2, 0.0, 0.1])
     assert row["axes"]["x"] == "tokens"
     (row,) = findings.brief([row_of("noise", [["answer", 0.0, None, 0.1], ["answer", 0.5, None, 0.3]])])
-    assert row["points"] == [["answer", 2, None, pytest.approx(0.2)]]
+    assert row["points"] == [["answer", 0, None, pytest.approx(0.2)]]
 
 
-def test_brief_rows_have_the_head_that_sees_most_of_the_answer():
+def test_brief_rows_have_the_heads_that_see_the_answer():
     points = [["map_pos: answer", 0, 0, 0.1], ["map_neg: answer", 0, 0, 0.6], ["map_neg: answer", 1, 0, 0.2],
               ["map_neg: noise", 0, 0, 0.9], ["answer", 0, 0, -70.0], ["answer", 1, 0, 3.0]]  # fmt: skip
     (row,) = findings.brief([row_of("noise_by_head", points)])
-    assert [(point[0], point[3]) for point in row["points"]] == [
-        ("either map, largest answer", 0.6),
-        ("map_pos, largest answer", 0.1),
-        ("map_neg, largest answer", 0.6),
-    ]
+    assert {point[0]: point[3] for point in row["points"]} == {
+        "largest share, map_pos": 0.1,
+        "largest share, map_neg": 0.6,
+        "heads above 0.1, map_pos": 0,
+        "heads above 0.1, map_neg": 2,
+    }
     (row,) = findings.brief([row_of("noise_by_head", [["answer", 0, 0, 0.2], ["answer", 1, 0, 0.4]])])
-    assert [(point[0], point[3]) for point in row["points"]] == [("either map, largest answer", 0.4)]
+    assert {point[0]: point[3] for point in row["points"]} == {
+        "largest share, map_pos": 0.4,
+        "heads above 0.1, map_pos": 2,
+    }
 
 
 def test_brief_rows_have_what_fewer_bits_change():
-    (row,) = findings.brief([row_of("low_bit", [["loss", 16, None, 4.0], ["loss", 4, None, 4.5]])])
-    assert row["points"] == [["loss", 16, None, 4.0], ["loss, less that of 16 bits", 4, None, 0.5]]
+    points = [["loss, nats per token", 16, None, 4.0], ["loss, nats per token", 4, None, 4.5]]
+    (row,) = findings.brief([row_of("low_bit", points)])
+    assert row["points"] == [points[0], ["change of loss, in 0.001", 4, None, 500.0]]
 
 
 def test_training_loss_is_by_stage_of_the_mixture():

@@ -26,10 +26,14 @@ def study_rows(result: Mapping[str, Any]) -> list[list[str]]:
     rows = [header]
     for point in result["points"]:
         models = point["models"]
-        at = [*([f"{point['by']:g}"] if second else []), f"{point['x']:g}"]
+        at = [*([_place(point["by"])] if second else []), _place(point["x"])]
         row = [point["panel"], *at, *(_mean(models.get(name)) for name in names)]
         rows.append([*row, *(_difference(models.get(name)) for name in others)])
     return rows
+
+
+def _place(value: float) -> str:
+    return f"{value:g}" if abs(value) < 1e6 else f"{value:,.0f}"
 
 
 def _mean(entry: Mapping[str, Any] | None) -> str:
@@ -52,6 +56,8 @@ def _half(entry: Mapping[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
+    if abs(value) >= 1000:
+        return f"{float(f'{value:.3g}'):,.0f}"
     return f"{value:.3g}" if abs(value) >= 100 else f"{value:.3f}"
 
 

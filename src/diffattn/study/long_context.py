@@ -1,6 +1,6 @@
 """Long context: the average loss up to each position of a long text, read in chunks with a cache.
 
-Source: arXiv 2410.05258v2, section 3.3 and Figure 5 (cumulative average negative log-likelihood up to 64K tokens).
+Source: arXiv 2410.05258v2, section 3.3 and Figure 4 (cumulative average negative log-likelihood up to 64K tokens).
 """
 
 from __future__ import annotations

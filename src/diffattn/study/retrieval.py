@@ -1,6 +1,6 @@
 """Multi-needle retrieval: how often a model copies the magic numbers that were hidden in a long text.
 
-Source: arXiv 2410.05258v2, section 3.4, Table 2 and Figure 7 (N needles, R of them asked for, 5 depths × 50 samples,
+Source: arXiv 2410.05258v2, section 3.4, Table 2 and Figure 5 (N needles, R of them asked for, 5 depths × 50 samples,
 exact match).
 """
 
