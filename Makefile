@@ -87,6 +87,7 @@ ablation: $(READY)
 	test -f runs/ablation/rows.jsonl || test ! -f benchmarks/results/ablation.jsonl || cp benchmarks/results/ablation.jsonl runs/ablation/rows.jsonl
 	for process in $$(seq $(PROCESSES)); do OMP_NUM_THREADS=1 $(BIN)/diffattn eval ablation --text $(TEXT) --out runs/ablation --dtype bfloat16 & done; wait
 	cp runs/ablation/rows.jsonl benchmarks/results/ablation.jsonl
+	$(BIN)/diffattn eval ablation --text $(TEXT) --out runs/ablation --dtype bfloat16 --png docs/findings/ablation.png
 
 # Apart from .venv: the lowest releases that pyproject.toml allows.
 test-lowest:
