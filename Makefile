@@ -60,7 +60,7 @@ benchmarks: $(READY)
 # Of one thread each, for the targets that train for hours; on a GPU as many as it holds, up to one a core.
 PROCESSES := 2
 
-# The rows of docs/scaling.md: hours, in two processes of one thread. TEXT is the English part of ELTeC as one file.
+# The rows of docs/scaling.md: hours. TEXT is the English part of ELTeC as one file.
 # Runs that have a row in benchmarks/results are skipped; call it again to go on.
 ladder: $(READY)
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make ladder TEXT=eltec_eng.txt.xz" >&2; exit 2; }

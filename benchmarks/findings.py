@@ -91,30 +91,28 @@ def folder_of(runs: Path, row: dict[str, Any]) -> Path | None:
 
 
 def measured(
-    case: Case, model: Path, facts: dict[str, Any], *, text: str, keep: Path, on_progress: Callable[..., None]
+    case: Case, model: Path, trained: dict[str, Any], *, text: str, keep: Path, on_progress: Callable[..., None]
 ) -> dict[str, Any]:
-    """The row of one study of one model: the mean of its samples at every point."""
+    """The row of one study of one model, of its row in the ladder: the mean of its samples at every point."""
     if case.study == TRAINING:
-        result = training_loss(read_metrics(model.parent / "metrics.jsonl"))
+        result = training_loss(read_metrics(model.parent / "metrics.jsonl"), trained["context"])
     else:
         result = evaluate(case.study, [f"model={model}"], case.options, text=text, keep=keep, on_progress=on_progress)
     points = [[point["panel"], point["x"], point["by"], point["models"]["model"]["mean"]] for point in result["points"]]
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return rounded(
-        {"name": case.name, "model": facts, "study": case.study, "asked": _asked(case), "points": points}
+        {"name": case.name, "model": _facts(trained), "study": case.study, "asked": _asked(case), "points": points}
         | {"axes": result["axes"]}
         | provenance("benchmarks.findings", **gpu)
     )
 
 
-def training_loss(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+def training_loss(metrics: list[dict[str, Any]], context: int) -> dict[str, Any]:
     """The mean loss of each stage of the mixture, in the form of a study of one model."""
     losses = [row["loss"] for row in metrics if "loss" in row]
-    steps = metrics[-1]["step"]
-    context = metrics[-1].get("tokens", 0) // steps
     points, start = [], 0
     for stage in STAGES:
-        stop = round(stage.until * steps)
+        stop = round(stage.until * len(losses))
         mean = math.fsum(losses[start:stop]) / (stop - start)
         points.append({"panel": TRAINING, "x": stage.piece or context, "by": None, "models": {"model": {"mean": mean}}})
         start = stop
@@ -164,8 +162,8 @@ def _over_depths(row: dict[str, Any]) -> dict[str, Any]:
             if by == place:
                 found.setdefault(panel, []).append(mean)
         if place is not None:
-            together = {"all of these": [mean for means in found.values() for mean in means]}
-            found = found | together if place == places[-1] else together
+            every = {"all of these": [mean for means in found.values() for mean in means]}
+            found = found | every if place == places[-1] else every
         points += [[panel, place or 0, None, math.fsum(each) / len(each)] for panel, each in found.items()]
     return {"points": points, "axes": row["axes"] | {"x": row["axes"]["by"], "by": ""}}
 
@@ -211,11 +209,11 @@ _BRIEF: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def tables(rows: list[dict[str, Any]], trained: list[dict[str, Any]]) -> dict[str, str]:
+def tables(rows: list[dict[str, Any]], ablated: list[dict[str, Any]]) -> dict[str, str]:
     """The tables of docs/findings.md in Markdown, by name: of the studies' rows, and of those of the ablation."""
     found = {study["name"]: study_rows(study) for study in together(brief(rows))}
-    if trained:
-        found["ablation"] = ablation_rows(ablation(trained))
+    if ablated:
+        found["ablation"] = ablation_rows(ablation(ablated))
     return {name: _markdown(lines) for name, lines in found.items()}
 
 
@@ -225,6 +223,10 @@ def _markdown(lines: list[list[str]]) -> str:
         lines = [[line[0], *line[2:]] for line in lines]
     header, *rows = lines
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
+
+
+def _facts(trained: dict[str, Any]) -> dict[str, Any]:
+    return rounded({key: trained[key] for key in MODEL})
 
 
 def _asked(case: Case) -> Any:
@@ -259,9 +261,8 @@ def main() -> None:
         raise SystemExit(f"findings: {options.runs / ROWS} has no rows; wanted those of `make study`: train first")
     write = Writer(options.out, keep=True)
     for trained in ladder:
-        facts = rounded({key: trained[key] for key in MODEL})
         for case in cases(int(trained["context"])):
-            wanted = {"name": case.name, "model": facts, "asked": _asked(case)}
+            wanted = {"name": case.name, "model": _facts(trained), "asked": _asked(case)}
             if options.only is not None and case.name not in options.only:
                 continue
             if any(all(row[key] == value for key, value in wanted.items()) for row in known):
@@ -272,7 +273,7 @@ def main() -> None:
                 print(f"{case.name}: the model of {who} is not in {options.runs}; not measured", file=sys.stderr)
                 continue
             row = measured(
-                case, model, facts, text=options.text, keep=options.runs / "studies",
+                case, model, trained, text=options.text, keep=options.runs / "studies",
                 on_progress=lambda _, done, all_, case=case, who=who: print(
                     f"{case.name}: {who}, {done} of {all_}", end="\r", file=sys.stderr
                 ),
@@ -280,8 +281,8 @@ def main() -> None:
             write(row)
             known.append(row)
     if options.table:
-        trained = [] if options.out is None else read_rows(options.out.with_name(ABLATION))
-        for name, table in tables(known, trained).items():
+        ablated = [] if options.out is None else read_rows(options.out.with_name(ABLATION))
+        for name, table in tables(known, ablated).items():
             print(f"## {name}\n\n{table}\n")
     if options.charts is not None:
         options.charts.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ opened. Source: the format's description at https://github.com/huggingface/safet
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -71,6 +72,15 @@ def copy_companions(files: Iterable[Path], folder: Path) -> None:
         place = folder / _TEMPLATES if path.parent.name == _TEMPLATES else folder
         place.mkdir(exist_ok=True)
         shutil.copyfile(path, place / path.name)
+
+
+def weights_digest(folder: str | Path) -> str:
+    """SHA-256 of the weights, file by file; errors as of :func:`weight_files`."""
+    whole = hashlib.sha256()
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
 
 
 def weight_files(folder: str | Path) -> list[Path]:

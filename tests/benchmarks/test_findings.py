@@ -34,7 +34,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[dict]
     arguments = ["--runs", str(folder / "runs"), "--text", str(folder / "text"), "--out", str(folder / "rows.jsonl")]
     monkeypatch.setattr(sys, "argv", ["findings", *arguments, *more])
     findings.main()
-    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return read(folder / "rows.jsonl")
 
 
 def read(path: Path) -> list[dict]:
@@ -95,16 +95,19 @@ def test_what_was_not_trained_is_said(tmp_path, monkeypatch):
         findings.main()
 
 
-def test_the_page_has_the_tables_of_the_rows():
+@pytest.fixture(scope="module")
+def tables() -> dict[str, str]:
+    return findings.tables(read(RESULTS / "findings.jsonl"), read_rows(RESULTS / findings.ABLATION))
+
+
+def test_the_page_has_the_tables_of_the_rows(tables):
     page = PAGE.read_text(encoding="utf-8")
-    tables = findings.tables(read(RESULTS / "findings.jsonl"), read_rows(RESULTS / findings.ABLATION))
     assert list(tables)[-1] == "ablation"
     for name, table in tables.items():
         assert table in page, name
 
 
-def test_what_the_pages_cite_is_in_the_tables():
-    tables = findings.tables(read(RESULTS / "findings.jsonl"), read_rows(RESULTS / findings.ABLATION))
+def test_what_the_pages_cite_is_in_the_tables(tables):
     known = " ".join(tables.values())
     text = PAGE.read_text(encoding="utf-8") + (ROOT / "README.md").read_text(encoding="utf-8")
     cited = {number.replace("−", "-") for number in re.findall(r"[+−-]?\d+\.\d{3} ±\d+\.\d{3}", text)}
@@ -174,7 +177,7 @@ def test_brief_rows_have_what_fewer_bits_change():
 
 def test_training_loss_is_by_stage_of_the_mixture():
     metrics = [{"step": step, "tokens": 100 * step, "loss": float(step <= 30)} for step in range(1, 101)]
-    points = findings.training_loss([*metrics, {"step": 100, "tokens": 10_000, "val_loss": 9.0}])["points"]
+    points = findings.training_loss([*metrics, {"step": 100, "tokens": 10_000, "val_loss": 9.0}], 100)["points"]
     assert [point["x"] for point in points] == [16, 32, 64, 128, 256, 512, 100]
     assert [point["models"]["model"]["mean"] for point in points] == [1.0] + [0.0] * 6
 

@@ -88,7 +88,7 @@ def write_study_png(result: Mapping[str, Any], path: str | Path) -> None:
             ax.set_xlabel(result["axes"]["x"])
             if result["axes"]["logarithmic"]:
                 ax.set_xscale("log")
-                ax.set_xticks([point["x"] for point in points], [f"{point['x']:g}" for point in points])
+                ax.set_xticks([point["x"] for point in points], [_place(point["x"]) for point in points])
                 ax.minorticks_off()
                 if len(points) > 8:
                     ax.tick_params(axis="x", rotation=60)
@@ -121,8 +121,8 @@ def _write_maps(
                         colour = charts.INK if value > middle else "white"
                         ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=10, color=colour)
                 ax.set_title(f"{name}: {panel}" if len(names) > 1 else panel, fontsize=10)
-                ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
-                ax.set_yticks(range(len(bys)), [f"{by:g}" for by in bys] if column == 0 else [""] * len(bys))
+                ax.set_xticks(range(len(xs)), list(map(_place, xs)))
+                ax.set_yticks(range(len(bys)), list(map(_place, bys)) if column == 0 else [""] * len(bys))
                 ax.set_xlabel(result["axes"]["x"])
                 if column == 0:
                     ax.set_ylabel(result["axes"]["by"])

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffattn.checkpoint_files import folder_name
+from diffattn.checkpoint_files import folder_name, weights_digest
 from diffattn.data.text import read_corpus, split_by_document
 from diffattn.errors import ConfigError
 from diffattn.files import writable_folder, write_json
@@ -155,14 +155,10 @@ def compared(found: dict[str, Runs]) -> list[dict[str, Any]]:
 
 def _identity(folder: Path, asked: str) -> str:
     """A name for what is asked of the run in a folder, which changes when its files do."""
-    digest = hashlib.sha256(asked.encode())
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".json":
-            digest.update(file.name.encode() + file.read_bytes())
-        elif file.suffix == ".safetensors":
-            # Not its size and time alone: models of several seeds, unpacked from one archive, may share both.
-            with file.open("rb") as weights:
-                digest.update(file.name.encode() + hashlib.file_digest(weights, "sha256").digest())
+    # Not the size and time of the weights: models of several seeds, unpacked from one archive, may share both.
+    digest = hashlib.sha256((asked + weights_digest(folder)).encode())
+    for file in sorted(folder.glob("*.json")):
+        digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:24]
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from diffattn.checkpoint_files import read_config, read_tensors, weight_files
+from diffattn.checkpoint_files import read_config, read_tensors, weights_digest
 from diffattn.data.packing import prepare_data
 from diffattn.data.tokenizer import vocabulary_rows
 from diffattn.errors import ConfigError
@@ -69,7 +68,7 @@ def continue_training(
     with new_folder(Path(out)) as folder:
         data = prepare_data(text, tokenizer=tokenizer, context=context)
         model = load_model(source, "float32")
-    origin = {"folder": str(source.resolve()), "digest": _digest(source)}
+    origin = {"folder": str(source.resolve()), "digest": weights_digest(source)}
     return train(model, data, recipe, folder, source=origin, resume=resume, on_progress=on_progress)
 
 
@@ -105,12 +104,3 @@ def _load_tokenizer(source: Path, rows: int) -> PreTrainedTokenizerFast:
             "a row for each: take the tokenizer that belongs to the model"
         )
     return tokenizer
-
-
-def _digest(source: Path) -> str:
-    """SHA-256 of the weights, file by file."""
-    whole = hashlib.sha256()
-    for path in weight_files(source):
-        with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
