@@ -148,8 +148,9 @@ def to_diffllama(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tu
             output = f"{prefix}o_proj.weight"
             weights[output] = _with_gain(output, weights[output], weights.pop(f"{prefix}subln.weight"))
     rope = dict(ours.rope_parameters or {})
+    assert ours.num_key_value_heads is not None
     fields = {name: getattr(ours, name) for name in SHARED} | {
-        "num_key_value_heads": 2 * ours.num_key_value_heads,  # type: ignore[operator]
+        "num_key_value_heads": 2 * ours.num_key_value_heads,
         "head_dim": width,
         "attention_bias": ours.attention_bias,
         "lambda_std_dev": ours.lambda_std,

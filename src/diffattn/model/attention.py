@@ -95,8 +95,10 @@ class SoftmaxAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.width = config.rope_width
-        self.head_dim: int = config.head_dim  # type: ignore[assignment]
-        groups: int = config.num_key_value_heads  # type: ignore[assignment]
+        # The configuration leaves neither open.
+        assert config.head_dim is not None
+        assert config.num_key_value_heads is not None
+        self.head_dim, groups = config.head_dim, config.num_key_value_heads
         # Read by the attention functions of transformers and by its engines.
         self.num_key_value_groups = config.num_attention_heads // groups
         self.scaling = self.width**-0.5

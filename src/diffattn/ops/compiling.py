@@ -128,6 +128,7 @@ def build(recipe: Recipe, *, force: bool, keep: bool = False) -> Built:
                 # Under the lock, so whoever made it was killed.
                 shutil.rmtree(left, ignore_errors=True)
             return _build_in(kernels, recipe, log)
+    # The second is filelock's, on a file system without locks.
     except (OSError, NotImplementedError) as error:
         raise _not_compiled(str(error), "name a folder that can be written with DIFFATTN_CACHE") from error
 

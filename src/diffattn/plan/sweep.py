@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from diffattn.errors import ConfigError
@@ -200,13 +201,14 @@ def fits(
             for peak in (prefill_memory, decoding_memory)
         )
 
-    phases: dict[str, Callable[[ModelShape, str, int, int], int]] = {"training": training, "inference": inference}
+    phases: dict[str, Callable[..., int]] = {"training": training, "inference": inference}
     if dtypes.weights.startswith("int"):
         del phases["training"]
     rows: list[dict[str, Any]] = []
     for phase, need in phases.items():
         for attention in (variant, "softmax"):
-            found = _largest_shape(attention, lambda shape, a=attention, n=need: n(shape, a, batch, context), limit)  # type: ignore[misc]
+            bytes_of = partial(need, attention=attention, batch=batch, context=context)
+            found = _largest_shape(attention, bytes_of, limit)
             row: dict[str, Any] = {"phase": phase, "what": "parameters", "attention": attention}
             if found is None:
                 rows.append(row | {"model": None, "value": None, "bytes": None})

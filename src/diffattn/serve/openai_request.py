@@ -245,8 +245,9 @@ def _message(message: Any, at: int) -> dict[str, Any]:
         function = call.get("function") if isinstance(call, dict) else None
         arguments = function.get("arguments") if isinstance(function, dict) else None
         try:
-            sound = isinstance(arguments, dict) or isinstance(json.loads(arguments), dict)  # type: ignore[arg-type]
-        except (TypeError, ValueError, RecursionError):
+            read = json.loads(arguments) if isinstance(arguments, str) else arguments
+            sound = isinstance(read, dict)
+        except (ValueError, RecursionError):
             sound = False
         if not sound:
             raise _wrong(f"{where}.tool_calls", call, "calls of a function with arguments that are a JSON object")
