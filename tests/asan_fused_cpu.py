@@ -22,7 +22,7 @@ from fused_cases import CASES, DTYPES
 from torch import Tensor
 
 from diffattn.ops import compiling
-from diffattn.ops.fused_cpu import decodes, first_visible_query, fused_cpu_decoding, fused_cpu_diff_attention
+from diffattn.ops.fused_cpu import decodes, fused_cpu_decoding, fused_cpu_diff_attention, seeing_queries
 
 SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-omit-frame-pointer"
 WIDTHS = [(1, 1), (2, 5), (3, 16), (17, 31), (31, 17), (64, 128), (127, 2), (255, 256), (256, 251)]
@@ -75,8 +75,11 @@ def run(x: Inputs, strided: bool) -> None:
     output = fused_cpu_diff_attention(*leaves, **x.options)
     gradients = torch.autograd.grad(output, leaves, guarded(torch.ones_like(output)))
     assert all(result.isfinite().all() for result in (output, *gradients))
-    first = first_visible_query(x.q1.shape[1], x.k1.shape[1], False, torch.zeros(x.k1.shape[:2], dtype=torch.bool))
-    fused_cpu_diff_attention(*leaves, first_query=guarded(first)).sum().backward()
+    T = x.q1.shape[1]
+    queries = seeing_queries(T, x.k1.shape[1], False, torch.zeros(x.k1.shape[:2], dtype=torch.bool))
+    for end in (T, T // 2):
+        queries[1] = end
+        fused_cpu_diff_attention(*leaves, queries=guarded(queries)).sum().backward()
 
 
 @torch.no_grad()

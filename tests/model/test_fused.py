@@ -212,8 +212,10 @@ def test_compact_mask_hides_what_the_library_hides(lengths):
         given["q_offset"] = torch.tensor(offset) if as_tensor else offset
         compact = diff_fused_mask(batch, queries, keys, allow_is_causal_skip=False, **given)
         assert compact.dtype == torch.int32
-        assert compact.shape == (batch, 1, 1, keys)
-        assert torch.equal(compact <= torch.arange(queries)[:, None], expected)
+        assert compact.shape == (2, batch, 1, 1, keys)
+        first, end = compact
+        t = torch.arange(queries)[:, None]
+        assert torch.equal((first <= t) & (t < end), expected)
         plain = keys == offset + queries and attention_mask is not hidden and not as_tensor
         assert (diff_fused_mask(batch, queries, keys, **given) is None) == plain
 

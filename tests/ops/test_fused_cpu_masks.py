@@ -1,4 +1,4 @@
-"""Masks of the compiled kernel: padding anywhere, rows without keys, and `first_query`, the mask of static caches."""
+"""Masks of the compiled kernel: padding anywhere, rows without keys, and `queries`: static caches and packed rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from comparison import NAMES, Inputs, compare, forward_and_gradients, make_input
 from fused_cases import CASES, both_dtypes, holes, padded, require_kernel
 from torch import Tensor
 
-from diffattn.ops.fused_cpu import first_visible_query, fused_cpu_diff_attention
-from diffattn.ops.reference import as_lam, visible_keys
+from diffattn.ops.fused_cpu import fused_cpu_diff_attention, seeing_queries
+from diffattn.ops.reference import as_lam, diff_attention_reference, visible_keys
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +38,20 @@ def attention_of(visible: Tensor) -> Callable[..., Tensor]:
     return attention
 
 
-def check_first_query(first_query: Tensor, inputs: Inputs) -> None:
-    """The kernel under `first_query` against the definition under the boolean mask that it stands for."""
-    T = inputs.q1.shape[1]
-    visible = first_query[:, None, :] <= torch.arange(T)[None, :, None]
+def visible_of(queries: Tensor, T: int) -> Tensor:
+    """The boolean mask (B, T, S) that ranges of queries (2, B, S) stand for."""
+    first, end = queries[:, :, None, :]
+    t = torch.arange(T)[None, :, None]
+    return (first <= t) & (t < end)
+
+
+def check_queries(queries: Tensor, inputs: Inputs) -> None:
+    """The kernel under `queries` against the definition under the boolean mask that they stand for."""
+    visible = visible_of(queries, inputs.q1.shape[1])
     definition = attention_of(visible)
 
     def kernel(*args: Tensor, **options: object) -> Tensor:
-        return fused_cpu_diff_attention(*args, first_query=first_query)
+        return fused_cpu_diff_attention(*args, queries=queries)
 
     actual = forward_and_gradients(kernel, inputs)
     expected = forward_and_gradients(definition, inputs.to(torch.float64))
@@ -100,11 +106,13 @@ def test_what_padding_holds_does_not_matter(queries: int, dtype: torch.dtype) ->
         assert got.equal(want)
 
 
+def ranges(first: Tensor, end: Tensor | int) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(first, torch.as_tensor(end))).to(torch.int32)
+
+
 def static_cache(T: int, S: int, past: list[int]) -> Tensor:
     """Each sequence has `past` keys, then those of its T queries; the rest of the cache's S places is not filled."""
-    position = torch.arange(S, dtype=torch.int32)[None, :]
-    first = position - torch.tensor(past, dtype=torch.int32)[:, None]
-    return torch.where(first >= T, torch.tensor(2**31 - 1, dtype=torch.int32), first)
+    return ranges(torch.arange(S)[None, :] - torch.tensor(past)[:, None], T)
 
 
 @both_dtypes
@@ -115,60 +123,136 @@ def static_cache(T: int, S: int, past: list[int]) -> Tensor:
 )
 def test_static_cache(queries: int, keys: int, past: list[int], one_key: bool, dtype: torch.dtype) -> None:
     x = make_inputs(T=queries, S=keys, H=4, G=2, one_key=one_key, dtype=dtype)
-    first = static_cache(queries, keys, past)
-    check_first_query(first, x)
+    seeing = static_cache(queries, keys, past)
+    check_queries(seeing, x)
     # The same bits as a cache of just those keys, where the mask is none but causal.
     for b, filled in enumerate(past):
         S = filled + queries
         one = [t[b : b + 1] for t in x[:6]]
         short = [one[0], one[1][:, :S], one[2], one[1][:, :S] if one_key else one[3][:, :S], one[4][:, :S], one[5]]
-        compare_bits = fused_cpu_diff_attention(*one, first_query=first[b : b + 1])
+        compare_bits = fused_cpu_diff_attention(*one, queries=seeing[:, b : b + 1])
         torch.testing.assert_close(compare_bits, fused_cpu_diff_attention(*short))
 
 
 @both_dtypes
 @pytest.mark.parametrize("queries", [2, 8, 9, 33, 64, 97])
-def test_any_first_query(queries: int, dtype: torch.dtype) -> None:
-    """Random: keys that every query sees, that none sees, negative numbers, any order."""
+def test_any_ranges(queries: int, dtype: torch.dtype) -> None:
+    """Random: keys that every query sees, that none sees, ends before the first, any numbers in any order."""
     generator = torch.Generator().manual_seed(queries)
+
+    def numbers(keys: int) -> Tensor:
+        return torch.randint(-5, queries + 9, (2, keys), dtype=torch.int32, generator=generator)
+
     for keys in (1, 31, 133, 300):
-        first = torch.randint(-5, queries + 9, (2, keys), dtype=torch.int32, generator=generator)
+        first, end = numbers(keys), numbers(keys)
+        # Half of them are no range that can be empty: their end lies behind their first.
+        end = torch.where(torch.rand(2, keys, generator=generator) < 0.5, first + end.abs(), end)
         first[0, torch.rand(keys, generator=generator) < 0.3] = 2**31 - 1
-        first[1, keys // 2] = -(2**31)
-        check_first_query(first, make_inputs(T=queries, S=keys, H=2, G=1, dtype=dtype))
+        first[1, keys // 2], end[1, keys // 2] = -(2**31), 2**31 - 1
+        end[1, torch.rand(keys, generator=generator) < 0.1] = -(2**31)
+        check_queries(ranges(first, end), make_inputs(T=queries, S=keys, H=2, G=1, dtype=dtype))
 
 
 @both_dtypes
 @pytest.mark.parametrize("queries", [3, 40])
-def test_first_query_of_none_and_of_all(queries: int, dtype: torch.dtype) -> None:
+def test_ranges_of_no_query_and_of_every_query(queries: int, dtype: torch.dtype) -> None:
     x = make_inputs(T=queries, S=50, dtype=dtype)
-    nothing = torch.full((2, 50), queries, dtype=torch.int32)
-    check_first_query(nothing, x)
-    everything = torch.zeros(2, 50, dtype=torch.int32)
-    seen = fused_cpu_diff_attention(*x[:6], first_query=everything)
+    every = torch.zeros(2, 50, dtype=torch.int32)
+    for nothing in (ranges(every + queries, queries), ranges(every, 0), ranges(every + 2, 2), ranges(every + 2, 1)):
+        check_queries(nothing, x)
+    everything = ranges(every, queries)
+    seen = fused_cpu_diff_attention(*x[:6], queries=everything)
     assert seen.equal(fused_cpu_diff_attention(*x[:6], causal=False))
     # It replaces the other masks.
-    assert seen.equal(fused_cpu_diff_attention(*x[:6], first_query=everything, key_padding=padded(50, 3, 3)))
+    assert seen.equal(fused_cpu_diff_attention(*x[:6], queries=everything, key_padding=padded(50, 3, 3)))
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_first_visible_query_is_the_mask(causal: bool) -> None:
+def test_seeing_queries_are_the_mask(causal: bool) -> None:
     for queries, keys in ((1, 1), (4, 9), (9, 9)):
         padding = padded(keys, keys // 2, keys // 3)
-        first = first_visible_query(queries, keys, causal, padding)
-        assert first.dtype == torch.int32
-        visible = first[:, None, None, :] <= torch.arange(queries)[None, None, :, None]
+        seeing = seeing_queries(queries, keys, causal, padding)
+        assert seeing.dtype == torch.int32
         wanted = visible_keys(queries, keys, causal, padding, padding.device)
-        assert visible.equal(wanted.expand_as(visible))
+        assert visible_of(seeing, queries)[:, None].equal(wanted.expand(2, 1, queries, keys))
 
 
-def test_first_query_need_not_be_contiguous() -> None:
+def test_ranges_need_not_be_contiguous() -> None:
     x = make_inputs(T=20, S=50)
-    first = static_cache(20, 50, [3, 29])
-    want = fused_cpu_diff_attention(*x[:6], first_query=first)
-    for strided in (first.t().contiguous().t(), torch.stack([first, first], -1)[..., 1]):
+    seeing = static_cache(20, 50, [3, 29])
+    want = fused_cpu_diff_attention(*x[:6], queries=seeing)
+    for strided in (seeing.transpose(1, 2).contiguous().transpose(1, 2), torch.stack([seeing, seeing], -1)[..., 1]):
         assert not strided.is_contiguous()
-        assert fused_cpu_diff_attention(*x[:6], first_query=strided).equal(want)
-    same = first[:1].expand(2, 50)
-    want = fused_cpu_diff_attention(*x[:6], first_query=same.contiguous())
-    assert fused_cpu_diff_attention(*x[:6], first_query=same).equal(want)
+        assert fused_cpu_diff_attention(*x[:6], queries=strided).equal(want)
+    same = seeing[:, :1].expand(2, 2, 50)
+    want = fused_cpu_diff_attention(*x[:6], queries=same.contiguous())
+    assert fused_cpu_diff_attention(*x[:6], queries=same).equal(want)
+
+
+# Lengths of the sequences that two rows are packed from: within a tile, over tiles, one token long, all of one row.
+PACKED = {
+    "decoding": ([3, 1, 4], [5, 3]),
+    "short": ([5, 9, 7, 1, 11], [33]),
+    "blocks of 64 rows": ([64, 64, 64], [1, 63, 65, 63]),
+    "several tiles": ([130, 3, 257, 70, 140], [1, 599]),
+}
+
+
+def packed(*rows: list[int]) -> Tensor:
+    """Key s is seen from query s to the end of its sequence."""
+    ends = [torch.tensor(row).cumsum(0).repeat_interleave(torch.tensor(row)) for row in rows]
+    end = torch.stack(ends)
+    return ranges(torch.arange(end.shape[1]), end)
+
+
+@both_dtypes
+@pytest.mark.parametrize("one_key", [False, True], ids=["V1", "V2"])
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_rows(case: str, one_key: bool, dtype: torch.dtype) -> None:
+    queries = packed(*PACKED[case])
+    T = queries.shape[-1]
+    x = make_inputs(T=T, H=2, G=1, D=8, Dv=12, one_key=one_key, dtype=dtype)
+    check_queries(queries, x)
+    # Each sequence alone, with every gradient.
+    whole = forward_and_gradients(lambda *args, **options: fused_cpu_diff_attention(*args, queries=queries), x)
+    wide = x.to(torch.float64)
+    for b, lengths in enumerate(PACKED[case]):
+        start = 0
+        for length in lengths:
+            own = (slice(b, b + 1), slice(start, start + length))
+            part = Inputs(*(t[own] for t in wide[:6]))
+            if one_key:
+                part = part._replace(k2=part.k1)
+            cotangent = torch.randn(whole[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)[own]
+            leaves = [t.clone().requires_grad_() for t in part[:6]]
+            leaves[3] = leaves[1] if one_key else leaves[3]
+            output = diff_attention_reference(*leaves)
+            alone = [output, *torch.autograd.grad(output, leaves, cotangent.double())]
+            for got, want in zip(whole, alone, strict=True):
+                allowed = (2e-6 if dtype == torch.float32 else 2e-2) * max(1.0, want.abs().max().item())
+                torch.testing.assert_close(got[own].double(), want, rtol=0, atol=allowed)
+            start += length
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_a_kernel_that_ignores_where_a_sequence_ends_is_found_out(case: str) -> None:
+    queries = packed(*PACKED[case])
+    x = make_inputs(T=queries.shape[-1], H=2, G=1)
+    for wrong in (ranges(queries[0], queries.shape[-1]), ranges(queries[0], queries[1] + 1)):
+        definition = attention_of(visible_of(queries, x.q1.shape[1]))
+        output = fused_cpu_diff_attention(*x[:6], queries=wrong)
+        with pytest.raises(AssertionError, match="max error"):
+            compare(output, definition(*x.to(torch.float64)[:6]), definition(*x[:6]))
+
+
+@torch.no_grad()
+def test_a_block_reads_only_the_keys_that_its_queries_see() -> None:
+    """What the other sequences of a row hold, infinities and NaN, is never multiplied where a whole tile is theirs."""
+    x = make_inputs(B=1, T=512, H=2, G=1, D=8, Dv=8)
+    queries = packed([128, 256, 128])
+    want = fused_cpu_diff_attention(*x[:6], queries=queries)
+    for t in (x.k1, x.k2, x.v):
+        t[:, 128:384] = float("nan")
+    got = fused_cpu_diff_attention(*x[:6], queries=queries)
+    for own in (slice(0, 128), slice(384, 512)):
+        assert got[:, own].equal(want[:, own])

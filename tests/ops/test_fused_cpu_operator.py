@@ -13,7 +13,7 @@ from torch import Tensor
 from diffattn.errors import UnsupportedError
 from diffattn.ops import fused_cpu
 from diffattn.ops.dispatch import diff_attention
-from diffattn.ops.fused_cpu import first_visible_query, fused_cpu_diff_attention
+from diffattn.ops.fused_cpu import fused_cpu_diff_attention, seeing_queries
 from diffattn.ops.reference import diff_attention_reference
 from diffattn.ops.standard import standard_diff_attention
 
@@ -26,13 +26,13 @@ def _kernel(request: pytest.FixtureRequest) -> None:
 
 def operator_inputs(x: Inputs, one_key: bool, masked: bool) -> tuple[Any, ...]:
     T, S = x.q1.shape[1], x.k1.shape[1]
-    first = first_visible_query(T, S, True, padded(S, 3, 2)) if masked else None
-    return (*x[:3], None if one_key else x.k2, *x[4:6], first, not masked, 0.4)
+    queries = seeing_queries(T, S, True, padded(S, 3, 2)) if masked else None
+    return (*x[:3], None if one_key else x.k2, *x[4:6], queries, not masked, 0.4)
 
 
 @both_dtypes
 @pytest.mark.parametrize("queries", [3, 20])
-@pytest.mark.parametrize("masked", [False, True], ids=["causal", "first_query"])
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "queries"])
 @pytest.mark.parametrize("one_key", [False, True], ids=["V1", "V2"])
 def test_opcheck(one_key: bool, masked: bool, queries: int, dtype: torch.dtype) -> None:
     """Schema, autograd registration, fakes (static and dynamic shapes) of both operators agree with what they do."""
@@ -80,16 +80,16 @@ def test_decoding_as_a_layer_calls_it(one_key: bool, masked: bool, norm: str, dt
             continue
         x = make_inputs(T=queries, S=keys, D=6, Dv=14, dtype=dtype, one_key=one_key)
         x = x._replace(key_padding=padded(keys, 3, 0)) if masked else x
-        first = None if x.key_padding is None else first_visible_query(queries, keys, True, x.key_padding)
+        seeing = None if x.key_padding is None else seeing_queries(queries, keys, True, x.key_padding)
         arguments, options = as_of_a_layer(x), NORMS[norm]
         assert fused_cpu.decodes(arguments[0], arguments[2])
-        actual = fused_cpu.fused_cpu_decoding(*arguments, first_query=first, **options)
+        actual = fused_cpu.fused_cpu_decoding(*arguments, queries=seeing, **options)
         expected, eager = normed(x.to(torch.float64), **options), normed(x, **options)
         assert (actual.shape, actual.dtype) == (eager.shape, dtype)
         # Rounding of what the norm divides is divided by the same.
         floor = 4 * torch.finfo(dtype).eps * expected.abs().max().item()
         compare(actual, expected, eager, floors=[floor])
-        arguments = (*arguments, first, 0.4, options.get("gain"), 0.7, options.get("eps"))
+        arguments = (*arguments, seeing, 0.4, options.get("gain"), 0.7, options.get("eps"))
         torch.library.opcheck(torch.ops.diffattn.fused_cpu_decoding.default, arguments)
 
 
@@ -235,8 +235,9 @@ WRONG: dict[str, tuple[dict[int, Any], str]] = {
     "lam dtype": ({5: X.lam.double()}, "lam must be float32"),
     "lam shape": ({5: X.lam[:, :1]}, "lam must be float32"),
     "dtypes": ({0: X.q1.bfloat16()}, "dtypes differ|dtype"),
-    "first_query dtype": ({6: torch.zeros(2, 23, dtype=torch.long)}, "first_query must be int32"),
-    "first_query shape": ({6: torch.zeros(2, 20, dtype=torch.int32)}, "first_query must be int32"),
+    "queries dtype": ({6: torch.zeros(2, 2, 23, dtype=torch.long)}, "queries must be int32"),
+    "queries shape": ({6: torch.zeros(2, 2, 20, dtype=torch.int32)}, "queries must be int32"),
+    "queries without an end": ({6: torch.zeros(2, 23, dtype=torch.int32)}, "queries must be int32"),
     "T > S": ({1: X.k1[:, :5], 3: X.k2[:, :5], 4: X.v[:, :5]}, "more queries than keys"),
 }
 

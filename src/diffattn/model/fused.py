@@ -5,12 +5,14 @@ returns output heads that are already subtracted and normalised. It is total: a 
 (another device or dtype, no compiled kernel, a mask of its own per query and key) is padded, computed by ``sdpa`` and
 subtracted, with the same result up to rounding; ``diffattn doctor`` tells which of the two serves here.
 
-Its mask is O(S). Where the pattern is causal, as it is for all but packed sequences, the first query that sees a key
-says all about that key. T = 3 queries behind 2 cached keys, of which the first is padding:
+Its mask is O(S): the queries that see a key are a range of them, be the pattern causal or causal within each of the
+sequences that a row was packed from. T = 3 queries behind 2 cached keys, of which the first is padding:
 
-    0 1 1 0 0
+    0 1 1 0 0          first = 0 0 0 1 2
     0 1 1 1 0
-    0 1 1 1 1    is    first_query = 3 0 0 1 2
+    0 1 1 1 1    is    end   = 0 3 3 3 3
+
+It has five dimensions, int32 (2, B, 1, 1, S), which no mask of a user has.
 
 Shape suffixes: B batch, T queries, S keys, N query heads, G key/value heads, W width of a key head, V of a value head,
 d width of a query, H output heads.
@@ -61,8 +63,8 @@ def diff_fused_attention(
         query: (B, N, T, d), pairs adjacent: heads 2i ask for the signal map, heads 2i + 1 for the noise map.
         key: (B, G, S, W). W = 2d holds [k1, k2] (V1), W = d serves both maps (V2).
         value: (B, G, S, V).
-        attention_mask: None for causal, bottom-right aligned; int32 (B, 1, 1, S), the first query that sees each key;
-            or any mask of ``sdpa``, which the standard call takes.
+        attention_mask: None for causal, bottom-right aligned; int32 (2, B, 1, 1, S), the first query that sees each
+            key and the first behind it that does not; or any mask of ``sdpa``, which the standard call takes.
         dropout: of the maps; only the standard call has it.
         scaling: of the scores.
         lam: λ in float32, broadcastable to (B, T, H).
@@ -77,20 +79,18 @@ def diff_fused_attention(
         _needs_standard_call(attention_mask, dropout, kwargs) is None
         and fused_cpu.unsupported(query, key, query, key, value, lam) is None
     ):
-        first_query = None if attention_mask is None else attention_mask[:, 0, 0]
+        queries = None if attention_mask is None else attention_mask[:, :, 0, 0]
         if fused_cpu.decodes(query, value):
             of_norm: dict[str, Any] = {}
             if norm is not None:
                 of_norm = {"gain": norm.weight, "norm_scale": norm.scale, "eps": norm.eps}
-            return fused_cpu.fused_cpu_decoding(
-                query, key, value, lam, scale=scaling, first_query=first_query, **of_norm
-            ), None
+            return fused_cpu.fused_cpu_decoding(query, key, value, lam, scale=scaling, queries=queries, **of_norm), None
         q_BTNd, k_BSGW, v_BSGV = (x.transpose(1, 2) for x in (query, key, value))
         # Views, whose backward is one stack or one concatenation; that of strided slices fills a buffer of zeros each.
         q1, q2 = q_BTNd.unflatten(2, (-1, 2)).unbind(3)
         k1, k2 = k_BSGW.chunk(2, dim=-1) if _holds_both_keys(query, key) else (k_BSGW, k_BSGW)
         output = fused_cpu.fused_cpu_diff_attention(
-            q1, k1, q2, k2, v_BSGV, lam, causal=True, scale=scaling, first_query=first_query
+            q1, k1, q2, k2, v_BSGV, lam, causal=True, scale=scaling, queries=queries
         )
         return output if norm is None else norm(output, norm.scale), None
 
@@ -119,7 +119,7 @@ def _holds_both_keys(query: Tensor, key: Tensor) -> bool:
 
 def _needs_standard_call(mask: Tensor | None, dropout: float, options: dict[str, Any]) -> str | None:
     """None where mask and options of a call can be the kernel's, else one sentence that says why they cannot."""
-    if mask is not None and mask.dtype != torch.int32:
+    if mask is not None and not is_compact(mask):
         return "diff_fused: a mask of its own per query and key needs the standard call"
     if dropout:
         return "diff_fused: dropout needs the standard call"
@@ -132,6 +132,11 @@ def _needs_standard_call(mask: Tensor | None, dropout: float, options: dict[str,
     return f"diff_fused: {', '.join(given)} needs the standard call" if given else None
 
 
+def is_compact(mask: Tensor) -> bool:
+    """Whether a mask is one of ``diff_fused_mask``'s own."""
+    return mask.dim() == 5
+
+
 def _standard_mask(
     mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool | None
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -142,9 +147,11 @@ def _standard_mask(
         if is_causal is False or T in (1, S):
             return None, None
         return visible_keys(T, S, True, None, query.device), None
-    if mask.dtype != torch.int32:
+    if not is_compact(mask):
         return mask, None
-    return open_dead_rows(mask <= torch.arange(T, dtype=torch.int32, device=mask.device)[:, None])
+    first, end = mask
+    t = torch.arange(T, dtype=torch.int32, device=mask.device)[:, None]
+    return open_dead_rows((first <= t) & (t < end))
 
 
 def diff_fused_mask(
@@ -159,16 +166,16 @@ def diff_fused_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of ``diff_fused_attention``: None or int32 (B, 1, 1, S) for the causal pattern, ``sdpa``'s elsewhere.
+    """The mask of ``diff_fused_attention``: None or int32 (2, B, 1, 1, S) for the causal pattern, else ``sdpa``'s.
 
     Arguments are those of ``transformers.masking_utils.sdpa_mask``; ``attention_mask`` is bool (B, keys), False where
-    a key is padding. The result has four dimensions, so that ``create_causal_mask`` takes it as it is when
-    ``generate`` has made it beforehand.
+    a key is padding.
 
     >>> diff_fused_mask(1, 3, 5, q_offset=2) is None
     True
-    >>> diff_fused_mask(1, 3, 5, q_offset=2, attention_mask=torch.tensor([[False, True, True, True, True]])).tolist()
-    [[[[3, 0, 0, 1, 2]]]]
+    >>> mask = diff_fused_mask(1, 3, 5, q_offset=2, attention_mask=torch.tensor([[False, True, True, True, True]]))
+    >>> mask.flatten(1).tolist()
+    [[0, 0, 0, 1, 2], [0, 3, 3, 3, 3]]
     """
     if mask_function is not causal_mask_function:
         # Never None, which is causal here and may be bidirectional there.
@@ -185,10 +192,9 @@ def diff_fused_mask(
         return None
     position = torch.arange(kv_length, device=device) + kv_offset
     # The keys that a static cache has not written yet lie behind the last query, so this hides them too.
-    first_query = (position - q_offset).clamp(min=0).to(torch.int32).expand(batch_size, kv_length)
-    if padding is not None:
-        first_query = torch.where(padding[:, position], first_query, q_length)
-    return first_query[:, None, None, :]
+    first = (position - q_offset).clamp(min=0).to(torch.int32).expand(batch_size, kv_length)
+    seen = torch.ones_like(first) if padding is None else padding[:, position].to(torch.int32)
+    return torch.stack([first, seen * q_length])[:, :, None, None, :]
 
 
 def _sees_every_key(padding: Tensor | None) -> bool:

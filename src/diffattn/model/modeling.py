@@ -211,13 +211,16 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=given_positions,
-        )
+        # Five dimensions: the fused kernel's own, which generate has made beforehand.
+        mask = attention_mask
+        if mask is None or mask.dim() != 5:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=given_positions,
+            )
         rope = self.rotary_emb(x, position_ids=position_ids)
         for layer in self.layers:
             x = layer(

@@ -33,13 +33,14 @@ MAX_WIDTH = 256
 # Queries of a call that is split over its keys, as csrc/ops.cpp has it.
 DECODING_QUERIES = 8
 
-# `first_query` (B, S) int32 is the mask in O(S): query t sees key s where first_query[b, s] <= t. Without it every
-# query sees every key, or with `causal` those up to S − T + t. `k2` is None where both maps share their keys.
-_INPUTS = "Tensor q1, Tensor k1, Tensor q2, Tensor? k2, Tensor v, Tensor lam, Tensor? first_query"
+# `queries` int32 (2, B, S) is the mask in O(S): query t sees key s where queries[0, b, s] <= t < queries[1, b, s].
+# Without it every query sees every key, or with `causal` those up to S − T + t. `k2` is None where both maps share
+# their keys.
+_INPUTS = "Tensor q1, Tensor k1, Tensor q2, Tensor? k2, Tensor v, Tensor lam, Tensor? queries"
 torch.library.define("diffattn::fused_cpu", f"({_INPUTS}, bool causal, float scale) -> (Tensor, Tensor)")
 torch.library.define(
     "diffattn::fused_cpu_decoding",
-    "(Tensor query, Tensor key, Tensor value, Tensor lam, Tensor? first_query, float scale, Tensor? gain, "
+    "(Tensor query, Tensor key, Tensor value, Tensor lam, Tensor? queries, float scale, Tensor? gain, "
     "float norm_scale, float? eps) -> Tensor",
 )
 torch.library.define(
@@ -87,18 +88,18 @@ def fused_cpu_diff_attention(
     causal: bool = True,
     scale: float | None = None,
     key_padding: Tensor | None = None,
-    first_query: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> Tensor:
     """Differential attention through the compiled kernel, for calls to which `unsupported` answers None.
 
     Arguments and result are those of `diffattn.ops.dispatch.diff_attention`, which also checks them. Passing the same
-    tensor object as k1 and k2 reads the keys once. `first_query`, int32 (B, S), replaces `causal` and `key_padding`:
-    query t sees key s where ``first_query[b, s] <= t``.
+    tensor object as k1 and k2 reads the keys once. `queries`, int32 (2, B, S), replaces `causal` and `key_padding`:
+    query t sees key s where ``queries[0, b, s] <= t < queries[1, b, s]``.
     """
     B, T, H, D = q1.shape
     scale = 1.0 / math.sqrt(D) if scale is None else scale
-    if first_query is None and key_padding is not None:
-        first_query = first_visible_query(T, k1.shape[1], causal, key_padding)
+    if queries is None and key_padding is not None:
+        queries = seeing_queries(T, k1.shape[1], causal, key_padding)
     lam = as_lam(lam, v).expand(B, T, H)
     second = None if k2 is k1 else k2
     width = v.shape[-1]
@@ -106,7 +107,7 @@ def fused_cpu_diff_attention(
         # Half-precision products take pairs along the inner dimension.
         q1, k1, q2, v = (_even(x) for x in (q1, k1, q2, v))
         second = None if second is None else _even(second)
-    output, _ = torch.ops.diffattn.fused_cpu(q1, k1, q2, second, v, lam, first_query, causal, scale)
+    output, _ = torch.ops.diffattn.fused_cpu(q1, k1, q2, second, v, lam, queries, causal, scale)
     return output[..., :width]
 
 
@@ -128,7 +129,7 @@ def fused_cpu_decoding(
     lam: Tensor,
     *,
     scale: float | None = None,
-    first_query: Tensor | None = None,
+    queries: Tensor | None = None,
     gain: Tensor | None = None,
     norm_scale: float = 1.0,
     eps: float | None = None,
@@ -140,7 +141,7 @@ def fused_cpu_decoding(
         key: (B, G, S, 2D) for the keys of both maps side by side, (B, G, S, D) where they share them.
         value: (B, G, S, Dv).
         lam: λ in float32, broadcastable to (B, T, H).
-        scale, first_query: as in `fused_cpu_diff_attention`; causal without the latter.
+        scale, queries: as in `fused_cpu_diff_attention`; causal without the latter.
         gain: (Dv,), ones where it is None.
         norm_scale, eps: the output is ``norm_scale · gain · y / sqrt(mean(y²) + eps)``, or y where eps is None.
 
@@ -148,22 +149,24 @@ def fused_cpu_decoding(
         (B, T, H, Dv) in the inputs' dtype, rounded once.
     """
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return torch.ops.diffattn.fused_cpu_decoding(query, key, value, lam, first_query, scale, gain, norm_scale, eps)
+    return torch.ops.diffattn.fused_cpu_decoding(query, key, value, lam, queries, scale, gain, norm_scale, eps)
 
 
 def _even(x: Tensor) -> Tensor:
     return F.pad(x, (0, 1)) if x.shape[-1] % 2 else x
 
 
-def first_visible_query(queries: int, keys: int, causal: bool, key_padding: Tensor) -> Tensor:
-    """int32 (B, S): the first query that sees each key; `queries` for a padding key, which none sees.
+def seeing_queries(queries: int, keys: int, causal: bool, key_padding: Tensor) -> Tensor:
+    """int32 (2, B, S): the first query that sees each key, and the first behind it that does not.
 
-    >>> first_visible_query(2, 4, True, torch.tensor([[True, False, False, False]])).tolist()
-    [[2, 0, 0, 1]]
+    No query sees a padding key, whose range is empty.
+
+    >>> seeing_queries(2, 4, True, torch.tensor([[True, False, False, False]])).tolist()
+    [[[0, 0, 0, 1]], [[0, 2, 2, 2]]]
     """
     position = torch.arange(keys, dtype=torch.int32, device=key_padding.device)
     first = (position - (keys - queries)).clamp(min=0) if causal else torch.zeros_like(position)
-    return torch.where(key_padding, first.new_full((), queries), first)
+    return torch.stack([first.expand_as(key_padding), (~key_padding).to(torch.int32) * queries])
 
 
 @torch.library.register_fake("diffattn::fused_cpu")
@@ -174,7 +177,7 @@ def _(
     k2: Tensor | None,
     v: Tensor,
     lam: Tensor,
-    first_query: Tensor | None,
+    queries: Tensor | None,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -199,7 +202,7 @@ def _(
     k2: Tensor | None,
     v: Tensor,
     lam: Tensor,
-    first_query: Tensor | None,
+    queries: Tensor | None,
     lse: Tensor,
     causal: bool,
     scale: float,

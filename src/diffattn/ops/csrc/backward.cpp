@@ -60,7 +60,7 @@ class Worker {
   // One block of rows against the keys of `sums`, which are those in [span.begin, span.end).
   void block(int64_t b, int64_t g, int64_t index, Range span, const Sums& sums) {
     const Lanes<rows> lanes(p_, g, index);
-    const Range keys = visible(p_, b, lanes.t_max);
+    const Range keys = visible(p_, b, lanes.t_min, lanes.t_max);
     if (keys.begin == keys.end) {
       if (span.end == p_.S)
         write(b, lanes, /*empty=*/true);

@@ -159,10 +159,12 @@ class Worker {
 
   // Scores become exponentials against the running maximum; the row's sum and its sums of values follow it.
   void weights(int64_t b, int64_t t, int64_t start, int64_t count, float* scores, float* row) {
-    if (p_.first || (p_.causal && start + count - 1 - (p_.S - p_.T) > t))
-      for (int64_t i = 0; i < count; ++i)
-        if (p_.first_query(b, start + i) > t)
+    if (p_.queries || (p_.causal && start + count - 1 - (p_.S - p_.T) > t))
+      for (int64_t i = 0; i < count; ++i) {
+        const Range seen = p_.queries_of(b, start + i);
+        if (t < seen.begin || t >= seen.end)
           scores[i] = -kInfinity;
+      }
     std::fill(scores + count, scores + kChunk, -kInfinity);
     Floats high = load(scores);
     for (int64_t i = kLanes; i < kChunk; i += kLanes)
@@ -247,7 +249,7 @@ void run_decoding(const Forward<scalar>& f, const Norm* norm) {
       groups * spans, [&](Arena& arena) { Worker<scalar>(f, arena); },
       [&](int64_t unit, Arena arena) {
         const int64_t b = unit / spans / p.G, g = unit / spans % p.G, start = unit % spans * kSpan;
-        const Range keys = visible(p, b, p.T - 1);
+        const Range keys = visible(p, b, 0, p.T - 1);
         Worker<scalar> worker(f, arena);
         worker.span(
             b, g, {std::max(start, keys.begin), std::min(start + kSpan, keys.end)},

@@ -101,7 +101,7 @@ class Worker {
 
   void block(int64_t b, int64_t g, int64_t index) {
     const Lanes<rows> lanes(p_, g, index);
-    const Range keys = visible(p_, b, lanes.t_max);
+    const Range keys = visible(p_, b, lanes.t_min, lanes.t_max);
     const int64_t begin = keys.begin / p_.tile, end = (keys.end + p_.tile - 1) / p_.tile;
     if (begin == end)
       return clear(b, lanes);

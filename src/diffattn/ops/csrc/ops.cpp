@@ -18,12 +18,12 @@ Tensor readable(const Tensor& x) {
 }
 
 struct Inputs {
-  Tensor q1, k1, q2, k2, v, lam, first;
+  Tensor q1, k1, q2, k2, v, lam, queries;
   Problem p;
 
   Inputs(
       const Tensor& q1_, const Tensor& k1_, const Tensor& q2_, const std::optional<Tensor>& k2_, const Tensor& v_,
-      const Tensor& lam_, const std::optional<Tensor>& first_, bool causal, double scale)
+      const Tensor& lam_, const std::optional<Tensor>& queries_, bool causal, double scale)
       : q1(readable(q1_)),
         k1(readable(k1_)),
         q2(readable(q2_)),
@@ -43,15 +43,15 @@ struct Inputs {
     TORCH_CHECK(
         v.scalar_type() == at::kFloat || (q1.size(3) % 2 == 0 && v.size(3) % 2 == 0),
         "fused_cpu: widths must be even in bfloat16");
-    if (first_) {
+    if (queries_) {
       TORCH_CHECK(
-          first_->scalar_type() == at::kInt && first_->dim() == 2 && first_->size(0) == B && first_->size(1) == S,
-          "fused_cpu: first_query must be int32 (batch, keys)");
-      first = first_->contiguous();
+          queries_->scalar_type() == at::kInt && queries_->sizes() == at::IntArrayRef({2, B, S}),
+          "fused_cpu: queries must be int32 (2, batch, keys)");
+      queries = queries_->contiguous();
     }
-    TORCH_CHECK(first_ || !causal || T <= S, "fused_cpu: more queries than keys with causal=True");
+    TORCH_CHECK(queries_ || !causal || T <= S, "fused_cpu: more queries than keys with causal=True");
     p = {B, T, S, H, G, H / G, q1.size(3), v.size(3), S > 512 ? 128 : 64, !k2_, causal,
-         float(scale), float(scale * kLog2E), first_ ? first.const_data_ptr<int32_t>() : nullptr};
+         float(scale), float(scale * kLog2E), queries_ ? queries.const_data_ptr<int32_t>() : nullptr};
   }
 };
 
@@ -74,8 +74,8 @@ Forward<scalar> forward(const Inputs& x, const Tensor& output, const Tensor& lse
 
 std::tuple<Tensor, Tensor> fused_cpu(
     const Tensor& q1, const Tensor& k1, const Tensor& q2, const std::optional<Tensor>& k2, const Tensor& v,
-    const Tensor& lam, const std::optional<Tensor>& first_query, bool causal, double scale) {
-  const Inputs x(q1, k1, q2, k2, v, lam, first_query, causal, scale);
+    const Tensor& lam, const std::optional<Tensor>& queries, bool causal, double scale) {
+  const Inputs x(q1, k1, q2, k2, v, lam, queries, causal, scale);
   const Problem& p = x.p;
   Tensor output = at::empty({p.B, p.T, p.H, p.Dv}, v.options());
   Tensor lse = at::empty({v.scalar_type() == at::kFloat ? 4 : 2, p.B, p.H, p.T}, lam.options());
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor> fused_cpu(
 // the views, the expansion of λ and the norm would take longer than a short cache.
 Tensor fused_cpu_decoding(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& lam,
-    const std::optional<Tensor>& first_query, double scale, const std::optional<Tensor>& gain, double norm_scale,
+    const std::optional<Tensor>& queries, double scale, const std::optional<Tensor>& gain, double norm_scale,
     std::optional<double> eps) {
   TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "fused_cpu_decoding: wanted four dimensions");
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -109,7 +109,7 @@ Tensor fused_cpu_decoding(
   const auto second = k.size(3) == D ? std::nullopt : std::optional<Tensor>(k.slice(3, D));
   const Inputs x(
       q.slice(2, 0, N, 2), k.slice(3, 0, D), q.slice(2, 1, N, 2), second, value.transpose(1, 2),
-      lam.expand({q.size(0), q.size(1), N / 2}), first_query, /*causal=*/true, scale);
+      lam.expand({q.size(0), q.size(1), N / 2}), queries, /*causal=*/true, scale);
   const Problem& p = x.p;
   TORCH_CHECK(decodes(p), "fused_cpu_decoding: too many queries");
   Tensor gains;
@@ -133,9 +133,9 @@ Tensor fused_cpu_decoding(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_cpu_backward(
     const Tensor& d_output_, const Tensor& q1, const Tensor& k1, const Tensor& q2, const std::optional<Tensor>& k2,
-    const Tensor& v, const Tensor& lam, const std::optional<Tensor>& first_query, const Tensor& lse_, bool causal,
+    const Tensor& v, const Tensor& lam, const std::optional<Tensor>& queries, const Tensor& lse_, bool causal,
     double scale) {
-  const Inputs x(q1, k1, q2, k2, v, lam, first_query, causal, scale);
+  const Inputs x(q1, k1, q2, k2, v, lam, queries, causal, scale);
   const Problem& p = x.p;
   const Tensor d_output = readable(d_output_);
   Tensor lse = lse_.contiguous();

@@ -32,20 +32,26 @@ View<scalar> view(const at::Tensor& x) {
   return {x.data_ptr<scalar>(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
+struct Range {
+  int64_t begin, end;
+};
+
 struct Problem {
   int64_t B, T, S, H, G, R, D, Dv;  // R output heads share a group
   int64_t tile;                    // keys that are computed together
   bool one_key, causal;
   float scale, log2_scale;  // of the scores; log2_scale makes powers of 2 of them
-  const int32_t* first;     // (B, S) first query that sees a key, or null
+  const int32_t* queries;   // (2, B, S) the first query that sees a key and the first behind it that does not, or null
 
   int64_t tiles() const {
     return (S + tile - 1) / tile;
   }
 
-  // Whether query t of sequence b sees key s is first_query(b, s) <= t.
-  int64_t first_query(int64_t b, int64_t s) const {
-    return first ? first[b * S + s] : causal ? s - (S - T) : 0;
+  // The queries of sequence b that see key s.
+  Range queries_of(int64_t b, int64_t s) const {
+    if (queries)
+      return {queries[b * S + s], queries[(B + b) * S + s]};
+    return {causal ? s - (S - T) : 0, T};
   }
 };
 
@@ -83,22 +89,19 @@ struct Lanes {
   }
 };
 
-struct Range {
-  int64_t begin, end;
-};
-
-// From the first to behind the last key that any query up to t_max sees.
-inline Range visible(const Problem& p, int64_t b, int64_t t_max) {
+// From the first to behind the last key that any of the queries t_min ... t_max can see.
+inline Range visible(const Problem& p, int64_t b, int64_t t_min, int64_t t_max) {
   Range keys{0, p.S};
-  if (!p.first) {
+  if (!p.queries) {
     if (p.causal)
       keys.end = std::min(p.S, t_max + p.S - p.T + 1);
     return keys;
   }
-  const int32_t* first = p.first + b * p.S;
-  while (keys.end > 0 && first[keys.end - 1] > t_max)
+  const int32_t *begin = p.queries + b * p.S, *end = begin + p.B * p.S;
+  auto seen = [&](int64_t s) { return begin[s] <= t_max && end[s] > t_min; };
+  while (keys.end > 0 && !seen(keys.end - 1))
     --keys.end;
-  while (keys.begin < keys.end && first[keys.begin] > t_max)
+  while (keys.begin < keys.end && !seen(keys.begin))
     ++keys.begin;
   return keys;
 }
@@ -188,16 +191,17 @@ void score_tile(
     const Problem& p, const View<const scalar>& keys, int64_t b, int64_t g, int64_t start, int64_t m,
     const Lanes<rows>& lanes, const scalar* queries, float* to) {
   multiply(m, rows, p.D, keys.at(b, start, g), keys.row, queries, rows, to, rows, false);
-  if (!p.first && !(p.causal && start + m - 1 - (p.S - p.T) > lanes.t_min))
+  if (!p.queries && !(p.causal && start + m - 1 - (p.S - p.T) > lanes.t_min))
     return;
   for (int64_t i = 0; i < m; ++i) {
-    const int64_t first = p.first_query(b, start + i);
-    if (first <= lanes.t_min)
+    const Range seen = p.queries_of(b, start + i);
+    if (seen.begin <= lanes.t_min && seen.end > lanes.t_max)
       continue;
-    const int32_t bound = std::min<int64_t>(first, std::numeric_limits<int32_t>::max());
+    const int32_t begin = seen.begin, end = seen.end;
     for (int lane = 0; lane < rows; lane += kLanes) {
       float* score = to + i * rows + lane;
-      store(score, load_ints(lanes.t + lane) < bound ? splat(-kInfinity) : load(score));
+      const Ints t = load_ints(lanes.t + lane);
+      store(score, (t < begin) | (t >= end) ? splat(-kInfinity) : load(score));
     }
   }
 }
