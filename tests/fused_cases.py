@@ -13,6 +13,7 @@ from diffattn.ops import build
 
 DTYPES = [torch.float32, torch.bfloat16]
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+every_dtype = pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=["float32", "bfloat16", "float16"])
 
 
 def needs_kernel(dtype: torch.dtype) -> pytest.MarkDecorator:

@@ -17,9 +17,12 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DIFFATTN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "_outcome", None)
-    monkeypatch.setattr(build, "_load_and_probe", lambda path: {torch.float32: True, torch.bfloat16: False})
+    monkeypatch.setattr(build, "_load_and_ask", lambda path: False)
     monkeypatch.setattr(compiling, "SOURCES", tmp_path)
     (tmp_path / "one.cpp").write_text("int one() { return 1; }\n")
+
+
+DTYPES = ["float32", "bfloat16", "float16"]
 
 
 def facts(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> dict:
@@ -34,11 +37,10 @@ def test_before_and_after_the_build(capsys: pytest.CaptureFixture[str], tmp_path
     assert not (tmp_path / "cache").exists()
     after = facts(capsys, "--build")
     assert after["build_failure"] is None
-    assert after["fused_cpu"]["active"] == ["float32"]
-    assert list(after["fused_cpu"]["reasons"]) == ["bfloat16"]
-    assert after["diff_attention"]["float32"] == before["diff_attention"]["float32"] == "fused_cpu"
-    assert after["diff_attention"]["bfloat16"] == "standard"
-    assert after["model_attention"] == {"float32": "diff_fused", "bfloat16": "diff_fused, by the standard call"}
+    assert after["fused_cpu"]["active"] == ["float32", "bfloat16", "float16"]
+    assert after["fused_cpu"]["reasons"] == {}
+    assert after["diff_attention"] == before["diff_attention"] == dict.fromkeys(DTYPES, "fused_cpu")
+    assert after["model_attention"] == dict.fromkeys(DTYPES, "diff_fused")
     assert after["cache"]["bytes"] > Path(after["fused_cpu"]["path"]).stat().st_size > before["cache"]["bytes"] == 0
     assert after["versions"]["torch"] == torch.__version__
 
@@ -48,7 +50,8 @@ def test_for_a_person(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "fused kernel, float32: active\n" in printed.err
-    assert "fused kernel, bfloat16: this processor has no working bfloat16 matrix products" in printed.err
+    assert "fused kernel, float16: active\n" in printed.err
+    assert "fused kernel's products: in float32, also of bfloat16 and float16: this processor has none" in printed.err
     assert f"cache folder: {tmp_path}/cache, " in printed.err
     assert f"{torch.get_num_threads()} threads" in printed.err
 
@@ -59,7 +62,8 @@ def test_a_failed_build_is_status_1_and_tells_the_way_out(
     monkeypatch.setenv("CXX", "/absent/g++")
     result = facts(capsys, "--build", status=1)
     assert "/absent/g++ not found" in result["build_failure"]
-    assert result["diff_attention"] == {"float32": "standard", "bfloat16": "standard"}
+    assert result["diff_attention"] == dict.fromkeys(DTYPES, "standard")
+    assert result["model_attention"] == dict.fromkeys(DTYPES, "diff_fused, by the standard call")
     assert main(["doctor", "--build"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("diffattn: fused_cpu: the kernel could not be compiled (/absent/g++ not found); install")

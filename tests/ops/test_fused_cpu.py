@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import Inputs, compare, compare_forward_and_gradients, forward_and_gradients, make_inputs
-from fused_cases import CASES, both_dtypes, nearly_equal_maps, require_kernel
+from fused_cases import CASES, both_dtypes, every_dtype, nearly_equal_maps, require_kernel
 from known_wrong import KNOWN_WRONG, assert_rejects_known_wrong, rms_norm
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def check(inputs: Inputs) -> None:
     compare_forward_and_gradients(fused_cpu_diff_attention, diff_attention_reference, inputs)
 
 
-@both_dtypes
+@every_dtype
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_gradients(case: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(dtype=dtype, **CASES[case])
@@ -97,14 +97,14 @@ def test_lam_as_a_number(queries: int, dtype: torch.dtype) -> None:
         check(x._replace(lam=torch.tensor(float(lam))))
 
 
-@both_dtypes
+@every_dtype
 @pytest.mark.parametrize("case", ["T = S", "T < S", "padded", "several tiles", "V2", "decoding", "Dv = 2D"])
 def test_nearly_equal_maps(case: str, dtype: torch.dtype) -> None:
     """What is left of the difference keeps its accuracy; so does what V1's norm makes of it."""
     inputs = nearly_equal_maps(make_inputs(dtype=dtype, **CASES[case]))
     check(inputs)
     compare_forward_and_gradients(normed(fused_cpu_diff_attention), normed(diff_attention_reference), inputs)
-    # In bfloat16 the rounding of two maps is larger than their difference here, whatever computes it.
+    # In half precision the rounding of two maps is larger than their difference here, whatever computes it.
     if dtype == torch.float32:
         assert_rejects_known_wrong(inputs)
 
@@ -125,6 +125,23 @@ def test_scores_of_ten_thousand(queries: int, one_key: bool, dtype: torch.dtype)
     assert all(result.isfinite().all() for result in results)
     expected = diff_attention_reference(*x.to(torch.float64)[:6])
     compare(results[0], expected, diff_attention_reference(*x[:6]))
+
+
+@both_dtypes
+@pytest.mark.parametrize("one_key", [False, True], ids=["V1", "V2"])
+@pytest.mark.parametrize("queries", [4, 40])
+@pytest.mark.parametrize("size", [1e5, 1e8, 1e14])
+def test_scores_beyond_a_billion(size: float, queries: int, one_key: bool, dtype: torch.dtype) -> None:
+    """Scores whose rounding alone is beyond the range of an exponent: one key still takes a whole map."""
+    x = make_inputs(T=queries, S=140, D=8, Dv=8, one_key=one_key, dtype=dtype)
+    x = x._replace(q1=size * x.q1, q2=size * x.q2)
+    results = forward_and_gradients(fused_cpu_diff_attention, x)
+    assert all(result.isfinite().all() for result in results)
+    expected = forward_and_gradients(diff_attention_reference, x.to(torch.float64))
+    eager = forward_and_gradients(diff_attention_reference, x)
+    # Those of q and k are 0 but for rounding, which is multiplied by the size of what they meet.
+    for i in (0, 5, 6):
+        compare(results[i], expected[i], eager[i])
 
 
 @both_dtypes

@@ -193,7 +193,6 @@ def test_second_derivatives_are_refused() -> None:
 
 X = make_inputs(T=20, S=23, D=6)
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "float16": ({n: getattr(X, n).half() for n in X._fields[:5]}, "float16 inputs are not supported; it serves"),
     "float64": ({n: getattr(X, n).double() for n in X._fields[:5]}, "float64 inputs are not supported; it serves"),
     "width of v": (make_inputs(T=20, S=23, Dv=257)._asdict(), "heads of 257 are not supported; .* up to 256"),
     "width of q": (make_inputs(T=20, S=23, D=300)._asdict(), "heads of 300 are not supported; .* up to 256"),

@@ -10,26 +10,33 @@ import pytest
 PROGRAM = """
 import torch
 from comparison import compare_forward_and_gradients, make_inputs
+from fused_cases import nearly_equal_maps
+from known_wrong import assert_rejects_known_wrong
 from diffattn.ops import build
 from diffattn.ops.fused_cpu import fused_cpu_diff_attention
 from diffattn.ops.reference import diff_attention_reference
 
 print(torch.backends.cpu.get_cpu_capability(), build.status().capability)
-for dtype in (torch.float32, torch.bfloat16):
-    reason = build.unavailable(dtype)
-    print(dtype, reason)
-    if reason is None:
-        for T, S in ((3, 70), (40, 150), (200, 200)):
-            x = make_inputs(1, T, S, 4, 2, 24, 40, dtype=dtype)
+for dtype in build.DTYPES:
+    print(dtype, build.unavailable(dtype))
+    for T, S in ((3, 70), (17, 17), (40, 150), (200, 200)):
+        for one_key in (False, True):
+            x = make_inputs(1, T, S, 4, 2, 24, 40, dtype=dtype, one_key=one_key)
             compare_forward_and_gradients(fused_cpu_diff_attention, diff_attention_reference, x)
-print("done")
+            assert_rejects_known_wrong(x)
+    compare_forward_and_gradients(fused_cpu_diff_attention, diff_attention_reference, nearly_equal_maps(x))
+# Gradients that are summed span by span, and widths that are odd.
+compare_forward_and_gradients(
+    fused_cpu_diff_attention, diff_attention_reference, make_inputs(1, 70, 1100, 2, 1, 255, 256, dtype=torch.bfloat16)
+)
+print(build.status().bf16_products, "done")
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel serves Linux")
 @pytest.mark.parametrize(("capability", "instructions"), [("avx2", "AVX2"), ("default", "SSE41")])
 def test_older_processors(capability: str, instructions: str, tmp_path: Path) -> None:
-    """PyTorch and oneDNN pretend to run on one: float32 is as right as ever, bfloat16 is refused with a reason."""
+    """PyTorch and oneDNN pretend to run on one: every dtype is as right as ever, with products of float32."""
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env=os.environ
@@ -47,6 +54,5 @@ def test_older_processors(capability: str, instructions: str, tmp_path: Path) ->
         pytest.skip(run.stdout.splitlines()[-1])
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(capability.upper())
-    assert "torch.float32 None" in run.stdout
-    assert "no working bfloat16 matrix products; cast the inputs to float32" in run.stdout
-    assert run.stdout.endswith("done\n")
+    assert all(f"torch.{dtype} None" in run.stdout for dtype in ("float32", "bfloat16", "float16"))
+    assert run.stdout.endswith("False done\n")

@@ -49,9 +49,16 @@ def lines(facts: dict[str, Any]) -> list[str]:
         f"processor: {facts['processor']}, {kernel['capability']}, {kernel['threads']} threads",
         f"compiler: {kernel['compiler'] or 'none found'}",
         *(f"fused kernel, {name}: {state.removeprefix('fused_cpu: ')}" for name, state in dtypes.items()),
+        *([_products(kernel["bf16_products"])] if kernel["bf16_products"] is not None else []),
         f"fused kernel's file: {kernel['path'] or 'none'}{seconds}",
         *(f"diff_attention on CPU, {dtype}: {used}" for dtype, used in facts["diff_attention"].items()),
         *(f"the model's attention on CPU, {dtype}: {used}" for dtype, used in facts["model_attention"].items()),
         f"CUDA: {', '.join(facts['cuda']) or 'none'}",
         f"cache folder: {facts['cache']['path']}, {facts['cache']['bytes'] / 1e6:.1f} MB",
     ]
+
+
+def _products(bfloat16: bool) -> str:
+    if bfloat16:
+        return "fused kernel's products: bfloat16 in bfloat16, float16 in float32"
+    return "fused kernel's products: in float32, also of bfloat16 and float16: this processor has none of bfloat16"

@@ -13,7 +13,7 @@ import torch
 from diffattn.machine import processor_name
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.ops.build import status
+from diffattn.ops.build import DTYPES, status
 from diffattn.ops.dispatch import BACKENDS
 
 
@@ -23,7 +23,8 @@ def examine() -> dict[str, Any]:
     config = DiffTransformerConfig(vocab_size=8, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
     with torch.device("meta"):
         implementation = DiffTransformerForCausalLM(config).config._attn_implementation
-    serves = {name: name in kernel.active or kernel.pending for name in ("float32", "bfloat16")}
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    serves = {name: name in kernel.active or kernel.pending for name in names}
     # The first of the table, asked without compiling what is not compiled yet.
     backends = {fused: next(name for name in BACKENDS if fused or name != "fused_cpu") for fused in (False, True)}
     packages = ("torch", "transformers", "diffattn")

@@ -18,7 +18,8 @@ from diffattn.errors import UnsupportedError
 from diffattn.machine import cache_folder
 from diffattn.ops import compiling
 
-DTYPES = (torch.float32, torch.bfloat16)
+# What the kernel serves; products of the latter two are of float32 where the processor has none of bfloat16.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Status:
 
     Fields: `active`, the dtypes that it serves; `reasons`, a sentence for each dtype that it does not; `pending`, True
     where the first use will compile it; `path` of the finished library and its `compile_seconds`;
-    `bf16_matrix_kernels`, whether the processor's bfloat16 products work, None while nothing is loaded.
+    `bf16_products`, whether the processor multiplies bfloat16 (else its products are of float32), None while nothing is
+    loaded.
     """
 
     active: tuple[str, ...]
@@ -38,18 +40,18 @@ class Status:
     compiler: str | None
     torch: str
     threads: int
-    bf16_matrix_kernels: bool | None
+    bf16_products: bool | None
     compile_seconds: float | None
     cache: str
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What this process has settled on: the library, or why there is none, and per dtype whether the probe passed."""
+    """What this process has settled on: the library, or why there is none, and what its bfloat16 products are of."""
 
     built: compiling.Built | None
     failure: str | None
-    works: dict[torch.dtype, bool]
+    bf16_products: bool | None
 
 
 _lock = threading.Lock()
@@ -106,7 +108,7 @@ def status() -> Status:
         compiler=recipe.version,
         torch=torch.__version__,
         threads=torch.get_num_threads(),
-        bf16_matrix_kernels=outcome.works.get(torch.bfloat16) if outcome else None,
+        bf16_products=outcome.bf16_products if outcome else None,
         compile_seconds=built.seconds if built else None,
         cache=str(cache_folder()),
     )
@@ -125,8 +127,6 @@ def _reason(outcome: _Outcome, dtype: torch.dtype) -> str | None:
         return outcome.failure
     if dtype not in DTYPES:
         return f"fused_cpu: {_name(dtype)} inputs are not supported; it serves {', '.join(map(_name, DTYPES))}"
-    if not outcome.works[dtype]:
-        return f"fused_cpu: this processor has no working {_name(dtype)} matrix products; cast the inputs to float32"
     return None
 
 
@@ -138,7 +138,7 @@ def _settle(*, may_compile: bool) -> _Outcome | None:
             try:
                 _outcome = _load_or_compile(may_compile)
             except UnsupportedError as error:
-                _outcome = _Outcome(None, str(error), {})
+                _outcome = _Outcome(None, str(error), None)
                 compiling.say(str(error))
         return _outcome
 
@@ -166,9 +166,9 @@ def _load_or_compile(may_compile: bool) -> _Outcome | None:
 
 def _load(built: compiling.Built) -> _Outcome:
     try:
-        # In a thread of its own, where no fake tensors, autocast or default device of the caller reach the probe.
+        # In a thread of its own, where no fake tensors, autocast or default device of the caller reach the question.
         with ThreadPoolExecutor(1) as apart:
-            return _Outcome(built, None, apart.submit(_load_and_probe, built.path).result())
+            return _Outcome(built, None, apart.submit(_load_and_ask, built.path).result())
     except (OSError, RuntimeError, AttributeError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UnsupportedError(
@@ -177,6 +177,7 @@ def _load(built: compiling.Built) -> _Outcome:
         ) from None
 
 
-def _load_and_probe(path: str) -> dict[torch.dtype, bool]:
+def _load_and_ask(path: str) -> bool:
+    """Loads the library; whether the processor multiplies bfloat16."""
     torch.ops.load_library(path)
-    return {dtype: bool(torch.ops.diffattn.fused_cpu_probe(int(dtype == torch.bfloat16))) for dtype in DTYPES}
+    return bool(torch.ops.diffattn.fused_cpu_bfloat16_products())

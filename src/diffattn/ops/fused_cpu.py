@@ -2,8 +2,8 @@
 
     output = P v,  P = A1 − λ ∘ A2,  A1 = softmax(scale · q1 k1ᵀ),  A2 = softmax(scale · q2 k2ᵀ)
 
-    forward   saves the two log-sum-exps of each row and neither map: float32 (2, B, H, T), for float32 inputs
-              (4, B, H, T), the second half of which is what rounding took from the first
+    forward   saves the largest score of each row of both maps, and 1 / the sum of its exponentials, and neither map:
+              float32 (4, B, H, T)
     backward  dP = d_out vᵀ,  D1 = rowsum(A1 ∘ dP),  D2 = rowsum(A2 ∘ dP),
               dS1 = scale · A1 ∘ (dP − D1),  dS2 = −scale · λ ∘ A2 ∘ (dP − D2),
               d_q1 = dS1 k1,  d_k1 = dS1ᵀ q1,  d_q2 = dS2 k2,  d_k2 = dS2ᵀ q2,  d_v = Pᵀ d_out,  d_lam = −D2
@@ -28,7 +28,7 @@ from diffattn.errors import UnsupportedError
 from diffattn.ops import build
 from diffattn.ops.reference import as_lam
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = build.DTYPES
 MAX_WIDTH = 256
 # Queries of a call that is split over its keys, as csrc/ops.cpp has it.
 DECODING_QUERIES = 8
@@ -45,7 +45,7 @@ torch.library.define(
 )
 torch.library.define(
     "diffattn::fused_cpu_backward",
-    f"(Tensor d_output, {_INPUTS}, Tensor lse, bool causal, float scale) "
+    f"(Tensor d_output, {_INPUTS}, Tensor rows, bool causal, float scale) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -71,7 +71,8 @@ def unsupported(
     if not q1.dtype == k1.dtype == q2.dtype == k2.dtype == v.dtype:
         return "fused_cpu: inputs of several dtypes are not supported; cast them to one"
     if v.dtype not in DTYPES:
-        return f"fused_cpu: {str(v.dtype).removeprefix('torch.')} inputs are not supported; it serves float32, bfloat16"
+        served = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        return f"fused_cpu: {str(v.dtype).removeprefix('torch.')} inputs are not supported; it serves {served}"
     if max(q1.shape[-1], v.shape[-1]) > MAX_WIDTH:
         return f"fused_cpu: heads of {max(q1.shape[-1], v.shape[-1])} are not supported; it serves widths up to 256"
     return build.unavailable(v.dtype)
@@ -104,7 +105,7 @@ def fused_cpu_diff_attention(
     second = None if k2 is k1 else k2
     width = v.shape[-1]
     if v.dtype == torch.bfloat16:
-        # Half-precision products take pairs along the inner dimension.
+        # Its products take pairs along the inner dimension.
         q1, k1, q2, v = (_even(x) for x in (q1, k1, q2, v))
         second = None if second is None else _even(second)
     output, _ = torch.ops.diffattn.fused_cpu(q1, k1, q2, second, v, lam, queries, causal, scale)
@@ -182,9 +183,7 @@ def _(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q1.shape
-    return v.new_empty(B, T, H, v.shape[-1]), v.new_empty(
-        4 if v.dtype == torch.float32 else 2, B, H, T, dtype=torch.float32
-    )
+    return v.new_empty(B, T, H, v.shape[-1]), v.new_empty(4, B, H, T, dtype=torch.float32)
 
 
 @torch.library.register_fake("diffattn::fused_cpu_decoding")
@@ -203,13 +202,15 @@ def _(
     v: Tensor,
     lam: Tensor,
     queries: Tensor | None,
-    lse: Tensor,
+    rows: Tensor,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k = q1.new_empty(q1.shape), k1.new_empty(k1.shape)
+    q = q1.new_empty(q1.shape)
+    # A group's gradients lie together.
+    k, d_v = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (k1, v))
     d_k2 = k1.new_empty(0) if k2 is None else torch.empty_like(k)
-    return q, k, torch.empty_like(q), d_k2, v.new_empty(v.shape), lam.new_empty(lam.shape)
+    return q, k, torch.empty_like(q), d_k2, d_v, lam.new_empty(lam.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -217,9 +218,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _backward(ctx: Any, d_output: Tensor, d_lse: Tensor | None) -> tuple[Any, ...]:
-    *tensors, lse = ctx.saved_tensors
-    grads = torch.ops.diffattn.fused_cpu_backward(d_output, *tensors, lse, ctx.causal, ctx.scale)
+def _backward(ctx: Any, d_output: Tensor, d_rows: Tensor | None) -> tuple[Any, ...]:
+    *tensors, rows = ctx.saved_tensors
+    grads = torch.ops.diffattn.fused_cpu_backward(d_output, *tensors, rows, ctx.causal, ctx.scale)
     d_q1, d_k1, d_q2, d_k2, d_v, d_lam = grads
     return d_q1, d_k1, d_q2, (None if tensors[3] is None else d_k2), d_v, d_lam, None, None, None
 

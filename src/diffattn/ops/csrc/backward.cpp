@@ -1,12 +1,12 @@
-// Backward: the maps are recomputed from the saved log-sum-exps, tile by tile (keys × rows, a lane is a query).
+// Backward: the maps are recomputed from the saved maxima and sums, tile by tile (keys × rows, a lane is a query).
 //
-//   for each tile    A1 = 2^(c k1 q1ᵀ − lse1),  A2 likewise,  dP = v d_oᵀ;  D1 += A1 ∘ dP,  D2 += A2 ∘ dP
+//   for each tile    A1 = 2^(c (k1 q1ᵀ − m1)) / l1,  A2 likewise,  dP = v d_oᵀ;  D1 += A1 ∘ dP,  D2 += A2 ∘ dP
 //   for each tile    P = A1 − λ A2,  dS1 = scale A1 ∘ (dP − D1),  dS2 = −scale λ A2 ∘ (dP − D2)
 //                    d_v += P d_o,  d_k1 += dS1 q1,  d_k2 += dS2 q2,  d_q1 += dS1ᵀ k1,  d_q2 += dS2ᵀ k2
 //
 // D1 and D2 are sums over all keys of a row and neither is a function of the saved output (only D1 − λ D2 is), so a
 // block of rows holds its tiles of A1, A2 and dP until both are known. The gradients of keys and values are summed in
-// float32: in place in float32, in memory of the worker in bfloat16. Where that memory would be large, only a span of
+// float32: in place in float32, in memory of the worker in half precision. Where that memory would be large, only a span of
 // the keys is summed at a time; the blocks that see an earlier span return to it with D1 and D2 known.
 #include "backward.h"
 
@@ -25,33 +25,37 @@ struct Sums {
   }
 };
 
-template <typename scalar, int rows>
-class Worker {
-  static constexpr bool half = sizeof(scalar) == 2;
+template <typename scalar>
+void copy_row(const float* from, int64_t width, scalar* to) {
+  for (int64_t i = 0; i < width; i += kLanes)
+    store_part(to + i, load_part(from + i, width - i), width - i);
+}
 
+template <typename scalar, typename element, int rows>
+class Worker {
  public:
   Worker(const Backward<scalar>& f, Arena& arena, int64_t span)
       : f_(f),
         p_(f.p),
-        a1_(arena.take<scalar>(f.p.S * rows)),
-        a2_(arena.take<scalar>(f.p.S * rows)),
-        dp_(arena.take<scalar>(f.p.S * rows)),
-        scores_(arena.take<float>(std::max(3 * f.p.tile * rows, 5 * f.p.tile * rows * int64_t(sizeof(scalar)) / 4))),
-        tile_(reinterpret_cast<scalar*>(scores_)),
-        k_(arena.take<scalar>(f.p.tile * f.p.D)),
-        q1_columns_(arena.take<scalar>(f.p.D * rows)),
-        q2_columns_(arena.take<scalar>(f.p.D * rows)),
-        do_columns_(arena.take<scalar>(f.p.Dv * rows)),
+        a1_(arena.take<element>(f.p.S * rows)),
+        a2_(arena.take<element>(f.p.S * rows)),
+        dp_(arena.take<element>(f.p.S * rows)),
+        scores_(arena.take<float>(std::max(3 * f.p.tile * rows, 5 * f.p.tile * rows * int64_t(sizeof(element)) / 4))),
+        tile_(reinterpret_cast<element*>(scores_)),
+        k_(arena.take<element>(f.p.tile * std::max(f.p.D, f.p.Dv))),
+        q1_columns_(arena.take<element>(f.p.D * rows)),
+        q2_columns_(arena.take<element>(f.p.D * rows)),
+        do_columns_(arena.take<element>(f.p.Dv * rows)),
         // Columns are done with before the rows are needed, unless a block returns to a span.
-        q1_rows_(span < f.p.S ? arena.take<scalar>(f.p.D * rows) : q1_columns_),
-        q2_rows_(span < f.p.S ? arena.take<scalar>(f.p.D * rows) : q2_columns_),
-        do_rows_(span < f.p.S ? arena.take<scalar>(f.p.Dv * rows) : do_columns_),
+        q1_rows_(span < f.p.S ? arena.take<element>(f.p.D * rows) : q1_columns_),
+        q2_rows_(span < f.p.S ? arena.take<element>(f.p.D * rows) : q2_columns_),
+        do_rows_(span < f.p.S ? arena.take<element>(f.p.Dv * rows) : do_columns_),
         dq1_(arena.take<float>(f.p.D * rows)),
         dq2_(arena.take<float>(f.p.D * rows)),
-        lse1_(arena.take<float>(rows)),
-        lse2_(arena.take<float>(rows)),
-        rest1_(arena.take<float>(rows)),
-        rest2_(arena.take<float>(rows)),
+        m1_(arena.take<float>(rows)),
+        m2_(arena.take<float>(rows)),
+        inverse1_(arena.take<float>(rows)),
+        inverse2_(arena.take<float>(rows)),
         lam_(arena.take<float>(rows)),
         d1_(arena.take<float>(rows)),
         d2_(arena.take<float>(rows)),
@@ -95,7 +99,7 @@ class Worker {
       if (again)
         maps(b, g, lanes, start, m, /*sum=*/false, /*at=*/0);
       gradients(first ? start : 0, m);
-      const scalar *p = tile_, *s1 = p + p_.tile * rows, *s2 = s1 + p_.tile * rows;
+      const element *p = tile_, *s1 = p + p_.tile * rows, *s2 = s1 + p_.tile * rows;
       if (first) {
         query_gradient(f_.k1, b, g, start, m, s2 + p_.tile * rows, dq1_, tile != to - 1);
         query_gradient(f_.k2, b, g, start, m, s2 + 2 * p_.tile * rows, dq2_, tile != to - 1);
@@ -117,55 +121,55 @@ class Worker {
     pack_columns(f_.d_output, b, lanes, p_.Dv, do_columns_);
     for (int64_t lane = 0; lane < rows; ++lane) {
       const int64_t h = lanes.head[lane], t = lanes.t[lane];
-      std::tie(lse1_[lane], rest1_[lane]) = f_.kept(0, b, h, t);
-      std::tie(lse2_[lane], rest2_[lane]) = f_.kept(1, b, h, t);
+      std::tie(m1_[lane], inverse1_[lane]) = f_.kept(0, b, h, t);
+      std::tie(m2_[lane], inverse2_[lane]) = f_.kept(1, b, h, t);
       lam_[lane] = *f_.lam.at(b, t, h);
     }
   }
 
   // A1, A2 and dP of a tile, at row `at` of the held tiles; adds their products to D1 and D2 where `sum` says so.
   void maps(int64_t b, int64_t g, const Lanes<rows>& lanes, int64_t start, int64_t m, bool sum, int64_t at) {
-    constexpr int columns = rows / kLanes;
+    constexpr int columns = rows / kLanes, group = columns < 2 ? columns : kLanes == 16 && columns > 2 ? 4 : 2;
     float *s1 = scores_, *s2 = s1 + p_.tile * rows, *s3 = s2 + p_.tile * rows;
-    score_tile(p_, f_.k1, b, g, start, m, lanes, q1_columns_, s1);
-    score_tile(p_, f_.k2, b, g, start, m, lanes, q2_columns_, s2);
-    multiply(m, rows, p_.Dv, f_.v.at(b, start, g), f_.v.row, do_columns_, rows, s3, rows, false);
-    scalar *a1 = a1_ + at * rows, *a2 = a2_ + at * rows, *dp = dp_ + at * rows;
-    Floats lse1[columns], lse2[columns], d1[columns] = {}, d2[columns] = {};
-    for (int c = 0; c < columns; ++c) {
-      lse1[c] = load(lse1_ + c * kLanes);
-      lse2[c] = load(lse2_ + c * kLanes);
-    }
-    for (int64_t first = 0; first < m; first += kLanes) {
-      // Sums of sixteen, then of those: a long chain of additions would round more than all else here.
-      Floats part1[columns] = {}, part2[columns] = {};
-      for (int64_t i = first; i < std::min(first + kLanes, m); ++i)
+    const auto k1 = rows_of(f_.k1, b, g, start, m, p_.D, k_);
+    score_tile(p_, k1, b, start, m, lanes, q1_columns_, s1);
+    const auto k2 = p_.one_key ? k1 : rows_of(f_.k2, b, g, start, m, p_.D, k_);
+    score_tile(p_, k2, b, start, m, lanes, q2_columns_, s2);
+    const auto v = rows_of(f_.v, b, g, start, m, p_.Dv, k_);
+    multiply(m, rows, p_.Dv, v.data, v.row, do_columns_, rows, s3, rows, false);
+    const Powers<scalar> power(p_);
+    auto map = [&power](Floats score, const float* highest, const float* inverse) {
+      return exp2<exp_degree<scalar>>(power(score - load(highest))) * load(inverse);
+    };
+    element *a1 = a1_ + at * rows, *a2 = a2_ + at * rows, *dp = dp_ + at * rows;
+    for (int lane = 0; lane < rows; lane += group * kLanes) {
+      Floats d1[group] = {}, d2[group] = {};
+      for (int64_t first = 0; first < m; first += 16) {
+        // Sums of sixteen, then of those: a long chain of additions would round more than all else here.
+        Floats part1[group] = {}, part2[group] = {};
+        for (int64_t i = first; i < std::min(first + 16, m); ++i)
 #pragma GCC unroll 4
-        for (int c = 0; c < columns; ++c) {
-          const int64_t j = i * rows + c * kLanes;
-          // What is held is what is summed, so that a row's dS sum to 0 after rounding too.
-          const Floats x = store_as(a1 + j, map_of(load(s1 + j), lse1[c], rest1_ + c * kLanes));
-          const Floats y = store_as(a2 + j, map_of(load(s2 + j), lse2[c], rest2_ + c * kLanes));
-          const Floats z = store_as(dp + j, load(s3 + j));
-          part1[c] += x * z;
-          part2[c] += y * z;
+          for (int c = 0; c < group; ++c) {
+            const int column = lane + c * kLanes;
+            const int64_t j = i * rows + column;
+            // What is held is what is summed, so that a row's dS sum to 0 after rounding too.
+            const Floats x = store_as(a1 + j, map(load(s1 + j), m1_ + column, inverse1_ + column));
+            const Floats y = store_as(a2 + j, map(load(s2 + j), m2_ + column, inverse2_ + column));
+            const Floats z = store_as(dp + j, load(s3 + j));
+            part1[c] += x * z;
+            part2[c] += y * z;
+          }
+        for (int c = 0; c < group; ++c) {
+          d1[c] += part1[c];
+          d2[c] += part2[c];
         }
-      for (int c = 0; c < columns; ++c) {
-        d1[c] += part1[c];
-        d2[c] += part2[c];
+      }
+      for (int c = 0; sum && c < group; ++c) {
+        const int column = lane + c * kLanes;
+        store(d1_ + column, load(d1_ + column) + d1[c]);
+        store(d2_ + column, load(d2_ + column) + d2[c]);
       }
     }
-    for (int c = 0; sum && c < columns; ++c) {
-      store(d1_ + c * kLanes, load(d1_ + c * kLanes) + d1[c]);
-      store(d2_ + c * kLanes, load(d2_ + c * kLanes) + d2[c]);
-    }
-  }
-
-  Floats map_of(Floats score, Floats lse, const float* rest) const {
-    Floats x = score * p_.log2_scale - lse;
-    if constexpr (!half)
-      x -= load(rest);
-    return exp2<exp_degree<scalar>>(x);
   }
 
   void hold(int64_t b, int64_t g, const Lanes<rows>& lanes, Range keys, int64_t begin, int64_t end) {
@@ -188,7 +192,7 @@ class Worker {
   // P, dS1 and dS2 of a held tile (tile × rows), and behind them dS1 and dS2 as (rows × tile).
   void gradients(int64_t at, int64_t m) {
     const int64_t size = p_.tile * rows;
-    const scalar *a1 = a1_ + at * rows, *a2 = a2_ + at * rows, *dp = dp_ + at * rows;
+    const element *a1 = a1_ + at * rows, *a2 = a2_ + at * rows, *dp = dp_ + at * rows;
     for (int lane = 0; lane < rows; lane += kLanes) {
       const Floats d1 = load(d1_ + lane), d2 = load(d2_ + lane), lam = load(lam_ + lane), minus = lam * -p_.scale;
       for (int64_t first = 0; first < m; first += kLanes) {
@@ -210,7 +214,7 @@ class Worker {
         transpose(s1);
         transpose(s2);
         for (int64_t i = 0; i < kLanes; ++i) {
-          scalar* to = tile_ + 3 * size + (lane + i) * p_.tile + first;
+          element* to = tile_ + 3 * size + (lane + i) * p_.tile + first;
           store(to, (Floats)s1[i]);
           store(to + size, (Floats)s2[i]);
         }
@@ -220,10 +224,10 @@ class Worker {
 
   // dq (rows × D) += dS (rows × m) · k
   void query_gradient(
-      const View<const scalar>& keys, int64_t b, int64_t g, int64_t start, int64_t m, const scalar* s, float* dq,
+      const View<const scalar>& keys, int64_t b, int64_t g, int64_t start, int64_t m, const element* s, float* dq,
       bool add) {
     pack_rows([&](int64_t i) { return keys.at(b, start + i, g); }, m, p_.D, k_);
-    multiply(rows, p_.D, whole_pairs<scalar>(m), s, p_.tile, k_, p_.D, dq, p_.D, add);
+    multiply(rows, p_.D, whole_pairs<element>(m), s, p_.tile, k_, p_.D, dq, p_.D, add);
   }
 
   bool several_spans() const {
@@ -233,10 +237,12 @@ class Worker {
   void write(int64_t b, const Lanes<rows>& lanes, bool empty) {
     for (int64_t lane = 0; lane < lanes.count; ++lane) {
       const int64_t h = lanes.head[lane], t = lanes.t[lane];
-      scalar *dq1 = f_.d_q1.at(b, t, h), *dq2 = f_.d_q2.at(b, t, h);
-      for (int64_t i = 0; i < p_.D; ++i) {
-        dq1[i] = scalar(empty ? 0.0f : dq1_[lane * p_.D + i]);
-        dq2[i] = scalar(empty ? 0.0f : dq2_[lane * p_.D + i]);
+      if (empty) {
+        std::fill_n(f_.d_q1.at(b, t, h), p_.D, scalar(0.0f));
+        std::fill_n(f_.d_q2.at(b, t, h), p_.D, scalar(0.0f));
+      } else {
+        copy_row(dq1_ + lane * p_.D, p_.D, f_.d_q1.at(b, t, h));
+        copy_row(dq2_ + lane * p_.D, p_.D, f_.d_q2.at(b, t, h));
       }
       *f_.d_lam.at(b, t, h) = empty ? 0.0f : -d2_[lane];
     }
@@ -244,21 +250,14 @@ class Worker {
 
   const Backward<scalar>& f_;
   const Problem& p_;
-  scalar *a1_, *a2_, *dp_;
+  element *a1_, *a2_, *dp_;
   float* scores_;
-  scalar *tile_, *k_;  // the gradients of a tile take the place of its scores
-  scalar *q1_columns_, *q2_columns_, *do_columns_, *q1_rows_, *q2_rows_, *do_rows_;
-  float *dq1_, *dq2_, *lse1_, *lse2_, *rest1_, *rest2_, *lam_, *d1_, *d2_, *d_rows_;
+  element *tile_, *k_;  // the gradients of a tile take the place of its scores
+  element *q1_columns_, *q2_columns_, *do_columns_, *q1_rows_, *q2_rows_, *do_rows_;
+  float *dq1_, *dq2_, *m1_, *m2_, *inverse1_, *inverse2_, *lam_, *d1_, *d2_, *d_rows_;
 };
 
-template <typename scalar>
-void copy_rows(const float* from, int64_t count, int64_t width, scalar* to, int64_t to_row) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t j = 0; j < width; ++j)
-      to[i * to_row + j] = scalar(from[i * width + j]);
-}
-
-template <typename scalar, int rows>
+template <typename scalar, typename element, int rows>
 void run(const Backward<scalar>& f) {
   const Problem& p = f.p;
   const int64_t blocks = Lanes<rows>::blocks(p), groups = p.B * p.G, threads = at::get_num_threads();
@@ -280,12 +279,12 @@ void run(const Backward<scalar>& f) {
       std::fill_n(x.at(b, s, g), columns, scalar(0.0f));
   };
   auto layout = [&](Arena& arena) {
-    Worker<scalar, rows>(f, arena, span);
+    Worker<scalar, element, rows>(f, arena, span);
     if (!in_place && parts == 1)
       arena.take<float>(std::min(span, p.S) * width);
   };
-  share(groups * parts, layout, [&](int64_t unit, Arena arena) {
-    Worker<scalar, rows> worker(f, arena, span);
+  share<element>(groups * parts, layout, [&](int64_t unit, Arena arena) {
+    Worker<scalar, element, rows> worker(f, arena, span);
     const int64_t b = unit / parts / p.G, g = unit / parts % p.G;
     float* memory = nullptr;
     if (parts > 1)
@@ -312,10 +311,12 @@ void run(const Backward<scalar>& f) {
       for (int64_t block = blocks - 1 - unit % parts; block >= 0; block -= parts)
         worker.block(b, g, block, {begin, end}, sums);
       if (parts == 1 && !in_place) {
-        copy_rows(sums.k1, count, p.D, f.d_k1.at(b, begin, g), f.d_k1.row);
-        if (!p.one_key)
-          copy_rows(sums.k2, count, p.D, f.d_k2.at(b, begin, g), f.d_k2.row);
-        copy_rows(sums.v, count, p.Dv, f.d_v.at(b, begin, g), f.d_v.row);
+        for (int64_t s = 0; s < count; ++s) {
+          copy_row(sums.k1 + s * p.D, p.D, f.d_k1.at(b, begin + s, g));
+          if (!p.one_key)
+            copy_row(sums.k2 + s * p.D, p.D, f.d_k2.at(b, begin + s, g));
+          copy_row(sums.v + s * p.Dv, p.Dv, f.d_v.at(b, begin + s, g));
+        }
       }
     }
   });
@@ -346,18 +347,22 @@ void run(const Backward<scalar>& f) {
 
 // Every block streams its group's keys, values and sums from the third cache, which is what bounds long rows: the wider
 // the blocks, the less of it. In bfloat16, where all is half as large, 64 rows would hold more than they save.
-template <typename scalar>
+template <typename scalar, typename element>
 void run_backward(const Backward<scalar>& f) {
-  if constexpr (sizeof(scalar) == sizeof(float))
+  if constexpr (std::is_same_v<scalar, float>)
     if (f.p.T >= 64)
-      return run<scalar, 64>(f);
+      return run<scalar, element, 64>(f);
   if (f.p.R * f.p.T > 16)
-    run<scalar, 32>(f);
+    run<scalar, element, 32>(f);
   else
-    run<scalar, 16>(f);
+    run<scalar, element, 16>(f);
 }
 
-template void run_backward(const Backward<float>&);
-template void run_backward(const Backward<at::BFloat16>&);
+template void run_backward<float, float>(const Backward<float>&);
+template void run_backward<at::Half, float>(const Backward<at::Half>&);
+template void run_backward<at::BFloat16, float>(const Backward<at::BFloat16>&);
+#if DIFFATTN_BFLOAT16_PRODUCTS
+template void run_backward<at::BFloat16, at::BFloat16>(const Backward<at::BFloat16>&);
+#endif
 
 }  // namespace diffattn

@@ -10,19 +10,20 @@ struct Backward {
   Problem p;
   View<const scalar> d_output, q1, k1, q2, k2, v;
   View<const float> lam;
-  const float* lse;
+  const float* rows;
   View<scalar> d_q1, d_k1, d_q2, d_k2, d_v;
   View<float> d_lam;
 
-  // The log-sum-exp of a row and what rounding took from it.
+  // The largest score of a row and 1 / the sum of its exponentials.
   std::pair<float, float> kept(int64_t map, int64_t b, int64_t h, int64_t t) const {
-    const float* at = lse + ((map * p.B + b) * p.H + h) * p.T + t;
-    return {*at, sizeof(scalar) == sizeof(float) ? at[2 * p.B * p.H * p.T] : 0.0f};
+    const float* at = rows + ((map * p.B + b) * p.H + h) * p.T + t;
+    return {*at, at[2 * p.B * p.H * p.T]};
   }
 };
 
 // Every gradient is written; none needs to be cleared before.
-template <typename scalar>
+// `element`: what the products are of.
+template <typename scalar, typename element>
 void run_backward(const Backward<scalar>& f);
 
 }  // namespace diffattn

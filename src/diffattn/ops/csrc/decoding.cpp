@@ -74,11 +74,8 @@ template <int columns, typename scalar>
 void weigh_columns(
     const scalar* values, int64_t row, int64_t count, int64_t width, const float* p, const float* q, float* o1,
     float* o2) {
-  Floats a[columns], b[columns];
-  for (int64_t j = 0; j < columns; ++j) {
-    a[j] = load(o1 + j * kLanes);
-    b[j] = load(o2 + j * kLanes);
-  }
+  // The sums of a chunk, which are then added to those before it: one long chain of additions would round more.
+  Floats a[columns] = {}, b[columns] = {};
   for (int64_t i = 0; i < count; ++i)
     for (int64_t j = 0; j < columns; ++j) {
       const scalar* at = values + i * row + j * kLanes;
@@ -88,8 +85,8 @@ void weigh_columns(
       b[j] += value * q[i];
     }
   for (int64_t j = 0; j < columns; ++j) {
-    store(o1 + j * kLanes, a[j]);
-    store(o2 + j * kLanes, b[j]);
+    store(o1 + j * kLanes, load(o1 + j * kLanes) + a[j]);
+    store(o2 + j * kLanes, load(o2 + j * kLanes) + b[j]);
   }
 }
 
@@ -153,7 +150,7 @@ class Worker {
           f_.q1.at(b, row % p_.T, g * p_.R + row / p_.T), f_.q2.at(b, row % p_.T, g * p_.R + row / p_.T)};
       for (int64_t map : {0, 1})
         for (int64_t i = 0; i < p_.D; ++i)
-          queries_[(map * rows_ + row) * width + i] = float(from[map][i]) * p_.log2_scale;
+          queries_[(map * rows_ + row) * width + i] = double(from[map][i]) * p_.log2_scale;
     }
   }
 
@@ -222,7 +219,7 @@ void join(
     const bool empty = highest == -kInfinity;
     for (int64_t span = 0; span < spans && !empty; ++span)
       total += at(span)[1] * std::exp2(at(span)[0] - highest);
-    f.keep(map, b, h, t, empty ? kInfinity : highest + std::log2(double(total)));
+    f.keep(map, b, h, t, empty ? 0.0f : highest / p.log2_scale, empty ? 0.0f : 1.0f / total);
     for (int64_t span = 0; span < spans && !empty; ++span) {
       const float factor = factors[map] / total * std::exp2(at(span)[0] - highest);
       for (int64_t i = 0; i < padded(p.Dv); i += kLanes)
@@ -245,7 +242,7 @@ void run_decoding(const Forward<scalar>& f, const Norm* norm) {
   const int64_t spans = std::max<int64_t>(1, (p.S + kSpan - 1) / kSpan);
   const at::Tensor partials = at::empty({groups, spans, 2, rows, width}, at::kFloat);
   float* data = partials.data_ptr<float>();
-  share(
+  share<float>(
       groups * spans, [&](Arena& arena) { Worker<scalar>(f, arena); },
       [&](int64_t unit, Arena arena) {
         const int64_t b = unit / spans / p.G, g = unit / spans % p.G, start = unit % spans * kSpan;
@@ -265,6 +262,7 @@ void run_decoding(const Forward<scalar>& f, const Norm* norm) {
 }
 
 template void run_decoding(const Forward<float>&, const Norm*);
+template void run_decoding(const Forward<at::Half>&, const Norm*);
 template void run_decoding(const Forward<at::BFloat16>&, const Norm*);
 
 }  // namespace diffattn

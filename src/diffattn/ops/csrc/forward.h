@@ -4,28 +4,28 @@
 
 namespace diffattn {
 
-// output (B, T, H, Dv) in the inputs' dtype; lse (2, B, H, T) in powers of 2, +inf for a row that sees no key. In
-// float32 it is (4, B, H, T): what rounding takes from each is kept too, else it would be the largest error of a map.
-// Without gradients it is null.
+// output (B, T, H, Dv) in the inputs' dtype; rows (4, B, H, T): of both maps the largest score, then of both 1 / the sum
+// of their exponentials, which are 0 and 0 for a row that sees no key. A log-sum-exp would be one number, and rounding
+// it the largest error of a map. Without gradients it is null.
 template <typename scalar>
 struct Forward {
   Problem p;
   View<const scalar> q1, k1, q2, k2, v;
   View<const float> lam;  // head is the last dimension: (B, T, H) with row and head strides
   View<scalar> output;
-  float* lse;
+  float* rows;
 
-  void keep(int64_t map, int64_t b, int64_t h, int64_t t, double value) const {
-    if (!lse)
+  void keep(int64_t map, int64_t b, int64_t h, int64_t t, float highest, float inverse) const {
+    if (!rows)
       return;
-    float* at = lse + ((map * p.B + b) * p.H + h) * p.T + t;
-    *at = value;
-    if (sizeof(scalar) == sizeof(float))
-      at[2 * p.B * p.H * p.T] = value == kInfinity ? 0.0f : value - *at;
+    float* at = rows + ((map * p.B + b) * p.H + h) * p.T + t;
+    at[0] = highest;
+    at[2 * p.B * p.H * p.T] = inverse;
   }
 };
 
-template <typename scalar>
+// `element`: what the products are of.
+template <typename scalar, typename element>
 void run_forward(const Forward<scalar>& f);
 
 // What an output row is multiplied by behind the subtraction: scale · gain / rms. A null gain is ones.

@@ -1,4 +1,5 @@
 // The operators: checked tensors in, kernels chosen, tensors out.
+#include <ATen/cpu/Utils.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -41,7 +42,7 @@ struct Inputs {
     for (const Tensor& x : {k1, q2, k2, v})
       TORCH_CHECK(x.scalar_type() == q1.scalar_type(), "fused_cpu: dtypes differ");
     TORCH_CHECK(
-        v.scalar_type() == at::kFloat || (q1.size(3) % 2 == 0 && v.size(3) % 2 == 0),
+        v.scalar_type() != at::kBFloat16 || (q1.size(3) % 2 == 0 && v.size(3) % 2 == 0),
         "fused_cpu: widths must be even in bfloat16");
     if (queries_) {
       TORCH_CHECK(
@@ -51,7 +52,7 @@ struct Inputs {
     }
     TORCH_CHECK(queries_ || !causal || T <= S, "fused_cpu: more queries than keys with causal=True");
     p = {B, T, S, H, G, H / G, q1.size(3), v.size(3), S > 512 ? 128 : 64, !k2_, causal,
-         float(scale), float(scale * kLog2E), queries_ ? queries.const_data_ptr<int32_t>() : nullptr};
+         float(scale), scale * kLog2E, queries_ ? queries.const_data_ptr<int32_t>() : nullptr};
   }
 };
 
@@ -60,16 +61,58 @@ View<const scalar> reading(const Tensor& x) {
   return {x.const_data_ptr<scalar>(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
+// Whether the processor multiplies bfloat16 and oneDNN may use it. Where it does not, oneDNN would imitate such products.
+bool has_bfloat16_products() {
+  if constexpr (!kBfloat16Products)
+    return false;
+  static const bool has = [] {
+    const auto all = at::cpu::get_cpu_capabilities();
+    const bool any = std::any_of(all.begin(), all.end(), [](const auto& entry) {
+      return (entry.first == "avx512_bf16" || entry.first == "amx_bf16") && entry.second.toBool();
+    });
+    constexpr int64_t n = 16;
+    const std::vector<at::BFloat16> ones(any ? n * n : 0, at::BFloat16(1.0f));
+    float c[n * n] = {};
+    try {
+      if (any)
+        multiply(n, n, n, ones.data(), n, ones.data(), n, c, n, false);
+      end_products<at::BFloat16>();
+    } catch (const std::exception&) {
+      return false;
+    }
+    return c[0] == n;
+  }();
+  return has;
+}
+
+// Calls `run(scalar, element)`: what the tensors hold and what the products are of.
+template <typename Run>
+void by_dtype(at::ScalarType dtype, const Run& run) {
+  switch (dtype) {
+    case at::kFloat:
+      return run(float(), float());
+    case at::kHalf:
+      return run(at::Half(), float());
+    case at::kBFloat16:
+      if constexpr (kBfloat16Products)
+        if (has_bfloat16_products())
+          return run(at::BFloat16(), at::BFloat16());
+      return run(at::BFloat16(), float());
+    default:
+      TORCH_CHECK(false, "fused_cpu: wanted float32, float16 or bfloat16");
+  }
+}
+
 // Whether a forward call is one of few queries, split over the keys.
 bool decodes(const Problem& p) {
   return p.T <= 8;
 }
 
 template <typename scalar>
-Forward<scalar> forward(const Inputs& x, const Tensor& output, const Tensor& lse) {
+Forward<scalar> forward(const Inputs& x, const Tensor& output, const Tensor& rows) {
   return {x.p, reading<scalar>(x.q1), reading<scalar>(x.k1), reading<scalar>(x.q2), reading<scalar>(x.k2),
           reading<scalar>(x.v), reading<float>(x.lam), view<scalar>(output),
-          lse.defined() ? lse.data_ptr<float>() : nullptr};
+          rows.defined() ? rows.data_ptr<float>() : nullptr};
 }
 
 std::tuple<Tensor, Tensor> fused_cpu(
@@ -78,21 +121,17 @@ std::tuple<Tensor, Tensor> fused_cpu(
   const Inputs x(q1, k1, q2, k2, v, lam, queries, causal, scale);
   const Problem& p = x.p;
   Tensor output = at::empty({p.B, p.T, p.H, p.Dv}, v.options());
-  Tensor lse = at::empty({v.scalar_type() == at::kFloat ? 4 : 2, p.B, p.H, p.T}, lam.options());
+  Tensor rows = at::empty({4, p.B, p.H, p.T}, lam.options());
   if (output.numel() == 0)
-    return {output, lse};
-  auto run = [&]<typename scalar>(scalar) {
-    const auto f = forward<scalar>(x, output, lse);
+    return {output, rows};
+  by_dtype(v.scalar_type(), [&]<typename scalar, typename element>(scalar, element) {
+    const auto f = forward<scalar>(x, output, rows);
     if (decodes(p))
       run_decoding(f);
     else
-      run_forward(f);
-  };
-  if (v.scalar_type() == at::kFloat)
-    run(float());
-  else
-    run(at::BFloat16());
-  return {output, lse};
+      run_forward<scalar, element>(f);
+  });
+  return {output, rows};
 }
 
 // As a layer calls it, heads before tokens and pairs adjacent, with its norm and without gradients: one operator where
@@ -121,84 +160,58 @@ Tensor fused_cpu_decoding(
   Tensor output = at::empty({p.B, p.T, p.H, p.Dv}, value.options());
   if (output.numel() == 0)
     return output;
-  auto run = [&]<typename scalar>(scalar) {
+  by_dtype(value.scalar_type(), [&]<typename scalar, typename element>(scalar, element) {
     run_decoding(forward<scalar>(x, output, {}), eps ? &norm : nullptr);
-  };
-  if (value.scalar_type() == at::kFloat)
-    run(float());
-  else
-    run(at::BFloat16());
+  });
   return output;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_cpu_backward(
     const Tensor& d_output_, const Tensor& q1, const Tensor& k1, const Tensor& q2, const std::optional<Tensor>& k2,
-    const Tensor& v, const Tensor& lam, const std::optional<Tensor>& queries, const Tensor& lse_, bool causal,
+    const Tensor& v, const Tensor& lam, const std::optional<Tensor>& queries, const Tensor& rows_, bool causal,
     double scale) {
   const Inputs x(q1, k1, q2, k2, v, lam, queries, causal, scale);
   const Problem& p = x.p;
   const Tensor d_output = readable(d_output_);
-  Tensor lse = lse_.contiguous();
+  Tensor rows = rows_.contiguous();
   TORCH_CHECK(
       d_output.scalar_type() == v.scalar_type() && d_output.sizes() == at::IntArrayRef({p.B, p.T, p.H, p.Dv}),
       "fused_cpu_backward: d_output does not fit");
   TORCH_CHECK(
-      lse.scalar_type() == at::kFloat && lse.numel() == (v.scalar_type() == at::kFloat ? 4 : 2) * p.B * p.H * p.T,
-      "fused_cpu_backward: lse does not fit");
-  const auto q_shape = {p.B, p.T, p.H, p.D}, k_shape = {p.B, p.S, p.G, p.D};
+      rows.scalar_type() == at::kFloat && rows.numel() == 4 * p.B * p.H * p.T,
+      "fused_cpu_backward: rows does not fit");
+  const auto q_shape = {p.B, p.T, p.H, p.D};
   Tensor d_q1 = at::empty(q_shape, v.options()), d_q2 = at::empty(q_shape, v.options());
-  Tensor d_k1 = at::empty(k_shape, v.options());
-  Tensor d_k2 = p.one_key ? at::empty({0}, v.options()) : at::empty(k_shape, v.options());
-  Tensor d_v = at::empty({p.B, p.S, p.G, p.Dv}, v.options());
+  // A group's gradients lie together, as they are summed: rows a whole token apart would each be on a page of its own.
+  auto of_group = [&](int64_t width) { return at::empty({p.B, p.G, p.S, width}, v.options()).transpose(1, 2); };
+  Tensor d_k1 = of_group(p.D), d_v = of_group(p.Dv);
+  Tensor d_k2 = p.one_key ? at::empty({0}, v.options()) : of_group(p.D);
   Tensor d_lam = at::empty({p.B, p.T, p.H}, lam.options());
   if (d_output.numel() == 0 || v.numel() == 0) {
     for (Tensor* x : {&d_q1, &d_q2, &d_k1, &d_k2, &d_v, &d_lam})
       x->zero_();
     return {d_q1, d_k1, d_q2, d_k2, d_v, d_lam};
   }
-  auto run = [&]<typename scalar>(scalar) {
+  by_dtype(v.scalar_type(), [&]<typename scalar, typename element>(scalar, element) {
     if (decodes(p)) {
       // Decoding sums scores in another order than the products here, and a map that is normalised by the sum of others
       // does not quite sum to 1: its gradients would not cancel where they have to.
-      lse = at::empty_like(lse);
-      run_forward(forward<scalar>(x, at::empty({p.B, p.T, p.H, p.Dv}, v.options()), lse));
+      rows = at::empty_like(rows);
+      run_forward<scalar, element>(forward<scalar>(x, at::empty({p.B, p.T, p.H, p.Dv}, v.options()), rows));
     }
-    run_backward(Backward<scalar>{
+    run_backward<scalar, element>(Backward<scalar>{
         p, reading<scalar>(d_output), reading<scalar>(x.q1), reading<scalar>(x.k1), reading<scalar>(x.q2),
-        reading<scalar>(x.k2), reading<scalar>(x.v), reading<float>(x.lam), lse.const_data_ptr<float>(),
+        reading<scalar>(x.k2), reading<scalar>(x.v), reading<float>(x.lam), rows.const_data_ptr<float>(),
         view<scalar>(d_q1), view<scalar>(d_k1), view<scalar>(d_q2),
         p.one_key ? View<scalar>{} : view<scalar>(d_k2), view<scalar>(d_v), view<float>(d_lam)});
-  };
-  if (v.scalar_type() == at::kFloat)
-    run(float());
-  else
-    run(at::BFloat16());
+  });
   return {d_q1, d_k1, d_q2, d_k2, d_v, d_lam};
-}
-
-// Whether this processor has the matrix products that the kernels are made of, by trying one.
-bool probe(int64_t bfloat16) {
-  constexpr int64_t n = 16;
-  float c[n * n];
-  try {
-    if (bfloat16) {
-      std::vector<at::BFloat16> ones(n * n, at::BFloat16(1.0f));
-      at::native::cpublas::brgemm(n, n, n, n, n, n, false, ones.data(), ones.data(), c, /*is_vnni=*/true);
-    } else {
-      std::vector<float> ones(n * n, 1.0f);
-      at::native::cpublas::brgemm(n, n, n, n, n, n, false, ones.data(), ones.data(), c, /*is_vnni=*/false);
-    }
-    at::native::cpublas::brgemm_release(bfloat16);
-  } catch (const std::exception&) {
-    return false;
-  }
-  return std::all_of(c, c + n * n, [](float x) { return x == n; });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(diffattn, library) {
-  library.def("fused_cpu_probe(int bfloat16) -> bool", probe);
+  library.def("fused_cpu_bfloat16_products() -> bool", has_bfloat16_products);
 }
 
 TORCH_LIBRARY_IMPL(diffattn, CPU, library) {

@@ -3,14 +3,14 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <optional>
 
-#include "vector.h"
+#include "products.h"
 
 namespace diffattn {
 
@@ -40,8 +40,9 @@ struct Problem {
   int64_t B, T, S, H, G, R, D, Dv;  // R output heads share a group
   int64_t tile;                    // keys that are computed together
   bool one_key, causal;
-  float scale, log2_scale;  // of the scores; log2_scale makes powers of 2 of them
-  const int32_t* queries;   // (2, B, S) the first query that sees a key and the first behind it that does not, or null
+  float scale;             // of the scores
+  double log2_scale;       // the same, for powers of 2
+  const int32_t* queries;  // (2, B, S) the first query that sees a key and the first behind it that does not, or null
 
   int64_t tiles() const {
     return (S + tile - 1) / tile;
@@ -53,6 +54,27 @@ struct Problem {
       return {queries[b * S + s], queries[(B + b) * S + s]};
     return {causal ? s - (S - T) : 0, T};
   }
+};
+
+// The factor log2_scale of float32 scores. Where scores are far apart, rounding it would be the largest error of a map,
+// so what rounding takes from it is a factor of its own; half precision is rounded more than that.
+template <typename scalar>
+class Powers {
+ public:
+  explicit Powers(const Problem& p) : high_(p.log2_scale) {
+    // Rounded down, so that the rest is above 0, and −inf, which is what a masked score is, stays −inf times both.
+    if (high_ > p.log2_scale)
+      high_ = std::nextafter(high_, 0.0f);
+    low_ = std::max(float(p.log2_scale - high_), std::numeric_limits<float>::min());
+  }
+
+  // The exponent of a difference of scores.
+  Floats operator()(Floats score) const {
+    return std::is_same_v<scalar, float> ? score * high_ + score * low_ : score * high_;
+  }
+
+ private:
+  float high_, low_;
 };
 
 // Up to `rows` query rows of one group that are computed together, one per lane: of one head where queries are many,
@@ -108,33 +130,21 @@ inline Range visible(const Problem& p, int64_t b, int64_t t_min, int64_t t_max) 
 
 // Keys of one tile that a row block computes. Sixteens keep the number of different matrix products small.
 inline int64_t tile_rows(const Problem& p, int64_t tile, int64_t end) {
-  const int64_t start = tile * p.tile, wanted = (end - start + kLanes - 1) / kLanes * kLanes;
+  const int64_t start = tile * p.tile, wanted = (end - start + 15) / 16 * 16;
   return std::min({p.tile, wanted, p.S - start});
 }
 
-// C (m × n, float32) = or += A (m × k, rows of lda) · B (k × n, bfloat16 in pairs of rows).
-inline void multiply(
-    int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-    bool add) {
-  at::native::cpublas::brgemm(m, n, k, std::max(lda, k), ldb, ldc, add, a, b, c, /*is_vnni=*/false);
-}
-
-inline void multiply(
-    int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb, float* c,
-    int64_t ldc, bool add) {
-  at::native::cpublas::brgemm(m, n, k, std::max(lda, k), ldb, ldc, add, a, b, c, /*is_vnni=*/true);
-}
-
+// Tensors hold `scalar`, products take `element`: the same, or float32 where the processor has no products of `scalar`.
 // Right-hand sides are stored in pairs of rows in bfloat16, row by row in float32.
-template <typename scalar>
-constexpr int64_t kPair = sizeof(scalar) == 2 ? 2 : 1;
+template <typename element>
+constexpr int64_t kPair = sizeof(element) == 2 ? 2 : 1;
 
-template <typename scalar>
+template <typename element>
 constexpr int64_t whole_pairs(int64_t rows) {
-  return (rows + kPair<scalar> - 1) / kPair<scalar> * kPair<scalar>;
+  return (rows + kPair<element> - 1) / kPair<element> * kPair<element>;
 }
 
-// Rows of words (of two halves in bfloat16), transposed: to[word * columns + row]. A null row is zeros.
+// Rows of words (of two halves in bfloat16), transposed: to[word * columns + row].
 template <typename Rows>
 void transpose_words(const Rows& row, int64_t rows, int64_t words, uint32_t* to, int64_t columns) {
   for (int64_t first = 0; first < rows; first += kLanes)
@@ -148,6 +158,17 @@ void transpose_words(const Rows& row, int64_t rows, int64_t words, uint32_t* to,
     }
 }
 
+// Up to kLanes words of a row as products take them, from word number `word` on. A null row is zeros.
+template <typename element, typename scalar>
+Words words_of(const scalar* row, int64_t word, int64_t count) {
+  if (!row)
+    return Words{};
+  if constexpr (sizeof(element) == 2)
+    return load_words(row + 2 * word, count);
+  else
+    return (Words)load_part(row + word, count);
+}
+
 // Two rows of bfloat16 as one row of pairs.
 inline Words pairs(const at::BFloat16* even, const at::BFloat16* odd, int64_t count) {
   const Words low = even ? (Words)load_part(even, count) >> 16 : Words{};
@@ -155,42 +176,70 @@ inline Words pairs(const at::BFloat16* even, const at::BFloat16* odd, int64_t co
 }
 
 // The rows of a block as a right-hand side with one column per lane: (width × rows).
-template <typename scalar, int rows>
-void pack_columns(const View<const scalar>& x, int64_t b, const Lanes<rows>& lanes, int64_t width, scalar* to) {
+template <typename scalar, typename element, int rows>
+void pack_columns(const View<const scalar>& x, int64_t b, const Lanes<rows>& lanes, int64_t width, element* to) {
   auto row = [&](int64_t lane, int64_t word, int64_t count) {
-    if (lane >= lanes.count)
-      return Words{};
-    return load_words(x.at(b, lanes.t[lane], lanes.head[lane]) + word * kPair<scalar>, count);
+    const scalar* from = lane < lanes.count ? x.at(b, lanes.t[lane], lanes.head[lane]) : nullptr;
+    return words_of<element>(from, word, count);
   };
-  transpose_words(row, rows, width / kPair<scalar>, reinterpret_cast<uint32_t*>(to), rows);
+  transpose_words(row, rows, width / kPair<element>, reinterpret_cast<uint32_t*>(to), rows);
 }
 
 // Rows as a right-hand side: (count × width), a null row is zeros.
-template <typename scalar, typename At>
-void pack_rows(const At& at, int64_t count, int64_t width, scalar* to) {
-  for (int64_t row = 0; row < count; row += kPair<scalar>, to += kPair<scalar> * width) {
-    const scalar* from = at(row);
-    if constexpr (kPair<scalar> == 2) {
-      const scalar* next = row + 1 < count ? at(row + 1) : nullptr;
-      for (int64_t i = 0; i < width; i += kLanes) {
-        const int64_t part = std::min<int64_t>(kLanes, width - i);
-        const Words words = pairs(from ? from + i : nullptr, next ? next + i : nullptr, part);
-        std::memcpy(to + 2 * i, &words, part * sizeof(uint32_t));
-      }
-    } else if (from) {
-      std::copy(from, from + width, to);
-    } else {
-      std::fill(to, to + width, 0.0f);
+template <typename element, typename At>
+void pack_rows(const At& at, int64_t count, int64_t width, element* to) {
+  for (int64_t row = 0; row < count; row += kPair<element>, to += kPair<element> * width) {
+    const auto* from = at(row);
+    const auto* next = kPair<element> == 2 && row + 1 < count ? at(row + 1) : nullptr;
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int64_t part = std::min<int64_t>(kLanes, width - i);
+      Words words;
+      if constexpr (kPair<element> == 2)
+        words = pairs(from ? from + i : nullptr, next ? next + i : nullptr, part);
+      else
+        words = words_of<element>(from, i, part);
+      std::memcpy(static_cast<void*>(to + kPair<element> * i), &words, part * sizeof(uint32_t));
     }
   }
 }
 
+// `count` keys or values of a group from `start` on, one behind the other: a left-hand side.
+template <typename element, typename scalar>
+void rows_behind(
+    const View<const scalar>& x, int64_t b, int64_t g, int64_t start, int64_t count, int64_t width, element* to) {
+  for (int64_t i = 0; i < count; ++i, to += width) {
+    const scalar* from = x.at(b, start + i, g);
+    if constexpr (std::is_same_v<element, scalar>)
+      std::copy(from, from + width, to);
+    else
+      for (int64_t j = 0; j < width; j += kLanes)
+        store_part(to + j, load_part(from + j, width - j), width - j);
+  }
+}
+
+// Rows as a left-hand side, `row` apart.
+template <typename element>
+struct Rows {
+  const element* data;
+  int64_t row;
+};
+
+// The same where they lie; in `buffer`, converted, where products take another type.
+template <typename element, typename scalar>
+Rows<element> rows_of(
+    const View<const scalar>& x, int64_t b, int64_t g, int64_t start, int64_t count, int64_t width, element* buffer) {
+  if constexpr (std::is_same_v<element, scalar>)
+    return {x.at(b, start, g), x.row};
+  rows_behind(x, b, g, start, count, width, buffer);
+  return {buffer, width};
+}
+
 // Scores of one tile of keys against a block of query rows, (m × rows); what a lane may not see is −inf.
-template <typename scalar, int rows>
+template <typename element, int rows>
 void score_tile(
-    const Problem& p, const View<const scalar>& keys, int64_t b, int64_t g, int64_t start, int64_t m,
-    const Lanes<rows>& lanes, const scalar* queries, float* to) {
-  multiply(m, rows, p.D, keys.at(b, start, g), keys.row, queries, rows, to, rows, false);
+    const Problem& p, const Rows<element>& keys, int64_t b, int64_t start, int64_t m, const Lanes<rows>& lanes,
+    const element* queries, float* to) {
+  multiply(m, rows, p.D, keys.data, keys.row, queries, rows, to, rows, false);
   if (!p.queries && !(p.causal && start + m - 1 - (p.S - p.T) > lanes.t_min))
     return;
   for (int64_t i = 0; i < m; ++i) {
@@ -227,8 +276,8 @@ class Arena {
 };
 
 // Runs `work(unit, arena)` for every unit on all threads; each takes the next unit when it is done with its last.
-// `layout(arena)` tells how much memory a worker needs.
-template <typename Layout, typename Work>
+// `layout(arena)` tells how much memory a worker needs, `element` what the products are of.
+template <typename element, typename Layout, typename Work>
 void share(int64_t units, const Layout& layout, const Work& work) {
   if (units == 0)
     return;
@@ -245,7 +294,7 @@ void share(int64_t units, const Layout& layout, const Work& work) {
       for (int64_t unit = next++; unit < units; unit = next++)
         work(unit, Arena(start));
     }
-    at::native::cpublas::brgemm_release();
+    end_products<element>();
   });
 }
 
