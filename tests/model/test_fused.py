@@ -230,12 +230,6 @@ def test_a_pattern_that_is_not_causal_is_the_librarys_mask_and_never_none():
     assert torch.equal(mask, sdpa_mask(2, 5, 7, allow_is_causal_skip=False, **given))
 
 
-def packed_positions(model, ids):
-    half = ids.shape[1] // 2
-    positions = torch.cat([torch.arange(half), torch.arange(ids.shape[1] - half)])[None].expand_as(ids)
-    return model(ids, position_ids=positions, use_cache=False).logits
-
-
 def own_mask(model, ids):
     visible = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril().triu(-4)
     return model(ids, attention_mask=visible.expand(ids.shape[0], 1, -1, -1)).logits
@@ -256,7 +250,6 @@ def not_causal(model, ids):
 
 
 STANDARD_CALLS = {
-    "packed rows": (packed_positions, {}),
     "a mask of one's own": (own_mask, {}),
     "not causal": (not_causal, {}),
     "float64": (lambda model, ids: model(ids).logits, {"dtype": torch.float64}),

@@ -41,6 +41,8 @@ for name in sys.argv[3:]:
     assert model.config._attn_implementation == "sdpa"
     with torch.no_grad():
         found[f"{name} logits"] = model(ids).logits
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+        found[f"{name} packed"] = model(ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits
     found[f"{name} text"] = model.generate(ids, max_new_tokens=7, do_sample=False, pad_token_id=0)
     # It takes its code along.
     model.save_pretrained(f"{folder} again")
@@ -92,6 +94,8 @@ def test_models_load_without_diffattn_and_say_the_same(tmp_path):
     found = load_file(tmp_path / "found.safetensors")
     for name, model in models.items():
         assert_same_logits(found[f"{name} logits"], model(ids).logits)
+        alone = torch.cat([model(part).logits for part in (ids[:, :4], ids[:, 4:])], dim=1)
+        assert_same_logits(found[f"{name} packed"], alone)
         expected = model.generate(ids, max_new_tokens=7, do_sample=False, pad_token_id=0)
         assert torch.equal(found[f"{name} text"], expected)
     assert len({tuple(found[f"{name} text"].flatten().tolist()) for name in models}) == len(models)

@@ -37,6 +37,7 @@ from transformers.utils.import_utils import is_tracing
 
 from diffattn.model.attention import RMSNormPerHead
 from diffattn.model.configuration import DIFF_FUSED
+from diffattn.model.masks import PackedCausal, is_compact
 from diffattn.ops import build, fused_cpu
 from diffattn.ops.reference import visible_keys
 from diffattn.ops.standard import open_dead_rows, pad_queries, subtract
@@ -98,9 +99,9 @@ def diff_fused_attention(
         query = pad_queries(query.transpose(1, 2)).transpose(1, 2)
     mask, dead = _standard_mask(attention_mask, query, key, kwargs.get("is_causal"))
     o_BTNV, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
-    output = subtract(o_BTNV, lam)
     if dead is not None:
-        output = output.masked_fill(dead, 0.0)
+        o_BTNV = o_BTNV.masked_fill(dead, 0.0)
+    output = subtract(o_BTNV, lam)
     return output if norm is None else norm(output, norm.scale), None
 
 
@@ -132,15 +133,10 @@ def _needs_standard_call(mask: Tensor | None, dropout: float, options: dict[str,
     return f"diff_fused: {', '.join(given)} needs the standard call" if given else None
 
 
-def is_compact(mask: Tensor) -> bool:
-    """Whether a mask is one of ``diff_fused_mask``'s own."""
-    return mask.dim() == 5
-
-
 def _standard_mask(
     mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The mask that ``sdpa`` takes for ours, and the rows (B, T, 1, 1) that see no key, or None."""
+    """The mask that ``sdpa`` takes for ours, and the rows (B, T, N or 1, 1) that see no key, or None."""
     T, S = query.shape[2], key.shape[2]
     if mask is None:
         # Without a mask sdpa is causal from the top left, which is ours only where T = S.
@@ -148,7 +144,7 @@ def _standard_mask(
             return None, None
         return visible_keys(T, S, True, None, query.device), None
     if not is_compact(mask):
-        return mask, None
+        return open_dead_rows(mask) if mask.dtype == torch.bool else (mask, None)
     first, end = mask
     t = torch.arange(T, dtype=torch.int32, device=mask.device)[:, None]
     return open_dead_rows((first <= t) & (t < end))
@@ -177,13 +173,14 @@ def diff_fused_mask(
     >>> mask.flatten(1).tolist()
     [[0, 0, 0, 1, 2], [0, 3, 3, 3, 3]]
     """
-    if mask_function is not causal_mask_function:
+    if mask_function is not causal_mask_function and not isinstance(mask_function, PackedCausal):
         # Never None, which is causal here and may be bidirectional there.
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "device": device}
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if (
         allow_is_causal_skip
+        and mask_function is causal_mask_function
         and _sees_every_key(padding)
         and not isinstance(q_offset, Tensor)
         and not isinstance(kv_offset, Tensor)
@@ -192,9 +189,14 @@ def diff_fused_mask(
         return None
     position = torch.arange(kv_length, device=device) + kv_offset
     # The keys that a static cache has not written yet lie behind the last query, so this hides them too.
-    first = (position - q_offset).clamp(min=0).to(torch.int32).expand(batch_size, kv_length)
-    seen = torch.ones_like(first) if padding is None else padding[:, position].to(torch.int32)
-    return torch.stack([first, seen * q_length])[:, :, None, None, :]
+    if isinstance(mask_function, PackedCausal):
+        first, end = mask_function.queries(position)
+    else:
+        first = (position - q_offset).clamp(min=0).to(torch.int32).expand(batch_size, kv_length)
+        end = torch.full_like(first, q_length)
+    if padding is not None:
+        end = torch.where(padding[:, position], end, 0)
+    return torch.stack([first, end])[:, :, None, None, :]
 
 
 def _sees_every_key(padding: Tensor | None) -> bool:

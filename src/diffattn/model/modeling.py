@@ -17,7 +17,6 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -29,6 +28,7 @@ from diffattn.errors import ConfigError
 from diffattn.model import fused  # noqa: F401 - registers the attention function
 from diffattn.model.attention import ATTENTION, DexProjection, DifferentialLambda, Float32Module, SoftmaxAttention
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
+from diffattn.model.masks import model_mask, positions_of_sequences
 
 
 class DiffRotaryEmbedding(Float32Module):
@@ -162,6 +162,18 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
             model.config.check_tensor_parallel(distributed_config.tp_size)
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
+    @staticmethod
+    def create_masks_for_generate(
+        config: DiffTransformerConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What ``generate`` calls where it makes the masks of a static cache before the pass."""
+        return model_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Linear and embedding: N(0, initializer_range); norm gains: 1; rotary frequencies: remade. All by the base.
@@ -199,28 +211,22 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Arguments and result as of any decoder of ``transformers`` (exactly one of ids and embeddings is given)."""
+        """Arguments and result as of any decoder of ``transformers`` (exactly one of ids and embeddings is given).
+
+        Rows may hold several sequences: ``position_ids`` that restart, or ``cu_seq_lens_q`` (see ``masks.py``).
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        # Rows that were packed one after another are told from the positions that were given; ours are never packed,
-        # which a traced graph could not find out and would make a mask for.
-        given_positions = position_ids
+        if position_ids is None and isinstance(lengths := kwargs.get("cu_seq_lens_q"), Tensor):
+            position_ids = positions_of_sequences(lengths.to(x.device), *x.shape[:2])
+        # Before ours are made: they are never packed, which a traced graph could not find out.
+        mask = model_mask(self.config, x, attention_mask, position_ids, past_key_values, kwargs)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
-        # Five dimensions: the fused kernel's own, which generate has made beforehand.
-        mask = attention_mask
-        if mask is None or mask.dim() != 5:
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=x,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=given_positions,
-            )
         rope = self.rotary_emb(x, position_ids=position_ids)
         for layer in self.layers:
             x = layer(

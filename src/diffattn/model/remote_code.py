@@ -20,6 +20,7 @@ _SHIPPED = {
     "diffattn.model.modeling": "modeling_diff_transformer",
     "diffattn.model.configuration": "configuration_diff_transformer",
     "diffattn.model.attention": "diff_attention",
+    "diffattn.model.masks": "diff_masks",
     "diffattn.ops.standard": "diff_standard",
     "diffattn.ops.reference": "diff_reference",
     "diffattn.plan.shape": "diff_shape",

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffattn.errors import UnsupportedError
@@ -54,10 +54,13 @@ class FlatDecoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> Any:
         """Logits, then key 0, value 0, key 1, ... of all tokens; logits alone without a cache."""
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        if not self.cache:
+        cache = DynamicCache(list(zip(past[0::2], past[1::2], strict=True))) if self.cache else None
+        # A row is one sequence. From positions the model would look for several, by operators that ONNX lacks.
+        x = self.model.model.embed_tokens(input_ids)
+        mask = create_causal_mask(self.model.config, x, attention_mask, cache)
+        given = {"inputs_embeds": x, "attention_mask": mask, "position_ids": position_ids}
+        if cache is None:
             return self.model(**given, use_cache=False).logits
-        cache = DynamicCache(list(zip(past[0::2], past[1::2], strict=True)))
         logits = self.model(**given, past_key_values=cache, use_cache=True).logits
         return logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
 
