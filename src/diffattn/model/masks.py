@@ -191,16 +191,19 @@ def _starts(position_ids: Tensor, real: Tensor | None) -> Tensor:
 
 def _check_continued(position_ids: Tensor, real: Tensor | None, offset: int) -> None:
     """Refuses tokens whose positions say that they do not continue all of what the cache holds."""
-    # As it is for all but left-padded rows, at the price of one number.
+    # So it is for all but left-padded rows, at the price of one number, and for those as they are decoded.
     if int(position_ids.min()) >= offset:
         return
+    if real is not None and position_ids.shape[1] == 1 and (position_ids[:, 0] + 1 >= real.sum(-1)).all():
+        return
     first, held = position_ids[:, 0], torch.full_like(position_ids[:, 0], offset)
+    wrong = first < held
     if real is not None:
-        new = real[:, offset : offset + position_ids.shape[1]]
-        held = torch.where(new.any(-1), real[:, :offset].sum(-1), 0)
-        # A row whose new tokens are all padding has no first one: index 0, with nothing before it.
+        new, held = real[:, offset : offset + position_ids.shape[1]], real[:, :offset].sum(-1)
         first = position_ids.gather(1, new.int().argmax(-1, keepdim=True))[:, 0]
-    if (wrong := first < held).any():
+        # A row whose new tokens are all padding has no first one.
+        wrong = (first < held) & new.any(-1)
+    if wrong.any():
         row = int(wrong.int().argmax())
         raise ConfigError(
             f"position_ids begin at {int(first[row])} behind {int(held[row])} cached tokens of row {row}, and a cache "
