@@ -260,3 +260,23 @@ def test_a_compiled_step_finds_the_sequences_of_every_row_it_is_given(implementa
         logits = compiled(ids, attention_mask=mask, position_ids=positions_of(rows)).logits
         assert_same_logits(logits[real_of(rows)], alone(model, ids, rows)[real_of(rows)])
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("implementation", ["sdpa", pytest.param(DIFF_FUSED, marks=needs_the_kernel)])
+@torch.no_grad()
+def test_an_exported_program_finds_the_sequences_of_rows_of_any_length(implementation):
+    shape = dataclasses.replace(SHAPE, num_layers=1)
+    model = small_model("diff_v1", shape=shape, use_cache=False, attn_implementation=implementation)
+    batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length", min=2)
+
+    def given(rows, first=0):
+        others = {"attention_mask": real_of(rows).long(), "position_ids": positions_of(rows)}
+        return {name: x[:, first:] for name, x in {"input_ids": tokens(3, LENGTH), **others}.items()}
+
+    sizes = {name: {0: batch, 1: length} for name in given(WHOLE)}
+    program = torch.export.export(model, (), given(WHOLE), dynamic_shapes=sizes, strict=False).module()
+    for rows in (WHOLE, PADDED):
+        real = real_of(rows)
+        assert_same_logits(program(**given(rows)).logits[real], alone(model, tokens(3, LENGTH), rows)[real])
+    assert_same_logits(program(**given(WHOLE, LENGTH - 2)).logits, model(**given(WHOLE, LENGTH - 2)).logits)

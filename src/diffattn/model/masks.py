@@ -21,7 +21,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.cache_utils import Cache
@@ -173,7 +172,7 @@ def _first_places(
                 f"{offset} cached; wanted 0 to {B * T} and no cached tokens"
             )
         number = _sequence_of(cu_seq_lens, torch.arange(B * T, device=x.device)).view(B, T)
-        starts = starts | F.pad(number[:, 1:] != number[:, :-1], (1, 0))
+        starts = starts | ((place > offset) & (number != number.roll(1, -1)))
     if not tracing and not starts.any():
         return None
     return torch.where(starts, place, 0).cummax(-1).values
@@ -181,11 +180,12 @@ def _first_places(
 
 def _starts(position_ids: Tensor, real: Tensor | None) -> Tensor:
     """Bool (B, T): whether a sequence begins at a token, behind another one of its row."""
-    if real is None:
-        return F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
+    # Rolled, not sliced: an exported graph would not serve two tokens, one of which has one before it.
     place = torch.arange(position_ids.shape[1], device=position_ids.device)
+    if real is None:
+        return (place > 0) & (position_ids <= position_ids.roll(1, -1))
     # The last token up to each place that is not padding, then the last one before it; −1 where there is none.
-    last = F.pad(torch.where(real, place, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
+    last = torch.where(real, place, -1).cummax(-1).values.roll(1, -1).masked_fill(place == 0, -1)
     return real & (last >= 0) & (position_ids <= position_ids.gather(1, last.clamp(min=0)))
 
 
