@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comparison import forward_and_gradients, make_inputs
-from fused_cases import needs_the_kernel
+from fused_cases import needs_the_kernel, require_kernel
 from torch import Tensor
 
 from diffattn.errors import ConfigError, UnsupportedError
@@ -59,7 +62,7 @@ def test_a_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch)
 REFUSALS = {
     "no compiler": ({}, "fused_cpu: no compiler"),
     "float64": ({n: getattr(X, n).double() for n in X._fields[:5]}, "fused_cpu: float64 inputs are not supported"),
-    "device": ({n: getattr(X, n).to("meta") for n in X._fields[:5]}, "fused_cpu: meta inputs are not supported"),
+    "device": ({n: getattr(X, n).to("meta") for n in X._fields[:6]}, "fused_cpu: meta inputs are not supported"),
     "width": (make_inputs(T=5, S=7, Dv=257)._asdict(), "fused_cpu: heads of 257 are not supported"),
 }
 
@@ -133,6 +136,13 @@ def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape)
 
 
+def quantized(x: Tensor) -> Tensor:
+    # Deprecated, which is no reason to fail on one that someone still has.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"k2": zeros(2, 7, 12)}, r"k2 has 3 dimensions, \(2, 7, 12\); wanted \(batch, sequence, heads, width\)"),
     "no width": ({"v": zeros(2, 7, 3, 0)}, r"v is \(2, 7, 3, 0\); wanted at least one head and a width"),
@@ -157,13 +167,62 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"k1": zeros(2, 3, 3, 4), "k2": zeros(2, 3, 3, 4), "v": zeros(2, 3, 3, 11)},
         "5 queries over 3 keys with causal=True: the first 2 would see no key; wanted keys >= queries",
     ),
-    "scale below 0": ({"scale": -1.0}, "scale=-1.0; wanted a finite number above 0"),
-    "scale 0": ({"scale": 0}, "scale=0; wanted"),
-    "scale NaN": ({"scale": float("nan")}, "scale=nan; wanted"),
+    "scale below 0": ({"scale": -1.0}, "scale=-1.0; wanted a number above 0"),
+    "scale 0": ({"scale": 0}, "scale=0.0; wanted a number above 0"),
+    "scale below every float32": ({"scale": 1e-50}, "scale=1e-50; wanted a number above 0, at least 1.2e-38"),
+    "scale NaN": ({"scale": float("nan")}, "scale=nan; wanted a finite number"),
+    "scale of 400 digits": ({"scale": 10**400}, r"scale=inf; wanted a finite number, at most 3.4e\+38"),
+    "scale text": ({"scale": "a"}, r"scale is of type str; wanted a number: pass float\(scale\)"),
+    "scale a bool": ({"scale": True}, "scale is of type bool; wanted a number"),
+    # The kernel would give no gradient of it.
+    "scale a tensor": ({"scale": torch.tensor(0.5)}, "scale is of type Tensor; wanted a number"),
     "lam per sequence": ({"lam": zeros(2)}, r"lam is \(2,\); wanted a shape that broadcasts .*\(2, 5, 6\)"),
     "lam too long": ({"lam": zeros(2, 5, 6, 1)}, r"lam is \(2, 5, 6, 1\); wanted a shape"),
     "lam of integers": ({"lam": torch.ones(6, dtype=torch.long)}, "lam is int64; wanted a floating-point dtype"),
-    "lam a list": ({"lam": [0.8]}, "lam is a list; wanted a float or a tensor"),
+    "lam a list": ({"lam": [0.8]}, "lam is of type list; wanted a number or a tensor"),
+    "lam an array": ({"lam": np.full(6, 0.8)}, "lam is of type ndarray; wanted a number or a tensor"),
+    "lam None": ({"lam": None}, "lam is of type NoneType; wanted a number or a tensor"),
+    "lam text": ({"lam": "a"}, "lam is of type str; wanted a number or a tensor"),
+    "lam a bool": ({"lam": True}, "lam is of type bool; wanted a number or a tensor"),
+    "lam a numpy bool": ({"lam": np.bool_(True)}, "lam is of type bool; wanted a number or a tensor"),
+    "lam complex": ({"lam": 1j}, "lam is of type complex; wanted a number or a tensor"),
+    "lam complex tensor": ({"lam": torch.tensor(1j)}, "lam is complex64; wanted a floating-point dtype"),
+    "lam of 400 digits": ({"lam": 10**400}, r"lam=inf; wanted a finite number, at most 3.4e\+38"),
+    "lam beyond float32": ({"lam": 1e300}, r"lam=1e\+300; wanted a finite number, at most 3.4e\+38"),
+    "lam NaN": ({"lam": float("nan")}, "lam=nan; wanted a finite number"),
+    "lam sparse": ({"lam": torch.rand(2, 5, 6).to_sparse()}, r"lam is sparse_coo; wanted a dense tensor: .*to_dense"),
+    "lam meta": ({"lam": torch.rand(2, 5, 6, device="meta")}, "lam is on meta and q1 on cpu; wanted one device"),
+    "lam one meta number": ({"lam": torch.tensor(0.8, device="meta")}, "lam is on meta and q1 on cpu"),
+    "lam elsewhere": (
+        {n: getattr(X, n).to("meta") for n in X._fields[:5]},
+        "lam is on cpu and q1 on meta; wanted one device: move it with",
+    ),
+    "q1 None": ({"q1": None}, r"q1 is of type NoneType; wanted a tensor"),
+    "q1 an array": ({"q1": X.q1.numpy()}, r"q1 is of type ndarray; wanted a tensor: .*torch.as_tensor"),
+    "v sparse": ({"v": X.v.to_sparse()}, "v is sparse_coo; wanted a dense tensor"),
+    "q1 nested": ({"q1": torch.nested.nested_tensor(list(X.q1), layout=torch.jagged)}, "q1 is a nested tensor; wanted"),
+    "k1 quantized": ({"k1": quantized(X.k1)}, r"k1 is quantized to qint8; wanted a dense tensor: .*dequantize"),
+    "complex": ({n: getattr(X, n).to(torch.complex64) for n in X._fields[:5]}, "inputs are complex64; wanted one of"),
+    "causal text": ({"causal": "no"}, "causal is of type str; wanted True or False"),
+    "causal None": ({"causal": None}, "causal is of type NoneType; wanted True or False"),
+    "causal 1": ({"causal": 1}, "causal is of type int; wanted True or False"),
+    "causal a tensor": ({"causal": torch.tensor(True)}, "causal is of type Tensor; wanted True or False"),
+    "key_padding a list": ({"key_padding": [[False] * 7] * 2}, "key_padding is of type list; wanted a tensor"),
+    "key_padding an array": (
+        {"key_padding": np.zeros((2, 7), bool)},
+        "key_padding is of type ndarray; wanted a tensor",
+    ),
+    "key_padding sparse": (
+        {"key_padding": zeros(2, 7).bool().to_sparse()},
+        "key_padding is sparse_coo; wanted a dense",
+    ),
+    # Which the kernel would read as memory of its own.
+    "key_padding elsewhere": (
+        {"key_padding": torch.zeros(2, 7, dtype=torch.bool, device="meta")},
+        "key_padding is on meta and q1 on cpu; wanted one device",
+    ),
+    "backend None": ({"backend": None}, "backend=None is unknown; choose one of auto, fused_cpu"),
+    "backend a list": ({"backend": ["standard"]}, r"backend=\['standard'\] is unknown; choose one of auto"),
     "attention_mask": ({"key_padding": torch.ones(2, 7, dtype=torch.long)}, r"int64 \(2, 7\); wanted bool \(2, 7\)"),
     "key_padding shape": ({"key_padding": zeros(2, 5).bool()}, r"bool \(2, 5\); wanted bool \(2, 7\), True where"),
 }
@@ -176,6 +235,30 @@ def test_a_mistake_is_one_line_with_the_way_out(mistake: str) -> None:
         call(**changes)
     assert "\n" not in str(raised.value)
     assert ";" in str(raised.value)
+
+
+@pytest.mark.parametrize("backend", ["auto", "fused_cpu", "standard", "reference"])
+def test_numbers_may_be_numpys(backend: str) -> None:
+    if backend == "fused_cpu":
+        require_kernel()
+    expected = call(lam=0.5, scale=2.0, causal=False, backend=backend)
+    for half, two in (
+        (np.float32(0.5), np.float64(2.0)),
+        (np.float16(0.5), np.int64(2)),
+        (np.array(0.5), np.array(2)),
+        (torch.tensor(0.5), 2),
+        (Fraction(1, 2), Fraction(2)),
+    ):
+        assert call(lam=half, scale=two, causal=np.bool_(False), backend=backend).equal(expected)
+    assert call(lam=np.int64(0), backend=backend).equal(call(lam=0, backend=backend))
+
+
+def test_meta_tensors_give_shapes() -> None:
+    x = [t.to("meta") for t in X[:6]]
+    for lam in (x[5], 0.8, torch.tensor(0.8)):
+        output = diff_attention(*x[:5], lam, key_padding=torch.zeros(2, 7, dtype=torch.bool, device="meta"))
+        assert output.is_meta
+        assert output.shape == (2, 5, 6, 11)
 
 
 def test_a_batch_of_lam_for_a_batch_of_one_is_refused() -> None:

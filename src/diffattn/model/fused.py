@@ -2,8 +2,9 @@
 
 An attention function of ``transformers`` that is given λ and the norm behind it beside queries, keys and values, and
 returns output heads that are already subtracted and normalised. It is total: a call that the kernel does not serve
-(another device or dtype, no compiled kernel, a mask of its own per query and key) is padded, computed by ``sdpa`` and
-subtracted, with the same result up to rounding; ``diffattn doctor`` tells which of the two serves here.
+(another device or dtype, no compiled kernel, a mask of its own per query and key, a derivative in forward mode) is
+padded, computed by ``sdpa`` and subtracted, with the same result up to rounding; ``diffattn doctor`` tells which of the
+two serves here.
 
 Its mask is O(S): the queries that see a key are a range of them, be the pattern causal or causal within each of the
 sequences that a row was packed from. T = 3 queries behind 2 cached keys, of which the first is padding:
@@ -39,6 +40,7 @@ from diffattn.model.attention import RMSNormPerHead
 from diffattn.model.configuration import DIFF_FUSED
 from diffattn.model.masks import PackedCausal, is_compact
 from diffattn.ops import build, fused_cpu
+from diffattn.ops.derivatives import through_sdpa
 from diffattn.ops.reference import visible_keys
 from diffattn.ops.standard import open_dead_rows, pad_queries, subtract
 from diffattn.plan.activations import ONE_MAP
@@ -98,7 +100,12 @@ def diff_fused_attention(
     if _holds_both_keys(query, key):
         query = pad_queries(query.transpose(1, 2)).transpose(1, 2)
     mask, dead = _standard_mask(attention_mask, query, key, kwargs.get("is_causal"))
-    o_BTNV, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+    def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+
+    # Computed a second time, for a second derivative, dropout would draw others.
+    o_BTNV = sdpa(query, key, value, mask) if dropout else through_sdpa(sdpa, query, key, value, mask)
     if dead is not None:
         o_BTNV = o_BTNV.masked_fill(dead, 0.0)
     output = subtract(o_BTNV, lam)

@@ -7,7 +7,9 @@ the first backend of the table that answers None. A backend asked for by name se
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +24,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Backend(NamedTuple):
-    """A way to compute differential attention. Both members take the arguments of `diff_attention`, less `backend`."""
+    """A way to compute differential attention. The functions take the arguments of `diff_attention`, less `backend`."""
 
     run: Callable[..., Tensor]
     supports: Callable[..., str | None]
+    run_by_name: Callable[..., Tensor] | None = None
+    """In place of `run` where it was asked for by name, if it then refuses derivatives that "auto" has all the same."""
 
 
 def _supports_everything(*args: Any, **options: Any) -> str | None:
@@ -33,7 +37,11 @@ def _supports_everything(*args: Any, **options: Any) -> str | None:
 
 
 BACKENDS: dict[str, Backend] = {
-    "fused_cpu": Backend(fused_cpu.fused_cpu_diff_attention, fused_cpu.unsupported),
+    "fused_cpu": Backend(
+        fused_cpu.fused_cpu_diff_attention,
+        fused_cpu.unsupported,
+        partial(fused_cpu.fused_cpu_diff_attention, formulas=False),
+    ),
     "standard": Backend(standard_diff_attention, _supports_everything),
     "reference": Backend(diff_attention_reference, _supports_everything),
 }
@@ -61,7 +69,7 @@ def diff_attention(
         k1, k2: their keys, each (B, S, G, D), with H a multiple of G; query head h reads group h // (H / G).
             V2 passes the same tensor as both, which also halves the width of the call.
         v: values (B, S, G, Dv). V1 has Dv = 2D, V2 has Dv = D; any width works.
-        lam: λ, a float or a floating-point tensor that broadcasts to (B, T, H): (), (H,), (T, H), (B, T, H) …
+        lam: λ, a number or a floating-point tensor that broadcasts to (B, T, H): (), (H,), (T, H), (B, T, H) …
             It is used in float32 beside float16, bfloat16 and float32 inputs, in float64 beside float64 ones.
         causal: bottom-right aligned, with S ≥ T: query t sees keys up to S − T + t. For T = 3, S = 5:
 
@@ -76,14 +84,18 @@ def diff_attention(
             on CPU), "standard" (one scaled_dot_product_attention call) or "reference" (the definition, which holds
             both maps in memory).
 
-    The inputs share one device and one dtype: float16, bfloat16, float32 or float64.
+    The inputs share one device and one dtype: float16, bfloat16, float32 or float64. Numbers may be numpy's.
+
+    Derivatives of every order, in reverse and in forward mode and under the transforms of `torch.func`, are those of
+    the definition. Forward mode and the second derivative hold both maps in memory; "fused_cpu" refuses them where it
+    was asked for by name.
 
     Returns:
         (B, T, H, Dv) in v's dtype. No norm and no factor (1 − λ_init) is applied: those belong to V1's layer.
 
     Raises:
         ConfigError: shapes, dtypes or options that cannot work, or a backend name that is not in the table.
-        UnsupportedError: the backend that was asked for by name cannot serve this call.
+        UnsupportedError: the backend that was asked for by name cannot serve this call, or a derivative of it.
 
     Source: arXiv 2410.05258v2, section 2.1, equation 1.
 
@@ -92,7 +104,12 @@ def diff_attention(
     torch.Size([2, 5, 4, 16])
     """
     _check_tensors(q1, k1, q2, k2, v)
-    _check_options(q1, k1, lam, causal, scale, key_padding)
+    lam, causal = _checked_lam(lam, q1), _python(causal)
+    _check_masks(q1, k1, causal, key_padding)
+    if scale is not None:
+        scale = _number("scale", scale, v.dtype)
+        if scale < torch.finfo(torch.float32).tiny:
+            raise ConfigError(f"scale={scale}; wanted a number above 0, at least 1.2e-38, or None for 1/sqrt(D)")
     args = (q1, k1, q2, k2, v, lam)
     options: dict[str, Any] = {"causal": causal, "scale": scale, "key_padding": key_padding}
 
@@ -104,18 +121,20 @@ def diff_attention(
                 return candidate.run(*args, **options)
             reasons.append(reason)
         raise UnsupportedError("; ".join(reasons))
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ConfigError(f"backend={backend!r} is unknown; choose one of {', '.join(['auto', *BACKENDS])}")
     reason = BACKENDS[backend].supports(*args, **options)
     if reason is not None:
         raise UnsupportedError(reason)
-    return BACKENDS[backend].run(*args, **options)
+    run = BACKENDS[backend].run_by_name or BACKENDS[backend].run
+    return run(*args, **options)
 
 
 def _check_tensors(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor) -> None:
     """Ranks, dtypes, devices and shapes of the five tensors, in the order in which a mistake is easiest to read."""
     tensors = {"q1": q1, "k1": k1, "q2": q2, "k2": k2, "v": v}
     for name, x in tensors.items():
+        _check_dense(name, x)
         if x.dim() != 4:
             raise ConfigError(
                 f"{name} has {x.dim()} dimensions, {_shape(x)}; wanted (batch, sequence, heads, width): "
@@ -157,40 +176,92 @@ def _check_tensors(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor) ->
         )
 
 
-def _check_options(
-    q1: Tensor, k1: Tensor, lam: Tensor | float, causal: bool, scale: float | None, key_padding: Tensor | None
-) -> None:
-    """λ, the scale and the masks, against shapes that have been checked."""
+def _check_dense(name: str, x: Any) -> None:
+    """That `x` is a tensor whose elements lie in memory one by one, which is what every backend reads."""
+    if not isinstance(x, Tensor):
+        raise ConfigError(f"{name} is of type {_type(x)}; wanted a tensor: make one of an array with torch.as_tensor()")
+    if x.is_nested:
+        raise ConfigError(f"{name} is a nested tensor; wanted a dense one: pad it, and pass key_padding")
+    if x.layout != torch.strided:
+        raise ConfigError(f"{name} is {str(x.layout).removeprefix('torch.')}; wanted a dense tensor: call .to_dense()")
+    if x.is_quantized:
+        raise ConfigError(f"{name} is quantized to {_dtype(x)}; wanted a dense tensor: call .dequantize()")
+
+
+def _python(x: Any) -> Any:
+    """Numpy's scalars, and its arrays without dimensions, as Python's."""
+    return x if isinstance(x, int | float | Tensor) or getattr(x, "shape", None) != () else x.item()
+
+
+def _number(name: str, x: Any, dtype: torch.dtype) -> float:
+    """A real number, Python's or numpy's, that is finite in what the backends compute in."""
+    x = _python(x)
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        wanted = "a number or a tensor" if name == "lam" else "a number"
+        raise ConfigError(
+            f"{name} is of type {_type(x)}; wanted {wanted}: pass float({name}) if it stands for one number"
+        )
+    largest = torch.finfo(torch.promote_types(dtype, torch.float32)).max
+    try:
+        number = float(x)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= largest:
+        raise ConfigError(f"{name}={number}; wanted a finite number, at most {largest:.2g}: see how it was computed")
+    return number
+
+
+def _checked_lam(lam: Any, q1: Tensor) -> Tensor | float:
+    """λ as a float or as a tensor that fits the queries."""
+    if not isinstance(lam, Tensor):
+        return _number("lam", lam, q1.dtype)
+    _check_dense("lam", lam)
+    if not lam.dtype.is_floating_point:
+        raise ConfigError(f"lam is {_dtype(lam)}; wanted a floating-point dtype: cast it with .float()")
+    # As elsewhere in PyTorch, a tensor of one number on the CPU goes with tensors on any device.
+    if lam.device != q1.device and not (lam.dim() == 0 and lam.device.type == "cpu"):
+        raise ConfigError(f"lam is on {lam.device} and q1 on {q1.device}; wanted one device: move it with .to()")
     batch, queries, heads, _ = q1.shape
-    keys = k1.shape[1]
+    # Broadcasting aligns from the right; a dimension may be missing, 1, or equal.
+    wanted = (batch, queries, heads)[max(0, 3 - lam.dim()) :]
+    if lam.dim() > 3 or any(n not in (1, m) for n, m in zip(lam.shape, wanted, strict=True)):
+        raise ConfigError(
+            f"lam is {_shape(lam)}; wanted a shape that broadcasts to (batch, queries, heads) = "
+            f"({batch}, {queries}, {heads}): for one value per sequence use lam[:, None, None]"
+        )
+    return lam
+
+
+def _check_masks(q1: Tensor, k1: Tensor, causal: bool, key_padding: Tensor | None) -> None:
+    """What hides keys, against shapes that have been checked."""
+    batch, queries, keys = q1.shape[0], q1.shape[1], k1.shape[1]
+    if not isinstance(causal, bool):
+        raise ConfigError(f"causal is of type {_type(causal)}; wanted True or False: pass bool(causal)")
     if causal and queries > keys:
         raise ConfigError(
             f"{queries} queries over {keys} keys with causal=True: the first {queries - keys} would see no key; "
             "wanted keys >= queries: pass the cached keys too, or causal=False"
         )
-    if scale is not None and not (math.isfinite(scale) and scale > 0):
-        raise ConfigError(f"scale={scale}; wanted a finite number above 0, or None for 1/sqrt(D)")
-    if isinstance(lam, Tensor):
-        if not lam.dtype.is_floating_point:
-            raise ConfigError(f"lam is {_dtype(lam)}; wanted a floating-point dtype: cast it with .float()")
-        # Broadcasting aligns from the right; a dimension may be missing, 1, or equal.
-        wanted = (batch, queries, heads)[max(0, 3 - lam.dim()) :]
-        if lam.dim() > 3 or any(n not in (1, m) for n, m in zip(lam.shape, wanted, strict=True)):
-            raise ConfigError(
-                f"lam is {_shape(lam)}; wanted a shape that broadcasts to (batch, queries, heads) = "
-                f"({batch}, {queries}, {heads}): for one value per sequence use lam[:, None, None]"
-            )
-    elif not isinstance(lam, int | float):
-        raise ConfigError(f"lam is a {type(lam).__name__}; wanted a float or a tensor: wrap it in torch.tensor()")
-    if key_padding is not None and (key_padding.dtype != torch.bool or key_padding.shape != (batch, keys)):
+    if key_padding is None:
+        return
+    _check_dense("key_padding", key_padding)
+    if key_padding.dtype != torch.bool or key_padding.shape != (batch, keys):
         raise ConfigError(
             f"key_padding is {_dtype(key_padding)} {_shape(key_padding)}; wanted bool ({batch}, {keys}), "
             "True where a key is padding: for a 1/0 attention_mask pass attention_mask == 0"
+        )
+    if key_padding.device != q1.device:
+        raise ConfigError(
+            f"key_padding is on {key_padding.device} and q1 on {q1.device}; wanted one device: move it with .to()"
         )
 
 
 def _shape(x: Tensor) -> str:
     return str(tuple(x.shape))
+
+
+def _type(x: Any) -> str:
+    return type(x).__name__
 
 
 def _dtype(x: Tensor) -> str:

@@ -18,14 +18,14 @@ Shape letters: B batch, T queries, S keys, H output heads, G key/value groups, D
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffattn.errors import UnsupportedError
-from diffattn.ops import build
+from diffattn.ops import build, derivatives, fused_cpu_derivatives
 from diffattn.ops.reference import as_lam
 
 DTYPES = build.DTYPES
@@ -75,6 +75,8 @@ def unsupported(
         return f"fused_cpu: {str(v.dtype).removeprefix('torch.')} inputs are not supported; it serves {served}"
     if max(q1.shape[-1], v.shape[-1]) > MAX_WIDTH:
         return f"fused_cpu: heads of {max(q1.shape[-1], v.shape[-1])} are not supported; it serves widths up to 256"
+    if derivatives.forward_mode(q1, k1, q2, k2, v, lam):
+        return fused_cpu_derivatives.NO_FORWARD_MODE
     return build.unavailable(v.dtype)
 
 
@@ -90,12 +92,14 @@ def fused_cpu_diff_attention(
     scale: float | None = None,
     key_padding: Tensor | None = None,
     queries: Tensor | None = None,
+    formulas: bool = True,
 ) -> Tensor:
     """Differential attention through the compiled kernel, for calls to which `unsupported` answers None.
 
     Arguments and result are those of `diffattn.ops.dispatch.diff_attention`, which also checks them. Passing the same
     tensor object as k1 and k2 reads the keys once. `queries`, int32 (2, B, S), replaces `causal` and `key_padding`:
-    query t sees key s where ``queries[0, b, s] <= t < queries[1, b, s]``.
+    query t sees key s where ``queries[0, b, s] <= t < queries[1, b, s]``. The kernel has no second derivative; without
+    `formulas` on tensors in its place, which hold both maps, one that is taken raises `UnsupportedError`.
     """
     B, T, H, D = q1.shape
     scale = 1.0 / math.sqrt(D) if scale is None else scale
@@ -108,16 +112,19 @@ def fused_cpu_diff_attention(
         # Its products take pairs along the inner dimension.
         q1, k1, q2, v = (_even(x) for x in (q1, k1, q2, v))
         second = None if second is None else _even(second)
-    output, _ = torch.ops.diffattn.fused_cpu(q1, k1, q2, second, v, lam, queries, causal, scale)
+    # A compiled graph has no second derivatives.
+    with nullcontext() if formulas or torch.compiler.is_compiling() else fused_cpu_derivatives.without_formulas():
+        output, _ = torch.ops.diffattn.fused_cpu(q1, k1, q2, second, v, lam, queries, causal, scale)
     return output[..., :width]
 
 
 def decodes(query: Tensor, value: Tensor) -> bool:
     """Whether `fused_cpu_decoding` serves a call, of those to which `unsupported` answers None.
 
-    Not where a graph is traced: it would hold for few queries only.
+    Not where a graph is traced: it would hold for few queries only. Nor in forward mode or within `torch.func`: the
+    operator has no derivatives and cannot be batched.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or derivatives.transformed():
         return False
     even = value.dtype != torch.bfloat16 or (query.shape[-1] % 2 == 0 and value.shape[-1] % 2 == 0)
     return even and query.shape[2] <= DECODING_QUERIES
@@ -213,23 +220,4 @@ def _(
     return q, k, torch.empty_like(q), d_k2, d_v, lam.new_empty(lam.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _backward(ctx: Any, d_output: Tensor, d_rows: Tensor | None) -> tuple[Any, ...]:
-    *tensors, rows = ctx.saved_tensors
-    grads = torch.ops.diffattn.fused_cpu_backward(d_output, *tensors, rows, ctx.causal, ctx.scale)
-    d_q1, d_k1, d_q2, d_k2, d_v, d_lam = grads
-    return d_q1, d_k1, d_q2, (None if tensors[3] is None else d_k2), d_v, d_lam, None, None, None
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise UnsupportedError(
-        "fused_cpu: second derivatives are not supported; take them through diff_attention(backend='standard')"
-    )
-
-
-torch.library.register_autograd("diffattn::fused_cpu", _backward, setup_context=_save)
-torch.library.register_autograd("diffattn::fused_cpu_backward", _no_second_derivative)
+fused_cpu_derivatives.register()

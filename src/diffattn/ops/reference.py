@@ -56,7 +56,7 @@ def as_lam(lam: Tensor | float, like: Tensor) -> Tensor:
     return torch.as_tensor(lam, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
-def _softmax_map(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> Tensor:
+def softmax_map(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> Tensor:
     """softmax(scale · q kᵀ) over the visible keys, (B, H, T, S)."""
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     scores = scale * torch.einsum("bthd,bshd->bhts", q, k)
@@ -66,7 +66,7 @@ def _softmax_map(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> Tensor:
     return scores.softmax(dim=-1).masked_fill(~visible, 0.0)
 
 
-def _apply_map(attention: Tensor, v: Tensor) -> Tensor:
+def apply_map(attention: Tensor, v: Tensor) -> Tensor:
     """The product of a map (B, H, T, S) with the values, (B, T, H, Dv)."""
     v = v.repeat_interleave(attention.shape[1] // v.shape[2], dim=2)
     return torch.einsum("bhts,bshe->bthe", attention, v)
@@ -91,7 +91,7 @@ def softmax_attention_reference(
     """
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     visible = visible_keys(q.shape[1], k.shape[1], causal, key_padding, q.device)
-    return _apply_map(_softmax_map(q, k, scale, visible), v)
+    return apply_map(softmax_map(q, k, scale, visible), v)
 
 
 @overload
@@ -156,11 +156,11 @@ def diff_attention_reference(
     scale = 1.0 / math.sqrt(width) if scale is None else scale
     visible = visible_keys(queries, k1.shape[1], causal, key_padding, q1.device)
 
-    map_pos = _softmax_map(q1, k1, scale, visible)
-    map_neg = _softmax_map(q2, k2, scale, visible)
+    map_pos = softmax_map(q1, k1, scale, visible)
+    map_neg = softmax_map(q2, k2, scale, visible)
     lam_BHT1 = as_lam(lam, v).expand(batch, queries, heads).transpose(1, 2)[..., None]
     map_diff = (map_pos - lam_BHT1 * map_neg).to(v.dtype)
-    output = _apply_map(map_diff, v)
+    output = apply_map(map_diff, v)
     if return_maps:
         return output, DiffMaps(map_pos, map_neg, map_diff)
     return output

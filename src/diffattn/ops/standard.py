@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffattn.ops.derivatives import through_sdpa
 from diffattn.ops.reference import as_lam, visible_keys
 
 
@@ -82,7 +83,8 @@ def standard_diff_attention(
     """Differential attention through exactly one `torch.nn.functional.scaled_dot_product_attention`.
 
     Arguments and result are those of `diffattn.ops.dispatch.diff_attention`, which also checks them. Passing the same
-    tensor object as k1 and k2 selects the V2 form, whose keys are half as wide. The result has v's dtype.
+    tensor object as k1 and k2 selects the V2 form, whose keys are half as wide. The result has v's dtype. Derivatives
+    in forward mode and beyond the first hold every score (`diffattn.ops.derivatives.through_sdpa`).
 
     >>> q1, k1, q2, k2, v = (torch.randn(2, 5, 4, 8) for _ in range(5))
     >>> standard_diff_attention(q1, k1, q2, k2, v, 0.8).shape
@@ -102,16 +104,16 @@ def standard_diff_attention(
     q, k, v_padded = (_widen(x, width).transpose(1, 2) for x in (q_BTNW, k_BSGW, v))
 
     mask, dead = _mask(q1.shape[1], k1.shape[1], causal, key_padding, q1.device)
-    o = F.scaled_dot_product_attention(
-        q,
-        k,
-        v_padded,
-        attn_mask=mask,
-        # SDPA aligns its causal mask top-left, which is ours only where T = S.
-        is_causal=causal and mask is None and q1.shape[1] == k1.shape[1],
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    # SDPA aligns its causal mask top-left, which is ours only where T = S.
+    is_causal = causal and mask is None and q1.shape[1] == k1.shape[1]
+    grouped = q.shape[1] != k.shape[1]
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        )
+
+    o = through_sdpa(sdpa, q, k, v_padded, mask)
     output = subtract(o.transpose(1, 2)[..., :value_width], as_lam(lam, v))
     if dead is not None:
         output = output.masked_fill(dead, 0.0)
