@@ -78,15 +78,20 @@ def taken(derivative: Callable[..., list[Tensor]], model: Model, implementation:
     return [x.detach() for x in derivative(model, *inputs)]
 
 
-def compare_with_eager(attention: str, derivative: Callable[..., list[Tensor]], length: int = 11) -> None:
+def compare_with_eager(
+    attention: str, derivative: Callable[..., list[Tensor]], length: int = 11, by_sdpa: bool = False
+) -> None:
     ids, mask = tokens(2, length), torch.ones(2, length, dtype=torch.long)
-    mask[0, :3] = 0
+    mask[0, -3:] = 0
     for inputs in ((ids, None), (ids, mask)):
         actual = taken(derivative, small_model(attention), DIFF_FUSED, *inputs)
         eager = taken(derivative, small_model(attention), "eager", *inputs)
-        expected = taken(derivative, small_model(attention).double(), "eager", *inputs)
+        # λ is float32 in the float64 model too, and its derivatives with it.
+        expected = [x.double() for x in taken(derivative, small_model(attention).double(), "eager", *inputs)]
         names = [str(i) for i in range(len(expected))]
-        compare(actual, expected, eager, factor=3.0, names=names)
+        # SDPA's math backend scales q and k both, so its scores round once more: what test_fused.py grants sdpa.
+        floors = [1e-5 * max(x.abs().max().item(), 0.1) for x in expected] if by_sdpa else None
+        compare(actual, expected, eager, factor=3.0, names=names, floors=floors)
         assert all(x.abs().max() > 0 for x in expected)
 
 
@@ -102,7 +107,7 @@ def test_so_has_one_whose_calls_are_standard(
     derivative: Callable[..., list[Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIFFATTN_FUSED", "0")
-    compare_with_eager("diff_v1", derivative)
+    compare_with_eager("diff_v1", derivative, by_sdpa=True)
 
 
 @pytest.mark.parametrize("attention", ["diff_v1", "diff_v2"])

@@ -59,7 +59,9 @@ class DifferentialLambda(Float32Module):
         # The authors' order of summing, so that a converted model's λ has the same bits.
         signal = torch.exp((self.lambda_q1 * self.lambda_k1).sum())
         noise = torch.exp((self.lambda_q2 * self.lambda_k2).sum())
-        return signal - noise + self.lambda_init
+        # signal − noise + λ_init, to the bit. To one number and a Python number PyTorch's `jvp` adds in float64, from
+        # where the products behind it do not return; it subtracts in float32.
+        return self.lambda_init - (noise - signal)
 
 
 # The base initialises gains, and engines replace norms, by names that hold or end in RMSNorm.
