@@ -22,6 +22,7 @@ _SHIPPED = {
     "diffattn.model.attention": "diff_attention",
     "diffattn.model.masks": "diff_masks",
     "diffattn.ops.standard": "diff_standard",
+    "diffattn.ops.derivatives": "diff_derivatives",
     "diffattn.ops.reference": "diff_reference",
     "diffattn.plan.shape": "diff_shape",
     "diffattn.errors": "diff_errors",
