@@ -178,10 +178,12 @@ def taken(derivative: str, function: Function, x: Inputs) -> list[Tensor]:
     return tree_leaves(DERIVATIVES[derivative](*bound(function, x)))
 
 
-def compare_derivatives(derivative: str, function: Function, x: Inputs) -> None:
+def compare_derivatives(
+    derivative: str, function: Function, x: Inputs, reference: Function = diff_attention_reference
+) -> None:
     wide = x.to(torch.float64)._replace(lam=x.lam.double())
-    expected = taken(derivative, diff_attention_reference, wide)
-    eager = taken(derivative, diff_attention_reference, x)
+    expected = taken(derivative, reference, wide)
+    eager = taken(derivative, reference, x)
     names = [f"{derivative} {i}" for i in range(len(expected))]
     compare(taken(derivative, function, x), expected, eager, factor=3.0, names=names)
 
@@ -195,6 +197,24 @@ def by(backend: str) -> Function:
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 def test_auto_has_every_derivative(derivative: str, case: str) -> None:
     compare_derivatives(derivative, diff_attention, make_inputs(**SIZES, **CASES[case]))
+
+
+@needs_the_kernel
+@pytest.mark.parametrize("derivative", ["grad", "vmap of all", "vmap of grad", "jvp", "jvp of vmap", "double backward"])
+def test_a_row_packed_from_two_sequences(derivative: str) -> None:
+    """Of 3 and 4 tokens, whose derivatives are those of two calls."""
+    first = torch.tensor([0, 1, 2, 3, 4, 5, 6], dtype=torch.int32)
+    end = torch.tensor([3, 3, 3, 7, 7, 7, 7], dtype=torch.int32)
+    queries = torch.stack([first, end])[:, None].expand(2, SIZES["B"], 7)
+
+    def packed(*x: Tensor, **options: Any) -> Tensor:
+        return fused_cpu.fused_cpu_diff_attention(*x, queries=queries)
+
+    def one_by_one(*x: Tensor, **options: Any) -> Tensor:
+        parts = [diff_attention_reference(*(t[:, span] for t in x)) for span in (slice(3), slice(3, None))]
+        return torch.cat(parts, dim=1)
+
+    compare_derivatives(derivative, packed, make_inputs(**(SIZES | {"T": 7})), one_by_one)
 
 
 @pytest.mark.parametrize("derivative", DERIVATIVES)
