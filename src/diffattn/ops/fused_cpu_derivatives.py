@@ -57,11 +57,11 @@ def output(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """What the operator `fused_cpu` returns, with zeros for the log-sum-exps, which only its backward pass reads."""
+    """What the operator `fused_cpu` returns, with zeros for what its backward pass alone reads."""
     map_pos, map_neg, lam_BHT1 = _maps(q1, k1, q2, k2, lam, queries, causal, scale)
     B, T, H, _ = q1.shape
-    lse = map_pos.new_zeros(4 if v.dtype == torch.float32 else 2, B, H, T)
-    return apply_map(map_pos - lam_BHT1 * map_neg, v.to(map_pos.dtype)).to(v.dtype), lse
+    rows = map_pos.new_zeros(4, B, H, T)
+    return apply_map(map_pos - lam_BHT1 * map_neg, v.to(map_pos.dtype)).to(v.dtype), rows
 
 
 def gradients(
@@ -73,7 +73,7 @@ def gradients(
     v: Tensor,
     lam: Tensor,
     queries: Tensor | None,
-    lse: Tensor,
+    rows: Tensor,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -124,9 +124,9 @@ def _maps(
     return map_pos, map_neg, lam.transpose(1, 2)[..., None]
 
 
-def _backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
-    *tensors, lse = ctx.saved_tensors
-    grads = torch.ops.diffattn.fused_cpu_backward(d_output, *tensors, lse, *ctx.numbers)
+def _backward(ctx: Any, d_output: Tensor, d_rows: Tensor) -> tuple[Any, ...]:
+    *tensors, rows = ctx.saved_tensors
+    grads = torch.ops.diffattn.fused_cpu_backward(d_output, *tensors, rows, *ctx.numbers)
     d_q1, d_k1, d_q2, d_k2, d_v, d_lam = grads
     return d_q1, d_k1, d_q2, (None if tensors[3] is None else d_k2), d_v, d_lam, None, None, None
 
@@ -199,8 +199,8 @@ def _unfold(info: Any, x: Tensor, batch: int = 0) -> Tensor:
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-    o, lse = torch.ops.diffattn.fused_cpu(*_fold(info, in_dims, args, (0, 0, 0, 0, 0, 0, 1, 0, 0)))
-    return (_unfold(info, o), _unfold(info, lse, 1)), (0, 1)
+    o, rows = torch.ops.diffattn.fused_cpu(*_fold(info, in_dims, args, (0, 0, 0, 0, 0, 0, 1, 0, 0)))
+    return (_unfold(info, o), _unfold(info, rows, 1)), (0, 1)
 
 
 def _vmap_of_backward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
