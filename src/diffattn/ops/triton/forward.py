@@ -1,0 +1,237 @@
+"""Forward pass of differential attention on a GPU.
+
+    output = O1 − λ ∘ O2,   Oi = softmax(scale · qi kiᵀ) v
+
+A program takes ROWS queries of one output head and walks over the keys. The maps cannot be subtracted before the
+product with v as on a CPU: neither normaliser is known before the last key. So there are two accumulators, subtracted
+in float32 at the end and rounded once. Two forms, of equal work:
+
+    together   both maps of a tile of keys at once; a tile of values is loaded once and multiplied twice
+    apart      a walk for each map, the second first; half the registers, for wide heads. O2 is rounded in between
+
+Saved for the backward pass: the log-sum-exps of both maps in powers of two, float32 (2, B, H, T), +inf for a row that
+sees no key, and O2 in the inputs' dtype, which makes the sums of the backward pass free (see `backward.py`).
+
+Shape letters: B batch, T queries, S keys, H output heads, G groups, D width of q and k, DV width of v.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffattn.ops.triton.configs import Blocks, forward_blocks, heads_in_wave
+from diffattn.ops.triton.tiles import LOWEST, keys_in_reach, place, rows_of, softmax_step, spans_of, store_rows, tile_of
+
+
+@triton.jit
+def seen_keys(t, start, spans, b, B, T, S, CAUSAL: tl.constexpr, SPANS: tl.constexpr, KEYS: tl.constexpr):
+    """Which of KEYS keys each query sees."""
+    key = start + tl.arange(0, KEYS)
+    if SPANS:
+        first, end = spans_of(spans, b, B, start, S, KEYS)
+        seen = (first[None, :] <= t[:, None]) & (t[:, None] < end[None, :])
+    elif CAUSAL:
+        seen = key[None, :] <= tl.minimum(S - T + t, S - 1)[:, None]
+    else:
+        seen = (key < S)[None, :]
+    return seen
+
+
+@triton.jit
+def _walk_together(
+    acc1, m1, l1, acc2, m2, l2, q1, q2, k1, k2, v, k1_s, k2_s, v_s, spans, t, b, g, low, high, B, T, S, c,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, SPANS: tl.constexpr, ONE_KEY: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    for start in tl.range(low, high, KEYS):
+        k = tile_of(k1, k1_s, b, g, start, S, MASKED, KEYS, D, BD, DESCRIPTORS)
+        s1 = tl.dot(q1, tl.trans(k), input_precision="ieee")
+        if not ONE_KEY:
+            k = tile_of(k2, k2_s, b, g, start, S, MASKED, KEYS, D, BD, DESCRIPTORS)
+        s2 = tl.dot(q2, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            seen = seen_keys(t, start, spans, b, B, T, S, CAUSAL, SPANS, KEYS)
+            s1 = tl.where(seen, s1, float("-inf"))
+            s2 = tl.where(seen, s2, float("-inf"))
+        values = tile_of(v, v_s, b, g, start, S, MASKED, KEYS, DV, BV, DESCRIPTORS)
+        # The first product with the values runs beside the second softmax.
+        p, m1, l1, shrink = softmax_step(s1, m1, l1, c)
+        acc1 = tl.dot(p.to(values.dtype), values, acc1 * shrink[:, None], input_precision="ieee")
+        p, m2, l2, shrink = softmax_step(s2, m2, l2, c)
+        acc2 = tl.dot(p.to(values.dtype), values, acc2 * shrink[:, None], input_precision="ieee")
+    return acc1, m1, l1, acc2, m2, l2
+
+
+@triton.jit
+def _walk(
+    acc, m, total, q, k, v, k_s, v_s, spans, t, b, g, low, high, B, T, S, c,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, SPANS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    for start in tl.range(low, high, KEYS):
+        keys = tile_of(k, k_s, b, g, start, S, MASKED, KEYS, D, BD, DESCRIPTORS)
+        s = tl.dot(q, tl.trans(keys), input_precision="ieee")
+        if MASKED:
+            s = tl.where(seen_keys(t, start, spans, b, B, T, S, CAUSAL, SPANS, KEYS), s, float("-inf"))
+        values = tile_of(v, v_s, b, g, start, S, MASKED, KEYS, DV, BV, DESCRIPTORS)
+        p, m, total, shrink = softmax_step(s, m, total, c)
+        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+    return acc, m, total
+
+
+@triton.jit
+def _normalised(acc, m, total, c):
+    """An accumulator divided by its sum, zeros where no key was seen, and the log-sum-exp in powers of two."""
+    dead = total == 0.0
+    o = acc / tl.where(dead, 1.0, total)[:, None]
+    return o, tl.where(dead, float("inf"), m * c + tl.math.log2(total))
+
+
+@triton.jit(do_not_specialize=["B", "T", "S", "H", "REP", "section", "lam_b", "lam_t", "lam_h"])
+def _forward(
+    q1, k1, q2, k2, v, lam, spans, out, o2, lse,
+    q1_b, q1_t, q1_h, k1_b, k1_s, k1_g, q2_b, q2_t, q2_h, k2_b, k2_s, k2_g, v_b, v_s, v_g,
+    lam_b, lam_t, lam_h, out_b, out_t, out_h,
+    B, T, S, H, REP, c, section,
+    CAUSAL: tl.constexpr, SPANS: tl.constexpr, ONE_KEY: tl.constexpr, SAVE: tl.constexpr, TOGETHER: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    block, head = place(tl.program_id(0), tl.cdiv(T, ROWS), B * H, section)
+    b, h = head // H, head % H
+    g = h // REP
+    b64, h64, g64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(g, tl.int64)
+    start = block * ROWS
+    t = start + tl.arange(0, ROWS)
+    if not DESCRIPTORS:
+        k1 += b64 * k1_b + g64 * k1_g
+        k2 += b64 * k2_b + g64 * k2_g
+        v += b64 * v_b + g64 * v_g
+    if SPANS:
+        low, high = keys_in_reach(spans, b, B, start, tl.minimum(start + ROWS, T), S, 1024)
+        low = low // KEYS * KEYS
+        full = low
+    else:
+        low, high, full = 0, S, S // KEYS * KEYS
+        if CAUSAL:
+            high = tl.minimum(S, S - T + start + ROWS)
+            full = tl.minimum(S, S - T + start + 1) // KEYS * KEYS
+
+    weight = tl.load(lam + b64 * lam_b + tl.cast(t, tl.int64) * lam_t + h64 * lam_h, mask=t < T, other=0.0)
+    m1, l1 = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
+    m2, l2 = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
+    q1 += b64 * q1_b + h64 * q1_h
+    q2 += b64 * q2_b + h64 * q2_h
+    out += b64 * out_b + h64 * out_h
+    o2 += b64 * out_b + h64 * out_h
+    if TOGETHER:
+        a = rows_of(q1, start, q1_t, T, ROWS, D, BD)
+        n = rows_of(q2, start, q2_t, T, ROWS, D, BD)
+        acc1, acc2 = tl.zeros([ROWS, BV], tl.float32), tl.zeros([ROWS, BV], tl.float32)
+        if not SPANS:
+            acc1, m1, l1, acc2, m2, l2 = _walk_together(
+                acc1, m1, l1, acc2, m2, l2, a, n, k1, k2, v, k1_s, k2_s, v_s, spans, t, b, g, low, full, B, T, S, c,
+                False, CAUSAL, SPANS, ONE_KEY, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
+        acc1, m1, l1, acc2, m2, l2 = _walk_together(
+            acc1, m1, l1, acc2, m2, l2, a, n, k1, k2, v, k1_s, k2_s, v_s, spans, t, b, g, full, high, B, T, S, c,
+            True, CAUSAL, SPANS, ONE_KEY, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
+        noise, lse2 = _normalised(acc2, m2, l2, c)
+        signal, lse1 = _normalised(acc1, m1, l1, c)
+        if SAVE:
+            store_rows(o2, start, out_t, T, noise, ROWS, DV, BV)
+    else:
+        a = rows_of(q2, start, q2_t, T, ROWS, D, BD)
+        acc2 = tl.zeros([ROWS, BV], tl.float32)
+        if not SPANS:
+            acc2, m2, l2 = _walk(
+                acc2, m2, l2, a, k2, v, k2_s, v_s, spans, t, b, g, low, full, B, T, S, c,
+                False, CAUSAL, SPANS, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
+        acc2, m2, l2 = _walk(
+            acc2, m2, l2, a, k2, v, k2_s, v_s, spans, t, b, g, full, high, B, T, S, c,
+            True, CAUSAL, SPANS, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
+        noise, lse2 = _normalised(acc2, m2, l2, c)
+        store_rows(o2, start, out_t, T, noise, ROWS, DV, BV)
+        # Read back below by other threads than those that wrote it, perhaps.
+        tl.debug_barrier()
+        a = rows_of(q1, start, q1_t, T, ROWS, D, BD)
+        acc1 = tl.zeros([ROWS, BV], tl.float32)
+        if not SPANS:
+            acc1, m1, l1 = _walk(
+                acc1, m1, l1, a, k1, v, k1_s, v_s, spans, t, b, g, low, full, B, T, S, c,
+                False, CAUSAL, SPANS, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
+        acc1, m1, l1 = _walk(
+            acc1, m1, l1, a, k1, v, k1_s, v_s, spans, t, b, g, full, high, B, T, S, c,
+            True, CAUSAL, SPANS, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
+        signal, lse1 = _normalised(acc1, m1, l1, c)
+        noise = rows_of(o2, start, out_t, T, ROWS, DV, BV).to(tl.float32)
+    store_rows(out, start, out_t, T, signal - weight[:, None] * noise, ROWS, DV, BV)
+    if SAVE:
+        row = tl.cast(head, tl.int64) * T + t
+        tl.store(lse + row, lse1, mask=t < T)
+        tl.store(lse + tl.cast(B * H, tl.int64) * T + row, lse2, mask=t < T)
+
+
+def padded(width: int) -> int:
+    """The power of two that a tile of this width takes, 16 at least."""
+    return max(16, int(triton.next_power_of_2(width)))
+
+
+def describable(x: Tensor) -> bool:
+    """Whether the copy engine takes tiles of (B, S, G, width): whole 16-byte steps, the last dimension dense."""
+    step = 16 // x.element_size()
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n % step == 0 for n in x.stride()[:3])
+
+
+def described(x: Tensor, rows: int, block: int) -> object:
+    """A descriptor of (B, S, G, width) as (B, G, S, width), whose tiles are `rows` rows of one head."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    x = x.transpose(1, 2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, block])
+
+
+def forward(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    spans: Tensor | None = None,
+    save: bool = True,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The output (B, T, H, DV), and where `save` is set O2 and the log-sum-exps.
+
+    The last dimension of every input is dense. `lam` is float32 (B, T, H), by strides. `spans`, int32 (2, B, S)
+    contiguous, replaces `causal`: query t sees key s where ``spans[0, b, s] <= t < spans[1, b, s]``. The same tensor
+    object as k1 and k2 reads the keys once.
+    """
+    B, T, H, D = q1.shape
+    S, G, DV = k1.shape[1], k1.shape[2], v.shape[3]
+    one_key = k2 is k1
+    if blocks is None:
+        blocks = forward_blocks(D, DV, one_key)
+    BD, BV = padded(D), padded(DV)
+    out = v.new_empty(B, T, H, DV)
+    o2 = torch.empty_like(out) if save or not blocks.together else None
+    lse = torch.empty(2, B, H, T, dtype=torch.float32, device=v.device) if save else None
+    descriptors = blocks.descriptors and all(describable(x) for x in (k1, k2, v))
+    keys = [described(x, blocks.keys, w) if descriptors else x for x, w in ((k1, BD), (k2, BD), (v, BV))]
+    parts = triton.cdiv(T, blocks.rows)
+    _forward[(parts * B * H,)](
+        q1, keys[0], q2, keys[1], keys[2], lam, spans, out, out if o2 is None else o2, lse,
+        *q1.stride()[:3], *k1.stride()[:3], *q2.stride()[:3], *k2.stride()[:3], *v.stride()[:3],
+        *lam.stride(), *out.stride()[:3],
+        B, T, S, H, H // G, scale * math.log2(math.e), heads_in_wave(v.device, parts, blocks.warps),
+        CAUSAL=causal, SPANS=spans is not None, ONE_KEY=one_key, SAVE=save, TOGETHER=blocks.together,
+        DESCRIPTORS=descriptors, ROWS=blocks.rows, KEYS=blocks.keys, D=D, DV=DV, BD=BD, BV=BV,
+        num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    return out, o2 if save else None, lse

@@ -1,0 +1,105 @@
+"""What the Triton kernels share: tiles of strided tensors, visibility, the order of programs.
+
+Triton reads these functions as part of the kernels. Rules that they and the kernels keep, each for a reason:
+
+- only loaded tiles are transposed, never computed ones: Triton 3.4 to 3.7.0 miscompiles those on Hopper;
+- offsets of a sequence and of a row are 64-bit: index times stride passes 2³¹ in ordinary caches;
+- a row's maximum starts at a finite number, so that a row without keys never meets −inf − (−inf).
+"""
+
+import triton
+import triton.language as tl
+
+# Below every score that means something, and finite.
+LOWEST = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def place(program, blocks, heads, section):
+    """Which block and which head (of batch × heads) a program computes: blocks descend, the longest causal rows first.
+
+    `section` heads take turns before the next ones begin: as many as the card computes at once, which share its cache.
+    """
+    first = program // (section * blocks) * section
+    here = tl.minimum(section, heads - first)
+    rest = program - first * blocks
+    return blocks - 1 - rest // here, first + rest % here
+
+
+@triton.jit
+def rows_of(base, start, stride, limit, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows start … start + ROWS of a matrix, (ROWS, BLOCK), with zeros behind its width.
+
+    Behind the last row that row again: no predicate on every load. Whoever uses the tile gives those rows no weight.
+    """
+    row, column = tl.minimum(start + tl.arange(0, ROWS), limit - 1), tl.arange(0, BLOCK)
+    pointers = base + (tl.cast(row, tl.int64) * stride)[:, None] + column[None, :]
+    if WIDTH < BLOCK:  # noqa: SIM108
+        tile = tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def tile_of(x, stride, b, head, start, limit, EDGE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+            BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
+    """The same inside a loop: by the copy engine, where x describes (B, heads, rows, width), or by pointers to a head.
+
+    Only where EDGE is set may the tile reach behind the last row. The copy engine fills with zeros there.
+    """
+    if DESCRIPTORS:
+        tile = x.load([b, head, start, 0]).reshape(ROWS, BLOCK)
+    elif EDGE:
+        tile = rows_of(x, start, stride, limit, ROWS, WIDTH, BLOCK)
+    else:
+        row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+        pointers = x + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + column[None, :])
+        if WIDTH < BLOCK:  # noqa: SIM108
+            tile = tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_rows(base, start, stride, limit, values, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes (ROWS, BLOCK) values to rows start … of a matrix, less what lies behind its last row and its width."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    pointers = base + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + column[None, :])
+    inside = row[:, None] < limit - start
+    if WIDTH < BLOCK:
+        inside = inside & (column[None, :] < WIDTH)
+    tl.store(pointers, values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def softmax_step(s, m, total, c):
+    """One tile of an online softmax: exponentials, the new maximum and sum, and by what the sum so far shrinks."""
+    higher = tl.maximum(m, tl.max(s, 1))
+    p = tl.math.exp2(s * c - (higher * c)[:, None])
+    shrink = tl.math.exp2((m - higher) * c)
+    return p, higher, total * shrink + tl.sum(p, 1), shrink
+
+
+@triton.jit
+def spans_of(spans, sequence, batches, start, S, KEYS: tl.constexpr):
+    """The first query that sees each of KEYS keys, and the query behind the last; keys behind S are seen by none."""
+    key = start + tl.arange(0, KEYS)
+    at = spans + tl.cast(sequence, tl.int64) * S + key
+    first = tl.load(at, mask=key < S, other=2147483647)
+    end = tl.load(at + tl.cast(batches, tl.int64) * S, mask=key < S, other=0)
+    return first, end
+
+
+@triton.jit
+def keys_in_reach(spans, sequence, batches, t_low, t_high, S, CHUNK: tl.constexpr):
+    """Bounds of the keys that any of the queries t_low … t_high − 1 may see."""
+    low, high = S, 0
+    for start in range(0, S, CHUNK):
+        first, end = spans_of(spans, sequence, batches, start, S, CHUNK)
+        key = start + tl.arange(0, CHUNK)
+        seen = (first < t_high) & (end > t_low) & (first < end)
+        low = tl.minimum(low, tl.min(tl.where(seen, key, S), 0))
+        high = tl.maximum(high, tl.max(tl.where(seen, key + 1, 0), 0))
+    return low, high
