@@ -77,7 +77,7 @@ CASES: list[tuple[str, str, torch.dtype, dict[str, Any]]] = [
     ("bfloat16, apart", "apart", BF16, {"T": 37, "D": 16, "Dv": 32}),
     ("bfloat16, V2", "together", BF16, {"T": 37, "D": 16, "Dv": 16, "one_key": True}),
 ]
-# The same for decoding, with the number of spans.
+# The same for decoding, with the number of spans of keys.
 DECODING: list[tuple[str, torch.dtype, int, dict[str, Any]]] = [
     ("1 query", F32, 3, {"T": 1, "S": 83, "D": 16, "Dv": 32}),
     ("1 span", F32, 1, {"T": 1, "S": 37, "D": 16, "Dv": 32}),
@@ -91,7 +91,7 @@ def relative(got: list[Tensor], wanted: list[Tensor]) -> list[float]:
     return [((x.double() - y).norm() / y.norm()).item() for x, y in zip(got, wanted, strict=True)]
 
 
-def spans_of(x: Inputs) -> Tensor | None:
+def queries_of(x: Inputs) -> Tensor | None:
     """int32 (2, B, S) where the call has padding."""
     if x.key_padding is None:
         return None
@@ -113,7 +113,7 @@ def definition(x: Inputs, cotangent: Tensor) -> list[Tensor]:
 
 def kernels(x: Inputs, form: tuple[Any, Any, Any], cotangent: Tensor) -> list[Tensor]:
     """The same of the kernels, in the order of NAMES."""
-    options = {"causal": x.causal, "scale": x.scale or x.q1.shape[-1] ** -0.5, "spans": spans_of(x)}
+    options = {"causal": x.causal, "scale": x.scale or x.q1.shape[-1] ** -0.5, "queries": queries_of(x)}
     out, o2, lse = forward.forward(*x[:6], **options, blocks=form[0])
     d_q, d_k, d_v, d_lam = backward.backward(cotangent, *x[:6], out, o2, lse, **options, blocks=form[1:])
     return [out, d_q[:, :, :, 0], d_k[:, :, :, 0], d_q[:, :, :, 1], d_k[:, :, :, -1], d_v, d_lam]
@@ -142,7 +142,7 @@ def main() -> None:
                 *x[:6],
                 causal=x.causal,
                 scale=scale,
-                spans=spans_of(x),
+                queries=queries_of(x),
                 splits=splits,
                 blocks=Blocks(16, 16, 4, 2),
                 **extra,

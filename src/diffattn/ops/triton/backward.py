@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffattn.ops.triton.configs import Blocks, Walk, heads_in_wave, key_walks, query_blocks
 from diffattn.ops.triton.forward import describable, described, padded, seen_keys
-from diffattn.ops.triton.tiles import keys_in_reach, place, rows_of, spans_of, store_rows, tile_of
+from diffattn.ops.triton.tiles import keys_in_reach, place, queries_of, rows_of, store_rows, tile_of
 
 # Rows of the statistics come in as many: no tile of queries is longer.
 MOST_ROWS = 128
@@ -59,8 +59,8 @@ def _statistics(
 
 @triton.jit
 def _walk_keys(
-    dq1, dq2, q1, q2, grad, lse1, lse2, sum1, sum2, k1, k2, v, k1_s, k2_s, v_s, spans, t, b, g, low, high, B, T, S, c,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, SPANS: tl.constexpr, ONE_KEY: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    dq1, dq2, q1, q2, grad, lse1, lse2, sum1, sum2, k1, k2, v, k1_s, k2_s, v_s, queries, t, b, g, low, high, B, T, S, c,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, RANGES: tl.constexpr, ONE_KEY: tl.constexpr, DESCRIPTORS: tl.constexpr,
     KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     for start in tl.range(low, high, KEYS):
@@ -70,7 +70,7 @@ def _walk_keys(
         dp = tl.dot(grad, tl.trans(values), input_precision="ieee")
         p = tl.math.exp2(s1 * c - lse1[:, None])
         if MASKED:
-            seen = seen_keys(t, start, spans, b, B, T, S, CAUSAL, SPANS, KEYS)
+            seen = seen_keys(t, start, queries, b, B, T, S, CAUSAL, RANGES, KEYS)
             p = tl.where(seen, p, 0.0)
         dq1 = tl.dot((p * (dp - sum1[:, None])).to(k.dtype), k, dq1, input_precision="ieee")
         if not ONE_KEY:
@@ -85,11 +85,11 @@ def _walk_keys(
 
 @triton.jit(do_not_specialize=["B", "T", "S", "H", "REP", "section", "d_out_b", "d_out_h"])
 def _queries(
-    d_out, q1, k1, q2, k2, v, spans, statistics, d_q1, d_q2,
+    d_out, q1, k1, q2, k2, v, queries, statistics, d_q1, d_q2,
     d_out_b, d_out_t, d_out_h, q1_b, q1_t, q1_h, k1_b, k1_s, k1_g, q2_b, q2_t, q2_h, k2_b, k2_s, k2_g, v_b, v_s, v_g,
     d_q_b, d_q_t, d_q_h,
     B, T, S, H, REP, LENGTH, c, scale, section,
-    CAUSAL: tl.constexpr, SPANS: tl.constexpr, ONE_KEY: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    CAUSAL: tl.constexpr, RANGES: tl.constexpr, ONE_KEY: tl.constexpr, DESCRIPTORS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     block, head = place(tl.program_id(0), tl.cdiv(T, ROWS), B * H, section)
@@ -102,8 +102,8 @@ def _queries(
         k1 += b64 * k1_b + g64 * k1_g
         k2 += b64 * k2_b + g64 * k2_g
         v += b64 * v_b + g64 * v_g
-    if SPANS:
-        low, high = keys_in_reach(spans, b, B, start, tl.minimum(start + ROWS, T), S, 1024)
+    if RANGES:
+        low, high = keys_in_reach(queries, b, B, start, tl.minimum(start + ROWS, T), S, 1024)
         low = low // KEYS * KEYS
         full = low
     else:
@@ -120,13 +120,13 @@ def _queries(
     lse1, lse2 = tl.load(at), tl.load(at + step)
     sum1, sum2 = tl.load(at + 2 * step), tl.load(at + 3 * step)
     dq1, dq2 = tl.zeros([ROWS, BD], tl.float32), tl.zeros([ROWS, BD], tl.float32)
-    if not SPANS:
+    if not RANGES:
         dq1, dq2 = _walk_keys(
-            dq1, dq2, a, n, grad, lse1, lse2, sum1, sum2, k1, k2, v, k1_s, k2_s, v_s, spans, t, b, g, low, full,
-            B, T, S, c, False, CAUSAL, SPANS, ONE_KEY, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
+            dq1, dq2, a, n, grad, lse1, lse2, sum1, sum2, k1, k2, v, k1_s, k2_s, v_s, queries, t, b, g, low, full,
+            B, T, S, c, False, CAUSAL, RANGES, ONE_KEY, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
     dq1, dq2 = _walk_keys(
-        dq1, dq2, a, n, grad, lse1, lse2, sum1, sum2, k1, k2, v, k1_s, k2_s, v_s, spans, t, b, g, full, high,
-        B, T, S, c, True, CAUSAL, SPANS, ONE_KEY, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
+        dq1, dq2, a, n, grad, lse1, lse2, sum1, sum2, k1, k2, v, k1_s, k2_s, v_s, queries, t, b, g, full, high,
+        B, T, S, c, True, CAUSAL, RANGES, ONE_KEY, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
     weight = tl.load(at + 4 * step)
     first = b64 * d_q_b + h64 * d_q_h
     store_rows(d_q1 + first, start, d_q_t, T, dq1 * scale, ROWS, D, BD)
@@ -137,7 +137,7 @@ def _queries(
 def _walk_queries(
     dk1, dk2, dv, k1, k2, v, q1, q2, d_out, q1_t, q2_t, d_out_t, statistics, step, key, first, end, b, h,
     low, high, T, S, c,
-    MASKED: tl.constexpr, SPANS: tl.constexpr, ONE_KEY: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    MASKED: tl.constexpr, RANGES: tl.constexpr, ONE_KEY: tl.constexpr, DESCRIPTORS: tl.constexpr,
     MAKES_K: tl.constexpr, MAKES_V: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +152,7 @@ def _walk_queries(
         p1 = tl.math.exp2(s1 * c - tl.load(at)[None, :])
         p2 = tl.math.exp2(s2 * c - tl.load(at + step)[None, :]) * tl.load(at + 4 * step)[None, :]
         if MASKED:
-            if SPANS:
+            if RANGES:
                 seen = (first[:, None] <= t[None, :]) & (t[None, :] < end[:, None])
             else:
                 seen = key[:, None] <= S - T + t[None, :]
@@ -175,11 +175,11 @@ def _walk_queries(
 
 @triton.jit(do_not_specialize=["B", "T", "S", "G", "REP", "section", "d_out_b", "d_out_h"])
 def _keys(
-    d_out, q1, k1, q2, k2, v, spans, statistics, d_k1, d_k2, d_v,
+    d_out, q1, k1, q2, k2, v, queries, statistics, d_k1, d_k2, d_v,
     d_out_b, d_out_t, d_out_h, q1_b, q1_t, q1_h, k1_b, k1_s, k1_g, q2_b, q2_t, q2_h, k2_b, k2_s, k2_g, v_b, v_s, v_g,
     d_k_b, d_k_s, d_k_g, d_v_b, d_v_s, d_v_g,
     B, T, S, G, REP, LENGTH, c, scale, section,
-    CAUSAL: tl.constexpr, SPANS: tl.constexpr, ONE_KEY: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    CAUSAL: tl.constexpr, RANGES: tl.constexpr, ONE_KEY: tl.constexpr, DESCRIPTORS: tl.constexpr,
     MAKES_K: tl.constexpr, MAKES_V: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -197,8 +197,8 @@ def _keys(
         keys2 = rows_of(k2 + b64 * k2_b + g64 * k2_g, start, k2_s, S, KEYS, D, BD)
     values = rows_of(v + b64 * v_b + g64 * v_g, start, v_s, S, KEYS, DV, BV)
     first, end = key, key
-    if SPANS:
-        first, end = spans_of(spans, b, B, start, S, KEYS)
+    if RANGES:
+        first, end = queries_of(queries, b, B, start, S, KEYS)
         alive = first < end
         low = tl.maximum(tl.min(tl.where(alive, first, T), 0), 0) // ROWS * ROWS
         full = tl.minimum(tl.max(tl.where(alive, end, 0), 0), T)
@@ -220,15 +220,15 @@ def _keys(
             qa = q1 + b64 * q1_b + h64 * q1_h
             qn = q2 + b64 * q2_b + h64 * q2_h
             grads = d_out + b64 * d_out_b + h64 * d_out_h
-        if CAUSAL or SPANS:
+        if CAUSAL or RANGES:
             dk1, dk2, dv = _walk_queries(
                 dk1, dk2, dv, keys1, keys2, values, qa, qn, grads, q1_t, q2_t, d_out_t, rows, step, key,
-                first, end, b, h, low, tl.minimum(full, T), T, S, c, True, SPANS, ONE_KEY, DESCRIPTORS,
+                first, end, b, h, low, tl.minimum(full, T), T, S, c, True, RANGES, ONE_KEY, DESCRIPTORS,
                 MAKES_K, MAKES_V, ROWS, D, DV, BD, BV)  # fmt: skip
-        if not SPANS:
+        if not RANGES:
             dk1, dk2, dv = _walk_queries(
                 dk1, dk2, dv, keys1, keys2, values, qa, qn, grads, q1_t, q2_t, d_out_t, rows, step, key,
-                first, end, b, h, full, T, T, S, c, False, SPANS, ONE_KEY, DESCRIPTORS,
+                first, end, b, h, full, T, T, S, c, False, RANGES, ONE_KEY, DESCRIPTORS,
                 MAKES_K, MAKES_V, ROWS, D, DV, BD, BV)  # fmt: skip
     if MAKES_K:
         store_rows(d_k1 + b64 * d_k_b + g64 * d_k_g, start, d_k_s, S, dk1 * scale, KEYS, D, BD)
@@ -264,16 +264,16 @@ class Gradients:
         *,
         causal: bool,
         scale: float,
-        spans: Tensor | None,
+        queries: Tensor | None,
     ) -> None:
         q1, k1, q2, k2, v = self.inputs = inputs
         (self.B, self.T, self.H, D), (self.S, self.G), DV = q1.shape, k1.shape[1:3], v.shape[3]
-        self.d_out, self.statistics, self.spans = d_out, statistics, spans
+        self.d_out, self.statistics, self.ranges = d_out, statistics, queries
         self.one_key = k2 is k1
         self.scale = scale
         self.strides = [n for x in (d_out, q1, k1, q2, k2, v) for n in x.stride()[:3]]
         self.sizes = {"D": D, "DV": DV, "BD": padded(D), "BV": padded(DV)}
-        self.flags = {"CAUSAL": causal, "SPANS": spans is not None, "ONE_KEY": self.one_key}
+        self.flags = {"CAUSAL": causal, "RANGES": queries is not None, "ONE_KEY": self.one_key}
 
     def queries(self, blocks: Blocks) -> Tensor:
         """d_q1 and d_q2, (B, T, H, 2, D)."""
@@ -284,7 +284,7 @@ class Gradients:
         keys = [described(x, blocks.keys, w) if descriptors else x for x, w in ((k1, BD), (k2, BD), (v, BV))]
         parts = triton.cdiv(self.T, blocks.rows)
         _queries[(parts * self.B * self.H,)](
-            self.d_out, q1, keys[0], self.inputs[2], keys[1], keys[2], self.spans, self.statistics, *d_q.unbind(3),
+            self.d_out, q1, keys[0], self.inputs[2], keys[1], keys[2], self.ranges, self.statistics, *d_q.unbind(3),
             *self.strides, *d_q.stride()[:3],
             self.B, self.T, self.S, self.H, self.H // self.G, self.statistics.shape[3],
             self.scale * math.log2(math.e), self.scale,
@@ -306,7 +306,7 @@ class Gradients:
             rows = [described(x, blocks.rows, width) if descriptors else x for x, width in tiles]
             parts = triton.cdiv(self.S, blocks.keys)
             _keys[(parts * self.B * self.G,)](
-                rows[0], rows[1], k1, rows[2], k2, v, self.spans, self.statistics,
+                rows[0], rows[1], k1, rows[2], k2, v, self.ranges, self.statistics,
                 d_k[:, :, :, 0], d_k[:, :, :, -1], d_v, *self.strides, *d_k.stride()[:3], *d_v.stride()[:3],
                 self.B, self.T, self.S, self.G, self.H // self.G, self.statistics.shape[3],
                 self.scale * math.log2(math.e), self.scale,
@@ -331,7 +331,7 @@ def backward(
     *,
     causal: bool,
     scale: float,
-    spans: Tensor | None = None,
+    queries: Tensor | None = None,
     blocks: tuple[Blocks, tuple[Walk, ...]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients from what `forward` saved.
@@ -345,7 +345,7 @@ def backward(
     widths = (q1.shape[3], v.shape[3], k2 is k1)
     for_queries, for_keys = (query_blocks(*widths), key_walks(*widths)) if blocks is None else blocks
     statistics, d_lam = row_statistics(d_out, lam, out, o2, lse)
-    launches = Gradients(d_out, (q1, k1, q2, k2, v), statistics, causal=causal, scale=scale, spans=spans)
+    launches = Gradients(d_out, (q1, k1, q2, k2, v), statistics, causal=causal, scale=scale, queries=queries)
     d_q = launches.queries(for_queries)
     d_k, d_v = launches.keys(for_keys)
     return d_q, d_k, d_v, d_lam

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from diffattn.ops.triton.configs import Blocks, decoding_blocks, spans_of_keys
 from diffattn.ops.triton.forward import describable, described, padded
-from diffattn.ops.triton.tiles import LOWEST, softmax_step, spans_of, tile_of
+from diffattn.ops.triton.tiles import LOWEST, queries_of, softmax_step, tile_of
 
 
 @triton.jit(do_not_specialize=["B", "T", "S", "G", "REP", "SPLITS", "SPAN"])
 def _span(
-    q1, k1, q2, k2, v, spans, partial, maxima,
+    q1, k1, q2, k2, v, queries, partial, maxima,
     q1_b, q1_t, q1_h, k1_b, k1_s, k1_g, q2_b, q2_t, q2_h, k2_b, k2_s, k2_g, v_b, v_s, v_g,
     B, T, S, G, REP, SPLITS, SPAN, c,
-    CAUSAL: tl.constexpr, SPANS: tl.constexpr, ONE_KEY: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    CAUSAL: tl.constexpr, RANGES: tl.constexpr, ONE_KEY: tl.constexpr, DESCRIPTORS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     split, group = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
@@ -53,8 +53,8 @@ def _span(
         s2 = tl.dot(n, tl.trans(k), input_precision="ieee")
         values = tile_of(v, v_s, b, g, start, S, True, KEYS, DV, BV, DESCRIPTORS)
         key = start + tl.arange(0, KEYS)
-        if SPANS:
-            first, end = spans_of(spans, b, B, start, S, KEYS)
+        if RANGES:
+            first, end = queries_of(queries, b, B, start, S, KEYS)
             seen = (first[None, :] <= t[:, None]) & (t[:, None] < end[None, :])
         elif CAUSAL:
             seen = key[None, :] <= (S - T + t)[:, None]
@@ -118,7 +118,7 @@ def decode(
     *,
     causal: bool,
     scale: float,
-    spans: Tensor | None = None,
+    queries: Tensor | None = None,
     gain: Tensor | None = None,
     norm_scale: float = 1.0,
     eps: float | None = None,
@@ -145,10 +145,10 @@ def decode(
     descriptors = blocks.descriptors and all(describable(x) for x in (k1, k2, v))
     keys = [described(x, blocks.keys, w) if descriptors else x for x, w in ((k1, BD), (k2, BD), (v, BV))]
     _span[(B * G * splits,)](
-        q1, keys[0], q2, keys[1], keys[2], spans, partial, maxima,
+        q1, keys[0], q2, keys[1], keys[2], queries, partial, maxima,
         *q1.stride()[:3], *k1.stride()[:3], *q2.stride()[:3], *k2.stride()[:3], *v.stride()[:3],
         B, T, S, G, H // G, splits, span, scale * math.log2(math.e),
-        CAUSAL=causal, SPANS=spans is not None, ONE_KEY=k2 is k1, DESCRIPTORS=descriptors,
+        CAUSAL=causal, RANGES=queries is not None, ONE_KEY=k2 is k1, DESCRIPTORS=descriptors,
         ROWS=rows, KEYS=blocks.keys, D=D, DV=DV, BD=BD, BV=BV, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     _join[(B * T * H,)](

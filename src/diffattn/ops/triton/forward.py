@@ -23,15 +23,24 @@ import triton.language as tl
 from torch import Tensor
 
 from diffattn.ops.triton.configs import Blocks, forward_blocks, heads_in_wave
-from diffattn.ops.triton.tiles import LOWEST, keys_in_reach, place, rows_of, softmax_step, spans_of, store_rows, tile_of
+from diffattn.ops.triton.tiles import (
+    LOWEST,
+    keys_in_reach,
+    place,
+    queries_of,
+    rows_of,
+    softmax_step,
+    store_rows,
+    tile_of,
+)
 
 
 @triton.jit
-def seen_keys(t, start, spans, b, B, T, S, CAUSAL: tl.constexpr, SPANS: tl.constexpr, KEYS: tl.constexpr):
+def seen_keys(t, start, queries, b, B, T, S, CAUSAL: tl.constexpr, RANGES: tl.constexpr, KEYS: tl.constexpr):
     """Which of KEYS keys each query sees."""
     key = start + tl.arange(0, KEYS)
-    if SPANS:
-        first, end = spans_of(spans, b, B, start, S, KEYS)
+    if RANGES:
+        first, end = queries_of(queries, b, B, start, S, KEYS)
         seen = (first[None, :] <= t[:, None]) & (t[:, None] < end[None, :])
     elif CAUSAL:
         seen = key[None, :] <= tl.minimum(S - T + t, S - 1)[:, None]
@@ -42,8 +51,8 @@ def seen_keys(t, start, spans, b, B, T, S, CAUSAL: tl.constexpr, SPANS: tl.const
 
 @triton.jit
 def _walk_together(
-    acc1, m1, l1, acc2, m2, l2, q1, q2, k1, k2, v, k1_s, k2_s, v_s, spans, t, b, g, low, high, B, T, S, c,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, SPANS: tl.constexpr, ONE_KEY: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    acc1, m1, l1, acc2, m2, l2, q1, q2, k1, k2, v, k1_s, k2_s, v_s, queries, t, b, g, low, high, B, T, S, c,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, RANGES: tl.constexpr, ONE_KEY: tl.constexpr, DESCRIPTORS: tl.constexpr,
     KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     for start in tl.range(low, high, KEYS):
@@ -53,7 +62,7 @@ def _walk_together(
             k = tile_of(k2, k2_s, b, g, start, S, MASKED, KEYS, D, BD, DESCRIPTORS)
         s2 = tl.dot(q2, tl.trans(k), input_precision="ieee")
         if MASKED:
-            seen = seen_keys(t, start, spans, b, B, T, S, CAUSAL, SPANS, KEYS)
+            seen = seen_keys(t, start, queries, b, B, T, S, CAUSAL, RANGES, KEYS)
             s1 = tl.where(seen, s1, float("-inf"))
             s2 = tl.where(seen, s2, float("-inf"))
         values = tile_of(v, v_s, b, g, start, S, MASKED, KEYS, DV, BV, DESCRIPTORS)
@@ -67,15 +76,15 @@ def _walk_together(
 
 @triton.jit
 def _walk(
-    acc, m, total, q, k, v, k_s, v_s, spans, t, b, g, low, high, B, T, S, c,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, SPANS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    acc, m, total, q, k, v, k_s, v_s, queries, t, b, g, low, high, B, T, S, c,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, RANGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
     KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     for start in tl.range(low, high, KEYS):
         keys = tile_of(k, k_s, b, g, start, S, MASKED, KEYS, D, BD, DESCRIPTORS)
         s = tl.dot(q, tl.trans(keys), input_precision="ieee")
         if MASKED:
-            s = tl.where(seen_keys(t, start, spans, b, B, T, S, CAUSAL, SPANS, KEYS), s, float("-inf"))
+            s = tl.where(seen_keys(t, start, queries, b, B, T, S, CAUSAL, RANGES, KEYS), s, float("-inf"))
         values = tile_of(v, v_s, b, g, start, S, MASKED, KEYS, DV, BV, DESCRIPTORS)
         p, m, total, shrink = softmax_step(s, m, total, c)
         acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
@@ -92,11 +101,11 @@ def _normalised(acc, m, total, c):
 
 @triton.jit(do_not_specialize=["B", "T", "S", "H", "REP", "section", "lam_b", "lam_t", "lam_h"])
 def _forward(
-    q1, k1, q2, k2, v, lam, spans, out, o2, lse,
+    q1, k1, q2, k2, v, lam, queries, out, o2, lse,
     q1_b, q1_t, q1_h, k1_b, k1_s, k1_g, q2_b, q2_t, q2_h, k2_b, k2_s, k2_g, v_b, v_s, v_g,
     lam_b, lam_t, lam_h, out_b, out_t, out_h,
     B, T, S, H, REP, c, section,
-    CAUSAL: tl.constexpr, SPANS: tl.constexpr, ONE_KEY: tl.constexpr, SAVE: tl.constexpr, TOGETHER: tl.constexpr,
+    CAUSAL: tl.constexpr, RANGES: tl.constexpr, ONE_KEY: tl.constexpr, SAVE: tl.constexpr, TOGETHER: tl.constexpr,
     DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -110,8 +119,8 @@ def _forward(
         k1 += b64 * k1_b + g64 * k1_g
         k2 += b64 * k2_b + g64 * k2_g
         v += b64 * v_b + g64 * v_g
-    if SPANS:
-        low, high = keys_in_reach(spans, b, B, start, tl.minimum(start + ROWS, T), S, 1024)
+    if RANGES:
+        low, high = keys_in_reach(queries, b, B, start, tl.minimum(start + ROWS, T), S, 1024)
         low = low // KEYS * KEYS
         full = low
     else:
@@ -131,13 +140,13 @@ def _forward(
         a = rows_of(q1, start, q1_t, T, ROWS, D, BD)
         n = rows_of(q2, start, q2_t, T, ROWS, D, BD)
         acc1, acc2 = tl.zeros([ROWS, BV], tl.float32), tl.zeros([ROWS, BV], tl.float32)
-        if not SPANS:
+        if not RANGES:
             acc1, m1, l1, acc2, m2, l2 = _walk_together(
-                acc1, m1, l1, acc2, m2, l2, a, n, k1, k2, v, k1_s, k2_s, v_s, spans, t, b, g, low, full, B, T, S, c,
-                False, CAUSAL, SPANS, ONE_KEY, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
+                acc1, m1, l1, acc2, m2, l2, a, n, k1, k2, v, k1_s, k2_s, v_s, queries, t, b, g, low, full, B, T, S, c,
+                False, CAUSAL, RANGES, ONE_KEY, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
         acc1, m1, l1, acc2, m2, l2 = _walk_together(
-            acc1, m1, l1, acc2, m2, l2, a, n, k1, k2, v, k1_s, k2_s, v_s, spans, t, b, g, full, high, B, T, S, c,
-            True, CAUSAL, SPANS, ONE_KEY, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
+            acc1, m1, l1, acc2, m2, l2, a, n, k1, k2, v, k1_s, k2_s, v_s, queries, t, b, g, full, high, B, T, S, c,
+            True, CAUSAL, RANGES, ONE_KEY, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
         noise, lse2 = _normalised(acc2, m2, l2, c)
         signal, lse1 = _normalised(acc1, m1, l1, c)
         if SAVE:
@@ -145,26 +154,26 @@ def _forward(
     else:
         a = rows_of(q2, start, q2_t, T, ROWS, D, BD)
         acc2 = tl.zeros([ROWS, BV], tl.float32)
-        if not SPANS:
+        if not RANGES:
             acc2, m2, l2 = _walk(
-                acc2, m2, l2, a, k2, v, k2_s, v_s, spans, t, b, g, low, full, B, T, S, c,
-                False, CAUSAL, SPANS, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
+                acc2, m2, l2, a, k2, v, k2_s, v_s, queries, t, b, g, low, full, B, T, S, c,
+                False, CAUSAL, RANGES, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
         acc2, m2, l2 = _walk(
-            acc2, m2, l2, a, k2, v, k2_s, v_s, spans, t, b, g, full, high, B, T, S, c,
-            True, CAUSAL, SPANS, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
+            acc2, m2, l2, a, k2, v, k2_s, v_s, queries, t, b, g, full, high, B, T, S, c,
+            True, CAUSAL, RANGES, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
         noise, lse2 = _normalised(acc2, m2, l2, c)
         store_rows(o2, start, out_t, T, noise, ROWS, DV, BV)
         # Read back below by other threads than those that wrote it, perhaps.
         tl.debug_barrier()
         a = rows_of(q1, start, q1_t, T, ROWS, D, BD)
         acc1 = tl.zeros([ROWS, BV], tl.float32)
-        if not SPANS:
+        if not RANGES:
             acc1, m1, l1 = _walk(
-                acc1, m1, l1, a, k1, v, k1_s, v_s, spans, t, b, g, low, full, B, T, S, c,
-                False, CAUSAL, SPANS, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
+                acc1, m1, l1, a, k1, v, k1_s, v_s, queries, t, b, g, low, full, B, T, S, c,
+                False, CAUSAL, RANGES, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
         acc1, m1, l1 = _walk(
-            acc1, m1, l1, a, k1, v, k1_s, v_s, spans, t, b, g, full, high, B, T, S, c,
-            True, CAUSAL, SPANS, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
+            acc1, m1, l1, a, k1, v, k1_s, v_s, queries, t, b, g, full, high, B, T, S, c,
+            True, CAUSAL, RANGES, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
         signal, lse1 = _normalised(acc1, m1, l1, c)
         noise = rows_of(o2, start, out_t, T, ROWS, DV, BV).to(tl.float32)
     store_rows(out, start, out_t, T, signal - weight[:, None] * noise, ROWS, DV, BV)
@@ -203,15 +212,15 @@ def forward(
     *,
     causal: bool,
     scale: float,
-    spans: Tensor | None = None,
+    queries: Tensor | None = None,
     save: bool = True,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The output (B, T, H, DV), and where `save` is set O2 and the log-sum-exps.
 
-    The last dimension of every input is dense. `lam` is float32 (B, T, H), by strides. `spans`, int32 (2, B, S)
-    contiguous, replaces `causal`: query t sees key s where ``spans[0, b, s] <= t < spans[1, b, s]``. The same tensor
-    object as k1 and k2 reads the keys once.
+    The last dimension of every input is dense. `lam` is float32 (B, T, H), by strides. `queries`, int32 (2, B, S)
+    contiguous, replaces `causal`: query t sees key s where ``queries[0, b, s] <= t < queries[1, b, s]``. The same
+    tensor object as k1 and k2 reads the keys once.
     """
     B, T, H, D = q1.shape
     S, G, DV = k1.shape[1], k1.shape[2], v.shape[3]
@@ -226,11 +235,11 @@ def forward(
     keys = [described(x, blocks.keys, w) if descriptors else x for x, w in ((k1, BD), (k2, BD), (v, BV))]
     parts = triton.cdiv(T, blocks.rows)
     _forward[(parts * B * H,)](
-        q1, keys[0], q2, keys[1], keys[2], lam, spans, out, out if o2 is None else o2, lse,
+        q1, keys[0], q2, keys[1], keys[2], lam, queries, out, out if o2 is None else o2, lse,
         *q1.stride()[:3], *k1.stride()[:3], *q2.stride()[:3], *k2.stride()[:3], *v.stride()[:3],
         *lam.stride(), *out.stride()[:3],
         B, T, S, H, H // G, scale * math.log2(math.e), heads_in_wave(v.device, parts, blocks.warps),
-        CAUSAL=causal, SPANS=spans is not None, ONE_KEY=one_key, SAVE=save, TOGETHER=blocks.together,
+        CAUSAL=causal, RANGES=queries is not None, ONE_KEY=one_key, SAVE=save, TOGETHER=blocks.together,
         DESCRIPTORS=descriptors, ROWS=blocks.rows, KEYS=blocks.keys, D=D, DV=DV, BD=BD, BV=BV,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip

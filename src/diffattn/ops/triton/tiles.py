@@ -83,21 +83,21 @@ def softmax_step(s, m, total, c):
 
 
 @triton.jit
-def spans_of(spans, sequence, batches, start, S, KEYS: tl.constexpr):
+def queries_of(queries, sequence, batches, start, S, KEYS: tl.constexpr):
     """The first query that sees each of KEYS keys, and the query behind the last; keys behind S are seen by none."""
     key = start + tl.arange(0, KEYS)
-    at = spans + tl.cast(sequence, tl.int64) * S + key
+    at = queries + tl.cast(sequence, tl.int64) * S + key
     first = tl.load(at, mask=key < S, other=2147483647)
     end = tl.load(at + tl.cast(batches, tl.int64) * S, mask=key < S, other=0)
     return first, end
 
 
 @triton.jit
-def keys_in_reach(spans, sequence, batches, t_low, t_high, S, CHUNK: tl.constexpr):
+def keys_in_reach(queries, sequence, batches, t_low, t_high, S, CHUNK: tl.constexpr):
     """Bounds of the keys that any of the queries t_low … t_high − 1 may see."""
     low, high = S, 0
     for start in range(0, S, CHUNK):
-        first, end = spans_of(spans, sequence, batches, start, S, CHUNK)
+        first, end = queries_of(queries, sequence, batches, start, S, CHUNK)
         key = start + tl.arange(0, CHUNK)
         seen = (first < t_high) & (end > t_low) & (first < end)
         low = tl.minimum(low, tl.min(tl.where(seen, key, S), 0))
