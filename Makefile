@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup compare test test-full test-vllm asan check benchmarks ladder study ablation test-lowest
+.PHONY: help setup compare test test-full test-vllm asan wheels portable check benchmarks ladder study ablation test-lowest
 .DEFAULT_GOAL := help
 
 help:
@@ -45,6 +45,10 @@ test-vllm: .venv-vllm/ready
 # The compiled kernel under AddressSanitizer and UBSan: about a minute.
 asan: $(READY)
 	$(BIN)/python tests/asan_fused_cpu.py
+
+# A wheel with the kernel compiled for each instruction set, in dist/: about a minute and a half.
+wheels: $(READY)
+	$(BIN)/python -m tools.wheels --out dist $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -77,6 +77,17 @@ def test_switched_off(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert result["diff_attention"]["float32"] == "standard"
 
 
+def test_on_windows_one_line_says_what_serves(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("the kernel serves Linux and macOS, not win32, where the standard path serves\n") == 1
+    assert "diff_attention on CPU, float32: standard\n" in said
+    assert "install a C++20 compiler" not in said
+
+
 def test_help_needs_no_torch() -> None:
     program = "import sys; from diffattn.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -385,3 +385,29 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert not build.status().pending
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_system_that_is_not_served(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    reason = "fused_cpu: the kernel serves Linux and macOS, not win32, where the standard path serves"
+    assert build.unavailable(torch.float32) == reason
+    assert set(build.status().reasons.values()) == {reason}
+    assert not build.status().pending
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UnsupportedError, match="not win32"):
+        build.compile_kernel()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_apples_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    recipe = compiling.Recipe.of_this_machine()
+    assert recipe.instructions == "DEFAULT"
+    compiled, linked = [line for line in compiling._ninja_file(recipe).splitlines() if "command = " in line]
+    assert " -Xpreprocessor -fopenmp " in compiled
+    assert "-march" not in compiled
+    assert "-undefined dynamic_lookup -lomp -lc10 -ltorch_cpu" in linked
+    assert "no-as-needed" not in linked

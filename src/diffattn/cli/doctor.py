@@ -43,14 +43,20 @@ def lines(facts: dict[str, Any]) -> list[str]:
     """What `examine` found, for a person."""
     kernel = facts["fused_cpu"]
     dtypes = dict.fromkeys(kernel["active"], "active") | kernel["reasons"]
+    if not kernel["active"] and len(set(dtypes.values())) == 1:
+        # Such as the system: said once.
+        dtypes = {", ".join(dtypes): dtypes.popitem()[1]}
     seconds = f", compiled in {kernel['compile_seconds']:.0f} s" if kernel["compile_seconds"] is not None else ""
+    origin = ", shipped with diffattn" if kernel["shipped"] else seconds
+    refused = [f"shipped kernel, not used: {kernel['shipped_refused']}"] if kernel["shipped_refused"] else []
     return [
         "  ".join(f"{name} {number}" for name, number in facts["versions"].items()),
         f"processor: {facts['processor']}, {kernel['capability']}, {kernel['threads']} threads",
         f"compiler: {kernel['compiler'] or 'none found'}",
         *(f"fused kernel, {name}: {state.removeprefix('fused_cpu: ')}" for name, state in dtypes.items()),
         *([_products(kernel["bf16_products"])] if kernel["bf16_products"] is not None else []),
-        f"fused kernel's file: {kernel['path'] or 'none'}{seconds}",
+        f"fused kernel's file: {kernel['path'] or 'none'}{origin}",
+        *refused,
         *(f"diff_attention on CPU, {dtype}: {used}" for dtype, used in facts["diff_attention"].items()),
         *(f"the model's attention on CPU, {dtype}: {used}" for dtype, used in facts["model_attention"].items()),
         f"CUDA: {', '.join(facts['cuda']) or 'none'}",

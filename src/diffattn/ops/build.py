@@ -1,6 +1,7 @@
 """The compiled CPU kernel of this process: loaded once, compiled on first use, or the reason why there is none.
 
-``compiling.py`` compiles and keeps it; ``DIFFATTN_FUSED=0`` switches it off.
+``compiling.py`` compiles and keeps it, ``shipped.py`` finds the one that a wheel brought; ``DIFFATTN_FUSED=0`` switches
+it off.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from diffattn.errors import UnsupportedError
 from diffattn.machine import cache_folder
-from diffattn.ops import compiling
+from diffattn.ops import compiling, shipped
 
 # What the kernel serves; products of the latter two are of float32 where the processor has none of bfloat16.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,15 +28,17 @@ class Status:
     """What the kernel is and can do in this process; `dataclasses.asdict` gives JSON.
 
     Fields: `active`, the dtypes that it serves; `reasons`, a sentence for each dtype that it does not; `pending`, True
-    where the first use will compile it; `path` of the finished library and its `compile_seconds`;
-    `bf16_products`, whether the processor multiplies bfloat16 (else its products are of float32), None while nothing is
-    loaded.
+    where the first use will compile it; `path` of the finished library and its `compile_seconds`; `shipped`, whether a
+    wheel brought it, and `shipped_refused`, why one that a wheel brought is not used; `bf16_products`, whether
+    the processor multiplies bfloat16 (else its products are of float32), None while nothing is loaded.
     """
 
     active: tuple[str, ...]
     reasons: dict[str, str]
     pending: bool
     path: str | None
+    shipped: bool
+    shipped_refused: str | None
     capability: str
     compiler: str | None
     torch: str
@@ -64,7 +67,7 @@ def unavailable(dtype: torch.dtype) -> str | None:
     The first call in a process loads the kernel, or compiles it, which takes about half a minute and says so on
     stderr; whatever comes of that holds for the process. `torch.compile` takes the answer as a constant.
     """
-    if off := _switched_off():
+    if off := _never():
         return off
     outcome = _outcome or _settle(may_compile=True)
     assert outcome is not None
@@ -76,7 +79,7 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def compile_kernel(*, force: bool = False) -> compiling.Built:
-    """Compile ahead of time, or find what was compiled; with `force` compile in any case.
+    """Compile ahead of time, or find what was compiled or shipped; with `force` compile in any case.
 
     A process that has no kernel loaded takes the new one with its next call; one that has keeps what it has.
 
@@ -84,7 +87,8 @@ def compile_kernel(*, force: bool = False) -> compiling.Built:
     """
     global _outcome
     recipe = compiling.Recipe.of_this_machine()
-    built = (None if force else compiling.find(recipe)) or compiling.build(recipe, force=force, keep=True)
+    found = None if force else compiling.find(recipe) or shipped.find(recipe)
+    built = found or compiling.build(recipe, force=force, keep=True)
     with _lock:
         if _outcome is not None and _outcome.built is None:
             _outcome = None
@@ -93,17 +97,19 @@ def compile_kernel(*, force: bool = False) -> compiling.Built:
 
 def status() -> Status:
     """What is active in this process and why; loads a kernel that was compiled before, but compiles none."""
-    outcome = None if _switched_off() else _settle(may_compile=False)
+    outcome = None if _never() else _settle(may_compile=False)
     recipe = compiling.Recipe.of_this_machine()
     waits = "fused_cpu: not compiled yet; the first use compiles it, or now: diffattn doctor --build"
-    none_yet = _switched_off() or (waits if recipe.compiler else str(compiling.no_compiler()))
+    none_yet = _never() or (waits if recipe.compiler else str(compiling.no_compiler()))
     reasons = {dtype: _reason(outcome, dtype) if outcome else none_yet for dtype in DTYPES}
-    built = outcome.built if outcome else compiling.find(recipe)
+    built = outcome.built if outcome else compiling.find(recipe) or shipped.find(recipe)
     return Status(
         active=tuple(_name(dtype) for dtype, reason in reasons.items() if reason is None),
         reasons={_name(dtype): reason for dtype, reason in reasons.items() if reason is not None},
         pending=reasons[DTYPES[0]] == waits,
         path=built.path if built else None,
+        shipped=built is not None and built.shipped,
+        shipped_refused=shipped.refused(recipe),
         capability=torch.backends.cpu.get_cpu_capability(),
         compiler=recipe.version,
         torch=torch.__version__,
@@ -114,8 +120,9 @@ def status() -> Status:
     )
 
 
-def _switched_off() -> str | None:
-    return "fused_cpu: switched off by DIFFATTN_FUSED=0" if os.environ.get("DIFFATTN_FUSED") == "0" else None
+def _never() -> str | None:
+    off = os.environ.get("DIFFATTN_FUSED") == "0"
+    return "fused_cpu: switched off by DIFFATTN_FUSED=0" if off else compiling.unserved_system()
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -145,18 +152,21 @@ def _settle(*, may_compile: bool) -> _Outcome | None:
 
 def _load_or_compile(may_compile: bool) -> _Outcome | None:
     recipe = compiling.Recipe.of_this_machine()
-    built = compiling.find(recipe)
-    if built is not None:
+    # What was compiled here comes first: a person may have asked for it.
+    compiled = compiling.find(recipe)
+    for found in (compiled, shipped.find(recipe)):
+        if found is None:
+            continue
         try:
-            return _load(built)
+            return _load(found)
         except UnsupportedError:
             # A sound file can be refused, by another C library than it was linked against for one; then it is made
             # anew. What was loaded cannot be loaded again beside itself.
-            if built.path in torch.ops.loaded_libraries:
+            if found.path in torch.ops.loaded_libraries:
                 raise
     if not may_compile:
         return None
-    built = compiling.build(recipe, force=built is not None)
+    built = compiling.build(recipe, force=compiled is not None)
     try:
         return _load(built)
     except UnsupportedError:

@@ -5,9 +5,9 @@
                                               ….lock       held by the process that builds, let go of by the system
                                               ….log        what the compiler said when it last failed
 
-Where the cache folder (see `diffattn.machine`) cannot be written, a temporary folder serves this process. ``CXX`` names
-the compiler (default: the first of g++, c++, clang++), ``MAX_JOBS`` limits the files compiled at once, and
-``DIFFATTN_VERBOSE=1`` shows what the compiler says.
+A wheel may carry libraries too (`shipped.py`). Where the cache folder (see `diffattn.machine`) cannot be written, a
+temporary folder serves this process. ``CXX`` names the compiler (default: the first of g++, c++, clang++), ``MAX_JOBS``
+limits the files compiled at once, and ``DIFFATTN_VERBOSE=1`` shows what the compiler says.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import atexit
 import hashlib
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -37,17 +38,35 @@ SOURCES = Path(__file__).parent / "csrc"
 LIBRARY = "fused_cpu.so"
 COMPILE_SECONDS = 600.0
 
-_FLAGS = "-O3 -std=c++20 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
+# The compiler's flags for each instruction set of a machine, by the names of `torch.backends.cpu.get_cpu_capability`.
+# This table is all there is: compiling on first use takes the set of its processor, a wheel carries those of its
+# machine, and what has no line here is compiled as DEFAULT.
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "DEFAULT": "",
+        "AVX2": "-march=x86-64-v3",
+        "AVX512": "-march=x86-64-v4 -mprefer-vector-width=512",
+    },
+    # NEON is in all of them.
+    "aarch64": {"DEFAULT": ""},
+}
+_FLAGS = "-O3 -std=c++20 -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
 _COMPILERS = ("g++", "c++", "clang++")
-_MACHINE = {"AVX512": "-march=x86-64-v4 -mprefer-vector-width=512", "AVX2": "-march=x86-64-v3"}
+# Of each system that is served: how OpenMP is asked for, and what the linker is told.
+_SYSTEMS = {
+    "linux": ("-fopenmp", "-Wl,--no-as-needed"),
+    # Apple's clang knows OpenMP and brings none; omp.h and the library are those in torch's folders.
+    "darwin": ("-Xpreprocessor -fopenmp", "-undefined dynamic_lookup -lomp"),
+}
 
 
 @dataclass(frozen=True)
 class Built:
-    """A finished library, and the seconds that compiling it took."""
+    """A finished library, the seconds that compiling it took, and whether a wheel brought it."""
 
     path: str
     seconds: float
+    shipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +74,9 @@ class Recipe:
     """What is compiled, and with what: everything that the name of its folder depends on."""
 
     sources: dict[str, bytes]
+    instructions: str
     flags: str
+    digest: str  # of the sources and the flags, whatever the torch and the compiler
     compiler: list[str]
     version: str | None
     key: str
@@ -63,14 +84,22 @@ class Recipe:
 
     @classmethod
     def of_this_machine(cls) -> Recipe:
+        capability = torch.backends.cpu.get_cpu_capability()
+        return cls.of(capability if capability in INSTRUCTION_SETS.get(machine(), {}) else "DEFAULT")
+
+    @classmethod
+    def of(cls, instructions: str) -> Recipe:
+        """For an instruction set of this machine, which its processor need not have."""
         files = sorted(path for path in SOURCES.glob("*") if path.suffix in (".cpp", ".h"))
         sources = {path.name: path.read_bytes() for path in files}
-        flags = f"{_FLAGS} {_MACHINE.get(torch.backends.cpu.get_cpu_capability(), '')}".strip()
-        key = _digest([[name, content.hex()] for name, content in sources.items()], flags, torch.__version__)
+        openmp, _ = _SYSTEMS.get(sys.platform, ("", ""))
+        flags = f"{_FLAGS} {openmp} {INSTRUCTION_SETS.get(machine(), {}).get(instructions, '')}".strip()
+        digest = _digest([[name, content.hex()] for name, content in sources.items()], flags)
+        key = _digest(digest, torch.__version__)
         compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in _COMPILERS if shutil.which(name)][:1]
         path = shutil.which(compiler[0]) if compiler else None
         if path is None:
-            return cls(sources, flags, [], None, key, key)
+            return cls(sources, instructions, flags, digest, [], None, key, key)
         version = shlex.join(compiler)
         # One that cannot even tell its version is left to fail at compiling, where its words go into the log.
         with suppress(OSError, subprocess.TimeoutExpired):
@@ -79,11 +108,24 @@ class Recipe:
             )
             version = next(iter(said.stdout.splitlines()), version)
         folder = f"{key}-{_digest(os.path.realpath(path), compiler[1:], version)}"
-        return cls(sources, flags, compiler, version, key, folder)
+        return cls(sources, instructions, flags, digest, compiler, version, key, folder)
 
 
 def _digest(*facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def machine() -> str:
+    """The processor's family, by the names of `INSTRUCTION_SETS`."""
+    name = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
+def unserved_system() -> str | None:
+    """One sentence where there is no kernel for this system, whatever its compiler."""
+    if sys.platform in _SYSTEMS:
+        return None
+    return f"fused_cpu: the kernel serves Linux and macOS, not {sys.platform}, where the standard path serves"
 
 
 def say(line: str) -> None:
@@ -94,24 +136,34 @@ def find(recipe: Recipe) -> Built | None:
     """A finished and undamaged library of this recipe; of any compiler where this machine has none."""
     kernels = cache_folder() / "kernels"
     folders = [kernels / recipe.folder] if recipe.compiler else sorted(kernels.glob(f"{recipe.key}-*/"))
-    return next((built for folder in folders if ".tmp-" not in folder.name and (built := _read(folder))), None)
+    return next((built for folder in folders if ".tmp-" not in folder.name and (built := read(folder))), None)
 
 
-def _read(folder: Path) -> Built | None:
+def read(folder: Path) -> Built | None:
+    """The library of a folder as `_build_in` leaves it; None where anything of it is missing or damaged."""
     try:
-        facts = json.loads((folder / "build.json").read_text())
+        said = json.loads((folder / "build.json").read_text())
         # The loader would touch pages that a truncated file does not have, and the process would end.
-        if hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest() != facts["sha256"]:
+        if hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest() != said["sha256"]:
             return None
-        return Built(str(folder / LIBRARY), float(facts["seconds"]))
+        return Built(str(folder / LIBRARY), float(said["seconds"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+def facts(recipe: Recipe, library: Path, seconds: float) -> dict[str, Any]:
+    """What build.json says of a library."""
+    return {
+        "sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
+        "seconds": seconds, "compiler": recipe.version, "flags": recipe.flags, "torch": torch.__version__,
+        "digest": recipe.digest,
+    }  # fmt: skip
+
+
 def build(recipe: Recipe, *, force: bool, keep: bool = False) -> Built:
     """Compile, unless another process does so first and `force` is off; with `keep` in the cache or not at all."""
-    if sys.platform != "linux":
-        raise UnsupportedError(f"fused_cpu: the kernel serves Linux, not {sys.platform}; use the standard path")
+    if unserved := unserved_system():
+        raise UnsupportedError(unserved)
     if not recipe.compiler:
         raise no_compiler()
     asked = time.time()
@@ -119,7 +171,7 @@ def build(recipe: Recipe, *, force: bool, keep: bool = False) -> Built:
         kernels = _writable_folder(keep)
         log = kernels / f"{recipe.folder}.log"
         with _held(kernels / f"{recipe.folder}.lock"):
-            if not force and (built := _read(kernels / recipe.folder)):
+            if not force and (built := read(kernels / recipe.folder)):
                 return built
             if log.exists() and log.stat().st_mtime > asked:
                 # The process that this one waited for has just failed at the same.
@@ -142,14 +194,10 @@ def _build_in(kernels: Path, recipe: Recipe, log: Path) -> Built:
         began = time.monotonic()
         library = _compile(recipe, Path(scratch) / "work", log)
         seconds = round(time.monotonic() - began, 1)
-        facts = {
-            "sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
-            "seconds": seconds, "compiler": recipe.version, "flags": recipe.flags, "torch": torch.__version__,
-        }  # fmt: skip
         new = Path(scratch) / "new"
         new.mkdir()
+        (new / "build.json").write_text(json.dumps(facts(recipe, library, seconds), indent=1))
         os.rename(library, new / LIBRARY)
-        (new / "build.json").write_text(json.dumps(facts, indent=1))
         if folder.exists():
             os.rename(folder, Path(scratch) / "old")
         os.rename(new, folder)
@@ -203,7 +251,9 @@ def _compile(recipe: Recipe, work: Path, log: Path) -> Path:
     ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if ninja is None:
         raise _not_compiled("ninja not found", "pip install ninja")
-    jobs = os.environ.get("MAX_JOBS") or str(min(8, len(os.sched_getaffinity(0))))
+    # macOS binds no process to cores, and Python there has no function that asks.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = os.environ.get("MAX_JOBS") or str(min(8, cores))
     # The log is read for "error:", which compilers translate.
     environment = os.environ | {"LC_ALL": "C"}
     with (work / "log").open("wb") as output:
@@ -240,9 +290,10 @@ def _ninja_file(recipe: Recipe) -> str:
     folders = " ".join(f"-L{shlex.quote(path)}" for path in library_paths("cpu"))
     # g++ is not told of OpenMP here: its symbols are then found in the libgomp that libtorch_cpu brings, where a second
     # one would be a second pool of threads. clang's own names are in no library that torch brings.
-    openmp = "-fopenmp" if "clang" in str(recipe.version) else ""
+    openmp = "-fopenmp" if sys.platform == "linux" and "clang" in str(recipe.version) else ""
+    _, linker = _SYSTEMS[sys.platform]
     compiling = f"{compiler} {recipe.flags} -I. {includes} -c"
-    linking = f"{compiler} -shared {openmp} {folders} -Wl,--no-as-needed -lc10 -ltorch_cpu"
+    linking = f"{compiler} -shared {openmp} {folders} {linker} -lc10 -ltorch_cpu"
     objects = {name: f"{name}.o" for name in recipe.sources if name.endswith(".cpp")}
     lines = [
         f"rule compile\n  command = {compiling.replace('$', '$$')} $in -o $out",
