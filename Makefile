@@ -50,6 +50,11 @@ asan: $(READY)
 wheels: $(READY)
 	$(BIN)/python -m tools.wheels --out dist $(ARGS)
 
+# Other compilers, and processors that qemu emulates: a quarter of an hour. What is not installed is named in its row.
+# AARCH64 is the folder that tools/aarch64_root.sh makes (6 GB); without it those cases say that it is absent.
+portable: $(READY)
+	$(BIN)/python -m tools.portability $(if $(AARCH64),--aarch64 $(AARCH64)) --out benchmarks/results/portability.jsonl $(ARGS)
+
 check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
