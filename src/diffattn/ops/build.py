@@ -64,7 +64,7 @@ _outcome: _Outcome | None = None
 def unavailable(dtype: torch.dtype) -> str | None:
     """None where the compiled kernel is loaded and serves `dtype`, else one sentence: the reason and the way out.
 
-    The first call in a process loads the kernel, or compiles it, which takes about half a minute and says so on
+    The first call in a process loads the kernel, or compiles it, which takes about 30 s on two cores and says so on
     stderr; whatever comes of that holds for the process. `torch.compile` takes the answer as a constant.
     """
     if off := _never():
