@@ -9,6 +9,8 @@ time. Start-up is a fresh process per model and round: from its start to the fir
 and its peak of resident memory. Weights begin at a cache line in every file. One JSON line per problem and model.
 Weights are random: they do not matter for time.
 
+In half precision softmax, V1 and V2 also take turns with the same weights in float32.
+
     python -m benchmarks.inference --threads 1 2 --out benchmarks/results/inference.jsonl
 """
 
@@ -51,6 +53,7 @@ SHAPE = ModelShape(
 PROMPT, STEPS = 512, 8
 CONTEXTS = (128, 4096)
 DTYPES = ("float32", "bfloat16")
+HALVES = ("bfloat16", "float16")
 # Its limit lies nearer to 1 than rounds lie to each other.
 ROUNDS = {"decoding 128": 25}
 PHASES = ("prefill", *(f"decoding {context}" for context in CONTEXTS), "start")
@@ -69,6 +72,8 @@ class Entry:
     onnx: bool = False
 
 
+OURS = ("softmax", "diff_v1", "diff_v2")
+ITSELF = "itself in float32"
 DIFF = {"prefill": {"softmax": 0.9}, "decoding 128": {"softmax": 0.95}}
 MODELS = "tests/model/test_modeling.py::"
 ENTRIES = (
@@ -92,10 +97,7 @@ ENTRIES = (
     ),
     Entry("llama", llama, MODELS + "test_softmax_model_is_llama"),
     Entry("diffllama", diffllama, MODELS + "test_v1_model_without_gain_is_diffllama_with_its_heads_in_another_order"),
-    *(
-        Entry(f"onnx_{attention}", ours(attention), "tests/serve/test_onnx_export.py", onnx=True)
-        for attention in ("softmax", "diff_v1", "diff_v2")
-    ),
+    *(Entry(f"onnx_{attention}", ours(attention), "tests/serve/test_onnx_export.py", onnx=True) for attention in OURS),
 )
 REFERENCES = ("softmax", "llama", "diffllama")
 
@@ -215,15 +217,20 @@ def started(
 
 
 def speed_rows(
-    phase: str, entries: tuple[Entry, ...], models: dict[str, Any], rounds: int | None
+    phase: str, entries: tuple[Entry, ...], models: dict[str, Any], wide: dict[str, Any], rounds: int | None
 ) -> Iterator[dict[str, object]]:
-    speeds = measured(phase, {entry.name: models[entry.name] for entry in entries}, rounds)
+    in_float32 = {name: f"{name} in float32" for name in wide}
+    turns = {entry.name: models[entry.name] for entry in entries} | {in_float32[name]: wide[name] for name in wide}
+    speeds = measured(phase, turns, rounds)
     for entry in entries:
-        limits = entry.at_least.get(phase, {})
+        # Half precision halves what decoding reads, whatever the processor multiplies.
+        limits = entry.at_least.get(phase, {}) | ({ITSELF: 1.0} if phase.startswith("decoding") else {})
+        others = {name: name for name in REFERENCES if name in speeds and name != entry.name}
+        if entry.name in wide:
+            others[ITSELF] = in_float32[entry.name]
         ratios = {
-            name: spread(pairwise(operator.truediv, speeds[entry.name], speeds[name]), at_least=limits.get(name))
-            for name in REFERENCES
-            if name in speeds and name != entry.name
+            name: spread(pairwise(operator.truediv, speeds[entry.name], speeds[other]), at_least=limits.get(name))
+            for name, other in others.items()
         }
         yield {
             "model": entry.name,
@@ -290,7 +297,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads of torch (default: 1 and 2)")
     parser.add_argument("--repeats", type=int, help="rounds that are timed (default: by the time that one takes)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=dict.fromkeys(DTYPES + HALVES),
+        default=list(DTYPES),
+        help="default: float32 and bfloat16",
+    )
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="default: all")
     parser.add_argument("--models", nargs="+", choices=[entry.name for entry in ENTRIES], help="default: all")
     parser.add_argument("--out", type=Path, help="also write the lines to this file")
@@ -298,19 +311,23 @@ def main() -> None:
     logging.disable_progress_bar()
     entries = tuple(entry for entry in ENTRIES if not arguments.models or entry.name in arguments.models)
     write = Writer(arguments.out)
+    # What PyTorch uses of the processor, which the environment can limit.
+    capability = torch.backends.cpu.get_cpu_capability()
     with tempfile.TemporaryDirectory() as temporary:
         for dtype in arguments.dtype:
             here = tuple(entry for entry in entries if dtype == "float32" or not entry.onnx)
             folders = save_models(here, Path(temporary), dtype)
             for threads in arguments.threads:
                 models = load_models(here, folders, dtype, threads)
+                twins = tuple(entry for entry in here if dtype in HALVES and entry.name in OURS)
+                wide = load_models(twins, folders, "float32", threads)
                 for phase in arguments.phases:
-                    origin = provenance("benchmarks.inference", threads=threads)
+                    origin = provenance("benchmarks.inference", threads=threads, capability=capability)
                     problem = {"shape": SHAPE.name, "dtype": dtype, "threads": threads, "phase": phase}
                     rows = (
                         start_rows(here, folders, threads, dtype, arguments.repeats or 5)
                         if phase == "start"
-                        else speed_rows(phase, here, models, arguments.repeats or ROUNDS.get(phase))
+                        else speed_rows(phase, here, models, wide, arguments.repeats or ROUNDS.get(phase))
                     )
                     for row in rows:
                         write({"benchmark": "inference", "problem": problem} | row | origin)

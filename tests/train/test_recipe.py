@@ -69,8 +69,8 @@ def test_auto_is_bfloat16_only_where_it_is_fast(fast: bool, monkeypatch: pytest.
 def test_bfloat16_on_a_cpu_wants_an_instruction_that_multiplies_it(
     amx: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx, "avx512_bf16": avx512})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert fast_bfloat16("cpu") is (amx or avx512)
 
 

@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from diffattn.errors import UnsupportedError
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
+from diffattn.ops.half import attention_inputs
 from diffattn.ops.standard import pad_queries, subtract
 
 
@@ -177,10 +178,14 @@ class SoftmaxAttention(nn.Module):
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if fused:
             kwargs |= {"lam": lam, "norm": self.subln}
+        dtype = v.dtype
+        # A paged cache holds what it is given.
+        if implementation == "sdpa" and kwargs.get("cache") is None:
+            q, k, v, attention_mask = attention_inputs(q, k, v, attention_mask)
         attended, weights = interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         # vLLM gives all heads of a token as one row.
         o_BTNW = attended.reshape(*hidden_states.shape[:-1], -1, self.head_dim)
-        y_BTHV = (o_BTNW if fused else self.combine(o_BTNW, lam)).to(v.dtype)
+        y_BTHV = (o_BTNW if fused else self.combine(o_BTNW, lam)).to(dtype)
         return self.o_proj(y_BTHV.reshape(*hidden_states.shape[:-1], -1)), weights
 
 

@@ -41,6 +41,7 @@ from diffattn.model.configuration import DIFF_FUSED
 from diffattn.model.masks import PackedCausal, is_compact
 from diffattn.ops import build, fused_cpu
 from diffattn.ops.derivatives import through_sdpa
+from diffattn.ops.half import attention_inputs
 from diffattn.ops.reference import visible_keys
 from diffattn.ops.standard import open_dead_rows, pad_queries, subtract
 from diffattn.plan.activations import ONE_MAP
@@ -100,6 +101,8 @@ def diff_fused_attention(
     if _holds_both_keys(query, key):
         query = pad_queries(query.transpose(1, 2)).transpose(1, 2)
     mask, dead = _standard_mask(attention_mask, query, key, kwargs.get("is_causal"))
+    if kwargs.get("cache") is None:
+        query, key, value, mask = attention_inputs(query, key, value, mask)
 
     def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]

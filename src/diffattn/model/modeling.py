@@ -29,6 +29,7 @@ from diffattn.model import fused  # noqa: F401 - registers the attention functio
 from diffattn.model.attention import ATTENTION, DexProjection, DifferentialLambda, Float32Module, SoftmaxAttention
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 from diffattn.model.masks import model_mask, positions_of_sequences
+from diffattn.ops.half import quick_products
 
 
 class DiffRotaryEmbedding(Float32Module):
@@ -228,16 +229,17 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
         rope = self.rotary_emb(x, position_ids=position_ids)
-        for layer in self.layers:
-            x = layer(
-                x,
-                attention_mask=mask,
-                position_embeddings=rope,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
+        with quick_products(x):
+            for layer in self.layers:
+                x = layer(
+                    x,
+                    attention_mask=mask,
+                    position_embeddings=rope,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    **kwargs,
+                )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
 
@@ -283,7 +285,9 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        last = outputs.last_hidden_state[:, kept, :]
+        with quick_products(last):
+            logits = self.lm_head(last)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

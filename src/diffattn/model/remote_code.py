@@ -21,6 +21,7 @@ _SHIPPED = {
     "diffattn.model.configuration": "configuration_diff_transformer",
     "diffattn.model.attention": "diff_attention",
     "diffattn.model.masks": "diff_masks",
+    "diffattn.ops.half": "diff_half",
     "diffattn.ops.standard": "diff_standard",
     "diffattn.ops.derivatives": "diff_derivatives",
     "diffattn.ops.reference": "diff_reference",

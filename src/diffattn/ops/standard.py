@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffattn.ops.derivatives import through_sdpa
+from diffattn.ops.half import attention_inputs
 from diffattn.ops.reference import as_lam, visible_keys
 
 
@@ -104,6 +105,7 @@ def standard_diff_attention(
     q, k, v_padded = (_widen(x, width).transpose(1, 2) for x in (q_BTNW, k_BSGW, v))
 
     mask, dead = _mask(q1.shape[1], k1.shape[1], causal, key_padding, q1.device)
+    q, k, v_padded, mask = attention_inputs(q, k, v_padded, mask)
     # SDPA aligns its causal mask top-left, which is ours only where T = S.
     is_causal = causal and mask is None and q1.shape[1] == k1.shape[1]
     grouped = q.shape[1] != k.shape[1]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from diffattn.errors import ConfigError
+from diffattn.ops.half import multiplies
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -102,7 +103,7 @@ def fast_bfloat16(device: str) -> bool:
     """Whether the machine multiplies bfloat16 in hardware: CUDA with bfloat16, or a CPU with AMX or AVX512-BF16."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return multiplies(torch.bfloat16)
 
 
 def _check(name: str, given: object, good: bool, wanted: str) -> None:
