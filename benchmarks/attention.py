@@ -157,15 +157,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the lines to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    # What PyTorch uses of the processor, which the environment can limit.
+    used = {"threads": arguments.threads, "capability": torch.backends.cpu.get_cpu_capability()}
     write, rows = Writer(arguments.out), []
     for dtype in arguments.dtypes:
-        origin = provenance("benchmarks.attention", threads=arguments.threads)
+        origin = provenance("benchmarks.attention", **used)
         rates = machine(dtype, arguments.repeats)
         write({"benchmark": "attention", "dtype": dtype, "case": "machine"} | rates | origin)
         for phase in arguments.phases:
             sizes = [(1, CACHED)] if phase == "decode" else [(context, context) for context in arguments.contexts]
             for queries, keys in sizes:
-                origin = provenance("benchmarks.attention", threads=arguments.threads)
+                origin = provenance("benchmarks.attention", **used)
                 for row in run(Problem(phase, dtype, queries, keys), rates, arguments.repeats):
                     rows.append(row)
                     write(row | origin)

@@ -24,7 +24,7 @@ HEADS, WIDTH = 16, 64
 SHAPE = ModelShape(hidden_size=HEADS * WIDTH, num_layers=1, num_heads=HEADS, intermediate_size=8, vocab_size=8)
 CONTEXTS = (512, 2048, 4096)
 CACHED = 4096
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PHASES = ("forward", "forward_backward", "decode")
 TWIN = "softmax"
 

@@ -1,11 +1,17 @@
 """The kernel as it is compiled for, and runs on, processors with fewer instructions than this one may have."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from fused_cases import needs_the_kernel
+
+from diffattn.ops import build
 
 PROGRAM = """
 import torch
@@ -56,3 +62,34 @@ def test_older_processors(capability: str, instructions: str, tmp_path: Path) ->
     assert run.stdout.startswith(capability.upper())
     assert all(f"torch.{dtype} None" in run.stdout for dtype in ("float32", "bfloat16", "float16"))
     assert run.stdout.endswith("False done\n")
+    (library,) = (tmp_path / "kernels").glob("*/fused_cpu.so")
+    assert_compares_vectors(library)
+
+
+@needs_the_kernel
+def test_this_processor() -> None:
+    path = build.status().path
+    assert path is not None
+    assert_compares_vectors(Path(path))
+
+
+def assert_compares_vectors(library: Path) -> None:
+    """No function compares numbers one by one: a vector wider than the registers would make that of each comparison.
+
+    Where vectors of sixteen were split for AVX2, the loop of exponentials alone had hundreds. What is left are maxima
+    of single rows, and numbers that are rounded one by one.
+    """
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump not found, which lists the instructions")
+    command = ["objdump", "-d", "--no-show-raw-insn", library]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True)
+    counts: Counter[str] = Counter()
+    name = ""
+    for line in listing.stdout.splitlines():
+        if line.endswith(">:"):
+            name = line
+        elif re.search(r"\s(v?u?comiss|v?cmp\w*ss|fcmpe?\s+s\d)", line):
+            counts[name] += 1
+    print(counts.most_common(5))
+    assert listing.stdout.count(">:") > 50
+    assert not {name: count for name, count in counts.items() if count > 16}
