@@ -5,7 +5,7 @@ its reference cases (`tests/ops/test_fused_cpu.py`) run on it: on this processor
 or under qemu, where the processor of the case is all there is. One JSON line per case; a case whose compiler or
 emulator is absent is a line too, with what is absent.
 
-    apt-get install g++-11 g++-12 clang-14 libomp-14-dev g++-aarch64-linux-gnu qemu-user debootstrap
+    apt-get install g++-11 g++-12 clang-14 g++-aarch64-linux-gnu qemu-user debootstrap
     tools/aarch64_root.sh build/aarch64
     python -m tools.portability --aarch64 build/aarch64 --out benchmarks/results/portability.jsonl
 """

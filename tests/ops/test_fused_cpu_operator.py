@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from fused_cases import both_dtypes, padded, require_kernel
 from torch import Tensor
 
 from diffattn.errors import UnsupportedError
-from diffattn.ops import fused_cpu
+from diffattn.ops import build, fused_cpu
 from diffattn.ops.dispatch import diff_attention
 from diffattn.ops.fused_cpu import fused_cpu_diff_attention, seeing_queries
 from diffattn.ops.reference import diff_attention_reference
@@ -212,6 +214,16 @@ def test_refuses_several_dtypes() -> None:
 def test_serves_the_widest() -> None:
     x = make_inputs(B=1, T=20, H=2, G=1, D=256, Dv=256)
     assert fused_cpu.unsupported(*x[:6]) is None
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_threads_are_torchs_alone() -> None:
+    """An OpenMP runtime of its own would be a second pool of threads."""
+    path = build.status().path
+    assert path is not None
+    wanted = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    assert "torch_parallel_for" in wanted
+    assert "omp" not in wanted.lower()
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

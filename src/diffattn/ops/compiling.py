@@ -52,12 +52,8 @@ INSTRUCTION_SETS = {
 }
 _FLAGS = "-O3 -std=c++20 -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
 _COMPILERS = ("g++", "c++", "clang++")
-# Of each system that is served: how OpenMP is asked for, and what the linker is told.
-_SYSTEMS = {
-    "linux": ("-fopenmp", "-Wl,--no-as-needed"),
-    # Apple's clang knows OpenMP and brings none; omp.h and the library are those in torch's folders.
-    "darwin": ("-Xpreprocessor -fopenmp", "-undefined dynamic_lookup -lomp"),
-}
+# What the linker is told on each system that is served.
+_LINKING = {"linux": "-Wl,--no-as-needed", "darwin": "-undefined dynamic_lookup"}
 
 
 @dataclass(frozen=True)
@@ -92,8 +88,7 @@ class Recipe:
         """For an instruction set of this machine, which its processor need not have."""
         files = sorted(path for path in SOURCES.glob("*") if path.suffix in (".cpp", ".h"))
         sources = {path.name: path.read_bytes() for path in files}
-        openmp, _ = _SYSTEMS.get(sys.platform, ("", ""))
-        flags = f"{_FLAGS} {openmp} {INSTRUCTION_SETS.get(machine(), {}).get(instructions, '')}".strip()
+        flags = f"{_FLAGS} {INSTRUCTION_SETS.get(machine(), {}).get(instructions, '')}".strip()
         digest = _digest([[name, content.hex()] for name, content in sources.items()], flags)
         key = _digest(digest, torch.__version__)
         compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in _COMPILERS if shutil.which(name)][:1]
@@ -123,7 +118,7 @@ def machine() -> str:
 
 def unserved_system() -> str | None:
     """One sentence where there is no kernel for this system, whatever its compiler."""
-    if sys.platform in _SYSTEMS:
+    if sys.platform in _LINKING:
         return None
     return f"fused_cpu: the kernel serves Linux and macOS, not {sys.platform}, where the standard path serves"
 
@@ -288,12 +283,8 @@ def _ninja_file(recipe: Recipe) -> str:
     compiler = shlex.join(recipe.compiler)
     includes = " ".join(f"-isystem {shlex.quote(path)}" for path in include_paths("cpu"))
     folders = " ".join(f"-L{shlex.quote(path)}" for path in library_paths("cpu"))
-    # g++ is not told of OpenMP here: its symbols are then found in the libgomp that libtorch_cpu brings, where a second
-    # one would be a second pool of threads. clang's own names are in no library that torch brings.
-    openmp = "-fopenmp" if sys.platform == "linux" and "clang" in str(recipe.version) else ""
-    _, linker = _SYSTEMS[sys.platform]
     compiling = f"{compiler} {recipe.flags} -I. {includes} -c"
-    linking = f"{compiler} -shared {openmp} {folders} {linker} -lc10 -ltorch_cpu"
+    linking = f"{compiler} -shared {folders} {_LINKING[sys.platform]} -lc10 -ltorch_cpu"
     objects = {name: f"{name}.o" for name in recipe.sources if name.endswith(".cpp")}
     lines = [
         f"rule compile\n  command = {compiling.replace('$', '$$')} $in -o $out",

@@ -324,7 +324,7 @@ void run(const Backward<scalar>& f) {
     return;
   // The parts of a group, always in the same order.
   const float* all = partial.const_data_ptr<float>();
-  at::parallel_for(0, groups * p.S, 64, [&](int64_t from, int64_t to) {
+  parallel_for(groups * p.S, 64, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const int64_t b = i / p.S / p.G, g = i / p.S % p.G, s = i % p.S;
       auto add = [&](int64_t offset, int64_t columns, scalar* out) {

@@ -253,7 +253,7 @@ void run_decoding(const Forward<scalar>& f, const Norm* norm) {
             {data + unit * 2 * rows * width, width});
       });
   // Waking the threads once more takes longer than this does on one, but for long caches of large batches.
-  at::parallel_for(0, groups, std::max<int64_t>(1, kJoined / (spans * rows * width)), [&](int64_t begin, int64_t end) {
+  parallel_for(groups, std::max<int64_t>(1, kJoined / (spans * rows * width)), [&](int64_t begin, int64_t end) {
     std::vector<float> o(padded(p.Dv));
     for (int64_t unit = begin; unit < end; ++unit)
       for (int64_t row = 0; row < rows; ++row)

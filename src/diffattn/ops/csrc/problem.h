@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
 #include <atomic>
@@ -275,6 +276,15 @@ class Arena {
   uintptr_t at_;
 };
 
+// `work(begin, end)` for parts of 0 to `end` on PyTorch's threads. The loop itself is in PyTorch's library: OpenMP of this
+// compiler, where it is not that of PyTorch's, would be a second pool of threads.
+template <typename Work>
+void parallel_for(int64_t end, int64_t grain, const Work& work) {
+  const auto call = [](int64_t begin, int64_t end, void* work) { (*static_cast<const Work*>(work))(begin, end); };
+  const auto error = torch_parallel_for(0, end, grain, call, const_cast<Work*>(&work));
+  TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "fused_cpu: a thread failed");
+}
+
 // Runs `work(unit, arena)` for every unit on all threads; each takes the next unit when it is done with its last.
 // `layout(arena)` tells how much memory a worker needs, `element` what the products are of.
 template <typename element, typename Layout, typename Work>
@@ -288,7 +298,7 @@ void share(int64_t units, const Layout& layout, const Work& work) {
   const at::Tensor memory = at::empty({workers, bytes}, at::kByte);
   const auto base = reinterpret_cast<uintptr_t>(memory.data_ptr<uint8_t>());
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       const uintptr_t start = (base + worker * bytes + 63) / 64 * 64;
       for (int64_t unit = next++; unit < units; unit = next++)
