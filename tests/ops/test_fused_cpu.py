@@ -145,6 +145,19 @@ def test_scores_beyond_a_billion(size: float, queries: int, one_key: bool, dtype
 
 
 @both_dtypes
+@pytest.mark.parametrize("queries", [4, 40])
+@pytest.mark.parametrize("scale", [1e-30, 1e20])
+def test_scales_of_any_size(scale: float, queries: int, dtype: torch.dtype) -> None:
+    """One makes every visible key equal, the other lets one key take a whole map."""
+    x = make_inputs(T=queries, S=140, D=8, Dv=8, dtype=dtype, scale=scale)
+    results = forward_and_gradients(fused_cpu_diff_attention, x)
+    assert all(result.isfinite().all() for result in results)
+    wide = x.to(torch.float64)
+    expected = diff_attention_reference(*wide[:6], **wide.options)
+    compare(results[0], expected, diff_attention_reference(*x[:6], **x.options))
+
+
+@both_dtypes
 @pytest.mark.parametrize("one_key", [False, True], ids=["V1", "V2"])
 @pytest.mark.parametrize("sizes", [{"B": 0, "T": 3}, {"B": 0, "T": 20}, {"T": 0, "S": 3}, {"T": 0, "S": 0}], ids=str)
 def test_empty(sizes: dict[str, int], one_key: bool, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -45,9 +45,17 @@ inline Floats load(const float* from) {
 }
 
 inline Floats load(const c10::BFloat16* from) {
-  Halves x;
-  std::memcpy(&x, from, sizeof(x));
-  return (Floats)(__builtin_convertvector(x, Words) << 16);
+  // GCC makes two conversions of half a vector of this, and joins them.
+#if defined(__AVX512F__)
+  const Words x = (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  const Words x = (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  const Words x = __builtin_convertvector(halves, Words);
+#endif
+  return (Floats)(x << 16);
 }
 
 inline Floats load(const c10::Half* from) {
