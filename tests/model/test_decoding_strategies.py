@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,17 +147,6 @@ def test_beams_enough_for_every_text_find_the_likeliest_of_all(attention):
     likelihood = log_p[:, 4:-1].gather(-1, every[..., None]).sum((1, 2))
     best = likelihood.topk(20).indices
     assert texts[0, :20].tolist() == every[best].tolist()
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """quanto unpacks in Python, instead of compiling an extension for 40 seconds."""
-    from optimum.quanto.library.extensions import get_extension
-
-    def unpack(packed: Tensor, bits: int) -> Tensor:
-        return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
-
-    monkeypatch.setattr(get_extension("quanto_cpp"), "_lib", SimpleNamespace(unpack=unpack))
 
 
 def dequantised(cache: QuantizedCache, config) -> DynamicCache:

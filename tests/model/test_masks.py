@@ -110,12 +110,11 @@ def test_a_mask_of_ints_is_never_taken_for_the_kernels_own(attention):
 def test_flex_attention_tells_sequences_apart():
     # Flex attention wants widths that are powers of two.
     model = small_model("diff_v1", shape=dataclasses.replace(SHAPE, head_dim=8, num_layers=1))
-    ids, real, visible = tokens(3, LENGTH), real_of(PADDED), visible_of(PADDED)
+    ids, real = tokens(3, LENGTH), real_of(PADDED)
     each = (torch.rand(3, 12, LENGTH, LENGTH) < 0.5).tril() | torch.eye(LENGTH, dtype=torch.bool)
     calls = [
         {"attention_mask": real.long(), "position_ids": positions_of(PADDED)},
-        {"attention_mask": WHOLE_MASKS["0 and -inf"](visible)},
-        {"attention_mask": each},
+        {"attention_mask": WHOLE_MASKS["0 and -inf"](each)},
     ]
     expected = [model(ids, **given).logits for given in calls]
     model.set_attn_implementation("flex_attention")

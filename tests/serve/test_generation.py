@@ -109,6 +109,7 @@ def test_a_seed_repeats_a_drawn_text_and_leaves_the_callers_random_numbers_alone
 
 
 @pytest.mark.parametrize("cache", ["static", "quantized"])
+@pytest.mark.usefixtures("uncompiled")
 def test_a_cache_by_name_is_used(cache, loaded, monkeypatch):
     model, tokenizer = loaded
     forward, used = type(model).forward, []

@@ -108,8 +108,8 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
     rotary              nothing: cosines and sines are those of all layers; autocast casts them for q and k, 4·a·d
                         per position
     attention           rotated q: a·Q (padded by V1's standard call: 2·a·n·d); k and v: 2·a·G·d; log-sum-exp
-    its result          fused a·n·d (its log-sum-exps are 2 per output head, 4 in float32); standard a·N·W, then the
-                        noise half and the difference in float32
+    its result          fused a·n·d (and 4 numbers per output head: of both maps the largest score, and 1 / the sum of
+                        exponentials); standard a·N·W, then the noise half and the difference in float32
     V1's norm           x̂ in float32 and the result, per n·d
     attention's gate    the gate and its product with the call's result: 2·a·n·d
     feed-forward        gate, up, silu(gate), and the product: 4·a·F
@@ -148,7 +148,7 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
     spread = N * W if materialised and grouped else keys
     before = norm(D, size, autocast, readers(attention)) + size * ((2 * width if padded else queries) + 2 * spread)
     if backend == "fused":
-        before += 4 * output_heads * (2 if half else 4)
+        before += 4 * output_heads * 4
     elif not materialised:
         # sdpa keeps its result beside the log-sum-exp.
         before += 4 * N + size * N * W

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffattn.errors import UnsupportedError
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
+from diffattn.model.masks import is_compact
 
 # Numbers of a block of rows of all heads, about: 64 MiB in float32.
 BLOCK = 1 << 24
@@ -31,7 +32,7 @@ class LayerCall:
 
     ``queries`` (B, T, H, d) and ``keys`` (B, S, G, d) are those of map_pos, and behind them, for a differential model,
     those of map_neg; ``lam`` is then λ in float32, (B, T, H). ``value`` is (B, S, G, V). ``mask`` is None for causal,
-    int32 (B, 1, 1, S), the first query that sees each key, or a mask of ``scaled_dot_product_attention``.
+    the fused kernel's (see ``diffattn.model.masks.is_compact``), or a mask of ``scaled_dot_product_attention``.
     """
 
     layer: int
@@ -99,8 +100,15 @@ class LayerCall:
             # Head by head in memory, as the products read them.
             keys=(self.keys[which][one].float().transpose(1, 2).contiguous().transpose(1, 2),),
             lam=None,
-            mask=None if self.mask is None else self.mask[one if len(self.mask) > 1 else slice(None)],
+            mask=self._mask_of(one),
         )
+
+    def _mask_of(self, one: slice) -> Tensor | None:
+        if self.mask is None:
+            return None
+        if is_compact(self.mask):
+            return self.mask[:, one]
+        return self.mask[one] if len(self.mask) > 1 else self.mask
 
     def maps(self, rows: range) -> tuple[Tensor, ...]:
         """``(map_pos,)`` or ``(map_pos, map_neg)``, each (B, H, R, S) in float32; a row without keys is zeros."""
@@ -127,8 +135,9 @@ class LayerCall:
         if self.mask is None:
             # Aligned at the end, which hides nothing from a single query.
             return None if T == 1 else torch.arange(S, device=device) <= row + (S - T)
-        if self.mask.dtype == torch.int32:
-            return self.mask <= row
+        if is_compact(self.mask):
+            first, end = self.mask
+            return (first <= row) & (row < end)
         return self.mask[:, :, rows.start : rows.stop : rows.step, :S]
 
 

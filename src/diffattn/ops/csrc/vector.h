@@ -186,19 +186,23 @@ inline Floats every_second(Floats a, Floats b, std::integer_sequence<int, lane..
   return shuffle<(lane / 4 * 4 + lane % 2 * 2 + odd + (lane % 4 < 2 ? 0 : kLanes))...>(a, b);
 }
 
+// Blocks of `size` lanes change places with their neighbours.
+template <int size, int... lane>
+inline Floats swapped(Floats x, std::integer_sequence<int, lane...>) {
+  return shuffle<(lane ^ size)...>(x, x);
+}
+
 // Four sums over lanes at once, halving the vectors instead of each of them.
 inline void sums_of_4(Floats a, Floats b, Floats c, Floats d, float* to) {
   constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
   auto halved = [&](Floats x, Floats y) { return every_second<0>(x, y, lanes) + every_second<1>(x, y, lanes); };
   // Sums of two of a and of b in each four lanes, of c and of d; then of four of each.
-  const Floats all = halved(halved(a, b), halved(c, d));
-  typedef float Four __attribute__((vector_size(16)));
-  Four parts[kLanes / 4];
-  std::memcpy(parts, &all, sizeof(all));
-  for (int step = kLanes / 8; step > 0; step /= 2)
-    for (int part = 0; part < step; ++part)
-      parts[part] += parts[part + step];
-  std::memcpy(to, parts, sizeof(Four));
+  Floats all = halved(halved(a, b), halved(c, d));
+  if constexpr (kLanes > 8)
+    all += swapped<8>(all, lanes);
+  if constexpr (kLanes > 4)
+    all += swapped<4>(all, lanes);
+  std::memcpy(to, &all, 4 * sizeof(float));
 }
 
 // kLanes × kLanes words, rows to columns: a stage lets blocks of size × size words change places across the diagonal.
