@@ -80,9 +80,9 @@ def diff_attention(
         scale: factor of the scores, above 0; default 1/√D. V1's D is the half width, not that of the values.
         key_padding: bool (B, S), True where a key is padding and is ignored, as in PyTorch's `key_padding_mask`.
             A query that sees no key at all gives zeros.
-        backend: "auto", or a name from the table `BACKENDS`: "fused_cpu" (the compiled kernel, for float32 and bfloat16
-            on CPU), "standard" (one scaled_dot_product_attention call) or "reference" (the definition, which holds
-            both maps in memory).
+        backend: "auto", or a name from the table `BACKENDS`: "fused_cpu" (the compiled kernel, for float32, bfloat16
+            and float16 on CPU), "standard" (one scaled_dot_product_attention call) or "reference" (the definition,
+            which holds both maps in memory).
 
     The inputs share one device and one dtype: float16, bfloat16, float32 or float64. Numbers may be numpy's.
 
