@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ def writable_folder(path: Path) -> Path:
     """Make the folder, or say in one line why nothing can be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable{PARTIAL}"
-        probe.touch()
-        probe.unlink()
+        # Of a name of its own: processes that share a folder ask at once.
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise ConfigError(f"cannot write to {path}: {error.strerror}; choose another folder with --out") from error
     return path
