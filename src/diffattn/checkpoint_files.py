@@ -8,7 +8,6 @@ opened. Source: the format's description at https://github.com/huggingface/safet
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 import struct
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.errors import CheckpointError
+from diffattn.files import parse_json, read_object
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -179,7 +179,7 @@ def check_safetensors(path: str | Path) -> dict[str, dict[str, Any]]:
             f"{str(path)!r} cannot be read: {error.strerror}; check the path and its rights"
         ) from None
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
     except ValueError:
         header = None
     if not isinstance(header, dict):
@@ -216,16 +216,9 @@ def _weight_map(folder: Path) -> dict[str, Any]:
 
 
 def _read_object(file: Path, absent: str) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{absent}: check the path") from None
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{str(file)!r} given; a readable JSON file is wanted; it says: {reason}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{str(file)!r} given; a JSON object is wanted; it holds a {type(values).__name__}")
-    return values
+    if not file.is_file():
+        raise CheckpointError(f"{absent}: check the path")
+    return read_object(file, way_out="copy or download it again")
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffattn.errors import ConfigError, TrainingError
+from diffattn.errors import CheckpointError, ConfigError, TrainingError
 
 PARTIAL = ".partial"
 # What torch.save makes of a write that fails, which leaves no number.
@@ -29,6 +29,43 @@ def writable_folder(path: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot write to {path}: {error.strerror}; choose another folder with --out") from error
     return path
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds; whatever is wrong with it is a ValueError.
+
+    Raises:
+        ValueError: no JSON, no UTF-8, nested too deeply, or a number of thousands of digits.
+
+    >>> parse_json("[" * 100_000)
+    Traceback (most recent call last):
+    ValueError: it is nested too deeply
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_object(path: Path, *, way_out: str = "check the path") -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        CheckpointError: no such file, one that cannot be read, or one that holds something else; ``way_out`` is the end
+            of the message.
+    """
+    try:
+        values = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{str(path)!r} given; a readable JSON file is wanted; it says: {reason}: {way_out}"
+        ) from None
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            f"{str(path)!r} given; a JSON object is wanted; it holds a {type(values).__name__}: {way_out}"
+        )
+    return values
 
 
 def sync(path: Path) -> None:
