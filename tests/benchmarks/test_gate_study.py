@@ -1,0 +1,98 @@
+"""The study of gates on a tiny model: its rows, what it starts from, and what is not run again."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gate_study
+from diffattn.study.ladder import Ladder
+
+ROOT = Path(__file__).parents[2]
+LADDER = Ladder(sizes=("15k",), tokens="8k", vocab_size=300, context=200, needles=0.8, batch_size=4, dtype="float32")
+ARGUMENTS = ["--text", "text", "--out", "rows.jsonl", "--runs", "runs", "--size", "15k", "--tokens", "8k",
+             "--vocab-size", "300", "--context", "200", "--dtype", "float32"]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    # The text's cache alone: the compiled kernel's stays where it is.
+    monkeypatch.setattr("diffattn.data.packing.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text(
+        "<|endoftext|>\n".join(f"The people of state {i} are many. They know it well!\n" * 3 for i in range(300))
+    )
+    monkeypatch.setattr(gate_study, "_SAMPLES", 1)
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *more: str) -> list[dict]:
+    monkeypatch.setattr(sys, "argv", ["gate_study", *ARGUMENTS, *more])
+    gate_study.main()
+    return read(Path("rows.jsonl"))
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_row_says_what_was_run_and_what_came_of_it(folder, monkeypatch, capsys):
+    rows = run(monkeypatch, "--cases", "softmax:2", f"gated:0.5:{gate_study.OPEN}:1")
+    assert [(row["attention"], row["times"], row["start"], row["seed"]) for row in rows] == [
+        ("softmax", 2.0, "as built", 0),
+        ("gated", 0.5, gate_study.OPEN, 1),
+    ]
+    assert rows[0]["learning_rate"] == 4 * rows[1]["learning_rate"]
+    for row in rows:
+        assert {
+            "size",
+            "for_tokens",
+            "vocab_size",
+            "context",
+            "needles",
+            "data_digest",
+            "clipped",
+            "val_loss",
+        } < row.keys()
+        assert {"command", "versions", "machine"} < row.keys()
+        assert [(needles, asked, of) for needles, asked, _, of in row["retrieval"]] == [(1, 1, 5), (2, 1, 5)]
+        assert [piece for piece, _ in row["training_loss"]] == [16, 32, 64, 128, 256, 512, 200]
+        assert [probe["step"] for probe in row["probes"]] == list(range(1, 11))
+        assert all({"nats_per_digit", "digits_right", "nats_per_repeat"} < probe.keys() for probe in row["probes"])
+    assert "gates" not in rows[0]["probes"][0]
+    first = rows[1]["probes"][0]
+    assert len(first["gates"]) == LADDER.shapes()[0].num_layers
+    assert all(layer["mean"] > 0.75 for layer in first["gates"])
+    # Of what is trained in float32 there is no other gradient.
+    assert first["bfloat16_cosine"] == 1
+    assert first["gradients"]["g_proj"] > 0
+
+    monkeypatch.setattr(gate_study, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert run(monkeypatch, "--cases", "softmax:2") == rows
+    capsys.readouterr()
+    run(monkeypatch, "--table")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[2] for line in lines[2:]] == ["as built", gate_study.OPEN]
+
+
+def test_a_start_changes_the_gates_or_what_follows_them_and_nothing_else():
+    plain, opened, doubled = (
+        gate_study.built(gate_study.Case("gated", 1.0, start), LADDER)
+        for start in ("as built", gate_study.OPEN, gate_study.DOUBLE)
+    )
+    for (name, mine), (_, theirs), (_, twice) in zip(
+        plain.named_parameters(), opened.named_parameters(), doubled.named_parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+        assert torch.equal(mine * (2 if "o_proj" in name else 1), twice)
+    x = torch.randn(2, LADDER.shapes()[0].hidden_size)
+    before, after = (model.model.layers[0].self_attn.g_proj(x) for model in (plain, opened))
+    assert torch.equal(before + 2, after)
+
+
+@pytest.mark.parametrize("text", ["gatd:1", "gated:1:closed", f"softmax:1:{gate_study.OPEN}"])
+def test_a_case_that_is_none_is_refused_in_a_line(text):
+    with pytest.raises(SystemExit, match="wanted a variant of"):
+        gate_study.Case.of(text)
