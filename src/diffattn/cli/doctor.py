@@ -8,11 +8,14 @@ from typing import Any
 
 
 def doctor(*, build: bool = False, json: bool = False) -> Callable[[], int]:
-    """Say what this machine runs and why: versions, processor, the fused kernel, which attention is used, the cache.
+    """Say what diffattn uses on this machine: versions, processor, kernel, GPU, cache.
+
+    Examples:
+        diffattn doctor --build
 
     Args:
         build: Compile the fused kernel now, also where it was compiled before; exit status 1 where that fails.
-        json: Print the facts as one JSON object on stdout instead.
+        json: Print all of it as JSON on stdout.
     """
 
     def call() -> int:

@@ -11,14 +11,14 @@ import tyro
 from diffattn.study.options import OPTIONS
 
 DESCRIPTIONS = {
-    "retrieval": "How often the numbers hidden in a long text are copied, by depth and length.",
-    "noise": "How much attention goes to a hidden answer and how much to the text around it.",
-    "noise_by_head": "The same for every layer and head, over all depths.",
-    "icl": "Accuracy against the number of demonstrations in the prompt, and over their orders.",
-    "outliers": "The largest magnitudes of attention logits and hidden states.",
+    "retrieval": "How often a model finds numbers hidden in a long text.",
+    "noise": "How much attention goes to a hidden answer, and how much to other text.",
+    "noise_by_head": "As eval noise, for every layer and head.",
+    "icl": "How well a model learns from examples in its prompt, and from their order.",
+    "outliers": "The largest attention logits and hidden states of a model.",
     "low_bit": "The loss where attention logits have 16, 8, 6 or 4 bits.",
-    "standard": "Tasks of EleutherAI's lm-eval, two of which need no network.",
-    "long_context": "The average loss up to each position of a long text.",
+    "standard": "Tasks of the program lm-eval; two of them need no network.",
+    "long_context": "The mean loss up to each position of a long text.",
 }
 
 
@@ -59,15 +59,18 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
     verb.__annotations__["options"] = OPTIONS[study]
     verb.__doc__ = f"""{DESCRIPTIONS[study]}
 
+    Examples:
+        diffattn eval {study} runs/first/model
+
     Args:
-        models: Checkpoint folders, ours or any causal model of transformers; NAME=FOLDER,FOLDER for several seeds.
-        options: Its own.
-        text: A file, a folder, or a data set's id; its held-out documents are read.
-        dtype: Of the weights; auto is the file's.
-        device: Where to run.
-        keep: A folder for what is measured of each run, so that a study that is cut goes on.
-        png: Where to write the chart.
-        json: Print the result on stdout, as one object.
+        models: Model folders, of diffattn or any language model of transformers; NAME=FOLDER,FOLDER is one model of
+            several seeds.
+        text: What to read: a file, a folder, or a data set's id; only the part that is held out from training is read.
+        dtype: Number format of the weights; auto: as in the file.
+        device: Where to run: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one.
+        keep: Folder to keep what is measured, so that a study that was stopped can go on.
+        png: Picture file to write the chart into.
+        json: Print the result as JSON on stdout.
     """
     return verb
 

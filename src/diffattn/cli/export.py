@@ -21,17 +21,21 @@ def export(
     check: bool = False,
     json: bool = False,
 ) -> Callable[[], int]:
-    """Write a model in the format of another program.
+    """Write a model in the format of another program, ONNX.
+
+    Examples:
+        diffattn export runs/first/model --onnx --bits 8 --check
 
     Args:
-        folder: A checkpoint of ours; diffattn convert makes one of a Llama or diffllama model.
-        onnx: The format: a model.onnx for onnxruntime, in float32, with config.json and tokenizer beside it.
-        out: Where to. Default: onnx, onnx-int8 or onnx-int4 in the folder.
-        cache: Without it the graph takes no keys and values of earlier tokens and returns none.
-        bits: Quantise the weights to 8 or 4 bits; the embedding and the output head to 8.
-        block_size: Weights that share one scale, with --bits: 16, 32, 64, 128 or 256.
-        check: Compare what was written with the torch model; status 1, and nothing kept, if they differ.
-        json: Print one JSON object on stdout.
+        folder: Folder of a diffattn model; diffattn convert makes one of a Llama or diffllama model.
+        onnx: Write ONNX for onnxruntime: model.onnx with float32 weights, config.json and the tokenizer.
+        out: Folder to write; it must be new or empty. Default: onnx, onnx-int8 or onnx-int4 in the model's folder.
+        cache: Write a graph that keeps nothing of earlier tokens: simpler, but slow for writing text.
+        bits: Store the weights as 8-bit or 4-bit numbers (the embedding and the output layer always as 8-bit). Default:
+            32-bit floats.
+        block_size: With --bits: how many weights share one scale: 16, 32, 64, 128 or 256.
+        check: Compare the written model with the original; where they differ, nothing is kept and the exit status is 1.
+        json: Print the result as JSON on stdout.
     """
 
     def note(line: str) -> None:

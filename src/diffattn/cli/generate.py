@@ -29,24 +29,27 @@ def generate(
     attn_implementation: str | None = None,
     json: bool = False,
 ) -> Callable[[], int]:
-    """Continue a text with the model in a folder, on stdout, as it comes.
+    """Continue a text with a model; the text comes on stdout, word by word.
+
+    Examples:
+        diffattn generate runs/first/model "The people of the United States"
 
     Args:
-        folder: A checkpoint: one of ours, or any that transformers loads as a causal language model.
-        prompt: The text to go on from; - reads it from stdin.
-        max_new_tokens: Where to stop if the text has not ended by itself.
-        temperature: 0 takes the likeliest token, above 0 tokens are drawn.
-        top_p: Draw from the likeliest tokens that together have this probability.
-        top_k: Draw from this many likeliest tokens; 0 is all.
-        seed: Of the draws.
-        num_beams: Keep this many texts and print the likeliest, once it is whole.
-        chat: Put the prompt into the tokenizer's chat template.
-        cache: dynamic grows; static is as long as the text may become; quantized holds old keys and values in 4 bits.
-        assistant: Folder of a smaller model with the same tokenizer, which drafts what this one checks.
-        dtype: Of the weights; auto is the file's.
-        device: Where to run.
-        attn_implementation: diff_fused, sdpa, eager, flash_attention_2, ... Default: the model's own choice.
-        json: Print one JSON object on stdout, with counts and seconds, in place of the text.
+        folder: Folder of a model: of diffattn, or any language model that transformers loads.
+        prompt: The text to go on from, in quotes; - reads it from stdin.
+        max_new_tokens: Tokens to write at most.
+        temperature: 0 always takes the likeliest token; above 0 tokens are drawn, the higher the freer.
+        top_p: Draw from the likeliest tokens that together have this probability, 0 to 1.
+        top_k: Draw from so many of the likeliest tokens; 0 means all.
+        seed: Number that decides the draws.
+        num_beams: Keep so many texts at a time and print the likeliest, once it is whole.
+        chat: Put the prompt into the chat template of the model's tokenizer.
+        cache: How earlier tokens are kept. dynamic: it grows. static: full size at once. quantized: in 4 bits each.
+        assistant: Folder of a smaller model with the same tokenizer, which proposes tokens for this one to check.
+        dtype: Number format of the weights; auto: as in the file.
+        device: Where to run: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one.
+        attn_implementation: Program for the attention: diff_fused, sdpa, eager, ... Default: the model's own choice.
+        json: Print the text, counts and seconds as JSON on stdout.
     """
 
     def call() -> int:

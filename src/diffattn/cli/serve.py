@@ -23,18 +23,21 @@ def serve(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     max_context: int | None = None,
 ) -> Callable[[], int]:
-    """Serve a model folder over OpenAI's HTTP interface, with vLLM or with transformers.
+    """Serve a model over HTTP with OpenAI's interface.
+
+    Examples:
+        diffattn serve runs/first/model --port 8000
 
     Args:
-        folder: config.json, safetensors and a tokenizer of a model of ours.
-        engine: auto: vllm where it is installed, else transformers with continuous batching.
-        host: Address to listen on; the default is reached from this machine alone.
-        port: To listen on; 0 takes one that is free.
-        api_key: That clients have to send. Default: DIFFATTN_API_KEY, which other users of the machine do not see.
-        model_name: By which clients ask for the model. Default: the folder's name.
-        dtype: Of the weights; auto: the checkpoint's.
-        device: Where the model runs; auto: the GPU where there is one.
-        max_context: Tokens of prompt and answer together. Default: the model's positions.
+        folder: Folder of a diffattn model, with its tokenizer.
+        engine: Program that runs the model; auto: vllm where it is installed, else transformers.
+        host: Address to listen on; 127.0.0.1 is reached from this machine alone.
+        port: Port to listen on; 0 takes one that is free.
+        api_key: Key that clients must send. Default: DIFFATTN_API_KEY, which other users of the machine do not see.
+        model_name: Name that clients ask for. Default: the folder's name.
+        dtype: Number format of the weights; auto: as in the file.
+        device: Where to run: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one.
+        max_context: Tokens of question and answer together, at most. Default: as many as the model can read.
     """
 
     def call() -> int:

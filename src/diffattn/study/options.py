@@ -40,15 +40,15 @@ class NoiseOptions:
     """What is asked; the fields are the options of ``diffattn eval noise`` and ``noise_by_head``."""
 
     length: int | None = None
-    """Tokens of a prompt, its question with them; default: 1,024, or the models' context where that is shorter."""
+    """Tokens of a prompt with its question. Default: 1024, or what the models can read where that is less."""
     depths: tuple[float, ...] = DEPTHS
-    """Where the needle lies: 0 is the beginning of the text, 1 its end."""
+    """Where the answer is hidden: 0 is the beginning of the text, 1 its end."""
     samples: int = 50
     """Prompts at each depth."""
     batch_size: int = 4
     """Prompts that are read together."""
     seed: int = 0
-    """Of the prompts: the same ones for every model with the same tokenizer."""
+    """Number that decides the prompts; models with the same tokenizer get the same ones."""
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch_size < 1 or not self.depths:
@@ -63,18 +63,18 @@ class RetrievalOptions:
     """What is asked; the fields are the options of ``diffattn eval retrieval``."""
 
     lengths: tuple[int, ...] = ()
-    """Tokens of a prompt, its question and the room for its answer with them; default: one length, 1,024, or the
-    models' context where that is shorter."""
+    """Tokens of a prompt with its question and answer. Default: 1024, or what the models can read where that is
+    less."""
     depths: tuple[float, ...] = DEPTHS
-    """Where the first needle asked for lies."""
+    """Where the first number that is asked for lies: 0 is the beginning of the text, 1 its end."""
     tasks: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (4, 2), (6, 2))
-    """N needles and R of them asked for."""
+    """Pairs: how many numbers are hidden, and how many of them are asked for."""
     samples: int = 50
     """Prompts for each length, depth and task."""
     batch_size: int = 16
     """Prompts that are answered together."""
     seed: int = 0
-    """Of the prompts: the same ones for every model with the same tokenizer."""
+    """Number that decides the prompts; models with the same tokenizer get the same ones."""
 
     def __post_init__(self) -> None:
         if min(self.samples, self.batch_size) < 1 or not (self.depths and self.tasks):
@@ -89,21 +89,21 @@ class IclOptions:
     """What is asked; the fields are the options of ``diffattn eval icl``."""
 
     shots: tuple[int, ...] = (4, 8, 16, 32)
-    """Numbers of demonstrations."""
+    """How many examples a prompt has; several numbers are tried one after another."""
     queries: int = 100
-    """Texts to classify at each number."""
+    """Texts to classify at each number of examples."""
     permutations: int = 5
-    """Orders of the largest number of demonstrations, random ones and as many by class."""
+    """Orders of the examples that are tried: so many random ones, and so many by class."""
     seed: int = 0
-    """Of what is drawn."""
+    """Number that decides what is drawn."""
     data: str | None = None
-    """JSON lines of texts and labels, or a data set's id (id:config:split); default: a generated task."""
+    """A file of JSON lines with texts and labels, or a data set's id (id:config:split). Default: a made-up task."""
     labels: int = 4
-    """Of the generated task, 2 to 10."""
+    """Classes of the made-up task, 2 to 10."""
     text_column: str = "text"
-    """Field of a row that holds the text."""
+    """Field of --data that holds the text."""
     label_column: str = "label"
-    """Field of a row that holds the label."""
+    """Field of --data that holds the class."""
 
     def __post_init__(self) -> None:
         if not self.shots or min(*self.shots, self.queries, self.permutations) < 1:
@@ -120,7 +120,7 @@ class OutlierOptions:
     tokens: int = 400_000
     """Tokens to read, at least."""
     context: int | None = None
-    """Tokens of a block; default: 1,024, or the models' context where that is shorter."""
+    """Tokens that are read at once. Default: 1024, or what the models can read where that is less."""
     batch_size: int = 4
     """Blocks that are read together."""
 
@@ -130,11 +130,11 @@ class LowBitOptions:
     """Of ``diffattn eval low_bit``."""
 
     bits: tuple[int, ...] = BITS
-    """Numbers of bits; 16 leaves the logits as they are."""
+    """Numbers of bits to try; 16 leaves the logits as they are."""
     context: int | None = None
-    """Tokens of a block; default: 1,024, or the models' context where that is shorter."""
+    """Tokens that are read at once. Default: 1024, or what the models can read where that is less."""
     samples: int = 32
-    """Blocks."""
+    """How many blocks of --context tokens are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +142,9 @@ class LongContextOptions:
     """Of ``diffattn eval long_context``."""
 
     length: int | None = None
-    """Predicted tokens of a text; default: 4,096, or the models' context where that is shorter and no base is given."""
+    """Tokens of a text. Default: 4096, or without --rope-base what the models can read where that is less."""
     samples: int = 8
-    """Texts."""
+    """How many texts are read."""
     chunk: int = 512
     """Tokens that are read at once."""
     rope_base: float | None = None
@@ -156,15 +156,15 @@ class StandardOptions:
     """Of ``diffattn eval standard``."""
 
     tasks: tuple[str, ...] = ("text_continuation", "text_likelihood")
-    """Names of tasks of lm-eval; paper: the seven of the paper's Table 1, which want a network."""
+    """Names of tasks of lm-eval; paper means the seven of the paper's Table 1, which need a network."""
     shots: int | None = None
-    """Demonstrations before each example; default: the task's own number."""
+    """Solved examples in each prompt. Default: the task's own number."""
     limit: int | None = None
-    """Examples of each task; default: all."""
+    """Questions of each task. Default: all."""
     batch_size: int = 8
     """Texts that are read together."""
     seed: int = 0
-    """Of what is drawn."""
+    """Number that decides what is drawn."""
 
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):

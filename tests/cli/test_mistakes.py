@@ -1,0 +1,97 @@
+"""Words that a verb does not take: one line, exit status 2, and a hint that the verb itself would accept."""
+
+import re
+
+import pytest
+
+from diffattn.cli.main import VERBS, main
+from diffattn.cli.options import check, nearest, options_of, parse
+from diffattn.errors import ConfigError
+
+TABLES = {name: options_of(verb) for name, verb in VERBS.items()}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main([*words]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1, printed.err
+    assert printed.err.startswith("diffattn: ")
+    return printed.err
+
+
+MISTAKES = {
+    "no verb": ([], ["a verb is missing", "diffattn --help"]),
+    "a study is missing": (["eval"], ["diffattn eval: nothing stands behind it", "retrieval", "ablation"]),
+    "run or fit is missing": (["scale"], ["diffattn scale: nothing", "run, fit"]),
+    "a verb that is nearly one": (["evall"], ["'evall' given", "perhaps you meant diffattn eval;"]),
+    "a study that is nearly one": (["eval", "retreival"], ["'retreival'", "perhaps you meant retrieval;"]),
+    "a study without eval": (["outliers", "m"], ["'outliers' given", "perhaps you meant diffattn eval outliers;"]),
+    "no verb at all": (["zzz"], ["'zzz' given", "see diffattn --help"]),
+    "an option before the verb": (["--steps", "3", "train"], ["--steps given", "diffattn train --steps"]),
+    "an option and no verb": (["--steps", "3"], ["--steps given", "a verb is wanted first"]),
+    "another verb's option": (["lens", "m", "--text", "a", "--out", "b"], ["--out is no option of diffattn lens; see"]),
+    "nearly an option": (["train", "--stepz", "3"], ["--stepz is no option", "perhaps you meant --steps;"]),
+    "a switch that is off": (["export", "m", "--cache"], ["--cache is no option", "perhaps you meant --no-cache"]),
+    "no value": (["train", "--steps"], ["--steps given; a value is wanted", "--steps 300"]),
+    "an option for a value": (["train", "--steps", "--json"], ["--steps given; a value is wanted"]),
+    "words": (["train", "--steps", "many"], ["--steps 'many' given; a whole number is wanted, as in --steps 300"]),
+    "with =": (["train", "--steps=many"], ["--steps 'many' given; a whole number is wanted"]),
+    "a fraction": (["train", "--steps", "1.5"], ["--steps '1.5' given; a whole number is wanted"]),
+    "no number": (["train", "--learning-rate", "fast"], ["--learning-rate 'fast' given; a number is wanted"]),
+    "one of several": (["scale", "run", "--seeds", "3", "--sizes"], ["--sizes given; a value is wanted behind it"]),
+    "not a choice": (["train", "--dtype", "fp32"], ["--dtype 'fp32' given", "one of auto, float32, bfloat16"]),
+    "a number that is no choice": (["export", "m", "--bits", "5"], ["--bits '5' given; one of 8, 4 is wanted"]),
+    "half a pair": (["eval", "retrieval", "m", "--tasks", "1", "2", "3"], ["--tasks 1 2 3 given; values in groups"]),
+    "twice": (["train", "--steps", "3", "--steps=4"], ["--steps is given twice; leave one out"]),
+    "a list twice": (["eval", "icl", "m", "--shots", "1", "--shots", "2"], ["--shots is given twice", "behind one"]),
+    "a switch twice": (["train", "--json", "--json"], ["--json is given twice"]),
+    "a switch with a value": (["train", "--json=yes"], ["--json=yes given; --json takes no value"]),
+    "a word too many": (["train", "my.txt"], ["'my.txt' is one word too many; diffattn train takes options alone"]),
+    "a text without quotes": (["generate", "m", "two", "words"], ["'words' is one word", "FOLDER PROMPT", "quotes"]),
+    "a word is missing": (["generate", "m"], ["PROMPT is missing", "diffattn generate FOLDER PROMPT"]),
+    "no model": (["eval", "icl"], ["MODEL is missing", "diffattn eval icl MODEL ..."]),
+    "a needed option": (["lens", "m"], ["--text is missing; wanted: --text TEXT"]),
+    "a letter": (["train", "-s", "3"], ["-s is no option of diffattn train"]),
+    "400 digits": (["train", "--batch-size", "9" * 400], ["--batch-size '999", "a number up to", "--batch-size 4"]),
+    "5000 digits": (["train", "--seed", "9" * 5000], ["--seed '999", "a whole number is wanted"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES.values(), ids=list(MISTAKES))
+def test_one_line_that_names_what_was_typed_and_what_is_wanted(
+    words: list[str], said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, *words)
+    assert [part for part in said if part not in line] == []
+    assert len(line) < 300
+
+
+@pytest.mark.parametrize("name", list(VERBS))
+def test_a_hint_names_an_option_that_the_verb_takes(name: str) -> None:
+    """Every option of every verb, also with a letter too few, given to this one."""
+    own = {option.name for option in TABLES[name] if not option.positional}
+    everyones = {option.name for table in TABLES.values() for option in table if not option.positional}
+    for typed in sorted((everyones | {option[:-1] for option in everyones if len(option) > 4}) - own):
+        with pytest.raises(ConfigError, match=f"^{typed} is no option of diffattn {name}; ") as refusal:
+            check(name, TABLES[name], [typed])
+        hinted = re.search(r"perhaps you meant (\S+);", str(refusal.value))
+        assert hinted is None or hinted[1] in own
+    for option in own:
+        assert nearest(f"{option}x", own) == option
+
+
+def test_an_underscore_and_an_equals_sign_are_taken() -> None:
+    taken: dict[str, object] = {}
+
+    def verb(*, batch_size: int = 4, sizes: tuple[str, ...] = (), low: float = 0.0, on: bool = False) -> object:
+        taken.update(batch_size=batch_size, sizes=sizes, low=low, on=on)
+        return lambda: 0
+
+    parse("verb", verb, ["--batch_size=3", "--sizes", "a", "b", "--low", "-1e-3", "--on"])
+    assert taken == {"batch_size": 3, "sizes": ("a", "b"), "low": -1e-3, "on": True}
+
+
+def test_a_minus_is_a_prompt_and_so_is_what_stands_behind_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'absent' given" in refused(capsys, "generate", "absent", "--", "--steps")
+    assert "'absent' given" in refused(capsys, "generate", "--seed", "3", "absent", "a - b")
