@@ -17,6 +17,7 @@ from typing import Any
 
 from diffattn.errors import CheckpointError
 from diffattn.files import parse_json, read_object
+from diffattn.folders import no_model
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -46,7 +47,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The ``config.json`` of a checkpoint folder.
 
     Raises:
-        CheckpointError: no such folder, no config.json in it, or one that is not a JSON object.
+        CheckpointError: no such folder, no config.json in it, or one that is not a JSON object; or the folder of a run,
+            which holds its model in a folder.
 
     >>> read_config("absent")
     Traceback (most recent call last):
@@ -56,7 +58,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         what = "it is a file" if folder.is_file() else "there is none"
         raise CheckpointError(f"{str(folder)!r} given; the folder of a checkpoint is wanted; {what}: check the path")
-    return _read_object(folder / CONFIG, f"{str(folder)!r} holds no {CONFIG}; the folder of a checkpoint is wanted")
+    # A ladder's folder has no config.json.
+    config = _read_object(folder / CONFIG, "") if (folder / CONFIG).is_file() else {}
+    if "model_type" not in config and (line := no_model(folder)):
+        raise CheckpointError(line)
+    return config or _read_object(
+        folder / CONFIG, f"{str(folder)!r} holds no {CONFIG}; the folder of a checkpoint is wanted"
+    )
 
 
 def companions(folder: str | Path) -> list[Path]:

@@ -1,20 +1,32 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, then renamed."""
+"""Files that are whole or not there: written beside their place, flushed to the disk, then renamed.
+
+What is half-written lies in a folder ``NAME.….partial`` beside its place, with a mark in it that the process which
+writes it has locked. So what a killed process left is known from what another lives on, and both from a person's own.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from diffattn.errors import CheckpointError, ConfigError, TrainingError
 
 PARTIAL = ".partial"
+# Lies in every half-written folder, and in no other.
+_MARK = ".being-written-by-diffattn"
+# What systems put into folders by themselves.
+_SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+# What stands near the beginning of each page and picture of ours, the name of the program that made it.
+GENERATOR = "diffattn"
+_OUR_FILES = (f'<meta name="generator" content="{GENERATOR}">'.encode(), f"Software\0{GENERATOR}".encode())
 # What torch.save makes of a write that fails, which leaves no number.
 _TORCH_WRITE_FAILED = ("file write failed", "basic_ios::clear: iostream error")
 
@@ -29,6 +41,58 @@ def writable_folder(path: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot write to {path}: {error.strerror}; choose another folder with --out") from error
     return path
+
+
+def unwritable(path: Path) -> str | None:
+    """Why a folder cannot be written or made, in the system's words, or None where it can; nothing is made."""
+    try:
+        nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+        with tempfile.TemporaryFile(dir=nearest):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def entries(folder: Path) -> list[str]:
+    """What a folder holds, sorted by name, without what the system puts there and what is half-written by us."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in _SYSTEM and not is_unfinished(path))
+
+
+def check_files(**files: Path | None) -> None:
+    """Raise unless pages and pictures may be written there: new files, empty ones, or some that we wrote.
+
+    Args:
+        files: by the option that gave them, such as ``html=Path("page.html")``; None where it was not given.
+
+    Raises:
+        ConfigError: a folder, another's file, a place where nothing can be written, or one file for two.
+    """
+    given = {name: path for name, path in files.items() if path is not None}
+    for name, path in given.items():
+        _check_file(path, f"--{name}")
+    if len({os.path.realpath(path) for path in given.values()}) < len(given):
+        names = " and ".join(f"--{name}" for name in given)
+        raise ConfigError(f"{names} both name {str(path)!r}; a file for each is wanted: choose another name")
+
+
+def _check_file(path: Path, option: str) -> None:
+    given = f"{option} {str(path)!r} given"
+    try:
+        if path.is_dir():
+            raise ConfigError(f"{given}; the name of a file is wanted; it is a folder: put a name behind it")
+        # A device or a pipe holds nothing that could be lost.
+        if path.is_file() and path.stat().st_size:
+            with path.open("rb") as file:
+                beginning = file.read(4096)
+            if not any(mark in beginning for mark in _OUR_FILES):
+                raise ConfigError(
+                    f"{given}; a new file is wanted, or one that diffattn wrote; there is another file: choose another "
+                    "name, or move it away"
+                )
+    except OSError as error:
+        raise ConfigError(f"{given}; a file that can be written is wanted; the system says: {error.strerror}") from None
+    if reason := unwritable(Path(os.path.realpath(path)).parent):
+        raise ConfigError(f"{given}; a file that can be written is wanted; the system says: {reason}")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -84,35 +148,92 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``, in one step."""
-    partial = path.with_name(path.name + PARTIAL)
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``, in one step; where it is a link, what it points to. Makes its folder."""
     with explained(path):
-        try:
-            partial.write_text(text, encoding="utf-8")
-            sync(partial)
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        if path.exists() and not path.is_file():
+            # A device or a pipe, whose place no file can take.
+            path.write_bytes(content)
+            return
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _apart(target) as scratch:
+            new = scratch / "new"
+            new.write_bytes(content)
+            sync(new)
+            os.replace(new, target)
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill; it appears as ``path`` when the block ends well, and not at all otherwise."""
-    partial = path.with_name(path.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+def whole_folder(path: Path, *, replaces: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path]:
+    """Yield a folder to fill; it appears as ``path`` when the block ends well, and not at all otherwise.
+
+    Args:
+        path: where nothing is, or an empty folder. Where it is a link, the folder that it points to.
+        replaces: whether a folder that holds something may be deleted for the new one; no other is.
+
+    Raises:
+        ConfigError: at the end of the block, where ``path`` holds something.
+        TrainingError: the disk is full.
+    """
     with explained(path):
-        try:
-            partial.mkdir(parents=True)
-            yield partial
-            for file in sorted(partial.rglob("*")):
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _apart(target) as scratch:
+            new, old = scratch / "new", scratch / "old"
+            new.mkdir()
+            yield new
+            for file in sorted(new.rglob("*")):
                 sync(file)
-            if path.exists():
-                shutil.rmtree(path)
-            os.rename(partial, path)
-            sync(path.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            if target.exists():
+                if entries(target) and not replaces(target):
+                    raise ConfigError(f"{path} holds what diffattn did not write, and it stays; move it away")
+                os.rename(target, old)
+            os.rename(new, target)
+            for name in _SYSTEM & set(os.listdir(old)) if old.exists() else ():
+                os.rename(old / name, target / name)
+            sync(target.parent)
+
+
+@contextlib.contextmanager
+def _apart(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` to prepare it in; what killed processes left of theirs is removed."""
+    import filelock
+
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL}"):
+        remove_unfinished(left)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=PARTIAL, dir=path.parent))
+    try:
+        with contextlib.ExitStack() as held:
+            # A file system may know no locks; then nothing says that a process lives, and nothing of its is removed.
+            with contextlib.suppress(NotImplementedError):
+                held.enter_context(filelock.FileLock(scratch / _MARK))
+            yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a path is a half-written folder of this program's."""
+    return path.name.endswith(PARTIAL) and not path.is_symlink() and (path / _MARK).is_file()
+
+
+def remove_unfinished(path: Path) -> bool:
+    """Remove a half-written folder that no living process writes; whether that was done."""
+    import filelock
+
+    if not is_unfinished(path):
+        return False
+    try:
+        with filelock.FileLock(path / _MARK, timeout=0):
+            pass
+    except (OSError, NotImplementedError, filelock.Timeout):
+        return False
+    shutil.rmtree(path, ignore_errors=True)
+    return True
 
 
 @contextlib.contextmanager

@@ -200,8 +200,8 @@ def test_more_chat_templates_are_taken_along(tmp_path: Path) -> None:
         ("link", "lies inside it"),
         (".", "is not empty"),
         ("full", "is not empty"),
-        ("full/file", "is a file"),
-        ("full/file/made", "file' is a file"),
+        ("full/file", "it is a file"),
+        ("full/file/made", "Not a directory"),
     ],
 )
 def test_a_destination_that_holds_something_is_refused(destination: str, words: str, tmp_path: Path) -> None:

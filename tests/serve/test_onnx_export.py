@@ -299,7 +299,7 @@ def llama(path):
         (["--onnx", "{folder}", "--block-size", "48"], "block_size is 48; wanted one of 16, 32, 64, 128, 256"),
         (["--onnx", "{folder}", "--out", "{full}"], "a new or an empty folder is wanted"),
         (["--onnx", "{folder}", "--out", "{file}"], "a new or an empty folder is wanted"),
-        (["--onnx", "{folder}", "--out", "{file}/export"], "takes no files"),
+        (["--onnx", "{folder}", "--out", "{file}/export"], "Not a directory; choose another folder with --out"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(options, line, folder, tmp_path, capsys):

@@ -44,8 +44,12 @@ def test_a_changed_setting_is_named(
 
 def test_a_folder_that_cannot_be_written(data: PreparedData, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for folder, reason in [(tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")]:
-        with pytest.raises(ConfigError, match=f"cannot write to {folder}: {reason}; choose another folder with --out"):
+    below = tmp_path / "file" / "run"
+    for folder, words in [
+        (tmp_path / "file", "a new or an empty folder is wanted; it is a file: choose another with --out"),
+        (below, f"cannot write to {below}: Not a directory; choose another folder with --out"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
             run(data, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -52,7 +52,7 @@ def ablation(
 
     def call() -> int:
         from diffattn.cli.console import Console, print_json
-        from diffattn.files import writable_folder
+        from diffattn.files import check_files
         from diffattn.report.ablation_table import ablation_rows, write_ablation_png
         from diffattn.study.ablation import ablation as of_rows
         from diffattn.study.arms import ARMS
@@ -62,8 +62,7 @@ def ablation(
             sizes=(size,), tokens=tokens, variants=arms or tuple(ARMS), seeds=seeds, text=text, vocab_size=vocab_size,
             context=context, batch_size=batch_size, learning_rate=learning_rate, device=device, dtype=dtype,
         )  # fmt: skip
-        if png is not None:
-            writable_folder(png.parent)
+        check_files(png=png)
         with Console("eval ablation", out, resume=True, kept="rows") as console:
             rows = run_ladder(ladder, out=out, command=console.command, on_progress=console.ladder)
         result = of_rows(rows, command=console.command)

@@ -36,12 +36,11 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
     ) -> Callable[[], int]:
         def call() -> int:
             from diffattn.cli.console import Console, print_json
-            from diffattn.files import writable_folder
+            from diffattn.files import check_files
             from diffattn.report.study_chart import study_rows, write_study_png
             from diffattn.study.evaluation import evaluate
 
-            if png is not None:
-                writable_folder(png.parent)
+            check_files(png=png)
             with Console(f"eval {study}", Path(), resume=False, kept="nothing" if keep is None else "rows") as console:
                 result = evaluate(
                     study, models, options, text=text, dtype=dtype, device=device, keep=keep,

@@ -46,13 +46,14 @@ def lens(
 
     def call() -> int:
         from diffattn.cli.console import Console, print_json
-        from diffattn.files import writable_folder, write_text
-        from diffattn.report.lens_page import render_lens, write_lens_pngs
+        from diffattn.files import check_files, write_text
+        from diffattn.report.lens_page import lens_pngs, render_lens, write_lens_pngs
         from diffattn.study.lens import lens as read
+        from diffattn.study.lens import names_of
 
-        for target in (html, png):
-            if target is not None:
-                writable_folder(target.parent)
+        check_files(html=html, png=png)
+        for picture in lens_pngs(names_of(models), png) if png is not None else ():
+            check_files(html=html, png=picture)
         with Console("lens", Path(), resume=False, kept="nothing") as console:
             result = read(
                 models, text, layers=layers, answer=answer, picture=None if png is None else (layer, head),

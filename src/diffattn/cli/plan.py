@@ -69,10 +69,12 @@ def plan(
     """
 
     def call() -> int:
+        from diffattn.files import check_files, write_text
         from diffattn.plan import answer, tables
         from diffattn.plan import sweep as along
         from diffattn.plan.named_model import parse_model
 
+        check_files(html=html)
         changed = {"weights": weights_dtype, "gradients": gradients_dtype, "optimizer": optimizer_dtype,
                    "activations": activations_dtype, "cache": cache_dtype, "master": master_dtype}  # fmt: skip
         dtypes = answer.precision_of(precision, **changed)
@@ -93,7 +95,7 @@ def plan(
         if html is not None:
             from diffattn.report.plan_page import render_plan
 
-            _write(html, render_plan(result))
+            write_text(html, render_plan(result))
         for rows in shown:
             show(rows)
         print("\n\n".join([*result["sentences"], *result["notes"]]), file=sys.stderr)
@@ -155,15 +157,3 @@ def _measured(
     from diffattn.study.measured_plan import measure_plan
 
     return measure_plan(model.built, model.attention, **(place | {"precision": precision}))
-
-
-def _write(file: Path, text: str) -> None:
-    from diffattn.errors import ConfigError
-
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"--html {str(file)!r} given; a file that can be written is wanted; the system says: {error.strerror}"
-        ) from error

@@ -22,6 +22,7 @@ from diffattn.checkpoint_files import CONFIG, TOKENIZERS, companions, copy_compa
 from diffattn.convert.layout import check_shapes, shapes_of
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import whole_folder, write_json
+from diffattn.folders import own_folder
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,7 @@ def check_destination(source: str | Path, destination: str | Path) -> Path:
         raise ConfigError(
             f"{str(destination)!r} is {str(source)!r} or lies inside it; a folder beside it is wanted: choose another"
         )
-    try:
-        if target.is_dir() and any(target.iterdir()):
-            raise ConfigError(f"{str(destination)!r} is not empty; a new folder is wanted: choose another, or empty it")
-        nearest = next(path for path in (target, *target.parents) if path.exists())
-    except OSError as error:
-        raise ConfigError(f"cannot write {str(destination)!r}: {error.strerror}; choose another folder") from None
-    if not nearest.is_dir():
-        raise ConfigError(f"{str(nearest)!r} is a file; a folder is wanted there: choose another path")
+    own_folder(destination, option=None)
     return target
 
 

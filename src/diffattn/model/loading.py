@@ -140,10 +140,6 @@ def _check_folder(folder: Path) -> None:
             f"{str(folder)!r} names its weights in transformers_weights; model.safetensors is wanted: rename the file"
         )
     kind = config.get("model_type")
-    if kind is None and (folder / "model" / CONFIG).is_file():
-        raise CheckpointError(
-            f"{str(folder)!r} is the folder of a run; a model's is wanted: take {str(folder / 'model')!r}"
-        )
     if kind not in CONFIG_MAPPING:
         what = "brings its own program, which is never run" if "auto_map" in config else "is not known here"
         raise UnsupportedError(
@@ -159,9 +155,10 @@ def load_config(folder: str | Path) -> Any:
     """The configuration of a checkpoint folder.
 
     Raises:
-        CheckpointError: a ``config.json`` that describes no model.
+        CheckpointError: a ``config.json`` that is missing, or describes no model.
         ConfigError: one of ours that cannot work.
     """
+    read_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except DiffattnError:

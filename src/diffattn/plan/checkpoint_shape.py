@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffattn.errors import ConfigError
+from diffattn.folders import no_model
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.shape import VARIANTS, ModelShape, check_positive_int
 
@@ -73,6 +74,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{str(file)!r} given; a readable config.json is wanted; it says: {reason}") from None
+    if isinstance(values, dict) and "model_type" not in values and (line := no_model(file.parent)):
+        raise ConfigError(line)
     if foreign := isinstance(values, dict) and [key for key in _FOREIGN if values.get(key)]:
         raise ConfigError(
             f"{str(file)!r} gives {foreign[0]}; a decoder with plain attention and one feed-forward network per "

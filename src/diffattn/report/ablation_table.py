@@ -33,4 +33,4 @@ def ablation_rows(result: Mapping[str, Any]) -> list[list[str]]:
 def write_ablation_png(result: Mapping[str, Any], path: str | Path) -> None:
     """The chart, as one PNG."""
     with charts.style():
-        difference_figure(result, wide=True).savefig(path, format="png", dpi=144)
+        charts.write_png(difference_figure(result, wide=True), path)

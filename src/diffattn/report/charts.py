@@ -9,7 +9,10 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diffattn.files import GENERATOR, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,6 +127,13 @@ def axes(fig: "Figure", left: float, top: float, width: float, height: float) ->
     total_width, total_height = fig.get_figwidth() * 72, fig.get_figheight() * 72
     bottom = total_height - top - height
     return fig.add_axes((left / total_width, bottom / total_height, width / total_width, height / total_height))
+
+
+def write_png(fig: "Figure", path: str | Path, *, dpi: int = 144) -> None:
+    """The figure as a PNG that says which program made it, whole or not at all."""
+    target = io.BytesIO()
+    fig.savefig(target, format="png", dpi=dpi, metadata={"Software": GENERATOR})
+    write_bytes(Path(path), target.getvalue())
 
 
 def svg(fig: "Figure") -> Image:

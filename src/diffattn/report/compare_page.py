@@ -53,7 +53,7 @@ def render_compare(result: dict[str, Any], curves: list[dict[str, Any]], maps: d
 def render_picture(curves: list[dict[str, Any]], maps: dict[str, Any], path: str | Path) -> None:
     """The loss curves and the maps as one PNG, 1200 pixels wide."""
     with charts.style():
-        picture_figure(curves, maps, names_of(curves)).savefig(path, format="png", dpi=72)
+        charts.write_png(picture_figure(curves, maps, names_of(curves)), path, dpi=72)
 
 
 def _pair(result: Mapping[str, Any], name: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,22 @@ def render_lens(result: Mapping[str, Any]) -> str:
     )
 
 
-def write_lens_pngs(result: Mapping[str, Any], path: Path) -> list[Path]:
-    """The ``picture`` of what ``lens`` returned: the maps of one head, one file per model, on one scale.
+def lens_pngs(names: Sequence[str], path: Path) -> list[Path]:
+    """The pictures of models of these names: the first is ``path``, a second has its name behind that of the file.
 
-    The first model's is ``path`` itself, the second's has its name behind that of the file.
+    >>> [str(file) for file in lens_pngs(["v1", "runs/v2"], Path("maps.png"))]
+    ['maps.png', 'maps-runs-v2.png']
     """
+    return [path, *(path.with_stem(f"{path.stem}-{name.replace('/', '-')}") for name in names[1:])]
+
+
+def write_lens_pngs(result: Mapping[str, Any], path: Path) -> list[Path]:
+    """The ``picture`` of what ``lens`` returned: the maps of one head, one file per model, on one scale."""
     maps = result["picture"]
-    written: list[Path] = []
+    names = list(maps["variants"])
+    written = lens_pngs(names, path)
     limit, largest = scale(maps)
-    for name in maps["variants"]:
-        target = path if not written else path.with_stem(f"{path.stem}-{name}")
+    for name, target in zip(names, written, strict=True):
         with charts.style():
-            map_figure(maps, name, limit, largest, wide=True).savefig(target, format="png", dpi=144)
-        written.append(target)
+            charts.write_png(map_figure(maps, name, limit, largest, wide=True), target)
     return written

@@ -73,7 +73,7 @@ def write_scaling_png(result: Mapping[str, Any], path: str | Path) -> None:
         fig = charts.figure(620 * len(names), 460)
         for place, name in enumerate(names):
             _draw(charts.axes(fig, 620 * place + 70, 50, 530, 340), result, name)
-        fig.savefig(path, format="png", dpi=144)
+        charts.write_png(fig, path)
 
 
 def scaling_figure(result: Mapping[str, Any], form: str, wide: bool) -> Figure:

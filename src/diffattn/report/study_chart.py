@@ -93,7 +93,7 @@ def write_study_png(result: Mapping[str, Any], path: str | Path) -> None:
                 if len(points) > 8:
                     ax.tick_params(axis="x", rotation=60)
         fig.legend(handles.values(), handles.keys(), loc="upper left", ncols=len(names), bbox_to_anchor=(0.02, 1.0))
-        fig.savefig(path, format="png", dpi=144)
+        charts.write_png(fig, path)
 
 
 def _write_maps(
@@ -126,7 +126,7 @@ def _write_maps(
                 ax.set_xlabel(result["axes"]["x"])
                 if column == 0:
                     ax.set_ylabel(result["axes"]["by"])
-        fig.savefig(path, format="png", dpi=144)
+        charts.write_png(fig, path)
 
 
 def _draw(ax: Any, points: list[Mapping[str, Any]], names: list[str]) -> dict[str, Any]:

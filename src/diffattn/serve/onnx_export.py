@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from diffattn.checkpoint_files import companions, copy_companions, read_config
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.files import whole_folder
+from diffattn.folders import own_folder
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.loading import load_model, load_tokenizer
 from diffattn.serve.onnx_check import CheckReport, Expected, OnnxCheckError, check_float32, check_quantized
@@ -71,7 +71,7 @@ def export_onnx(
     check_block_size(block_size)
     _check_source(source)
     target = Path(out) if out is not None else source / ("onnx" if bits is None else f"onnx-int{bits}")
-    _check_target(target)
+    own_folder(target)
     require("onnx", "onnxscript", *(("onnxruntime",) if check or bits else ()))
 
     on_progress("loading the weights as float32")
@@ -118,16 +118,6 @@ def _check_source(source: Path) -> None:
             f"{DiffTransformerConfig.model_type} (softmax, diff_v1, diff_v2, gated, dex): diffattn convert makes one "
             "of a Llama or diffllama checkpoint, optimum exports others as they are"
         )
-
-
-def _check_target(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(
-            f"{str(target)!r} is there already; a new or an empty folder is wanted: choose one with --out"
-        )
-    nearest = next(path for path in target.absolute().parents if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"cannot write {str(target)!r}, since {str(nearest)!r} takes no files: choose another --out")
 
 
 def _save_companions(config: DiffTransformerConfig, source: Path, folder: Path, cache: bool) -> None:

@@ -22,6 +22,7 @@ import torch
 from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.errors import ConfigError
 from diffattn.files import write_json, write_text
+from diffattn.folders import COMPARISON, own_folder
 from diffattn.machine import processor_name
 from diffattn.model.fused import serving_backend
 from diffattn.model.modeling import DiffTransformerForCausalLM
@@ -198,7 +199,8 @@ def _stored(folder: Path, resume: bool) -> dict[str, Any] | None:
     file = folder / "config.json"
     if resume and not file.exists():
         raise ConfigError(f"{folder} holds no comparison to resume; wanted its config.json: name its folder with --out")
-    if not resume and folder.exists() and any(folder.iterdir()):
+    own_folder(folder, COMPARISON)
+    if not resume and file.exists():
         raise ConfigError(f"{folder} is not empty; continue the run in it with --resume or choose another --out")
     return json.loads(file.read_text(encoding="utf-8")) if resume else None
 

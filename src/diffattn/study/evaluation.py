@@ -21,6 +21,7 @@ from diffattn.checkpoint_files import folder_name, weights_digest
 from diffattn.data.text import read_corpus, split_by_document
 from diffattn.errors import ConfigError
 from diffattn.files import writable_folder, write_json
+from diffattn.folders import KEPT, own_folder
 from diffattn.model.loading import Device, Dtype, load, load_config, positions_of
 from diffattn.study.compare import versions
 from diffattn.study.options import OPTIONS, fitted
@@ -96,6 +97,8 @@ def evaluate(
     if study not in STUDIES:
         raise ConfigError(f"study is {study!r}; wanted one of {', '.join(STUDIES)}")
     named = parse_models(models)
+    if keep is not None:
+        own_folder(keep, KEPT, option="--keep")
     # Before text is read, and models for minutes; one length for all, so that they are given the same samples.
     known = [positions_of(load_config(folder)) for entry in named for folder in entry.folders]
     options = fitted(options or OPTIONS[study](), min((limit for limit in known if limit is not None), default=None))

@@ -22,6 +22,7 @@ from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.data.text import read_corpus
 from diffattn.errors import ConfigError, DataError
 from diffattn.files import explained, writable_folder
+from diffattn.folders import LADDER, own_folder
 from diffattn.model.pairing import MATCHES, parameters_of
 from diffattn.plan.cost import count_parameters, flops_per_token
 from diffattn.plan.rule import parse_count, shape_about
@@ -166,7 +167,7 @@ def run_ladder(
         KeyboardInterrupt: Ctrl-C; the run goes on from its last step the next time.
     """
     ladder = ladder or Ladder()
-    folder = writable_folder(Path(out))
+    folder = writable_folder(own_folder(out, LADDER))
     corpus = read_corpus(ladder.text)
     data = prepare_data(corpus, vocab_size=ladder.vocab_size, context=ladder.context)
     data = with_needles(data, corpus, share=ladder.needles)
@@ -314,7 +315,8 @@ def _report(
 @contextlib.contextmanager
 def _claimed(path: Path) -> Iterator[bool]:
     """Whether this process has the run; the system lets go of it when the process ends, however it ends."""
-    with path.open("w") as file:
+    # Not "w": whatever is there keeps its content.
+    with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

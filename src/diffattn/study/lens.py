@@ -72,9 +72,7 @@ def lens(
         raise DataError("the two models read the text in different tokens; wanted models with one tokenizer")
     if not 2 <= len(ids) <= MOST_TOKENS:
         raise ConfigError(f"the text has {len(ids)} tokens; wanted 2 to {MOST_TOKENS}, so that a map can be looked at")
-    names = [folder_name(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
+    names = names_of(folders)
     result: dict[str, Any] = {
         "tokens": token_labels(tokenizer, ids),
         "answer": None if answer is None else _span(tokenizer, text, answer, ids),
@@ -90,6 +88,12 @@ def lens(
             },
         }
     return result
+
+
+def names_of(folders: Sequence[str | Path]) -> list[str]:
+    """What the models are called: short where that tells them apart."""
+    names = [folder_name(folder) for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def _maps(model: PreTrainedModel, facts: dict[str, Any], ids: list[int], layer: int, head: int) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
-from diffattn.files import PARTIAL, write_json
+from diffattn.files import PARTIAL, remove_unfinished, write_json
 
 MANIFEST = "manifest.json"
 
@@ -38,6 +40,11 @@ def defect(folder: Path) -> str | None:
     return None
 
 
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that a run has completed: ours, whatever became of its files."""
+    return (folder / MANIFEST).is_file() and not folder.is_symlink()
+
+
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """The checkpoints of a run folder, oldest first, complete or not, as (step, path)."""
     found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
@@ -51,23 +58,29 @@ def last_good(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
     """
     skipped = []
     for partial in folder.glob(f"checkpoint-*{PARTIAL}"):
-        skipped.append(f"skipped {partial.name}: the run ended while it was being written")
-        shutil.rmtree(partial)
+        if is_sealed(partial) or remove_unfinished(partial):
+            skipped.append(f"skipped {partial.name}: the run ended while it was being written")
+            shutil.rmtree(partial, ignore_errors=True)
     for step, path in reversed(checkpoints(folder)):
         reason = defect(path)
         if reason is None:
             return (step, path), skipped
-        aside = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = _free(path.with_name(f"damaged-{path.name}"))
         path.rename(aside)
         skipped.append(f"skipped {path.name}: {reason}; it is kept as {aside.name}")
     return None, skipped
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints."""
-    for _, path in checkpoints(folder)[:-keep]:
+    """Remove all but the newest ``keep`` of the checkpoints that the run has written."""
+    for path in [path for _, path in checkpoints(folder) if is_sealed(path)][:-keep]:
         shutil.rmtree(path)
+
+
+def _free(path: Path) -> Path:
+    """The path, or one with a number behind it where something is there already."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(place for place in itertools.chain([path], numbered) if not os.path.lexists(place))
 
 
 def _digest(file: Path) -> dict[str, int | str]:

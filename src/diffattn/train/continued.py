@@ -17,7 +17,7 @@ from diffattn.model.loading import load_config, load_model, load_tokenizer
 from diffattn.train.callbacks import Progress
 from diffattn.train.recipe import Recipe
 from diffattn.train.run import TrainResult, train
-from diffattn.train.single import check_context, check_resumable, new_folder
+from diffattn.train.single import check_context, check_out, new_folder
 
 CONTEXT = 512
 """Tokens per block where nothing is said: pretrained models have contexts that no small machine trains."""
@@ -64,7 +64,7 @@ def continue_training(
     tokenizer = _load_tokenizer(source, config.vocab_size)
     default = min(config.max_position_embeddings, CONTEXT)
     context = check_context(config.shape(), default if context is None else context, whose="model")
-    check_resumable(out, resume)
+    check_out(out, resume)
     with new_folder(Path(out)) as folder:
         data = prepare_data(text, tokenizer=tokenizer, context=context)
         model = load_model(source, "float32")

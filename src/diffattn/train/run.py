@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from diffattn.data.packing import PreparedData, ValidationBlocks
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import sync, whole_folder, writable_folder, write_json
+from diffattn.folders import RUN, holds_model_of_ours, own_folder
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.train.annealing import DexAnnealing
 from diffattn.train.callbacks import Interruption, MetricsFile, Progress, RunCallback, diverged, read_metrics, warn
-from diffattn.train.checkpoint import checkpoints, last_good, prune, seal
+from diffattn.train.checkpoint import checkpoints, is_sealed, last_good, prune, seal
 from diffattn.train.recipe import Recipe
 
 # Of fields that were added since a run was started, by part of its config.json.
@@ -72,21 +74,21 @@ def train(
         model: float32 weights, trained in place; ``recipe.dtype`` says in what dtype products are computed.
         data: from :func:`diffattn.data.packing.prepare_data`.
         recipe: see :class:`Recipe`.
-        out: the run folder. Without ``resume`` it must not hold a run.
+        out: the run folder: new, empty, or that of a run; without ``resume`` it must not hold one.
         source: where a pretrained model came from: its ``folder``, and the ``digest`` of its weights, by which a run is
             resumed with the same one. The held-out loss is then also measured before the first step.
         resume: continue from the last good checkpoint in ``out``, or start where there is none.
         on_progress: called after each step.
 
     Raises:
-        ConfigError: ``out`` holds a run already, belongs to another one, or cannot be written; or the attention
+        ConfigError: ``out`` holds a run already, or something else, or cannot be written; or the attention
             function is unknown or not installed.
         CheckpointError: ``config.json`` or ``metrics.jsonl`` in ``out`` is damaged or cut short.
         TrainingError: the loss is not a number, or the disk is full; the last good checkpoint is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the steps so far were saved.
     """
     _use_attention(model, recipe.attn_implementation)
-    folder = writable_folder(Path(out))
+    folder = writable_folder(own_folder(out, RUN))
     recipe = recipe.resolved()
     claim = {"recipe": recipe.to_dict(), "model": model.config.to_diff_dict(), "data": data.facts}
     _claim(folder, claim if source is None else claim | {"source": source}, resume)
@@ -175,14 +177,22 @@ def _use_attention(model: DiffTransformerForCausalLM, name: str) -> None:
         raise ConfigError(f"attn_implementation is {name!r}: {str(error).splitlines()[0]}") from error
 
 
+def check_new(folder: Path, resume: bool) -> None:
+    """Raise where a folder holds a run that is not to be resumed, or what no run wrote where its model is to stand."""
+    if (folder / "config.json").exists() and not resume:
+        raise ConfigError(f"{folder} holds a run already; continue it with --resume or choose another --out")
+    model = folder / "model"
+    if os.path.lexists(model) and not holds_model_of_ours(model):
+        raise ConfigError(f"{model} given; the place of the trained model is wanted empty; move away what is there")
+
+
 def _claim(folder: Path, config: dict[str, Any], resume: bool) -> None:
     """Write ``config.json``, or compare it with what is there."""
     file = folder / "config.json"
     if not file.exists():
         write_json(file, config)
         return
-    if not resume:
-        raise ConfigError(f"{folder} holds a run already; continue it with --resume or choose another --out")
+    check_new(folder, resume)
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -203,7 +213,7 @@ def _claim(folder: Path, config: dict[str, Any], resume: bool) -> None:
 
 
 def _finish(folder: Path, model: DiffTransformerForCausalLM, data: PreparedData, val_loss: float) -> TrainResult:
-    with whole_folder(folder / "model") as target:
+    with whole_folder(folder / "model", replaces=holds_model_of_ours) as target:
         model.save_pretrained(target)
         data.tokenizer.save_pretrained(target)
     result = TrainResult(
@@ -310,7 +320,7 @@ class _PlainTrainer(Trainer):
         target = self._folder / f"checkpoint-{self.state.global_step}"
         if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):
             raise diverged(f"after step {self.state.global_step} a weight is infinite or NaN")
-        with whole_folder(target) as partial:
+        with whole_folder(target, replaces=is_sealed) as partial:
             # A checkpoint that outlives a power cut is of no use without the rows up to it.
             sync(self._folder / "metrics.jsonl")
             self._writing = partial

@@ -9,11 +9,12 @@ from pathlib import Path
 from diffattn.data.packing import prepare_data
 from diffattn.errors import ConfigError, DiffattnError
 from diffattn.files import writable_folder
+from diffattn.folders import RUN, own_folder
 from diffattn.model.pairing import build_pair, pair_config
 from diffattn.plan.shape import ModelShape
 from diffattn.train.callbacks import Progress
 from diffattn.train.recipe import Recipe
-from diffattn.train.run import TrainResult, train
+from diffattn.train.run import TrainResult, check_new, train
 
 
 def train_shape(
@@ -48,7 +49,7 @@ def train_shape(
     shape = shape if isinstance(shape, ModelShape) else ModelShape.load(shape)
     pair_config(shape, attention, match=match)
     context = check_context(shape, context)
-    check_resumable(out, resume)
+    check_out(out, resume)
     with new_folder(Path(out)) as folder:
         data = prepare_data(text, vocab_size=shape.vocab_size, context=context)
     model = build_pair(shape, attention, seed=recipe.seed, match=match).model
@@ -67,10 +68,11 @@ def check_context(shape: ModelShape, context: int | None, *, whose: str = "shape
     return context
 
 
-def check_resumable(out: str | Path, resume: bool) -> None:
-    """Raise where a run is to be resumed and there is none."""
+def check_out(out: str | Path, resume: bool) -> None:
+    """Raise where a run is to be resumed and there is none, or is to be started and something is there."""
     if resume and not (Path(out) / "config.json").exists():
         raise ConfigError(f"{out} holds no run to resume; wanted its config.json: name its folder with --out")
+    check_new(own_folder(out, RUN), resume)
 
 
 @contextlib.contextmanager
