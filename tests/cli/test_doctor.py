@@ -53,7 +53,20 @@ def test_for_a_person(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert "fused kernel, float16: active\n" in printed.err
     assert "fused kernel's products: in float32, also of bfloat16 and float16: this processor has none" in printed.err
     assert f"cache folder: {tmp_path}/cache, " in printed.err
+    assert printed.err.endswith(" MB, can be written\n")
     assert f"{torch.get_num_threads()} threads" in printed.err
+
+
+def test_a_cache_folder_that_cannot_be_written_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert facts(capsys)["cache"]["unwritable"] is None
+    assert list(tmp_path.iterdir()) == [tmp_path / "one.cpp"]
+    monkeypatch.setenv("DIFFATTN_CACHE", str(tmp_path / "one.cpp" / "cache"))
+    assert facts(capsys)["cache"]["unwritable"] == "Not a directory"
+    assert main(["doctor"]) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("cache folder: "))
+    assert line.endswith("cannot be written (Not a directory): name a folder that can be with DIFFATTN_CACHE")
 
 
 def test_a_failed_build_is_status_1_and_tells_the_way_out(

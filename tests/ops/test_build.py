@@ -1,4 +1,5 @@
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -6,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from diffattn.errors import UnsupportedError
+from diffattn.machine import cache_folder
 from diffattn.ops import build, compiling
 
 # No header of torch, which takes seconds: what the kernel holds is not the matter here, and `_load_and_ask` is ours.
@@ -160,33 +163,86 @@ def test_two_processes_at_once_compile_once(tmp_path: Path, monkeypatch: pytest.
     assert Path(said[0][0].decode().strip()).is_file()
 
 
-def test_a_killed_build_leaves_nothing_that_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    links = compiler(tmp_path, monkeypatch, 'case " $* " in *" -shared "*) sleep 3;; esac; exec g++ "$@"')
-    run = subprocess.Popen([sys.executable, "-c", PROCESS, str(compiling.SOURCES)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not links.read_text():
-        assert run.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    run.kill()
-    run.wait()
-    (left,) = folders(tmp_path)
-    assert ".tmp-" in left.name
-    assert compiling.find(compiling.Recipe.of_this_machine()) is None
-    # The lock of the dead process blocks no one, and what it left is cleared away.
-    began = time.monotonic()
-    built = build.compile_kernel()
-    assert time.monotonic() - began < 20
-    assert folders(tmp_path) == [Path(built.path).parent]
-    assert build.unavailable(torch.float32) is None
-
-
 def lives(pid: str) -> bool:
     try:
         # "Z": ended, and waiting for its parent to notice.
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[subprocess.Popen[str], Path]:
+    """A process whose compilers work until `tmp_path / "go"` is there, once they do; and the file of their numbers."""
+    pids = tmp_path / "pids"
+    wait = f"echo $$ >> {pids}; while [ ! -e {tmp_path / 'go'} ]; do sleep 0.05; done"
+    compiler(tmp_path, monkeypatch, f'case " $* " in *" -c "*) {wait};; esac; exec g++ "$@"')
+    run = subprocess.Popen(
+        [sys.executable, "-c", PROCESS, str(compiling.SOURCES)], stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    until(lambda: pids.exists() and bool(pids.read_text()), 60)
+    return run, pids
+
+
+def until(holds: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("killed", ["the process", "its group", "it and the guard of its compilers"])
+def test_a_killed_build_leaves_no_compilers_and_nothing_that_is_loaded(
+    killed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if killed.endswith("compilers") and sys.platform != "linux":
+        pytest.skip("only Linux tells a process that its parent has ended")
+    run, pids = started(tmp_path, monkeypatch)
+    guards = children(run.pid) if killed.endswith("compilers") else []
+    (os.killpg if killed == "its group" else os.kill)(run.pid, signal.SIGKILL)
+    for guard in guards:
+        os.kill(guard, signal.SIGKILL)
+    run.communicate()
+    until(lambda: not any(lives(line) for line in pids.read_text().split()), 5)
+    (left,) = folders(tmp_path)
+    assert f".tmp-{run.pid}-" in left.name
+    assert compiling.find(compiling.Recipe.of_this_machine()) is None
+    # The lock of the dead process blocks no one, and what it left is cleared away.
+    (tmp_path / "go").touch()
+    capfd.readouterr()
+    began = time.monotonic()
+    built = build.compile_kernel()
+    assert time.monotonic() - began < 20
+    removed, compiles, _ = capfd.readouterr().err.splitlines()
+    assert removed.endswith("was ended before it was done; its files are removed")
+    assert "compiling the fused CPU kernel, once (about 30 s)" in compiles
+    assert folders(tmp_path) == [Path(built.path).parent]
+    assert build.unavailable(torch.float32) is None
+
+
+def test_who_waits_says_for_whom_and_compiles_itself_when_that_one_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, pids = started(tmp_path, monkeypatch)
+    second = subprocess.Popen(
+        [sys.executable, "-c", PROCESS, str(compiling.SOURCES)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert second.stderr is not None
+    line = second.stderr.readline()
+    assert line == f"diffattn: waiting for process {first.pid}, which compiles the fused CPU kernel (about 30 s) …\n"
+    first.kill()
+    first.communicate()
+    (tmp_path / "go").touch()
+    out, said = second.communicate(timeout=60)
+    assert second.returncode == 0, said
+    assert "its files are removed" in said
+    assert Path(out.strip()).is_file()
+    assert not any(lives(line) for line in pids.read_text().split())
 
 
 def test_ctrl_c_ends_the_compiler_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,41 +397,120 @@ def test_a_compiler_that_hangs(
     assert folders(tmp_path) == []
 
 
-def test_a_cache_that_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder that cannot be written; gives the temporary folder of this user that serves then."""
     (tmp_path / "file").touch()
+    (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("DIFFATTN_CACHE", str(tmp_path / "file/cache"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", None)
+    return tmp_path / f"tmp/diffattn-{os.getuid()}"
+
+
+def test_a_cache_that_cannot_be_written(
+    no_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UnsupportedError, match="DIFFATTN_CACHE"):
         build.compile_kernel()
     assert capsys.readouterr().err == ""
     assert build.unavailable(torch.float32) is None
     warning = capsys.readouterr().err.splitlines()[0]
     assert f"{tmp_path}/file/cache/kernels cannot be written (Not a directory)" in warning
+    assert f"is kept in {no_cache}; " in warning
     assert "DIFFATTN_CACHE=" in warning
+    assert "DIFFATTN_FUSED=0" in warning
     path = build.status().path
     assert path is not None
-    assert Path(path).is_relative_to(tmp_path)
+    assert Path(path).is_relative_to(no_cache / "kernels")
+    assert no_cache.stat().st_mode & 0o777 == 0o700
+    # As the next process would, which compiles nothing and so says nothing.
+    monkeypatch.setattr(build, "_outcome", None)
+    assert build.unavailable(torch.float32) is None
+    assert build.status().path == path
+    assert capsys.readouterr().err == ""
 
 
-def test_a_folder_of_its_own_is_deleted_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "tmp").mkdir()
+@pytest.mark.parametrize("what", ["a link", "open to all", "another user's", "a file", "in a folder open to all"])
+def test_a_temporary_folder_that_others_may_write_is_not_used(
+    what: str, no_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # What lies there would be loaded if it were trusted.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFATTN_CACHE", str(tmp_path / "planted"))
+        planted = build.compile_kernel()
+    if what == "a link":
+        no_cache.symlink_to(tmp_path / "planted")
+    elif what == "a file":
+        no_cache.touch()
+    else:
+        os.rename(tmp_path / "planted", no_cache)
+        no_cache.chmod(0o777 if what == "open to all" else 0o700)
+    if what == "another user's":
+        if os.getuid() != 0:
+            pytest.skip("only root gives a folder away")
+        os.chown(no_cache, 12345, -1)
+    if what == "in a folder open to all":
+        no_cache.parent.chmod(0o777)
+    assert compiling.find(compiling.Recipe.of_this_machine()) is None
+    assert build.unavailable(torch.float32) is None
+    assert "so each process compiles the fused CPU kernel for itself alone; name a folder" in capsys.readouterr().err
+    path = build.status().path
+    assert path is not None
+    assert not Path(path).is_relative_to(no_cache)
+    assert Path(path).is_relative_to(tmp_path / "tmp") or what == "a link"
+    assert Path(path).name == Path(planted.path).name
+
+
+def test_a_kernel_in_a_cache_that_cannot_be_written_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = build.compile_kernel()
+    capsys.readouterr()
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("os.mkdir", "os.rename", "os.replace", "tempfile.TemporaryFile", "tempfile.mkdtemp"):
+        monkeypatch.setattr(name, read_only)
+    monkeypatch.setattr(compiling, "build", read_only)
+    assert build.unavailable(torch.float32) is None
+    assert build.status().path == built.path
+    assert capsys.readouterr().err == ""
+
+
+def test_a_user_without_a_home_has_a_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("DIFFATTN_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cache_folder() == tmp_path / f"diffattn-{os.getuid()}"
+    assert list(tmp_path.glob("~*")) == []
+    path = Path(build.compile_kernel().path)
+    assert path.is_relative_to(cache_folder())
+
+
+def test_a_disk_that_is_full_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler(tmp_path, monkeypatch, "echo 'fatal error: error writing to /x.s: No space left on device'; exit 1")
+    refused(capsys, "No space left on device", "free some space, or name another folder with DIFFATTN_CACHE")
+
+
+def test_a_folder_of_its_own_is_deleted_at_the_end(no_cache: Path, tmp_path: Path) -> None:
+    no_cache.touch()
     program = PROCESS.replace(
         "build.compile_kernel()", "compiling.build(compiling.Recipe.of_this_machine(), force=False)"
     )
-    environment = os.environ | {"DIFFATTN_CACHE": f"{tmp_path}/file", "TMPDIR": f"{tmp_path}/tmp"}
     run = subprocess.run(
-        [sys.executable, "-c", program, str(compiling.SOURCES)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", program, str(compiling.SOURCES)], capture_output=True, text=True, check=True
     )
     assert run.stdout.startswith(f"{tmp_path}/tmp/diffattn-")
-    assert list((tmp_path / "tmp").glob("diffattn-*")) == []
+    assert list((tmp_path / "tmp").glob("diffattn-*")) == [no_cache]
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -63,8 +63,14 @@ def lines(facts: dict[str, Any]) -> list[str]:
         *(f"diff_attention on CPU, {dtype}: {used}" for dtype, used in facts["diff_attention"].items()),
         *(f"the model's attention on CPU, {dtype}: {used}" for dtype, used in facts["model_attention"].items()),
         f"CUDA: {', '.join(facts['cuda']) or 'none'}",
-        f"cache folder: {facts['cache']['path']}, {facts['cache']['bytes'] / 1e6:.1f} MB",
+        f"cache folder: {facts['cache']['path']}, {facts['cache']['bytes'] / 1e6:.1f} MB, {_writing(facts['cache'])}",
     ]
+
+
+def _writing(cache: dict[str, Any]) -> str:
+    if cache["unwritable"] is None:
+        return "can be written"
+    return f"cannot be written ({cache['unwritable']}): name a folder that can be with DIFFATTN_CACHE"
 
 
 def _products(bfloat16: bool) -> str:

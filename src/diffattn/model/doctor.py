@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffattn.files import unwritable
 from diffattn.machine import processor_name
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
@@ -35,7 +36,11 @@ def examine() -> dict[str, Any]:
         "diff_attention": {dtype: backends[fused] for dtype, fused in serves.items()},
         "model_attention": {dtype: _model_attention(implementation, fused) for dtype, fused in serves.items()},
         "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cache": {"path": kernel.cache, "bytes": _bytes(Path(kernel.cache))},
+        "cache": {
+            "path": kernel.cache,
+            "bytes": _bytes(Path(kernel.cache)),
+            "unwritable": unwritable(Path(kernel.cache)),
+        },
     }
 
 

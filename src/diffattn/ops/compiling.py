@@ -1,22 +1,25 @@
 """Compiles the C++ sources of `csrc/` and keeps the library in the cache folder, whole or not at all.
 
     <cache>/kernels/<sources, flags, torch>-<compiler>/    fused_cpu.so and build.json, which holds its checksum
-                                              ….tmp-*/     a build in progress, renamed to the above once it is whole
+                                              ….tmp-PID-*/ a build in progress, renamed to the above once it is whole
                                               ….lock       held by the process that builds, let go of by the system
                                               ….log        what the compiler said when it last failed
 
 A wheel may carry libraries too (`shipped.py`). Where the cache folder (see `diffattn.machine`) cannot be written, a
-temporary folder serves this process. ``CXX`` names the compiler (default: the first of g++, c++, clang++), ``MAX_JOBS``
-limits the files compiled at once, and ``DIFFATTN_VERBOSE=1`` shows what the compiler says.
+temporary folder of this user's serves, or one of this process alone; what a cache folder holds is used all the same.
+Compilers end with the process that started them (`guard.py`). ``CXX`` names the compiler (default: the first of g++,
+c++, clang++), ``MAX_JOBS`` limits the files compiled at once, and ``DIFFATTN_VERBOSE=1`` shows what the compiler says.
 """
 
 from __future__ import annotations
 
 import atexit
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -32,9 +35,10 @@ from typing import Any
 import torch
 
 from diffattn.errors import UnsupportedError
-from diffattn.machine import cache_folder
+from diffattn.machine import cache_folder, is_private, temporary_folder
 
 SOURCES = Path(__file__).parent / "csrc"
+_GUARD = Path(__file__).parent / "guard.py"
 LIBRARY = "fused_cpu.so"
 COMPILE_SECONDS = 600.0
 
@@ -129,9 +133,16 @@ def say(line: str) -> None:
 
 def find(recipe: Recipe) -> Built | None:
     """A finished and undamaged library of this recipe; of any compiler where this machine has none."""
-    kernels = cache_folder() / "kernels"
-    folders = [kernels / recipe.folder] if recipe.compiler else sorted(kernels.glob(f"{recipe.key}-*/"))
+    folders: list[Path] = []
+    for kernels in _places():
+        folders += [kernels / recipe.folder] if recipe.compiler else sorted(kernels.glob(f"{recipe.key}-*/"))
     return next((built for folder in folders if ".tmp-" not in folder.name and (built := read(folder))), None)
+
+
+def _places() -> list[Path]:
+    """Where kernels may lie. What another user may have put into a temporary folder is never loaded."""
+    roots = dict.fromkeys([cache_folder(), temporary_folder()])
+    return [root / "kernels" for root in roots if root != temporary_folder() or is_private(root)]
 
 
 def read(folder: Path) -> Built | None:
@@ -165,7 +176,7 @@ def build(recipe: Recipe, *, force: bool, keep: bool = False) -> Built:
     try:
         kernels = _writable_folder(keep)
         log = kernels / f"{recipe.folder}.log"
-        with _held(kernels / f"{recipe.folder}.lock"):
+        with _held(kernels, recipe):
             if not force and (built := read(kernels / recipe.folder)):
                 return built
             if log.exists() and log.stat().st_mtime > asked:
@@ -173,6 +184,7 @@ def build(recipe: Recipe, *, force: bool, keep: bool = False) -> Built:
                 raise _compile_error(log)
             for left in kernels.glob(f"{recipe.folder}.tmp-*"):
                 # Under the lock, so whoever made it was killed.
+                say("a process that compiled the fused CPU kernel was ended before it was done; its files are removed")
                 shutil.rmtree(left, ignore_errors=True)
             return _build_in(kernels, recipe, log)
     # The second is filelock's, on a file system without locks.
@@ -183,7 +195,7 @@ def build(recipe: Recipe, *, force: bool, keep: bool = False) -> Built:
 def _build_in(kernels: Path, recipe: Recipe, log: Path) -> Built:
     """Compile under a temporary name and rename, so that no one ever sees half a library."""
     folder = kernels / recipe.folder
-    prefix = f"{recipe.folder}.tmp-"
+    prefix = f"{recipe.folder}.tmp-{os.getpid()}-"
     with tempfile.TemporaryDirectory(dir=kernels, prefix=prefix, ignore_cleanup_errors=True) as scratch:
         say("compiling the fused CPU kernel, once (about 30 s) …")
         began = time.monotonic()
@@ -202,34 +214,59 @@ def _build_in(kernels: Path, recipe: Recipe, log: Path) -> Built:
 
 
 def _writable_folder(keep: bool) -> Path:
-    """The folder to build in: the cache's, else one of this process alone."""
-    kernels = cache_folder() / "kernels"
+    """The folder to build in: the cache's, else a temporary one of this user's, else one of this process alone."""
     try:
-        kernels.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=kernels):
-            return kernels
+        return _made(cache_folder())
     except OSError as error:
         if keep:
             raise
-        own = tempfile.mkdtemp(prefix="diffattn-")
-        atexit.register(shutil.rmtree, own, ignore_errors=True)
-        say(
-            f"cache folder {kernels} cannot be written ({error.strerror or error}), so this process compiles the "
-            "kernel for itself alone; name a folder that can: DIFFATTN_CACHE=/path/to/folder"
-        )
-        return Path(own)
+        unwritable = f"cache folder {cache_folder() / 'kernels'} cannot be written ({error.strerror or error})"
+    way_out = "name a folder that can be written: DIFFATTN_CACHE=/path/to/folder, or do without: DIFFATTN_FUSED=0"
+    try:
+        kernels = _made(temporary_folder())
+    except OSError:
+        kernels = Path(tempfile.mkdtemp(prefix="diffattn-"))
+        atexit.register(shutil.rmtree, kernels, ignore_errors=True)
+        say(f"{unwritable}, so each process compiles the fused CPU kernel for itself alone; {way_out}")
+        return kernels
+    say(f"{unwritable}, so the fused CPU kernel is kept in {temporary_folder()}; {way_out}")
+    return kernels
+
+
+def _made(root: Path) -> Path:
+    """The folder of the kernels in a cache folder, once it is known that a library can be written there."""
+    if root == temporary_folder():
+        with suppress(FileExistsError):
+            root.mkdir(mode=0o700)
+        if not is_private(root):
+            raise PermissionError(errno.EPERM, "others can write there")
+    kernels = root / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=kernels) as file:
+        # A full disk has room for a name.
+        file.write(bytes(1 << 20))
+    return kernels
 
 
 @contextmanager
-def _held(lock: Path) -> Iterator[None]:
+def _held(kernels: Path, recipe: Recipe) -> Iterator[None]:
     """Waits for the process that builds the same; the system lets go of the lock of one that died."""
     import filelock
 
-    held = filelock.FileLock(lock, timeout=COMPILE_SECONDS + 60)
+    lock = kernels / f"{recipe.folder}.lock"
+    held = filelock.FileLock(lock)
     try:
-        held.acquire()
+        held.acquire(timeout=0)
     except filelock.Timeout:
-        raise _not_compiled(f"another process still holds {lock}", "end that one") from None
+        # Its number is in the name of what it builds.
+        builds = "".join(path.name for path in kernels.glob(f"{recipe.folder}.tmp-*"))
+        number = re.search(r"\.tmp-(\d+)-", builds)
+        who = f"process {number[1]}" if number else "another process"
+        say(f"waiting for {who}, which compiles the fused CPU kernel (about 30 s) …")
+        try:
+            held.acquire(timeout=COMPILE_SECONDS + 60)
+        except filelock.Timeout:
+            raise _not_compiled(f"{who} still holds {lock}", "end that one") from None
     try:
         yield
     finally:
@@ -253,22 +290,25 @@ def _compile(recipe: Recipe, work: Path, log: Path) -> Path:
     environment = os.environ | {"LC_ALL": "C"}
     with (work / "log").open("wb") as output:
         run = subprocess.Popen(
-            [ninja, "-v", "-j", jobs], cwd=work, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
+            [sys.executable, "-I", "-S", str(_GUARD), ninja, "-v", "-j", jobs],
+            cwd=work, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+        assert run.stdin is not None
         try:
             run.wait(COMPILE_SECONDS)
         except BaseException as end:
-            # Whatever ended the waiting, Ctrl-C too: ninja passes this on to its compilers, which it could not do with
-            # a signal that ends it at once.
-            run.terminate()
+            # Whatever ended the waiting, Ctrl-C too: as if this process had ended.
+            run.stdin.close()
             with suppress(subprocess.TimeoutExpired):
-                run.wait(5)
+                run.wait(10)
             run.kill()
             run.wait()
             if not isinstance(end, subprocess.TimeoutExpired):
                 raise
             minutes = f"{COMPILE_SECONDS / 60:.0f} minutes"
             raise _not_compiled(f"{recipe.version} took over {minutes}", "name another compiler with CXX") from None
+        finally:
+            run.stdin.close()
     if os.environ.get("DIFFATTN_VERBOSE") == "1":
         sys.stderr.write((work / "log").read_text(errors="replace"))
     if run.returncode or not (work / LIBRARY).exists():
@@ -299,8 +339,10 @@ def _compile_error(log: Path) -> UnsupportedError:
     lines = log.read_text(errors="replace").splitlines()
     first = next((line.strip() for line in lines if "error:" in line or "fatal:" in line), "no error was named")
     # A folder of this process alone is gone when a person looks.
-    where = f", see {log}" if log.is_relative_to(cache_folder()) else ""
-    return _not_compiled(f"{first[:300]}{where}", "install a C++20 compiler")
+    where = f", see {log}" if log.parent in _places() else ""
+    full = any(os.strerror(errno.ENOSPC) in line for line in lines)
+    way_out = "free some space, or name another folder with DIFFATTN_CACHE" if full else "install a C++20 compiler"
+    return _not_compiled(f"{first[:300]}{where}", way_out)
 
 
 def no_compiler() -> UnsupportedError:
