@@ -22,6 +22,8 @@ from diffattn.errors import CheckpointError, ConfigError, TrainingError
 PARTIAL = ".partial"
 # Lies in every half-written folder, and in no other.
 _MARK = ".being-written-by-diffattn"
+# With which the names of files begin that are gone again at once.
+_PROBE = ".diffattn-"
 # What systems put into folders by themselves.
 _SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 # What stands near the beginning of each page and picture of ours, the name of the program that made it.
@@ -35,9 +37,7 @@ def writable_folder(path: Path) -> Path:
     """Make the folder, or say in one line why nothing can be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # Of a name of its own: processes that share a folder ask at once.
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        _probe(path)
     except OSError as error:
         raise ConfigError(f"cannot write to {path}: {error.strerror}; choose another folder with --out") from error
     return path
@@ -47,15 +47,25 @@ def unwritable(path: Path) -> str | None:
     """Why a folder cannot be written or made, in the system's words, or None where it can; nothing is made."""
     try:
         nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
-        with tempfile.TemporaryFile(dir=nearest):
-            return None
+        _probe(nearest)
     except OSError as error:
         return error.strerror or str(error)
+    return None
+
+
+def _probe(folder: Path) -> None:
+    # Of a name of its own, if any: processes that share a folder ask at once, and each looks at what it holds.
+    with tempfile.TemporaryFile(dir=folder, prefix=_PROBE, suffix=PARTIAL):
+        pass
 
 
 def entries(folder: Path) -> list[str]:
     """What a folder holds, sorted by name, without what the system puts there and what is half-written by us."""
-    return sorted(path.name for path in folder.iterdir() if path.name not in _SYSTEM and not is_unfinished(path))
+    return sorted(path.name for path in folder.iterdir() if path.name not in _SYSTEM and not _is_passing(path))
+
+
+def _is_passing(path: Path) -> bool:
+    return is_unfinished(path) or (path.name.startswith(_PROBE) and path.name.endswith(PARTIAL))
 
 
 def check_files(**files: Path | None) -> None:

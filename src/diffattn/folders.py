@@ -67,11 +67,9 @@ def own_folder(path: str | Path, kind: Kind | None = None, *, option: str | None
         raise ConfigError(f"cannot write to {path}: {error.strerror}; choose another folder{by}") from None
     if held and (kind is None or not kind.is_in(path)):
         other = next((f", of {found.words}" for found in KINDS if found.is_in(path)), "")
-        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+        names = ", ".join(map(repr, held[:3])) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
         wanted = "a new or an empty folder is wanted" + ("" if kind is None else f", or that of {kind.words}")
-        raise ConfigError(
-            f"{given}; {wanted}; it is not empty: it holds {', '.join(held[:3])}{more}{other}; choose another{by}"
-        )
+        raise ConfigError(f"{given}; {wanted}; it is not empty: it holds {names}{other}; choose another{by}")
     if reason := unwritable(path):
         raise ConfigError(f"cannot write to {path}: {reason}; choose another folder{by}")
     return path
@@ -82,10 +80,16 @@ def no_model(folder: Path) -> str | None:
 
     It names the folder of the model, or says that there is none yet and how the run goes on.
     """
-    kind = next((kind for kind in (RUN, COMPARISON, LADDER) if kind.is_in(folder)), None)
+    own = folder / _MODEL
+    try:
+        kind = next((kind for kind in (RUN, COMPARISON, LADDER) if kind.is_in(folder)), None)
+    except OSError:
+        # Whoever reads it says so.
+        return None
+    if kind is None and (own / _CONFIG).is_file():
+        kind = RUN
     if kind is None:
         return None
-    own = folder / _MODEL
     found = [own] if kind is RUN else sorted(folder.glob(f"*/{_MODEL}"))
     found = [path for path in found if (path / _CONFIG).is_file()]
     what = f"{str(folder)!r} is the folder of {kind.words}; a model's is wanted"
@@ -130,7 +134,7 @@ def _is_comparison(folder: Path) -> bool:
 def _is_ladder(folder: Path) -> bool:
     rows = folder / "rows.jsonl"
     if rows.is_file() and rows.stat().st_size:
-        return any({"attention", "seed", "val_loss"} <= row.keys() for row in _rows(rows))
+        return any("attention" in row for row in _rows(rows))
     names = entries(folder)
     # Before its first row, a ladder has a lock or a run; a process that was stopped in between leaves an empty file.
     return names == [rows.name] or any(_LADDER_RUN.fullmatch(name) for name in names)
@@ -161,7 +165,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
         return
 
 
-RUN = Kind("a run of diffattn train", _is_run)
+RUN = Kind("a run", _is_run)
 COMPARISON = Kind("a comparison", _is_comparison)
 LADDER = Kind("a ladder", _is_ladder)
 KEPT = Kind("an eval with --keep", _is_kept)

@@ -22,7 +22,6 @@ INTO_A_FOLDER = {
     "convert": "convert {model} {out} --to diffllama",
     "export": "export {model} --onnx --out {out}",
     "eval noise": "eval noise {model} --text {text} --keep {out}",
-    "eval retrieval": "eval retrieval {model} --text {text} --keep {out}",
 }
 INTO_A_FILE = {
     "plan": "plan --html {out}",
@@ -105,6 +104,8 @@ FOREIGN: dict[str, Callable[[Path], None]] = {
     "another program's config": lambda folder: files(folder, {"config.json": '{"model": "mine", "port": 3}'}),
     "a config that is no JSON": lambda folder: files(folder, {"config.json": "{", "model/a": "mine"}),
     "a hidden file": lambda folder: files(folder, {".keep": ""}),
+    "a name of two lines": lambda folder: files(folder, {"a\nb": "mine"}),
+    "a name that is no text": lambda folder: files(folder, {os.fsdecode(b"caf\xe9"): "mine"}),
     "links": links,
     "a linked folder": a_linked_folder,
     "a link to nothing": lambda folder: folder.symlink_to("absent"),
@@ -216,12 +217,12 @@ def test_a_run_is_started_in_an_empty_folder_and_goes_on_in_its_own(
     capsys.readouterr()
     # A run is neither a comparison nor a ladder nor the place of a checkpoint, nor where it goes on by itself.
     for verb in ("compare", "compare --resume", "scale run", "eval ablation", "convert", "export", "eval noise"):
-        assert "of a run of diffattn train" in refused(INTO_A_FOLDER[verb], capsys, out="out", **places)
+        assert ", of a run; choose another" in refused(INTO_A_FOLDER[verb], capsys, out="out", **places)
     line = refused("train --from out/model --text {text} --out out", capsys, **places)
     assert "out holds a run already" in line
     assert "'out/model' given" in refused("train --from out/model --text {text} --out out/model", capsys, **places)
     assert "lies inside it" in refused("convert out/model out/model --to diffllama", capsys, **places)
-    assert "it holds config.json" in refused("export out/model --onnx --out out/model", capsys, **places)
+    assert "it holds 'config.json'" in refused("export out/model --onnx --out out/model", capsys, **places)
 
 
 def test_a_run_whose_config_is_damaged_is_told_so(places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

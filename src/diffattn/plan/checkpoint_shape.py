@@ -69,7 +69,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"{str(path)!r} given; a folder with a config.json is wanted; there is none: check the path"
+            no_model(file.parent)
+            or f"{str(path)!r} given; a folder with a config.json is wanted; there is none: check the path"
         ) from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())

@@ -167,7 +167,10 @@ def run_ladder(
         KeyboardInterrupt: Ctrl-C; the run goes on from its last step the next time.
     """
     ladder = ladder or Ladder()
-    folder = writable_folder(own_folder(out, LADDER))
+    folder = own_folder(out, LADDER)
+    # A damaged row is told of before any work.
+    read_rows(folder / ROWS)
+    writable_folder(folder)
     corpus = read_corpus(ladder.text)
     data = prepare_data(corpus, vocab_size=ladder.vocab_size, context=ladder.context)
     data = with_needles(data, corpus, share=ladder.needles)

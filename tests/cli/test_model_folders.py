@@ -1,0 +1,79 @@
+"""The folder of a run, a comparison or a ladder where that of a model is wanted: every verb names the model's."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from serve.small_folders import small_folder
+
+from diffattn.cli.main import main
+
+VERBS = {
+    "generate": "generate {folder} Oslo",
+    "generate --assistant": "generate {model} Oslo --assistant {folder}",
+    "serve": "serve {folder} --port 0",
+    "convert": "convert {folder} made --to diffllama",
+    "export": "export {folder} --onnx --out made",
+    "eval noise": "eval noise {folder}",
+    "eval of seeds": "eval outliers {model} v1={model},{folder}",
+    "lens": "lens {folder} --text Oslo",
+    "lens of two": "lens {model} {folder} --text Oslo",
+    "plan": "plan --model {folder}",
+    "plan of a variant": "plan --model softmax:{folder}",
+    "train": "train --from {folder} --out made",
+}
+RUN = {"config.json": {"recipe": {"steps": 3}, "model": {"attention": "diff_v1"}, "data": {"name": "text"}}}
+COMPARISON = {"config.json": {"options": {"steps": 3}, "command": "diffattn compare"}}
+LADDER = {"rows.jsonl": {"attention": "softmax", "seed": 0, "val_loss": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_folder(tmp_path_factory.mktemp("a") / "model")
+
+
+@pytest.fixture(autouse=True)
+def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFATTN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIFFATTN_FUSED", "0")
+    monkeypatch.chdir(tmp_path)
+
+
+def write(folder: str, files: dict[str, dict]) -> None:
+    Path(folder).mkdir(parents=True)
+    for name, content in files.items():
+        Path(folder, name).write_text(json.dumps(content) + "\n")
+
+
+def refused(command: str, capsys: pytest.CaptureFixture[str], **places: object) -> str:
+    before = sorted(Path().rglob("*"))
+    assert main([word.format(**places) for word in command.split()]) == 2
+    out, line = capsys.readouterr()
+    assert (out, line.count("\n")) == ("", 1), line
+    assert sorted(Path().rglob("*")) == before
+    return line
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_folder_of_runs_is_not_a_models(verb: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write("run", RUN)
+    line = refused(VERBS[verb], capsys, folder="run", model=model)
+    assert "'run' is the folder of a run; a model's is wanted; it has none yet: finish it with diffattn train" in line
+    shutil.copytree(model, "run/model")
+    line = refused(VERBS[verb], capsys, folder="run", model=model)
+    assert line == "diffattn: 'run' is the folder of a run; a model's is wanted: take 'run/model'\n"
+    for folder, files, what in (("compared", COMPARISON, "a comparison"), ("ladder", LADDER, "a ladder")):
+        write(folder, files)
+        line = refused(VERBS[verb], capsys, folder=folder, model=model)
+        assert f"'{folder}' is the folder of {what}; a model's is wanted; none of its runs has finished" in line
+        write(f"{folder}/diff_v1-seed0", RUN)
+        shutil.copytree(model, f"{folder}/diff_v1-seed0/model")
+        line = refused(VERBS[verb], capsys, folder=folder, model=model)
+        assert f"a model's is wanted: take '{folder}/diff_v1-seed0/model'\n" in line
+
+
+def test_a_folder_with_a_space_is_named_so_that_the_command_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    write("my run", RUN)
+    assert main(["generate", "my run", "Oslo"]) == 2
+    assert capsys.readouterr().err.endswith("diffattn train --resume --out 'my run'\n")
