@@ -61,11 +61,7 @@ def _probe(folder: Path) -> None:
 
 def entries(folder: Path) -> list[str]:
     """What a folder holds, sorted by name, without what the system puts there and what is half-written by us."""
-    return sorted(path.name for path in folder.iterdir() if path.name not in _SYSTEM and not _is_passing(path))
-
-
-def _is_passing(path: Path) -> bool:
-    return is_unfinished(path) or (path.name.startswith(_PROBE) and path.name.endswith(PARTIAL))
+    return sorted(path.name for path in folder.iterdir() if path.name not in _SYSTEM and not is_unfinished(path))
 
 
 def check_files(**files: Path | None) -> None:
@@ -227,8 +223,10 @@ def _apart(path: Path) -> Iterator[Path]:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a path is a half-written folder of this program's."""
-    return path.name.endswith(PARTIAL) and not path.is_symlink() and (path / _MARK).is_file()
+    """Whether a path is a half-written folder of this program's, or a file of its own that is gone again at once."""
+    if not path.name.endswith(PARTIAL) or path.is_symlink():
+        return False
+    return path.name.startswith(_PROBE) or (path / _MARK).is_file()
 
 
 def remove_unfinished(path: Path) -> bool:

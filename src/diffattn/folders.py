@@ -26,6 +26,7 @@ _COMPARISON_PARTS = frozenset({"options", "command"})
 # Rows and lines of a file that are looked through for one of ours.
 _LINES = 100
 _LADDER_RUN = re.compile(r"[\w+.]+-\d+x\d+-seed\d+-\d+-[\d.e+-]+?(\.lock)?")
+_ROW_BEGINS = b'{"attention": "'
 _MODEL_FILE = re.compile(
     r"(generation_)?config\.json|model[\w-]*\.safetensors(\.index\.json)?|"
     r"((added_|special_)?token\w*|vocab)\.json|merges\.txt|chat_template\.\w+"
@@ -132,12 +133,16 @@ def _is_comparison(folder: Path) -> bool:
 
 
 def _is_ladder(folder: Path) -> bool:
-    rows = folder / "rows.jsonl"
-    if rows.is_file() and rows.stat().st_size:
-        return any("attention" in row for row in _rows(rows))
-    names = entries(folder)
+    rows, names = folder / "rows.jsonl", entries(folder)
     # Before its first row, a ladder has a lock or a run; a process that was stopped in between leaves an empty file.
-    return names == [rows.name] or any(_LADDER_RUN.fullmatch(name) for name in names)
+    if any(_LADDER_RUN.fullmatch(name) for name in names):
+        return True
+    if not rows.is_file() or not rows.stat().st_size:
+        return names == [rows.name]
+    # Its owner is told of a row that is damaged.
+    with rows.open("rb") as file:
+        begins = file.read(len(_ROW_BEGINS)) == _ROW_BEGINS
+    return begins or any({"attention", "seed", "val_loss"} <= row.keys() for row in _rows(rows))
 
 
 def _is_kept(folder: Path) -> bool:
