@@ -53,18 +53,21 @@ def ablation(
     def call() -> int:
         from diffattn.cli.console import Console, print_json
         from diffattn.files import check_files
-        from diffattn.report.ablation_table import ablation_rows, write_ablation_png
-        from diffattn.study.ablation import ablation as of_rows
-        from diffattn.study.arms import ARMS
-        from diffattn.study.ladder import Ladder, run_ladder
 
-        ladder = Ladder(
-            sizes=(size,), tokens=tokens, variants=arms or tuple(ARMS), seeds=seeds, text=text, vocab_size=vocab_size,
-            context=context, batch_size=batch_size, learning_rate=learning_rate, device=device, dtype=dtype,
-        )  # fmt: skip
-        check_files(png=png)
         with Console("eval ablation", out, resume=True, kept="rows") as console:
-            rows = run_ladder(ladder, out=out, command=console.command, on_progress=console.ladder)
+            console.importing()
+            from diffattn.report.ablation_table import ablation_rows, write_ablation_png
+            from diffattn.study.ablation import ablation as of_rows
+            from diffattn.study.arms import ARMS
+            from diffattn.study.ladder import Ladder, run_ladder
+
+            ladder = Ladder(
+                sizes=(size,), tokens=tokens, variants=arms or tuple(ARMS), seeds=seeds, text=text,
+                vocab_size=vocab_size, context=context, batch_size=batch_size, learning_rate=learning_rate,
+                device=device, dtype=dtype,
+            )  # fmt: skip
+            check_files(png=png)
+            rows = run_ladder(ladder, out=out, command=console.command, on_progress=console.ladder, on_stage=console)
         result = of_rows(rows, command=console.command)
         console.rows(ablation_rows(result))
         if png is not None:

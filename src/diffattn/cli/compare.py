@@ -54,20 +54,23 @@ def compare(
 
     def call() -> int:
         from diffattn.cli.console import Console, print_json
-        from diffattn.study.compare import Comparison
-        from diffattn.study.compare import compare as run
 
-        options = Comparison(
-            shape=shape, variants=variants, seeds=seeds, steps=steps, minutes=minutes, text=text, context=context,
-            match=match, batch_size=batch_size, learning_rate=learning_rate, device=device, dtype=dtype,
-        )  # fmt: skip
         with Console("compare", out, resume=resume) as console:
+            console.importing()
+            from diffattn.study.compare import Comparison
+            from diffattn.study.compare import compare as run
+
+            options = Comparison(
+                shape=shape, variants=variants, seeds=seeds, steps=steps, minutes=minutes, text=text, context=context,
+                match=match, batch_size=batch_size, learning_rate=learning_rate, device=device, dtype=dtype,
+            )  # fmt: skip
             result = run(
                 options,
                 out=console.folder,
                 resume=resume,
                 command=console.command,
                 on_note=console.note,
+                on_stage=console,
                 on_progress=lambda attention, seed, step: console.progress(f"{attention} seed {seed}", step),
             )
         console.table(result)

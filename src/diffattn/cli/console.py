@@ -1,4 +1,4 @@
-"""What a person sees of a run, on stderr: notes, one live line per model, the table, how to continue."""
+"""What a person sees of a run, on stderr: stages, a line of each model, the table, how to continue."""
 
 from __future__ import annotations
 
@@ -6,100 +6,83 @@ import datetime
 import json
 import shlex
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import rich.box
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
-from diffattn.cli.screen import screen
+from diffattn.cli.board import Board
 from diffattn.errors import ConfigError
 from diffattn.numbers import seconds
-from diffattn.train.callbacks import Progress as Step
 
 if TYPE_CHECKING:
     from diffattn.study.ladder import LadderProgress
+    from diffattn.train.callbacks import Progress as Step
 
 RUNS = Path("runs")
 
 
-class Console:
-    """Names the run folder, shows a run's progress where stderr is a terminal, and says how to go on after Ctrl-C."""
+class Console(Board):
+    """Names the run folder, shows a run's progress, and says how to go on after Ctrl-C."""
 
     def __init__(
         self, verb: str, out: Path | None, *, resume: bool, kept: Literal["run", "rows", "nothing"] = "run"
     ) -> None:
+        super().__init__()
         self.verb = verb
         self.kept = kept
-        self.command = shlex.join(["diffattn", *sys.argv[1:]])
+        self.command = command_line()
         self.folder = out if out is not None else _newest(verb) if resume else _new(verb)
-        self._screen = screen()
-        self._live = Progress(
-            SpinnerColumn(finished_text="✓"),
-            TextColumn("{task.description}"),
-            console=self._screen,
-        )
-        self._tasks: dict[str, TaskID] = {}
+        self._counts: dict[str, tuple[float, int]] = {}
 
     def __enter__(self) -> Console:
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._tasks:
-            self._live.stop()
+        super().__exit__(kind, error, trace)
         if kind is KeyboardInterrupt and self.kept != "nothing":
             again = f"diffattn {self.verb} --resume --out {self.folder}" if self.kept == "run" else self.command
             self.note(f"stopped; what was trained is kept, go on with: {again}")
 
-    def note(self, line: str) -> None:
-        self._screen.print(line, soft_wrap=True, markup=False)
+    def progress(self, name: str, step: Step, *, first: str | None = None) -> None:
+        """The line of one model that is trained."""
+        text = f"{name:<16} step {step.step}/{step.steps}  loss {step.loss:.3f}  {step.tokens_per_second:,.0f} tokens/s"
+        # Behind the last step comes the held-out loss, which is a stage of its own.
+        if step.step < step.steps:
+            minutes, rest = divmod(round(step.seconds_left), 60)
+            text += f"  {minutes}:{rest:02d} left"
+        first = f"training {name}: {step.steps:,} steps" if first is None else first
+        self.run(name, text, step.step, step.steps, first=first)
 
-    def progress(self, name: str, step: Step) -> None:
-        """The live line of one model; nothing where stderr is not a terminal."""
-        minutes, rest = divmod(round(step.seconds_left), 60)
-        text = (
-            f"{name:<16} step {step.step}/{step.steps}  loss {step.loss:.3f}  "
-            f"{step.tokens_per_second:,.0f} tokens/s  {minutes}:{rest:02d} left"
-        )
-        self._show(name, text, step.step, step.steps)
-
-    def counted(self, name: str, done: int, all_: int) -> None:
-        """The live line of one model, by what is done; nothing where stderr is not a terminal."""
-        left = next((task.time_remaining for task in self._live.tasks if task.id == self._tasks.get(name)), None)
-        text = f"{name:<16} {done:,} of {all_:,}" + (f"  {left:.0f} s left" if left else "")
-        self._show(name, text, done, all_)
+    def counted(self, name: str, done: int, total: int) -> None:
+        """The line of one model that is measured, by what is done."""
+        now = time.monotonic()
+        began, before = self._counts.setdefault(name, (now, done))
+        text = f"{name:<16} {done:,} of {total:,}"
+        if done > before and done < total:
+            text += f"  about {seconds(round((now - began) * (total - done) / (done - before)))} left"
+        self.run(name, text, done, total, first=f"measuring {name}")
 
     def ladder(self, progress: LadderProgress) -> None:
         """A line at the start of each run of a ladder, and the live line of its steps."""
         name = f"{progress.attention} {progress.size:,} parameters, seed {progress.seed}"
         if progress.step is not None:
-            self.progress(name, progress.step)
+            self.progress(name, progress.step, first="")
             return
         left = "" if progress.seconds_left is None else f", about {seconds(progress.seconds_left)} left"
         self.note(f"{progress.done} of {progress.runs} runs done{left}: training {name}")
-
-    def _show(self, name: str, text: str, done: int, all_: int) -> None:
-        if not self._screen.is_terminal:
-            return
-        if not self._tasks:
-            self._live.start()
-        if name not in self._tasks:
-            self._tasks[name] = self._live.add_task(text, total=all_)
-        self._live.update(self._tasks[name], completed=done, total=all_, description=text)
 
     def rows(self, rows: list[list[str]]) -> None:
         """A table; the first row is its header."""
         table = Table(*rows[0], box=rich.box.SIMPLE_HEAD)
         for row in rows[1:]:
             table.add_row(*row)
-        self._screen.print(table, markup=False)
+        self.screen.print(table, markup=False)
 
     def table(self, result: dict[str, Any]) -> None:
         """The comparison as the report has it, and the verdict of each pair."""
@@ -108,6 +91,11 @@ class Console:
         self.rows(compare_rows(result))
         for pair in result["pairs"].values():
             self.note(pair["verdict"])
+
+
+def command_line() -> str:
+    """What was typed, as a person would type it again."""
+    return shlex.join(["diffattn", *sys.argv[1:]])
 
 
 def print_json(result: object) -> None:

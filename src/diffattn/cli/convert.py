@@ -44,15 +44,16 @@ def convert(
     def call() -> int:
         from dataclasses import asdict
 
-        from transformers.utils import logging as transformers_logging
-
-        from diffattn.convert.convert import convert as run
+        from diffattn.cli.board import Board
         from diffattn.numbers import size
 
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
         given = {"noise": noise, "noise_std": noise_std, "seed": seed, "heads": _heads(dex_heads)}
-        result = run(src, dst, to, **{name: value for name, value in given.items() if value is not None})
+        options = {name: value for name, value in given.items() if value is not None}
+        with Board(keep=False) as board:
+            board.importing()
+            from diffattn.convert.convert import convert as run
+
+            result = run(src, dst, to, on_stage=board, **options)
         print(f"{result.source} → {result.target}: {result.changed}; {result.exact}", file=sys.stderr)
         before = "" if result.parameters == result.source_parameters else f" (were {result.source_parameters:,})"
         print(

@@ -37,14 +37,16 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
         def call() -> int:
             from diffattn.cli.console import Console, print_json
             from diffattn.files import check_files
-            from diffattn.report.study_chart import study_rows, write_study_png
-            from diffattn.study.evaluation import evaluate
 
             check_files(png=png)
             with Console(f"eval {study}", Path(), resume=False, kept="nothing" if keep is None else "rows") as console:
+                console.importing()
+                from diffattn.report.study_chart import study_rows, write_study_png
+                from diffattn.study.evaluation import evaluate
+
                 result = evaluate(
                     study, models, options, text=text, dtype=dtype, device=device, keep=keep,
-                    command=console.command, on_progress=console.counted,
+                    command=console.command, on_progress=console.counted, on_stage=console,
                 )  # fmt: skip
             console.rows(study_rows(result))
             if png is not None:

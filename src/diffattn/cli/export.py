@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,33 +37,31 @@ def export(
         json: Print the result as JSON on stdout.
     """
 
-    def note(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     def call() -> int:
         from dataclasses import asdict
 
-        from transformers.utils import logging as transformers_logging
-
+        from diffattn.cli.board import Board
         from diffattn.errors import ConfigError
         from diffattn.numbers import size
-        from diffattn.serve.onnx_check import OnnxCheckError
-        from diffattn.serve.onnx_export import export_onnx
 
         if not onnx:
             raise ConfigError("no format named; wanted --onnx: see diffattn export --help")
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        try:
-            done = export_onnx(
-                folder, out, cache=cache, bits=bits, block_size=block_size, check=check, on_progress=note
-            )
-        except OnnxCheckError as error:
-            note(f"diffattn: {error}")
-            return 1
+        with Board() as board:
+            board.importing()
+            from diffattn.serve.onnx_check import OnnxCheckError
+            from diffattn.serve.onnx_export import export_onnx
+
+            try:
+                done = export_onnx(
+                    folder, out, cache=cache, bits=bits, block_size=block_size, check=check, on_stage=board
+                )
+            except OnnxCheckError as error:
+                board.close(failed=True)
+                board.note(f"diffattn: {error}")
+                return 1
         for line in done.check.lines() if done.check is not None else []:
-            note(line)
-        note(f"{done.folder}: {size(done.file_bytes)}, {done.attention}, {done.seconds:.0f} s")
+            board.note(line)
+        board.note(f"{done.folder}: {size(done.file_bytes)}, {done.attention}, {done.seconds:.0f} s")
         if json:
             from diffattn.cli.console import print_json
 

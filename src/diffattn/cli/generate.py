@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,35 +54,35 @@ def generate(
     def call() -> int:
         from dataclasses import asdict
 
-        from transformers.utils import logging as transformers_logging
-
+        from diffattn.cli.board import Board
         from diffattn.numbers import seconds, size
-        from diffattn.serve.generation import Decoding, check_prompt
-        from diffattn.serve.generation import generate as run
 
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        decoding = Decoding(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-            num_beams=num_beams, cache=cache,
-        )  # fmt: skip
         text = _stdin() if prompt == "-" else prompt
-        check_prompt(text)
-        try:
+        with Board(keep=False) as board:
+            board.importing()
+            from diffattn.serve.generation import Decoding, check_prompt
+            from diffattn.serve.generation import generate as run
+
+            def write(piece: str) -> None:
+                board.close()
+                _write(piece)
+
+            decoding = Decoding(
+                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+                num_beams=num_beams, cache=cache,
+            )  # fmt: skip
+            check_prompt(text)
             result = run(
                 folder, text, decoding, chat=chat, dtype=dtype, device=device,
-                attn_implementation=attn_implementation, assistant=assistant, on_text=None if json else _write,
+                attn_implementation=attn_implementation, assistant=assistant, on_text=None if json else write,
+                on_stage=board,
             )  # fmt: skip
-            if json:
-                from diffattn.cli.console import print_json
+        if json:
+            from diffattn.cli.console import print_json
 
-                print_json(asdict(result))
-            else:
-                _write("\n")
-        except BrokenPipeError:
-            # Whoever read has read enough; Python would complain once more as it flushes at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            print_json(asdict(result))
+        else:
+            _write("\n")
         speed = ""
         if result.tokens_per_second is not None:
             rate = result.tokens_per_second * result.weight_bytes

@@ -45,24 +45,27 @@ def lens(
     """
 
     def call() -> int:
-        from diffattn.cli.console import Console, print_json
+        from diffattn.cli.board import Board
+        from diffattn.cli.console import command_line, print_json
         from diffattn.files import check_files, write_text
-        from diffattn.report.lens_page import lens_pngs, render_lens, write_lens_pngs
-        from diffattn.study.lens import lens as read
-        from diffattn.study.lens import names_of
 
         check_files(html=html, png=png)
-        for picture in lens_pngs(names_of(models), png) if png is not None else ():
-            check_files(html=html, png=picture)
-        with Console("lens", Path(), resume=False, kept="nothing") as console:
+        with Board(keep=False) as board:
+            board.importing()
+            from diffattn.report.lens_page import lens_pngs, render_lens, write_lens_pngs
+            from diffattn.study.lens import lens as read
+            from diffattn.study.lens import names_of
+
+            for picture in lens_pngs(names_of(models), png) if png is not None else ():
+                check_files(html=html, png=picture)
             result = read(
                 models, text, layers=layers, answer=answer, picture=None if png is None else (layer, head),
-                dtype=dtype, device=device, command=console.command,
+                dtype=dtype, device=device, command=command_line(), on_stage=board,
             )  # fmt: skip
         if png is not None:
             write_lens_pngs(result, png)
         write_text(html, render_lens(result))
-        console.note(f"{html} shows {len(result['tokens'])} tokens; open it in a browser")
+        board.note(f"{html} shows {len(result['tokens'])} tokens; open it in a browser")
         if json:
             print_json(result)
         return 0

@@ -154,6 +154,10 @@ def _measured(
             f"--measure given with dtypes of single parts; a precision by name is what can be built; leave out the "
             f"others, as in --precision {precision}"
         )
-    from diffattn.study.measured_plan import measure_plan
+    from diffattn.cli.board import Board
 
-    return measure_plan(model.built, model.attention, **(place | {"precision": precision}))
+    with Board(keep=False) as board:
+        board.importing()
+        from diffattn.study.measured_plan import measure_plan
+
+        return measure_plan(model.built, model.attention, **(place | {"precision": precision}), on_stage=board)

@@ -58,15 +58,17 @@ def scale_run(
 
     def call() -> int:
         from diffattn.cli.console import Console, print_json
-        from diffattn.study.ladder import Ladder, run_ladder
 
-        ladder = Ladder(
-            sizes=sizes, tokens=tokens, variants=variants, seeds=seeds, text=text, vocab_size=vocab_size,
-            context=context, needles=needles, match=match, batch_size=batch_size, learning_rate=learning_rate,
-            device=device, dtype=dtype,
-        )  # fmt: skip
         with Console("scale run", out, resume=True, kept="rows") as console:
-            rows = run_ladder(ladder, out=out, command=console.command, on_progress=console.ladder)
+            console.importing()
+            from diffattn.study.ladder import Ladder, run_ladder
+
+            ladder = Ladder(
+                sizes=sizes, tokens=tokens, variants=variants, seeds=seeds, text=text, vocab_size=vocab_size,
+                context=context, needles=needles, match=match, batch_size=batch_size, learning_rate=learning_rate,
+                device=device, dtype=dtype,
+            )  # fmt: skip
+            rows = run_ladder(ladder, out=out, command=console.command, on_progress=console.ladder, on_stage=console)
         console.note(f"{len(rows)} rows: {out / 'rows.jsonl'}; fit them with: diffattn scale fit {out / 'rows.jsonl'}")
         if json:
             print_json({"rows": rows})

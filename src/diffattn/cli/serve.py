@@ -41,14 +41,23 @@ def serve(
     """
 
     def call() -> int:
-        from diffattn.serve.engines import serve as serve_folder
+        from diffattn.cli.board import Board
 
-        serve_folder(
-            folder, engine, host=host, port=port,
-            api_key=os.environ.get("DIFFATTN_API_KEY") if api_key is None else api_key,
-            model_name=model_name, dtype=dtype, device=device, max_context=max_context,
-            on_note=lambda note: print(f"diffattn: {note}", file=sys.stderr, flush=True),
-        )  # fmt: skip
+        with Board(keep=False) as board:
+            board.importing()
+            from diffattn.serve.engines import serve as serve_folder
+
+            def note(line: str) -> None:
+                # What a person should know while it serves stands alone; nothing changes behind it.
+                board.close()
+                print(f"diffattn: {line}", file=sys.stderr, flush=True)
+
+            serve_folder(
+                folder, engine, host=host, port=port,
+                api_key=os.environ.get("DIFFATTN_API_KEY") if api_key is None else api_key,
+                model_name=model_name, dtype=dtype, device=device, max_context=max_context,
+                on_note=note, on_stage=board,
+            )  # fmt: skip
         return 0
 
     return call

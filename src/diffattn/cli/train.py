@@ -72,36 +72,39 @@ def train(
 
     def call() -> int:
         from diffattn.cli.console import Console, print_json
-        from diffattn.train.continued import LEARNING_RATE, continue_training, started_from
-        from diffattn.train.recipe import Recipe
-        from diffattn.train.single import train_shape
 
         given = {"shape": shape, "attention": attention, "match": match}
-        console = Console("train", out, resume=resume)
-        start = source or (started_from(console.folder) if resume else None)
-        if start is not None and (
-            wrong := [f"--{name} {value}" for name, value in given.items() if value != _SHAPE[name]]
-        ):
-            raise ConfigError(f"{' '.join(wrong)} given with --from {start}, whose config.json says it; leave one out")
-        default_rate = Recipe.learning_rate if start is None else LEARNING_RATE
-        rate = default_rate if learning_rate is None else learning_rate
-        recipe = Recipe(
-            steps=steps, seed=seed, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
-            learning_rate=rate,
-            warmup_fraction=warmup_fraction, anneal_fraction=anneal_fraction, weight_decay=weight_decay,
-            checkpoints=checkpoints, evaluations=evaluations, device=device, dtype=dtype,
-        )  # fmt: skip
-        name = f"{attention if start is None else start.name} seed {seed}"
-        with console:
+        with Console("train", out, resume=resume) as console:
+            console.importing()
+            from diffattn.train.continued import LEARNING_RATE, continue_training, started_from
+            from diffattn.train.recipe import Recipe
+            from diffattn.train.single import train_shape
+
+            start = source or (started_from(console.folder) if resume else None)
+            if start is not None and (
+                wrong := [f"--{name} {value}" for name, value in given.items() if value != _SHAPE[name]]
+            ):
+                raise ConfigError(
+                    f"{' '.join(wrong)} given with --from {start}, whose config.json says it; leave one out"
+                )
+            default_rate = Recipe.learning_rate if start is None else LEARNING_RATE
+            rate = default_rate if learning_rate is None else learning_rate
+            recipe = Recipe(
+                steps=steps, seed=seed, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
+                learning_rate=rate,
+                warmup_fraction=warmup_fraction, anneal_fraction=anneal_fraction, weight_decay=weight_decay,
+                checkpoints=checkpoints, evaluations=evaluations, device=device, dtype=dtype,
+            )  # fmt: skip
+            name = f"{attention if start is None else start.name} seed {seed}"
             if start is None:
                 result = train_shape(
-                    shape, attention, recipe, console.folder, text=text, context=context, match=match, resume=resume,
-                    on_progress=lambda step: console.progress(name, step),
+                    shape, attention, recipe, console.folder, text=text, context=context, match=match,
+                    resume=resume, on_progress=lambda step: console.progress(name, step), on_stage=console,
                 )  # fmt: skip
             else:
                 result = continue_training(
                     start, recipe, console.folder, text=text, context=context, resume=resume,
-                    on_progress=lambda step: console.progress(name, step),
+                    on_progress=lambda step: console.progress(name, step), on_stage=console,
                 )  # fmt: skip
         console.note(
             f"held-out loss {result.val_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte, "

@@ -16,6 +16,7 @@ from diffattn.convert.layout import EMBEDDING
 from diffattn.convert.reading import LLAMA_LIKE, OURS
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import ATTENTIONS
+from diffattn.progress import OnStage, Stage, unseen
 
 Config = dict[str, Any]
 TARGETS = ("softmax", "diff_v1", "diff_v2", "dex", "diffllama", "reference", "llama")
@@ -121,6 +122,7 @@ def convert(
     to: str | None = None,
     *,
     max_shard_size: int | str = "5GB",
+    on_stage: OnStage = unseen,
     **options: Any,
 ) -> Conversion:
     """Convert the checkpoint folder ``src`` into the new folder ``dst``, lossless or refused.
@@ -143,6 +145,7 @@ def convert(
             taken along.
         to: one of ``TARGETS``; ``None`` for the obvious one, which our own models do not have.
         max_shard_size: of one file of weights.
+        on_stage: called with what is being done.
         options: to diff_v2 ``noise``, ``noise_std`` and ``seed`` of :func:`diffattn.convert.llama.to_diff_v2`; to dex
             ``heads``, for every layer the heads that subtract, or one list for all layers.
 
@@ -153,6 +156,7 @@ def convert(
     """
     if to is not None and to not in TARGETS:
         raise ConfigError(f"to is {to!r}; wanted one of {', '.join(TARGETS)}")
+    on_stage(Stage("reading the weights"))
     checkpoint = read_folder(src)
     destination = check_destination(src, dst)
     kind = kind_of(checkpoint.config)
@@ -160,11 +164,14 @@ def convert(
     direction = _direction(kind, target, options)
     if options.get("heads") is not None:
         options["heads"] = _heads_of_layers(options["heads"], checkpoint.config)
+    on_stage(Stage("converting the weights"))
     config, tensors = direction.function(checkpoint.config, checkpoint.tensors, **options)
     if config["model_type"] != unilm.REFERENCE:
         # Without it, the library takes the dtype of the tensor that it finds first.
         config.setdefault("dtype", _name(tensors[EMBEDDING].dtype))
+        on_stage(Stage("checking that the result is a whole model"))
         check_loads(config, tensors)
+    on_stage(Stage("writing the weights"))
     size = write_folder(destination, config, tensors, checkpoint.copied, max_shard_size)
     made = config.get("converted")
     same = made.get("same_function", True) if isinstance(made, dict) else True

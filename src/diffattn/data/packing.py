@@ -31,6 +31,7 @@ from diffattn.data.tokenizer import (
 )
 from diffattn.errors import ConfigError, DataError
 from diffattn.machine import cache_folder
+from diffattn.progress import OnStage, Stage, unseen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -174,6 +175,7 @@ def prepare_data(
     validation_fraction: float = 0.02,
     text_column: str = "text",
     cache_dir: str | Path | None = None,
+    on_stage: OnStage = unseen,
 ) -> PreparedData:
     """Read text, hold documents out, train a tokenizer on the rest and pack both into blocks; or find it in the cache.
 
@@ -185,6 +187,7 @@ def prepare_data(
         validation_fraction: share of the bytes to hold out, above 0 and at most 0.5.
         text_column: the field or column that holds the text.
         cache_dir: default `$DIFFATTN_CACHE`, else `$XDG_CACHE_HOME/diffattn`, else `~/.cache/diffattn`.
+        on_stage: called with what is being done and how much of it is.
     Returns: `PreparedData`; the same text and sizes always give the same tokens.
     Raises: `DataError` for text that cannot be read or is too short, `ConfigError` for a size, a tokenizer or a cache
     folder that cannot be used.
@@ -196,12 +199,13 @@ def prepare_data(
     if vocabulary is None or (vocab_size is not None and tokenizer is not None):
         raise ConfigError("vocab_size and tokenizer are both given, or neither; wanted exactly one of them")
     name = vocabulary if isinstance(vocabulary, int) else fingerprint(vocabulary)
+    on_stage(Stage("reading the text"))
     corpus = text if isinstance(text, Corpus) else read_corpus(text, text_column=text_column)
     split = split_by_document(corpus, validation_fraction=validation_fraction)
     key = json.dumps([FORMAT, corpus.digest, float(validation_fraction), name])
     folder = cache_root(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:32]
     with cache_explained(folder.parent):
-        manifest = check_token_files(folder) or _build(folder, split, corpus.digest, vocabulary)
+        manifest = check_token_files(folder) or _build(folder, split, corpus.digest, vocabulary, on_stage)
     if tokenizer is None:
         from transformers import PreTrainedTokenizerFast
 
@@ -260,7 +264,9 @@ def _open(
     return PreparedData(tokenizer, blocks["train"], blocks["validation"], facts, bytes_per_token)
 
 
-def _build(folder: Path, split: Split, digest: str, vocabulary: "int | PreTrainedTokenizerFast") -> dict[str, Any]:
+def _build(
+    folder: Path, split: Split, digest: str, vocabulary: "int | PreTrainedTokenizerFast", on_stage: OnStage
+) -> dict[str, Any]:
     """Make a cache folder under a temporary name and rename it, so that no one ever sees a half-written one."""
     root = folder.parent
     root.mkdir(parents=True, exist_ok=True)
@@ -272,7 +278,7 @@ def _build(folder: Path, split: Split, digest: str, vocabulary: "int | PreTraine
                 shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=root, prefix=prefix, ignore_cleanup_errors=True) as scratch:
         new = Path(scratch) / "new"
-        write_token_files(new, split, digest, vocabulary)
+        write_token_files(new, split, digest, vocabulary, on_stage)
         if folder.exists() and check_token_files(folder) is None:
             with suppress(FileNotFoundError):
                 os.rename(folder, Path(scratch) / "damaged")

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from diffattn.data.text import SEPARATOR, Split
 from diffattn.errors import ConfigError
+from diffattn.progress import OnStage, Stage, unseen
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -235,7 +236,13 @@ def byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> npt.NDArray[np.int64]:
     return lengths
 
 
-def write_token_files(folder: Path, split: Split, digest: str, vocabulary: "int | PreTrainedTokenizerFast") -> None:
+def write_token_files(
+    folder: Path,
+    split: Split,
+    digest: str,
+    vocabulary: "int | PreTrainedTokenizerFast",
+    on_stage: OnStage = unseen,
+) -> None:
     """Train a tokenizer on the training part and write it, both parts and their manifest into a new folder.
 
     Arguments:
@@ -243,14 +250,17 @@ def write_token_files(folder: Path, split: Split, digest: str, vocabulary: "int 
         split: what `split_by_document` gave.
         digest: of the corpus, for the manifest.
         vocabulary: the size of the vocabulary, as for `train_tokenizer`; or a tokenizer, which is not written.
+        on_stage: called with what is being done.
     Raises: `ConfigError` for a vocabulary below 257, `OSError` where the folder cannot be written.
     """
     folder.mkdir()
     if isinstance(vocabulary, int):
+        on_stage(Stage("training the tokenizer"))
         tokenizer = train_tokenizer((document.text for document in split.train), vocabulary)
         tokenizer.save_pretrained(folder / "tokenizer")
     else:
         tokenizer = vocabulary
+    on_stage(Stage("turning the text into tokens"))
     dtype = "<u2" if vocabulary_rows(tokenizer) <= 1 << 16 else "<u4"
     files: dict[str, dict[str, Any]] = {}
     for side, documents in (("train", split.train), ("validation", split.validation)):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from diffattn.checkpoint_files import read_config, read_tensors
 from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
+from diffattn.progress import OnStage, Stage, unseen
 
 Engine = Literal["auto", "vllm", "transformers"]
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -38,6 +39,7 @@ def serve(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     max_context: int | None = None,
     on_note: Callable[[str], None] = lambda note: None,
+    on_stage: OnStage = unseen,
 ) -> None:
     """Answer OpenAI's requests with the model in a folder, until SIGINT or SIGTERM ends it.
 
@@ -52,6 +54,7 @@ def serve(
         device: ``"auto"``: the GPU where there is one.
         max_context: tokens that prompt and answer may have together. Default, and at most: the model's positions.
         on_note: is given what a person should know: which engine, where, what is unsafe.
+        on_stage: called with what is done before requests are answered.
 
     Raises:
         CheckpointError: a folder that is no whole checkpoint.
@@ -76,8 +79,10 @@ def serve(
                 on_start=lambda what: on_note(f"starting {running} ({what}) for {names[0]!r} on {where}/v1"),
             )  # fmt: skip
         else:
+            on_stage(Stage("importing the server"))
             from diffattn.serve import transformers_engine
 
+            on_stage(Stage("loading the model"))
             transformers_engine.serve(
                 Path(folder), names, listener, **common,
                 on_ready=lambda what: on_note(f"serving {names[0]!r} with {running} ({what}) on {where}/v1"),

@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.model.loading import Device, Dtype, load, positions_of
+from diffattn.progress import OnStage, Stage, unseen
 from diffattn.serve.decoding import Decoding, check_assisted, generation_config
 
 
@@ -54,6 +55,7 @@ def generate(
     attn_implementation: str | None = None,
     assistant: str | Path | None = None,
     on_text: Callable[[str], None] | None = None,
+    on_stage: OnStage = unseen,
 ) -> Generated:
     """Continue a prompt with the model in a folder.
 
@@ -65,6 +67,7 @@ def generate(
         assistant: folder of a smaller model with the same tokenizer, which drafts tokens that the model then checks
             several at a time. The text is the same (greedy) or as likely (drawn).
         on_text: called with each piece of text as soon as it is whole, in this thread; with beams once, at the end.
+        on_stage: called with what is done before the first piece of text.
 
     Returns:
         The text, which is what ``on_text`` was given in pieces, and the counts and times.
@@ -77,6 +80,7 @@ def generate(
     check_prompt(prompt)
     if assistant is not None:
         check_assisted(decoding)
+    on_stage(Stage("loading the model"))
     began = time.perf_counter()
     model, tokenizer = load(folder, dtype, device, attn_implementation)
     draft = None
@@ -88,6 +92,7 @@ def generate(
                 "with the same tokenizer is wanted, whose tokens can be checked"
             )
     load_seconds = time.perf_counter() - began
+    on_stage(Stage("reading the prompt" if decoding.num_beams == 1 else "writing the text"))
     result = continue_text(model, tokenizer, prompt, decoding, chat=chat, assistant=draft, on_text=on_text)
     return replace(result, load_seconds=load_seconds)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from diffattn.files import whole_folder
 from diffattn.folders import own_folder
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.loading import load_model, load_tokenizer
+from diffattn.progress import OnStage, Stage, unseen
 from diffattn.serve.onnx_check import CheckReport, Expected, OnnxCheckError, check_float32, check_quantized
 from diffattn.serve.onnx_graph import GROUPED, OPSET, save, to_graph, weight_bytes
 from diffattn.serve.onnx_quantize import BITS, check_block_size, quantize
@@ -43,7 +43,7 @@ def export_onnx(
     bits: int | None = None,
     block_size: int = 32,
     check: bool = False,
-    on_progress: Callable[[str], None] = lambda line: None,
+    on_stage: OnStage = unseen,
 ) -> OnnxExport:
     """Write ``model.onnx``, its configuration and its tokenizer into a folder, whole or not at all.
 
@@ -55,7 +55,7 @@ def export_onnx(
         block_size: weights that share one scale, with ``bits``: 16, 32, 64, 128 or 256.
         check: compare the written model with the torch model (see ``diffattn.serve.onnx_check``); one that differs by
             more than rounding does not stay.
-        on_progress: is called with a line at each step.
+        on_stage: called with what is being done and how much of it is.
 
     Raises:
         CheckpointError: a folder that holds no whole checkpoint.
@@ -74,25 +74,28 @@ def export_onnx(
     own_folder(target)
     require("onnx", "onnxscript", *(("onnxruntime",) if check or bits else ()))
 
-    on_progress("loading the weights as float32")
+    on_stage(Stage("loading the weights as float32"))
     model = load_model(source, "float32", "cpu", attn_implementation=GROUPED)
-    on_progress("tracing the graph")
+    on_stage(Stage("tracing the graph"))
     graph = to_graph(model, cache=cache)
     with whole_folder(target) as partial:
         if check or bits is None:
+            on_stage(Stage("writing the graph"))
             save(graph, partial)
         report = None
         if check:
             # Also before quantising, which is no reason for a graph to be wrong.
-            on_progress("comparing with the torch model")
+            on_stage(Stage("comparing with the torch model"))
             tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
             expected = Expected.of(model, tokenizer)
             report = _passed(check_float32(model, partial, expected))
         if bits is not None:
-            on_progress(f"quantising to {bits} bits")
+            on_stage(Stage(f"quantising to {bits} bits"))
             graph = quantize(graph, bits, block_size=block_size)
+            on_stage(Stage("writing the quantised graph"))
             save(graph, partial)
             if report is not None:
+                on_stage(Stage("comparing the quantised graph with the torch model"))
                 report = _passed(check_quantized(model, partial, bits, report, expected, block_size=block_size))
         _save_companions(model.config, source, partial, cache)
         sizes = [(partial / name).stat().st_size for name in (MODEL_FILE, DATA_FILE) if (partial / name).exists()]

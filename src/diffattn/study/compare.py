@@ -29,6 +29,7 @@ from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.pairing import MATCHES, build_pair, pair_config
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token
 from diffattn.plan.shape import DEFAULT_VARIANTS, VARIANTS, ModelShape
+from diffattn.progress import OnStage, Stage, unseen
 from diffattn.report.compare_page import render_compare, render_picture
 from diffattn.study.maps import attention_maps, token_labels
 from diffattn.study.statistics import pairs
@@ -132,6 +133,7 @@ def compare(
     command: str = "diffattn.compare(...)",
     on_note: Callable[[str], None] = lambda line: None,
     on_progress: Callable[[str, int, Progress], None] = lambda attention, seed, progress: None,
+    on_stage: OnStage = unseen,
 ) -> dict[str, Any]:
     """Train every variant over every seed, measure, and write ``result.json`` and ``report.html`` into ``out``.
 
@@ -142,6 +144,7 @@ def compare(
         command: what made the result, to be named in it.
         on_note: called with a line about what happens next.
         on_progress: called with the variant, the seed and the step.
+        on_stage: called with what is done beside the steps, and how much of it is.
 
     Returns:
         The content of ``result.json``: ``variants`` (parameters, held-out loss and bits per byte per seed, training
@@ -161,17 +164,17 @@ def compare(
         began -= stored["plan"]["seconds"] if "plan" in stored else 0.0
     study = _Study(options := options or Comparison(), folder)
     with new_folder(folder):
-        data = prepare_data(options.text, vocab_size=study.shape.vocab_size, context=study.context)
+        data = prepare_data(options.text, vocab_size=study.shape.vocab_size, context=study.context, on_stage=on_stage)
     config = stored or {"options": dataclasses.asdict(options), "command": command}
     write_json(folder / "config.json", config)
     if "plan" not in config:
-        on_note("measuring a training step of each variant")
-        config["plan"] = _plan(study, data, began)
+        config["plan"] = _plan(study, data, began, on_stage)
         write_json(folder / "config.json", config)
     plan = config["plan"]
     on_note(
         f"{len(options.variants) * options.seeds} runs of {plan['steps']} steps of "
-        f"{options.batch_size} × {study.context} tokens{plan['note']}"
+        f"{options.batch_size} × {study.context} tokens{plan['note']}; "
+        f"about {_about(_seconds_of(options, plan['step_seconds'], data, plan['steps']))} of training and measuring"
     )
     runs: dict[str, list[TrainResult]] = {attention: [] for attention in options.variants}
     for seed in range(options.seeds):
@@ -184,9 +187,10 @@ def compare(
                     study.run_folder(attention, seed),
                     resume=resume,
                     on_progress=functools.partial(on_progress, attention, seed),
+                    on_stage=on_stage,
                 )
             )
-    on_note("measuring start-up and writing the report")
+    on_stage(Stage("measuring the start-up of the models and writing the report"))
     result = _result(study, data, runs, plan, config["command"])
     write_json(folder / "result.json", result)
     curves, maps = _curves(study), _maps(study, data)
@@ -218,17 +222,19 @@ def _same_options(stored: dict[str, Any], given: Comparison | None, folder: Path
     return kept
 
 
-def _plan(study: _Study, data: PreparedData, began: float) -> dict[str, Any]:
+def _plan(study: _Study, data: PreparedData, began: float, on_stage: OnStage) -> dict[str, Any]:
     """Measure a step of each variant, and from that how many steps fit into the time."""
     options = study.options
     costs: dict[str, StepCost] = {}
     for attention in options.variants:
+        on_stage(Stage(f"measuring a training step of {attention}"))
         costs[attention] = measure_step(study.build(attention, 0), data, options.recipe(1, 0))
     used = time.perf_counter() - began
     steps, note = options.steps or DEFAULT_STEPS, ""
     if options.steps is None:
         minutes = options.minutes or DEFAULT_MINUTES
-        fit = _steps_that_fit(options, costs, data, 60 * minutes - used)
+        seconds = {name: cost.seconds for name, cost in costs.items()}
+        fit = _steps_that_fit(options, seconds, data, 60 * minutes - used)
         if options.minutes is not None or fit < steps:
             steps, note = fit, f", which is what fits into {minutes:g} minutes on this machine"
     return {
@@ -240,16 +246,31 @@ def _plan(study: _Study, data: PreparedData, began: float) -> dict[str, Any]:
     }
 
 
-def _steps_that_fit(options: Comparison, costs: dict[str, StepCost], data: PreparedData, seconds: float) -> int:
-    """Steps of each run when all runs share ``seconds``: set aside are evaluations, saving, and the report."""
+def _steps_that_fit(options: Comparison, step: dict[str, float], data: PreparedData, seconds: float) -> int:
+    """Steps of each run when all runs share ``seconds``, with ``step`` of each variant measured."""
+    left = seconds - _seconds_of(options, step, data, 0)
+    return max(1, int(left / (options.seeds * sum(step.values()))))
+
+
+def _seconds_of(options: Comparison, step: dict[str, float], data: PreparedData, steps: int) -> float:
+    """Seconds that runs of so many steps take together, with their evaluations, saving, and the report."""
     recipe = options.recipe(1, 0)
     blocks = recipe.evaluations * min(recipe.evaluation_blocks, len(data.validation)) + len(data.validation)
     # A forward pass without gradients is about a third of a step.
     evaluation_steps = blocks / options.batch_size / 3
-    per_step = options.seeds * sum(cost.seconds for cost in costs.values())
     per_run = 3.0
-    left = seconds - 15.0 - per_run * options.seeds * len(costs) - evaluation_steps * per_step
-    return max(1, int(left / per_step))
+    return 15.0 + per_run * options.seeds * len(step) + (steps + evaluation_steps) * options.seeds * sum(step.values())
+
+
+def _about(seconds: float) -> str:
+    """A time that is read at a glance.
+
+    >>> _about(41), _about(340), _about(9000)
+    ('41 s', '6 minutes', '2.5 hours')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def _result(

@@ -23,6 +23,7 @@ from diffattn.errors import ConfigError
 from diffattn.files import writable_folder, write_json
 from diffattn.folders import KEPT, own_folder
 from diffattn.model.loading import Device, Dtype, load, load_config, positions_of
+from diffattn.progress import OnStage, Stage, unseen
 from diffattn.study.compare import versions
 from diffattn.study.options import OPTIONS, fitted
 from diffattn.study.statistics import interval, paired_difference
@@ -72,6 +73,7 @@ def evaluate(
     keep: Path | None = None,
     command: str = "diffattn.evaluate(...)",
     on_progress: Callable[[str, int, int], None] = lambda name, done, all_: None,
+    on_stage: OnStage = unseen,
 ) -> dict[str, Any]:
     """Run one study on several models.
 
@@ -85,6 +87,7 @@ def evaluate(
             unless the run's files, the text, the options or diffattn's version changed.
         command: what is said to have made the result.
         on_progress: called with a run's name, steps done and steps in all.
+        on_stage: called with what is done before a model is measured.
 
     Returns:
         ``study``, ``options``, ``text``, ``models`` (folders and parameters by name), and ``points``: for every panel
@@ -102,6 +105,7 @@ def evaluate(
     # Before text is read, and models for minutes; one length for all, so that they are given the same samples.
     known = [positions_of(load_config(folder)) for entry in named for folder in entry.folders]
     options = fitted(options or OPTIONS[study](), min((limit for limit in known if limit is not None), default=None))
+    on_stage(Stage("reading the text"))
     corpus = read_corpus(text)
     documents = split_by_document(corpus).validation
     if keep is not None:
@@ -117,7 +121,9 @@ def evaluate(
             file = None if keep is None else keep / f"{study}-{_identity(folder, asked)}.json"
             run = _kept(file)
             if run is None:
+                on_stage(Stage(f"loading {folder}"))
                 model, tokenizer = load(folder, dtype, device)
+                on_stage(Stage(f"getting ready to measure {folder}"))
                 rows = None if file is None else file.with_suffix(".jsonl")
                 given = Given(model, tokenizer, documents, functools.partial(on_progress, entry.name), rows)
                 points = [point._asdict() for point in STUDIES[study].measure(given, options)]

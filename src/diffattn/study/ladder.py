@@ -27,6 +27,7 @@ from diffattn.model.pairing import MATCHES, parameters_of
 from diffattn.plan.cost import count_parameters, flops_per_token
 from diffattn.plan.rule import parse_count, shape_about
 from diffattn.plan.shape import DEFAULT_VARIANTS, ModelShape
+from diffattn.progress import OnStage, Stage, unseen
 from diffattn.study.arms import ARMS, Arm
 from diffattn.study.compare import versions
 from diffattn.train.callbacks import Progress
@@ -145,6 +146,7 @@ def run_ladder(
     out: str | Path,
     command: str = "diffattn.run_ladder(...)",
     on_progress: Callable[[LadderProgress], None] = lambda progress: None,
+    on_stage: OnStage = unseen,
 ) -> list[dict[str, Any]]:
     """Train every variant, size and seed that has no row yet, smallest first, and append a row for each.
 
@@ -156,6 +158,7 @@ def run_ladder(
         out: folder of ``rows.jsonl`` and of the run folders.
         command: what made the rows, to be named in each.
         on_progress: called at the start of each run and after each step.
+        on_stage: called with what is done beside the steps, and how much of it is.
 
     Returns:
         The rows of this ladder, in order of size, seed and variant. ``parameters`` and ``non_embedding_parameters``
@@ -171,8 +174,9 @@ def run_ladder(
     # A damaged row is told of before any work.
     read_rows(folder / ROWS)
     writable_folder(folder)
+    on_stage(Stage("reading the text"))
     corpus = read_corpus(ladder.text)
-    data = prepare_data(corpus, vocab_size=ladder.vocab_size, context=ladder.context)
+    data = prepare_data(corpus, vocab_size=ladder.vocab_size, context=ladder.context, on_stage=on_stage)
     data = with_needles(data, corpus, share=ladder.needles)
     runs = [
         _Run(ladder, shape, attention, seed, data)
@@ -187,7 +191,7 @@ def run_ladder(
                 continue
             report = functools.partial(_report, on_progress, runs, index, rows)
             report(None)
-            row = run.row(folder / run.name, command, report)
+            row = run.row(folder / run.name, command, report, on_stage)
             _append(folder / ROWS, row)
             (folder / f"{run.name}.lock").unlink(missing_ok=True)
     wanted = [run.key for run in runs]
@@ -271,12 +275,12 @@ class _Run:
     def key(self) -> tuple[Any, ...]:
         return _key(self.facts)
 
-    def row(self, folder: Path, command: str, on_step: Callable[[Progress], None]) -> dict[str, Any]:
+    def row(self, folder: Path, command: str, on_step: Callable[[Progress], None], on_stage: OnStage) -> dict[str, Any]:
         """Train, or go on training, and measure."""
         result = read_result(folder)
         if result is None:
             model = self.arm.build(self.shape, seed=self.seed, match=self.ladder.match).model
-            result = train(model, self.data, self.recipe, folder, resume=True, on_progress=on_step)
+            result = train(model, self.data, self.recipe, folder, resume=True, on_progress=on_step, on_stage=on_stage)
         return self.facts | {
             "val_loss": result.val_loss,
             "bits_per_byte": result.bits_per_byte,

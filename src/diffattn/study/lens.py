@@ -19,6 +19,7 @@ from diffattn.checkpoint_files import folder_name
 from diffattn.errors import ConfigError, DataError, UnsupportedError
 from diffattn.model.attention import DiffV1Attention
 from diffattn.model.loading import Device, Dtype, load, positions_of
+from diffattn.progress import OnStage, Stage, unseen
 from diffattn.study.layer_calls import LayerCall, served_by
 from diffattn.study.maps import attention_maps, token_labels
 from diffattn.study.options import fitting_length
@@ -38,6 +39,7 @@ def lens(
     dtype: Dtype = "auto",
     device: Device = "auto",
     command: str = "diffattn.lens(...)",
+    on_stage: OnStage = unseen,
 ) -> dict[str, Any]:
     """Read one text with one model or two.
 
@@ -49,6 +51,7 @@ def lens(
         picture: layer and output head of which the maps themselves are wanted too.
         dtype, device: as in :func:`diffattn.model.loading.load`.
         command: what is said to have made the result.
+        on_stage: called with what is being done.
 
     Returns:
         ``tokens`` as they are to be read, ``answer`` as the range of its tokens or None, and ``models``: ``name``,
@@ -65,7 +68,11 @@ def lens(
     """
     if not 1 <= len(folders) <= 2:
         raise ConfigError(f"{len(folders)} models given; wanted one, or two to be seen beside each other")
-    loaded = [load(folder, dtype, device) for folder in folders]
+    loaded = []
+    for folder in folders:
+        on_stage(Stage(f"loading {folder}"))
+        loaded.append(load(folder, dtype, device))
+    on_stage(Stage("reading the text with the model"))
     tokenizer = loaded[0][1]
     ids = tokenizer(text)["input_ids"]
     if any(other(text)["input_ids"] != ids for _, other in loaded[1:]):

@@ -28,6 +28,7 @@ from diffattn.plan.activations import ONE_MAP
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory, weight_bytes
 from diffattn.plan.shape import ModelShape, check_positive_int
+from diffattn.progress import OnStage, Stage, unseen
 from diffattn.study.measured_machine import forget, measure_machine, roofline
 from diffattn.train.measure import peak_bytes
 
@@ -219,6 +220,7 @@ def measure_plan(
     checkpointing: bool = False,
     machine: dict[str, Any] | None = None,
     repeats: int = 3,
+    on_stage: OnStage = unseen,
 ) -> list[dict[str, Any]]:
     """Build a model with random weights, do on it what the planner predicts, and put both side by side.
 
@@ -230,6 +232,7 @@ def measure_plan(
             of 512 tokens, float32, fused, no checkpointing.
         machine: of ``measure_machine``. Default: None, measured now.
         repeats: timed runs; medians are reported. Default: 3.
+        on_stage: called with what is being measured.
 
     Returns:
         Rows of ``what``, ``unit``, ``predicted``, ``measured``, ``ratio`` (predicted / measured) and ``exact``.
@@ -255,7 +258,9 @@ def measure_plan(
             f"machine's {memory / 2**30:.1f} GiB are wanted to measure it; take a smaller model, such as 3M, or a "
             "shorter context"
         )
+    on_stage(Stage("building the model"))
     subject = Subject(shape, attention, **place, checkpointing=checkpointing)
+    on_stage(Stage("measuring this machine"))
     machine = measure_machine() if machine is None else machine
     weights = "bf16" if precision == "bf16" else "fp32"
     dtype = "fp32" if precision == "fp32" else "bf16"
@@ -289,7 +294,9 @@ def measure_plan(
         # Which casts inside the counter as well, and counts the same.
         row("forward", "FLOPs", all_pairs_flops(shape, attention, batch=batch, context=context), subject.flops(), True)
 
+    on_stage(Stage("measuring the reading of a prompt"))
     prefill_peak, prefill_seconds = subject.prefill(repeats)
+    on_stage(Stage("measuring the writing of a token"))
     decoding_peak, decoding_seconds = subject.decoding(repeats)
     row("prefill peak", "bytes", prefill_memory(shape, attention, **place).total, prefill_peak)
     row("prefill", "seconds", roofline(batch * context * forward, stored, machine, dtype), prefill_seconds)
@@ -298,10 +305,12 @@ def measure_plan(
     linear = all_pairs_flops(shape, attention, batch=batch, context=1)
     row("decoding one token", "seconds", roofline(linear, stored + cached, machine, dtype), decoding_seconds)
 
+    on_stage(Stage("measuring how the model is saved and loaded"))
     on_disk, load_seconds = _save_and_load(model, repeats)
     row("disk", "bytes", stored, on_disk, True)
     row("load", "seconds", stored / machine["disk"], load_seconds)
 
+    on_stage(Stage("measuring a training step"))
     training_peak, step_seconds = subject.training(repeats)
     row("training peak", "bytes", step_peak, training_peak)
     flops = batch * context * (training + (forward if checkpointing else 0))

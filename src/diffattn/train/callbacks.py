@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from diffattn.errors import TrainingError
 from diffattn.files import explained, write_text
+from diffattn.progress import OnStage, Stage
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,15 @@ class RunCallback(TrainerCallback):
         tokens_per_step: int,
         validation_blocks: int,
         on_progress: Callable[[Progress], None] | None,
+        on_stage: OnStage,
     ) -> None:
         self.metrics = metrics
         self.interruption = interruption
         self.tokens_per_step = tokens_per_step
         self.validation_blocks = validation_blocks
         self.on_progress = on_progress
+        self.on_stage = on_stage
+        self._measured = 0
         self.seconds = next((row["seconds"] for row in reversed(metrics.rows)), 0.0)
         self._recent: list[float] = []
         self._began = 0.0
@@ -170,7 +174,12 @@ class RunCallback(TrainerCallback):
             self.on_progress(Progress(step, state.max_steps, loss, self.tokens_per_step / pace, left))
         self.interruption.lower()
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, *, eval_dataloader: Any, **kwargs: Any) -> None:
+        self._measured += 1
+        self.on_stage(Stage("measuring the held-out loss", self._measured, len(eval_dataloader)))
+
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        self._measured = 0
         if not math.isfinite(metrics["eval_loss"]):
             raise diverged(f"the held-out loss at step {state.global_step} is {metrics['eval_loss']}")
         self.metrics.append(

@@ -14,6 +14,7 @@ from diffattn.data.tokenizer import vocabulary_rows
 from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.loading import load_config, load_model, load_tokenizer
+from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
 from diffattn.train.recipe import Recipe
 from diffattn.train.run import TrainResult, train
@@ -36,6 +37,7 @@ def continue_training(
     context: int | None = None,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    on_stage: OnStage = unseen,
 ) -> TrainResult:
     """Train a model that is there on text in its own tokens; a run as any other, with one row of metrics more.
 
@@ -51,6 +53,7 @@ def continue_training(
         context: tokens per block; default ``CONTEXT``, or the model's ``max_position_embeddings`` where that is less.
         resume: continue from the last good checkpoint in ``out``; ``source`` has to be the same model still.
         on_progress: called after each step.
+        on_stage: called with what is done beside the steps, and how much of it is.
 
     Raises:
         CheckpointError: a folder without a whole model, or without a tokenizer that can be read.
@@ -66,10 +69,11 @@ def continue_training(
     context = check_context(config.shape(), default if context is None else context, whose="model")
     check_out(out, resume)
     with new_folder(Path(out)) as folder:
-        data = prepare_data(text, tokenizer=tokenizer, context=context)
+        data = prepare_data(text, tokenizer=tokenizer, context=context, on_stage=on_stage)
+        on_stage(Stage("loading the model"))
         model = load_model(source, "float32")
     origin = {"folder": str(source.resolve()), "digest": weights_digest(source)}
-    return train(model, data, recipe, folder, source=origin, resume=resume, on_progress=on_progress)
+    return train(model, data, recipe, folder, source=origin, resume=resume, on_progress=on_progress, on_stage=on_stage)
 
 
 def started_from(out: str | Path) -> Path | None:

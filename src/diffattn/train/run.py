@@ -21,6 +21,7 @@ from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import sync, whole_folder, writable_folder, write_json
 from diffattn.folders import RUN, holds_model_of_ours, own_folder
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.annealing import DexAnnealing
 from diffattn.train.callbacks import Interruption, MetricsFile, Progress, RunCallback, diverged, read_metrics, warn
 from diffattn.train.checkpoint import checkpoints, is_sealed, last_good, prune, seal
@@ -63,6 +64,7 @@ def train(
     source: dict[str, str] | None = None,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    on_stage: OnStage = unseen,
 ) -> TrainResult:
     """Train ``model`` on ``data`` and write the folder ``out``.
 
@@ -79,6 +81,7 @@ def train(
             resumed with the same one. The held-out loss is then also measured before the first step.
         resume: continue from the last good checkpoint in ``out``, or start where there is none.
         on_progress: called after each step.
+        on_stage: called with what is done beside the steps, and how much of it is.
 
     Raises:
         ConfigError: ``out`` holds a run already, or something else, or cannot be written; or the attention
@@ -96,6 +99,7 @@ def train(
     if finished is not None:
         return finished
 
+    on_stage(Stage("getting ready for the first step"))
     start, skipped = last_good(folder)
     for line in skipped:
         warn(f"{folder}: {line}")
@@ -118,6 +122,7 @@ def train(
             tokens_per_step=recipe.tokens_per_step(data.train.context),
             validation_blocks=len(some),
             on_progress=on_progress,
+            on_stage=on_stage,
         )
         annealing = DexAnnealing(model, steps=recipe.steps, fraction=recipe.anneal_fraction)
         trainer = _PlainTrainer(model, recipe, folder, order, some, interruption, [callback, annealing])
@@ -139,6 +144,7 @@ def train(
         finally:
             metrics.close()
         interruption.shield()
+        on_stage(Stage("saving the model"))
         result = _finish(folder, model, data, metrics.held_out(recipe.steps)[-1])
         prune(folder, 1)
         interruption.lower()

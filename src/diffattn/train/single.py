@@ -12,6 +12,7 @@ from diffattn.files import writable_folder
 from diffattn.folders import RUN, own_folder
 from diffattn.model.pairing import build_pair, pair_config
 from diffattn.plan.shape import ModelShape
+from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
 from diffattn.train.recipe import Recipe
 from diffattn.train.run import TrainResult, check_new, train
@@ -28,6 +29,7 @@ def train_shape(
     match: str = "parameters",
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    on_stage: OnStage = unseen,
 ) -> TrainResult:
     """Prepare text, build one variant of a shape with the recipe's seed, and train it.
 
@@ -41,6 +43,7 @@ def train_shape(
         match: as in :func:`diffattn.model.pairing.build_pair`.
         resume: continue from the last good checkpoint in ``out``.
         on_progress: called after each step.
+        on_stage: called with what is done beside the steps, and how much of it is.
 
     Raises:
         ConfigError, DataError: nothing was written.
@@ -51,9 +54,10 @@ def train_shape(
     context = check_context(shape, context)
     check_out(out, resume)
     with new_folder(Path(out)) as folder:
-        data = prepare_data(text, vocab_size=shape.vocab_size, context=context)
+        data = prepare_data(text, vocab_size=shape.vocab_size, context=context, on_stage=on_stage)
+    on_stage(Stage("building the model"))
     model = build_pair(shape, attention, seed=recipe.seed, match=match).model
-    return train(model, data, recipe, folder, resume=resume, on_progress=on_progress)
+    return train(model, data, recipe, folder, resume=resume, on_progress=on_progress, on_stage=on_stage)
 
 
 def check_context(shape: ModelShape, context: int | None, *, whose: str = "shape") -> int:
