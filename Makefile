@@ -4,11 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup compare test test-full test-vllm asan wheels portable check benchmarks ladder study ablation test-lowest
+.PHONY: help setup compare test test-full test-vllm asan wheels portable check benchmarks ladder study gates rates ablation test-lowest
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST); echo "make setup     the environment alone      make check   style, types, imports      make benchmarks   measured ratios"; echo "make ladder, make study, make ablation   hours: the rows of docs/scaling.md and docs/studies.md"
+	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST); echo "make setup     the environment alone      make check   style, types, imports      make benchmarks   measured ratios"; echo "make ladder, make study, make gates, make rates, make ablation   hours: the rows of docs/scaling.md and docs/studies.md"
 
 setup: $(READY)
 
@@ -79,7 +79,8 @@ ladder: $(READY)
 	cp runs/ladder/rows.jsonl benchmarks/results/ladder.jsonl
 
 # Models to be studied, and every study of them: a night. Call it again to go on: models that have their rows are neither trained nor measured again.
-STUDY := --sizes 4M --tokens 10M --variants softmax diff_v1 diff_v2 gated --vocab-size 4096 --context 1024 --needles 0.6 --batch-size 1 --dtype bfloat16
+STUDY_DATA := --tokens 10M --vocab-size 4096 --context 1024 --needles 0.6 --batch-size 1 --dtype bfloat16
+STUDY := --sizes 4M --variants softmax diff_v1 diff_v2 gated $(STUDY_DATA)
 study: $(READY)
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make study TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	mkdir -p runs/study
@@ -88,6 +89,17 @@ study: $(READY)
 	cp runs/study/rows.jsonl benchmarks/results/study.jsonl
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.findings --runs runs/study --text $(TEXT) --out benchmarks/results/findings.jsonl
 	$(BIN)/python -m benchmarks.findings --out benchmarks/results/findings.jsonl --table --charts docs/findings --only "training loss" retrieval noise outliers "long_context, 4 times as long"
+
+# Whether small gated models look something up, by learning rate and start: about an hour of one core. Call it again to go on.
+gates: $(READY)
+	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make gates TEXT=eltec_eng.txt.xz" >&2; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gate_study --text $(TEXT) --out benchmarks/results/gated.jsonl $(ARGS)
+
+# The models of the study at four learning rates, two seeds each: an hour or two of a GPU, days of two cores. Call it again to go on.
+RATES := $(foreach seed,0 1,$(foreach times,1 2 0.5 4,$(foreach kind,gated softmax diff_v1 diff_v2,$(kind):$(times)::$(seed))))
+rates: $(READY)
+	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make rates TEXT=eltec_eng.txt.xz" >&2; exit 2; }
+	$(BIN)/python -m benchmarks.gate_study --text $(TEXT) --out benchmarks/results/gated.jsonl --runs runs/rates --size 4M $(STUDY_DATA) --cases $(RATES)
 
 # One thing changed at a time, 36 runs: hours. Call it again to go on.
 ablation: $(READY)

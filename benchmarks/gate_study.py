@@ -74,12 +74,16 @@ class Case:
     def of(text: str) -> Case:
         """Read from the command line.
 
-        >>> Case.of("gated:2")
-        Case(attention='gated', times=2.0, start='as built', seed=0)
+        >>> Case.of("gated:2"), Case.of("gated:2::1").seed
+        (Case(attention='gated', times=2.0, start='as built', seed=0), 1)
         """
-        attention, times, *more = text.split(":")
-        case = Case(attention, float(times), *more[:1], *map(int, more[1:]))
-        if case.attention not in ARMS or case.start not in STARTS or (case.start == OPEN and attention != "gated"):
+        attention, times, start, seed, *_ = [*text.split(":"), "", "", ""]
+        known = attention in ARMS and (start or STARTS[0]) in STARTS and (start != OPEN or attention == "gated")
+        try:
+            case = Case(attention, float(times), start or STARTS[0], int(seed or 0))
+        except ValueError:
+            known = False
+        if not known:
             raise SystemExit(
                 f"gate_study: case {text!r} given; wanted a variant of {', '.join(ARMS)}, a number and one of "
                 f"{', '.join(STARTS)}, where gates are those of gated attention"
@@ -214,7 +218,7 @@ def run(case: Case, ladder: Ladder, data: PreparedData, held_out: Haystack, fold
     """Train a case, or go on training, and measure; the row without its provenance."""
     (shape,) = ladder.shapes()
     recipe = ladder.recipe(shape, case.seed)
-    recipe = dataclasses.replace(recipe, learning_rate=recipe.learning_rate * case.times, evaluations=1)
+    recipe = dataclasses.replace(recipe, learning_rate=recipe.learning_rate * case.times, evaluations=1, checkpoints=2)
     probe = Probe.of(held_out, ladder.context)
     model = built(case, ladder)
     probes = folder / "probes.jsonl"
@@ -267,16 +271,25 @@ def identity(row: dict[str, Any]) -> str:
     return json.dumps({name: row[name] for name in (*names, "size", "for_tokens", *_SETTING)})
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows in Markdown, a line each."""
+def tables(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The rows in Markdown, a line each: a table for each setting, by what it is called in words."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        words = (f"{row['size']} parameters", f"{row['for_tokens']} tokens", f"context {row['context']}",
+                 f"vocabulary {row['vocab_size']}", f"needles {row['needles']:g}", row["dtype"])  # fmt: skip
+        found.setdefault(", ".join(words), []).append(row)
+    return {words: _table(mine) for words, mine in found.items()}
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
     names = list(ARMS)
-    head = ["model", "learning rate", "start", "seed", "1 of 1", "1 of 2", "nats a digit", "nats a repeated token",
-            "held-out loss"]  # fmt: skip
+    head = ["model", "learning rate", "start", "seed", "1 needle of 1", "1 of 2", "nats a digit",
+            "nats a repeated token", "held-out loss"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for row in sorted(rows, key=lambda row: (names.index(row["attention"]), row["start"], row["times"], row["seed"])):
         last = row["probes"][-1]
         measured = [*(share for _, _, share, _ in row["retrieval"]), last["nats_per_digit"], last["nats_per_repeat"]]
-        rate = f"× {row['times']:g} = {row['learning_rate']:g}"
+        rate = f"× {row['times']:g} = {row['learning_rate']:.2g}"
         lines.append([row["attention"], rate, row["start"], str(row["seed"]), *(f"{value:.2f}" for value in measured),
                       f"{row['val_loss']:.3f}"])  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -288,18 +301,19 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/gates"), help="folder of the runs")
     parser.add_argument("--out", type=Path, required=True, help="file of the rows, to which is added")
     parser.add_argument("--cases", nargs="+", default=CASES, help="VARIANT:TIMES[:START[:SEED]], in this order")
-    parser.add_argument("--size", default="1.2M", help="parameters without the embedding")
-    parser.add_argument("--tokens", default="3M")
+    parser.add_argument("--size", default="200k", help="parameters without the embedding")
+    parser.add_argument("--tokens", default="4M")
     parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--needles", type=float, default=0.8, help="share of the tokens in which something repeats")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--table", action="store_true", help="print the rows of --out as a table; run nothing")
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--needles", type=float, default=0.9, help="share of the tokens in which something repeats")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--table", action="store_true", help="print the rows of --out as tables; run nothing")
     options = parser.parse_args()
     known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     if options.table:
-        print(table(known))
+        for words, table in tables(known).items():
+            print(f"## {words}\n\n{table}\n")
         return
     ladder = Ladder(
         sizes=(options.size,), tokens=options.tokens, text=options.text, vocab_size=options.vocab_size,
@@ -316,7 +330,7 @@ def main() -> None:
         held_out = Haystack(split_by_document(corpus).validation, data.tokenizer)
     write = Writer(options.out, keep=True)
     for case in left:
-        row = run(case, ladder, data, held_out, options.runs / case.name)
+        row = run(case, ladder, data, held_out, options.runs / "-".join(map(str, shared.values())) / case.name)
         gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
         origin = provenance("benchmarks.gate_study", threads=torch.get_num_threads(), **gpu)
         write(shared | asdict(case) | row | {"data_digest": data.facts["digest"]} | origin)

@@ -11,9 +11,9 @@ from benchmarks import gate_study
 from diffattn.study.ladder import Ladder
 
 ROOT = Path(__file__).parents[2]
-LADDER = Ladder(sizes=("15k",), tokens="8k", vocab_size=300, context=200, needles=0.8, batch_size=4, dtype="float32")
+LADDER = Ladder(sizes=("15k",), tokens="8k", vocab_size=300, context=200, needles=0.9, batch_size=4, dtype="float32")
 ARGUMENTS = ["--text", "text", "--out", "rows.jsonl", "--runs", "runs", "--size", "15k", "--tokens", "8k",
-             "--vocab-size", "300", "--context", "200", "--dtype", "float32"]  # fmt: skip
+             "--vocab-size", "300", "--context", "200", "--batch-size", "4"]  # fmt: skip
 
 
 @pytest.fixture
@@ -74,7 +74,8 @@ def test_a_row_says_what_was_run_and_what_came_of_it(folder, monkeypatch, capsys
     capsys.readouterr()
     run(monkeypatch, "--table")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[2] for line in lines[2:]] == ["as built", gate_study.OPEN]
+    assert lines[0] == "## 15k parameters, 8k tokens, context 200, vocabulary 300, needles 0.9, float32"
+    assert [line.split(" | ")[2] for line in lines[4:6]] == ["as built", gate_study.OPEN]
 
 
 def test_a_start_changes_the_gates_or_what_follows_them_and_nothing_else():
@@ -92,7 +93,7 @@ def test_a_start_changes_the_gates_or_what_follows_them_and_nothing_else():
     assert torch.equal(before + 2, after)
 
 
-@pytest.mark.parametrize("text", ["gatd:1", "gated:1:closed", f"softmax:1:{gate_study.OPEN}"])
+@pytest.mark.parametrize("text", ["gatd:1", "gated", "gated:much", "gated:1:closed", f"softmax:1:{gate_study.OPEN}"])
 def test_a_case_that_is_none_is_refused_in_a_line(text):
     with pytest.raises(SystemExit, match="wanted a variant of"):
         gate_study.Case.of(text)
