@@ -37,13 +37,78 @@ def test_a_model_is_a_preset_a_file_a_checkpoint_or_a_count(tmp_path: Path) -> N
     assert parse_model(f"diff_v2:{file}").shape.name == "mine"
 
 
-def test_what_is_not_planned_of_a_checkpoint_is_said(tmp_path: Path) -> None:
+def test_what_a_checkpoint_has_beside_its_shape_is_counted_and_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"attention": "softmax", "attention_bias": True}))
     result = plan(str(tmp_path), "softmax:300K", context=64, machine=None)
-    # Biases of 4 heads of queries and 2 of keys and of values, 32 wide, in two layers, beside 102,464 parameters.
-    assert result["model"]["left_out"] == {"biases": 512}
-    assert result["notes"] == [f"Not planned of {tmp_path}: biases (512 parameters), 0.50% of it."]
+    # Biases of 4 heads of queries and 2 of keys and of values, 32 wide, in two layers.
+    parameters = result["model"]["estimate"]["parameters"]
+    assert parameters["attention"] == 2 * (2 * 4 * 32 * 64 + 2 * 2 * 32 * 64) + 512
+    assert parameters["total"] == parameters["attention"] + 300 * 64 + 2 * 3 * 64 * 88 + 5 * 64
+    assert result["model"]["estimate"]["disk"]["fp32"]["bytes"] == 4 * parameters["total"]
+    assert result["model"]["left_out"] == {}
+    named, beside = result["notes"]
+    assert named == f"{tmp_path.name} is the softmax model of {tmp_path}."
+    assert beside.startswith(f"Beside its shape {tmp_path.name} has biases (512 parameters), 0.50% of it")
     assert plan("softmax:300K", "softmax:300K", context=64, machine=None)["notes"] == []
+
+
+def test_layers_that_see_a_window_are_said(tmp_path: Path) -> None:
+    shape = {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | shape | {"model_type": "gemma2"}))
+    notes = plan(str(tmp_path), context=64)["notes"]
+    assert any(note.startswith(f"In 1 of its 2 layers {tmp_path.name} sees the last 1,000 tokens") for note in notes)
+
+
+def test_a_model_alone_is_planned_alone() -> None:
+    result = plan("softmax:300K", context=64, fsdp=2)
+    assert result["against"] is None
+    assert {(row["against"], row["ratio"]) for row in result["ratios"]} == {(None, None)}
+    assert {row["model"] for row in result["backends"]} == {"softmax:300K"}
+    assert not any(word in " ".join(result["sentences"]) for word in ("×)", "against", "11B", "None"))
+    assert {len(row) for row in table(result)} == {2}
+    rows = sweep("batch=1:2", "softmax:300K", context=64)
+    assert [(row["value"], row["model"]) for row in rows] == [(1, "softmax:300K"), (2, "softmax:300K")]
+    assert plan(against="softmax:300K", context=64)["model"]["name"] == "diff_v1:6.8B"
+    json.dumps(result, allow_nan=False)
+
+
+def test_two_models_of_one_name_are_called_as_they_were_written(tmp_path: Path) -> None:
+    for place, width in (("a", 64), ("b", 128)):
+        folder = tmp_path / place / "same"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": width}))
+    first, second = (str(tmp_path / place / "same") for place in "ab")
+    result = plan(first, second, context=64)
+    assert (result["model"]["name"], result["against"]["name"]) == (first, second)
+
+
+def test_the_same_model_twice_where_it_does_not_fit() -> None:
+    assert "neither" in plan("softmax:13.1B", "softmax:13.1B")["sentences"][2]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("DIFF_V1:6.8B", "diff_v1:6.8B"),
+        (" diff-v1 : 6.8b ", "diff_v1:6.8B"),
+        ("V2:3m", "diff_v2:3M"),
+        ("soft:6,8B", "softmax:6.8B"),
+        ("softmax:6800M", "softmax:6.8B"),
+        ("softmax:6_800_000_000", "softmax:6.8B"),
+        ("softmax:7B", "softmax:7B"),
+    ],
+)
+def test_names_and_sizes_as_people_write_them(text: str, name: str) -> None:
+    model = parse_model(text)
+    assert model.name == name
+    if text.strip() != name:
+        assert plan(text, context=64)["notes"] == [f"{text.strip()!r} is planned as {name}."]
+
+
+def test_a_size_alone_takes_the_variant_of_its_place() -> None:
+    result = plan("6.8b", "3B", context=64)
+    assert (result["model"]["name"], result["against"]["name"]) == ("diff_v1:6.8B", "softmax:3B")
+    assert result["notes"] == ["'6.8b' is planned as diff_v1:6.8B.", "'3B' is planned as softmax:3B."]
 
 
 def test_v2_is_matched_and_the_others_are_built_as_they_are() -> None:
@@ -63,6 +128,17 @@ def test_v2_is_matched_and_the_others_are_built_as_they_are() -> None:
         ("softmax:", "size '' given"),
         ("softmax:absent.toml", "check the path"),
         ("softmax:3K", "3000 parameters given"),
+        ("diff:3M", "diff_v1 and diff_v2 fit"),
+        ("softmax:6,837B", "write 6.837B or 6837B"),
+        ("softmax:" + "9" * 400, "size '9999"),
+        ("softmax:1e400", "size '1e400' given"),
+        ("softmax:nan", "size 'nan' given"),
+        ("softmax:-3B", "size '-3B' given"),
+        ("", "model '' given"),
+        ("   ", "model '' given"),
+        (":", "model ':' given"),
+        ("x" * 5000, "model 'xxx"),
+        ("softmax:\0", "size"),
     ],
 )
 def test_what_is_no_model_is_refused_in_one_line(text: str, words: str) -> None:
@@ -161,18 +237,41 @@ def test_sizes_and_axes_as_people_write_them() -> None:
         512,
         3,
     ]
+    assert [parse_size(text) for text in (8, " 8 gib ", "8,5 GB", "1_000kB", "1.5TiB")] == [
+        8,
+        8 << 30,
+        8_500_000_000,
+        10**6,
+        3 << 39,
+    ]
+    assert [parse_tokens(text) for text in ("4K", " 4 k ", "4,096", "1.5k")] == [4096, 4096, 4096, 1536]
+    assert parse_sweep(" Context = 1K : 4k ") == parse_sweep("ctx=1k:4k".replace("ctx", "cont"))
     assert parse_sweep("context=1k:128k").values == tuple(1024 << power for power in range(8))
     assert parse_sweep("batch=3:3").values == (3,)
 
 
-@pytest.mark.parametrize("text", ["context", "context=1k", "width=1:2", "context=2k:1k", "batch=0:4", "batch=1:x", ""])
+@pytest.mark.parametrize("text", ["", "0", "-1", "nan", "inf", "4.5", "4x", "1e30", "9" * 5000, "4k4"])
+def test_bad_contexts_are_one_line(text: str) -> None:
+    with pytest.raises(ConfigError, match="batch '.*' given; a whole number of at least 1") as caught:
+        parse_tokens(text, "batch")
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["context", "context=1k", "width=1:2", "context=2k:1k", "batch=0:4", "batch=1:x", "", "context=:", "context=1:2:3",
+     "=1:2"],
+)  # fmt: skip
 def test_bad_sweeps_are_one_line(text: str) -> None:
     with pytest.raises(ConfigError, match="given; ") as caught:
         parse_sweep(text)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["8 bananas", "", "0", "-1GiB", "0.1B", "GiB"])
+@pytest.mark.parametrize(
+    "text",
+    ["8 bananas", "", "0", "-1GiB", "0.1B", "GiB", "8", "8000000000", "nan", "inf GiB", "1e400GiB", "9" * 400, " "],
+)
 def test_bad_sizes_are_one_line(text: str) -> None:
     with pytest.raises(ConfigError, match="such as 8GiB"):
         parse_size(text)

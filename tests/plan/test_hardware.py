@@ -45,7 +45,10 @@ def test_the_roofline_takes_the_slower_limit() -> None:
 
 
 @pytest.mark.parametrize(("text", "name"), [("h100", "H100 SXM"), ("H100 SXM", "H100 SXM"), ("a100", "A100 80GB"),
-                                            ("rtx-4090", "RTX 4090"), ("raspberrypi5", "Raspberry Pi 5")])  # fmt: skip
+                                            ("rtx-4090", "RTX 4090"), ("raspberrypi5", "Raspberry Pi 5"),
+                                            ("RTX 3060", "RTX 3060 12GB"), ("NVIDIA GeForce RTX 3060", "RTX 3060 12GB"),
+                                            ("3060", "RTX 3060 12GB"), ("m2", "Apple M2"), ("pi 5", "Raspberry Pi 5"),
+                                            (" H100 ", "H100 SXM"), ("desktop", "DDR5 desktop")])  # fmt: skip
 def test_names_are_found_however_they_are_spaced(text: str, name: str) -> None:
     assert load_machine(text) is MACHINES[name]
 
@@ -64,6 +67,9 @@ def test_a_file_names_the_machine_and_may_leave_out_what_is_unknown(tmp_path: Pa
         ([], "a JSON object is wanted"),
         ({"speed": 3}, "the unknown key 'speed'"),
         ({"bandwidth": 0}, "bandwidth=0"),
+        ({"bandwidth": float("nan")}, "bandwidth=nan"),
+        ({"disk": float("inf")}, "disk=inf"),
+        ({"memory": 10**400}, "memory="),
         ({"memory": "8GiB"}, "memory='8GiB'"),
         ({"disk": True}, "disk=True"),
         ({"flops": 1e12}, "FLOP/s for fp32 and bf16"),
@@ -84,6 +90,13 @@ def test_no_such_machine(tmp_path: Path) -> None:
     for given, words in (
         ("abacus", "one of H100 SXM"),
         ("absent.json", "No such file"),
+        ("", "machine '' given; a known name is wanted"),
+        ("  ", "machine '  ' given; a known name is wanted"),
+        ("NVIDIA", "machine 'NVIDIA' given; a known name is wanted"),
+        ("RTX", "RTX 4090 and RTX 3060 12GB fit"),
+        ("12", "a known name is wanted"),
+        ("5", "a known name is wanted"),
+        ("H100 PCIe", "a known name is wanted"),
         (str(tmp_path), "one of H100"),
     ):
         with pytest.raises(ConfigError, match=words):

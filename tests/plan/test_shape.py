@@ -140,7 +140,7 @@ def test_the_sizes_of_the_comparison():
 
 
 def test_unknown_preset_lists_the_presets():
-    refused(lambda: ModelShape.preset("3m"), "'3m' given", ", ".join(presets()), "did you mean '3M'?", ".toml")
+    refused(lambda: ModelShape.preset("3Mb"), "'3Mb' given", ", ".join(presets()), "did you mean '3M'?", ".toml")
     refused(lambda: ModelShape.load("nothing like it"), "'nothing like it' given", ", ".join(presets()))
 
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-import rich.box
-from rich.table import Table
-
 from diffattn.cli.board import Board
+from diffattn.cli.screen import say
+from diffattn.cli.table import show
 from diffattn.errors import ConfigError
 from diffattn.numbers import seconds
 
@@ -79,10 +78,7 @@ class Console(Board):
 
     def rows(self, rows: list[list[str]]) -> None:
         """A table; the first row is its header."""
-        table = Table(*rows[0], box=rich.box.SIMPLE_HEAD)
-        for row in rows[1:]:
-            table.add_row(*row)
-        self.screen.print(table, markup=False)
+        show(rows, self.screen)
 
     def table(self, result: dict[str, Any]) -> None:
         """The comparison as the report has it, and the verdict of each pair."""
@@ -90,7 +86,7 @@ class Console(Board):
 
         self.rows(compare_rows(result))
         for pair in result["pairs"].values():
-            self.note(pair["verdict"])
+            say(pair["verdict"])
 
 
 def command_line() -> str:

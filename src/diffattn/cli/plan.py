@@ -12,8 +12,8 @@ from typing import Any
 
 def plan(
     *,
-    model: str = "diff_v1:6.8B",
-    against: str = "softmax:11B",
+    model: str | None = None,
+    against: str | None = None,
     context: str = "4k",
     batch: str = "1",
     machine: str = "H100 SXM",
@@ -34,7 +34,7 @@ def plan(
     json: bool = False,
     html: Path | None = None,
 ) -> Callable[[], int]:
-    """Say what two models need before they are built: memory, time, disk.
+    """Say what one model or two need before they are built: memory, time, disk.
 
     Nothing is trained and nothing is loaded, so it answers in a second.
 
@@ -43,12 +43,15 @@ def plan(
         diffattn plan --model diff_v1:1.4B --against softmax:1.4B --fits 8GiB
 
     Args:
-        model: The first model, as KIND:SIZE. KIND: softmax, diff_v1, diff_v2 or gated. SIZE: a preset such as 6.8B, a
-            count such as 11B, a .toml file or a model's folder; a folder alone brings its own kind.
-        against: The model to compare it with, written in the same way.
+        model: The model, as KIND:SIZE. KIND: softmax, diff_v1, diff_v2 or gated. SIZE: a preset such as 6.8B, a count
+            such as 11B, a .toml file or a model's folder. A folder alone brings its own kind, a size alone is
+            diff_v1's. Default: diff_v1:6.8B.
+        against: A second model to compare it with, written in the same way; a size alone is softmax's. Default: none,
+            or softmax:11B where no model is given either.
         context: Tokens that a model reads at once; 4k means 4096.
         batch: Texts that are computed together.
-        machine: H100 SXM, A100 80GB, RTX 4090, RTX 3060 12GB, Apple M2, DDR5 desktop, Raspberry Pi 5, or a .json file.
+        machine: H100 SXM, A100 80GB, RTX 4090, RTX 3060 12GB, Apple M2, DDR5 desktop, Raspberry Pi 5 (part of a name
+            is enough, such as "rtx 3060"), or a .json file.
         precision: Number formats: fp32, autocast, bf16 or mixed (bf16 with a second copy of the weights in fp32).
         weights_dtype: Format of the weights: fp32, bf16, fp16, int8, int4. Default: as --precision says.
         gradients_dtype: Format of the gradients: fp32, bf16, fp16. Default: as --precision says.
@@ -62,17 +65,19 @@ def plan(
         fsdp: GPUs that share weights, gradients and the optimizer's numbers.
         tp: GPUs that share the heads and the feed-forward network of each layer.
         sweep: Answer for a range as well: context=1k:128k or batch=1:64.
-        fits: Memory, such as 8GiB: say the largest shapes, contexts and batches that it holds.
+        fits: Memory with its unit, such as 8GiB or 24GB: say the largest shapes, contexts and batches that it holds.
         measure: Also build the first model here and put what is measured beside what is predicted.
         json: Print the answer as JSON on stdout.
         html: File to write a web page into, with the same numbers and sliders.
     """
 
     def call() -> int:
+        from diffattn.cli.screen import say
+        from diffattn.cli.table import show
         from diffattn.files import check_files, write_text
+        from diffattn.numbers import size
         from diffattn.plan import answer, tables
         from diffattn.plan import sweep as along
-        from diffattn.plan.named_model import parse_model
 
         check_files(html=html)
         changed = {"weights": weights_dtype, "gradients": gradients_dtype, "optimizer": optimizer_dtype,
@@ -82,45 +87,32 @@ def plan(
                                  "precision": dtypes, "backend": backend, "checkpointing": checkpointing}  # fmt: skip
         command = shlex.join(["diffattn", *sys.argv[1:]])
         result = answer.plan(model, against, **place, machine=machine, fsdp=fsdp, tp=tp, command=command)
-        shown = [tables.table(result), tables.backend_table(result)]
+        shown = [("", tables.table(result)), ("", tables.backend_table(result))]
         if sweep is not None:
             result["sweep"] = along.sweep(sweep, model, against, **place, machine=machine)
-            shown.append(along.sweep_table(result["sweep"]))
+            shown.append(("", along.sweep_table(result["sweep"])))
         if fits is not None:
             result["fits"] = along.fits(fits, model, **place)
-            shown.append(along.fits_table(result["fits"]))
+            limit = result["fits"][0]["limit"]
+            shown.append((f"What {size(limit)} ({limit:,} bytes) hold at most:", along.fits_table(result["fits"])))
         if measure:
-            result["measured"] = _measured(parse_model(model), place, precision, changed)
-            shown.append(measured_table(result["measured"]))
+            result["measured"] = _measured(answer.named(model, against)[0], place, precision, changed)
+            shown.append(("", measured_table(result["measured"])))
         if html is not None:
             from diffattn.report.plan_page import render_plan
 
             write_text(html, render_plan(result))
-        for rows in shown:
+        say(tables.setting_line(result), *result["notes"], *result["sentences"])
+        for title, rows in shown:
+            if title:
+                say("", title)
             show(rows)
-        print("\n\n".join([*result["sentences"], *result["notes"]]), file=sys.stderr)
         if json:
             json_lines.dump(result, sys.stdout, indent=1, ensure_ascii=False)
             sys.stdout.write("\n")
         return 0
 
     return call
-
-
-def show(rows: Sequence[Sequence[str]]) -> None:
-    """A table on stderr; the first row is its header."""
-    import rich.box
-    from rich.table import Table
-
-    from diffattn.cli.screen import screen
-
-    table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for place, title in enumerate(rows[0]):
-        words = all(row[place][:1] not in "0123456789–" for row in rows[1:])
-        table.add_column(title, justify="left" if words else "right")
-    for row in rows[1:]:
-        table.add_row(*row)
-    screen().print(table, markup=False)
 
 
 def measured_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -160,4 +152,5 @@ def _measured(
         board.importing()
         from diffattn.study.measured_plan import measure_plan
 
-        return measure_plan(model.built, model.attention, **(place | {"precision": precision}), on_stage=board)
+        place |= {"precision": precision}
+        return measure_plan(model.built.plain(), model.attention, **place, on_stage=board)

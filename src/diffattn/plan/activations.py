@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffattn.errors import ConfigError
+from diffattn.names import one_of
 from diffattn.plan.shape import ModelShape
 
 # Attention whose output is one map's, so that there is nothing to subtract.
@@ -58,6 +59,18 @@ def check_backend(attention: str, backend: str) -> None:
         raise ConfigError(
             f"backend={backend!r} given; a backend of {attention} is wanted; use one of {', '.join(known)}"
         )
+
+
+def find_backend(text: str) -> str:
+    """A backend as people write it: in any case, or by a part that one alone has.
+
+    Raises:
+        ConfigError: no backend has this name, or several have this part.
+
+    >>> find_backend("Two-Calls"), find_backend("mat")
+    ('two_calls', 'materialised')
+    """
+    return one_of(text, BACKENDS, given=f"backend={text!r} given", also={"materialized": "materialised"})
 
 
 def resolve(attention: str, backend: str) -> str:

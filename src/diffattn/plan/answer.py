@@ -7,17 +7,20 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from diffattn.errors import ConfigError
-from diffattn.plan.activations import BACKENDS, ONE_MAP, check_backend
+from diffattn.plan.activations import BACKENDS, ONE_MAP, check_backend, find_backend
 from diffattn.plan.estimate import DISK_DTYPES, estimate, inference_peak
 from diffattn.plan.hardware import Machine, load_machine
 from diffattn.plan.named_model import Model, parse_model
-from diffattn.plan.precision import Precision, resolve_precision
-from diffattn.plan.sentences import left_out_sentence, memory_sentence, phase_sentence, small_machine_sentence
+from diffattn.plan.precision import Precision, resolve_dtype, resolve_precision
+from diffattn.plan.sentences import memory_sentence, notes, phase_sentence, small_machine_sentence
+
+# The paper's V1, and the softmax model that it equals.
+PAIR = ("diff_v1:6.8B", "softmax:11B")
 
 
 def plan(
-    model: str | Model = "diff_v1:6.8B",
-    against: str | Model = "softmax:11B",
+    model: str | Model | None = None,
+    against: str | Model | None = None,
     *,
     context: int = 4096,
     batch: int = 1,
@@ -29,10 +32,12 @@ def plan(
     tp: int = 1,
     command: str = "",
 ) -> dict[str, Any]:
-    """Plan two models on one machine and put them side by side.
+    """Plan one model on one machine, or two of them side by side.
 
     Args:
-        model, against: as in ``parse_model``. Defaults: the paper's 6.8B V1 and the 11B softmax model that it equals.
+        model, against: as in ``parse_model``; a size alone is V1's, and of ``against`` softmax's. A model alone is
+            planned alone. Defaults: the paper's 6.8B V1, and where neither is given the 11B softmax model that it
+            equals.
         context: tokens in a sequence. Default: 4096.
         batch: sequences. Default: 1.
         machine: a name in ``MACHINES``, a JSON file, or None for no times. Default: ``"H100 SXM"``.
@@ -42,10 +47,11 @@ def plan(
         command: what reproduces this; kept as it is. Default: empty.
 
     Returns:
-        ``model`` and ``against``: each ``name``, ``attention``, ``shape``, ``left_out`` and ``estimate``; ``ratios``:
-        rows of ``key``, ``label``, ``format``, ``unit``, both values and their ratio; ``backends``: a row for each
-        backend that a variant has; ``sentences``: three; ``notes``: a sentence for each checkpoint with parameters that
-        are not planned; ``setting``; ``command``. JSON-able.
+        ``model`` and ``against`` (None where one model is planned): each ``name``, ``attention``, ``shape``,
+        ``left_out`` and ``estimate``; ``ratios``: rows of ``key``, ``label``, ``format``, ``unit``, both values and
+        their ratio (None without a second model); ``backends``: a row for each backend that a variant has;
+        ``sentences``: three; ``notes``: what a name was taken for, and what of a checkpoint is not planned;
+        ``setting``; ``command``. JSON-able.
 
     Raises:
         ConfigError: what ``parse_model``, ``load_machine`` and ``estimate`` raise.
@@ -57,7 +63,8 @@ def plan(
     [1.0]
     """
     dtypes = resolve_precision(precision)
-    one, other = (parse_model(text) if isinstance(text, str) else text for text in (model, against))
+    backend = find_backend(backend)
+    models = named(model, against)
     rates = load_machine(machine) if isinstance(machine, str) else machine
     place: dict[str, Any] = {
         "context": context,
@@ -76,14 +83,15 @@ def plan(
             "left_out": each.left_out,
             "estimate": estimate(each.built, each.attention, backend=backend, **place),
         }
-        for each in (one, other)
+        for each in models
     ]
-    rows = [row for each in (one, other) for row in _backend_rows(each, place)]
+    second = found[1] if len(found) > 1 else None
+    estimates = [each["estimate"] for each in found]
     result: dict[str, Any] = {
         "model": found[0],
-        "against": found[1],
-        "ratios": _ratio_rows(found[0]["estimate"], found[1]["estimate"], parallel=fsdp * tp > 1),
-        "backends": rows,
+        "against": second,
+        "ratios": _ratio_rows(estimates, parallel=fsdp * tp > 1),
+        "backends": [row for each in models for row in _backend_rows(each, place)],
         "setting": {
             "context": context,
             "batch": batch,
@@ -97,12 +105,33 @@ def plan(
         "command": command,
     }
     result["sentences"] = [
-        memory_sentence(result, one),
+        memory_sentence(result, models[0]),
         phase_sentence(result),
-        small_machine_sentence(result, one, other),
+        small_machine_sentence(result, models),
     ]
-    result["notes"] = [left_out_sentence(each) for each in found if each["left_out"]]
+    result["notes"] = [note for each, own in zip(models, estimates, strict=True) for note in notes(each, own)]
     return result
+
+
+def named(model: str | Model | None, against: str | Model | None) -> list[Model]:
+    """The one or two models of a plan; two that have one name are called as they were written.
+
+    Raises:
+        ConfigError: as of ``parse_model``.
+
+    >>> [model.name for model in named(None, None)], [model.name for model in named("3M", None)]
+    (['diff_v1:6.8B', 'softmax:11B'], ['diff_v1:3M'])
+    """
+    if model is None and against is None:
+        against = PAIR[1]
+    found = [
+        parse_model(each, variant=each_variant) if isinstance(each, str) else each
+        for each, each_variant in ((PAIR[0] if model is None else model, "diff_v1"), (against, "softmax"))
+        if each is not None
+    ]
+    if len(found) > 1 and found[0].name == found[1].name and found[0].built != found[1].built:
+        found = [replace(each, name=each.given or each.name) for each in found]
+    return found
 
 
 # Key, label, how it is written, unit, where it is in an estimate.
@@ -147,15 +176,16 @@ _ROWS = (
 )
 
 
-def _ratio_rows(one: dict[str, Any], other: dict[str, Any], *, parallel: bool) -> list[dict[str, Any]]:
+def _ratio_rows(estimates: list[dict[str, Any]], *, parallel: bool) -> list[dict[str, Any]]:
     rows = []
     for key, label, written, unit, path in _ROWS:
         if key.startswith("rank_") and not parallel:
             continue
-        values = [_at(found, path) for found in (one, other)]
-        ratio = values[0] / values[1] if None not in values and values[1] else None
+        value, *others = (_at(found, path) for found in estimates)
+        other = others[0] if others else None
+        ratio = None if value is None or not other else value / other
         rows.append(
-            {"key": key, "label": label, "format": written, "unit": unit, "model": values[0], "against": values[1],
+            {"key": key, "label": label, "format": written, "unit": unit, "model": value, "against": other,
              "ratio": ratio}
         )  # fmt: skip
     return rows
@@ -218,4 +248,5 @@ def precision_of(name: str, **dtypes: str | None) -> Precision:
     >>> precision_of("bf16", weights="int4", cache=None).weights
     'int4'
     """
-    return replace(resolve_precision(name), **{key: value for key, value in dtypes.items() if value is not None})
+    chosen = {key: resolve_dtype(value, key) for key, value in dtypes.items() if value is not None}
+    return replace(resolve_precision(name), **chosen)

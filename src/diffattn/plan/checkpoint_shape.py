@@ -1,35 +1,44 @@
-"""The shape of a checkpoint, read from its ``config.json`` alone: ours, and Llama-like ones of ``transformers``."""
+"""The shape of a checkpoint, read from its ``config.json``: ours, and Llama-like ones of ``transformers``.
+
+Where the weights lie beside it, the headers of their files say how many numbers there are, and the two must agree.
+"""
 
 from __future__ import annotations
 
-import json
+import math
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffattn.errors import ConfigError
+from diffattn.checkpoint_files import INDEX, WEIGHTS, read_tensors, weight_files
+from diffattn.errors import CheckpointError, ConfigError
+from diffattn.files import parse_json
 from diffattn.folders import no_model
+from diffattn.plan.checkpoint_kinds import OURS, Kind, kind_of
 from diffattn.plan.cost import count_parameters
-from diffattn.plan.shape import VARIANTS, ModelShape, check_positive_int
+from diffattn.plan.shape import VARIANTS, BuiltShape, ModelShape, check_positive_int
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-# What a decoder of this planner does not have; a count without it would be wrong by far.
-_FOREIGN = ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank", "text_config", "is_encoder_decoder")
-_TIED = ("diff_transformer", "gemma", "gemma2", "gemma3_text")
+# Buffers that lie among the weights: older versions saved those of rotary positions, and DEX has how far it is annealed.
+_BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\.annealed$")
 
 
 class Checkpoint(NamedTuple):
     """What a planner knows of a checkpoint."""
 
     shape: ModelShape
-    """The softmax Transformer that it replaces, with the checkpoint's own feed-forward width."""
+    """The softmax Transformer that it replaces, with the checkpoint's own feed-forward width; a ``BuiltShape`` where it
+    has parameters beside those of a shape, or layers that see a window of tokens alone."""
     attention: str
     """A name in ``VARIANTS``; softmax where it is DEX, which is fitted to such a model."""
     left_out: dict[str, int]
-    """Parameters that the shape does not say, by what they are, of all layers; negative where it has too many."""
+    """Numbers in the files of the weights that no model of its type reads, by what they are."""
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """The softmax Transformer that a checkpoint replaces, its variant, and what the two do not say of it.
+    """The softmax Transformer that a checkpoint replaces, its variant, and what of its files no plan holds.
 
     Heads in the file are those of the one attention call; the shape's are the softmax model's:
 
@@ -43,8 +52,6 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     diffllama, as V1  num_attention_heads         num_key_value_heads         head_dim
     ================= =========================== =========================== ===========
 
-    A Llama-like file has these fields and a gated feed-forward network.
-
     Args:
         path: the folder of a checkpoint, or its ``config.json``.
 
@@ -52,11 +59,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         A :class:`Checkpoint`; its shape is named after the folder.
 
     Raises:
-        ConfigError: no readable JSON object there, a missing or impossible field, or a model of another kind (experts,
-            compressed keys, an encoder).
+        ConfigError: no readable JSON object there, a missing or impossible field, a ``model_type`` that is not in
+            ``KINDS`` or has parts that a plan has not, or weights of another number of parameters.
+        CheckpointError: weights that are damaged.
 
-    Source: ``diffattn.model.configuration.DiffTransformerConfig``; ``LlamaConfig`` and ``DiffLlamaConfig`` of
-    ``transformers``.
+    Source: ``diffattn.model.configuration.DiffTransformerConfig``; the configurations of ``transformers``.
 
     >>> read_checkpoint("absent")
     Traceback (most recent call last):
@@ -66,8 +73,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if file.suffix != ".json":
         file = file / "config.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        values = parse_json(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             no_model(file.parent)
             or f"{str(path)!r} given; a folder with a config.json is wanted; there is none: check the path"
@@ -77,36 +84,37 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise ConfigError(f"{str(file)!r} given; a readable config.json is wanted; it says: {reason}") from None
     if isinstance(values, dict) and "model_type" not in values and (line := no_model(file.parent)):
         raise ConfigError(line)
-    if foreign := isinstance(values, dict) and [key for key in _FOREIGN if values.get(key)]:
+    if not isinstance(values, dict):
         raise ConfigError(
-            f"{str(file)!r} gives {foreign[0]}; a decoder with plain attention and one feed-forward network per "
-            "layer is wanted; write its numbers as a .toml file"
+            f"{str(file)!r} given; a decoder's config.json is wanted, with {', '.join(_SIZES)}; it lacks no JSON "
+            f"object: it holds a {type(values).__name__}"
         )
-    if not isinstance(values, dict) or (missing := [key for key in _SIZES if key not in values]):
-        what = ", ".join(missing) if isinstance(values, dict) else "no JSON object"
+    if "model_type" in values:
+        kind_of(values, str(file))
+    if missing := [key for key in _SIZES if key not in values]:
         raise ConfigError(
-            f"{str(file)!r} given; a decoder's config.json is wanted, with {', '.join(_SIZES)}; it lacks {what}: write "
-            "the shape as a .toml file"
+            f"{str(file)!r} given; a decoder's config.json is wanted, with {', '.join(_SIZES)}; it lacks "
+            f"{', '.join(missing)}: write the shape as a .toml file"
         )
+    kind = kind_of(values, str(file))
     try:
-        return _read(values, file.resolve().parent.name)
+        shape, attention = _read(values, kind, file.resolve().parent.name)
     except ConfigError as error:
         raise ConfigError(f"{str(file)!r}: {error}") from None
+    return Checkpoint(shape, attention, _hold_against_weights(shape, attention, file))
 
 
-def _read(values: dict[str, Any], name: str) -> Checkpoint:
-    for key in _SIZES:
-        check_positive_int(key, values[key])
-    kind = values.get("model_type", "")
-    ours = kind == "diff_transformer" or "attention" in values
+def _read(values: dict[str, Any], kind: Kind, name: str) -> tuple[ModelShape, str]:
+    ours, diffllama = values["model_type"] == OURS, values["model_type"] == "diffllama"
     attention = values.get("attention", "diff_v1") if ours else "softmax"
     if attention not in (*VARIANTS, "dex"):
         raise ConfigError(f"attention={attention!r} given; one of {', '.join(VARIANTS)}, dex is wanted; correct it")
     v1, v2 = attention == "diff_v1", attention == "diff_v2"
+    for key in _SIZES:
+        check_positive_int(key, values[key])
 
     heads = values["num_attention_heads"]
-    groups = values.get("num_key_value_heads")
-    width = values.get("head_dim")
+    groups, width = values.get("num_key_value_heads", kind.kv_heads), values.get("head_dim", kind.head_dim)
     if groups is None:
         groups = heads // 2 if v1 or v2 else heads
     check_positive_int("num_key_value_heads", groups)
@@ -116,7 +124,6 @@ def _read(values: dict[str, Any], name: str) -> Checkpoint:
         raise ConfigError(f"head_dim={width} given; an even width is wanted, because diff_v1 cuts it into two heads")
     if v2 and heads % 2:
         raise ConfigError(f"num_attention_heads={heads} given; an even number is wanted, because diff_v2 pairs them")
-    rope = values.get("rope_parameters") or {}
     shape = ModelShape(
         hidden_size=values["hidden_size"],
         num_layers=values["num_hidden_layers"],
@@ -126,44 +133,130 @@ def _read(values: dict[str, Any], name: str) -> Checkpoint:
         head_dim=None if width is None else width // (2 if v1 else 1),  # type: ignore[arg-type]
         intermediate_size=values["intermediate_size"],
         vocab_size=values["vocab_size"],
-        tie_word_embeddings=values.get("tie_word_embeddings", kind in _TIED),
+        tie_word_embeddings=values.get("tie_word_embeddings", kind.tied),
         max_position_embeddings=values.get("max_position_embeddings", 2048),
-        rope_theta=values.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+        rope_theta=_rope_theta(values),
         name=name,
         source="config.json",
     )
     # DiffLlama's file has the softmax model's own heads, which it pairs.
-    attention = {"diffllama": "diff_v1"}.get(kind, attention)
+    attention = "diff_v1" if diffllama else attention
     planned = "softmax" if attention == "dex" else attention
     shape.check_variant(planned)
-    return Checkpoint(shape, planned, _left_out(values, shape, attention))
+    extras = tuple(one for one in _extras(values, kind, shape, attention, ours=ours) if one[2])
+    window = _window(values, kind, shape.num_layers)
+    built = BuiltShape(**vars(shape), extras=extras, window=window) if extras or window else shape
+    return built, planned
 
 
-def _left_out(values: dict[str, Any], shape: ModelShape, attention: str) -> dict[str, int]:
-    """Biases, norms of queries and keys, switches, DEX: what is not 0."""
-    assert shape.num_kv_heads is not None
-    assert shape.head_dim is not None
-    kind, layers = values.get("model_type", ""), shape.num_layers
-    ours = "attention" in values or kind == "diff_transformer"
-    bias = kind == "qwen2" or bool(values.get("attention_bias"))
-    output_bias = bool(values.get("attention_output_bias") if ours else kind != "qwen2" and bias)
-    queries = shape.num_heads * shape.head_dim * (2 if attention == "diff_v2" else 1)
-    biases = bias * (queries + 2 * shape.num_kv_heads * shape.head_dim) + output_bias * shape.hidden_size
-    biases += bool(values.get("mlp_bias")) * (2 * shape.intermediate_size + shape.hidden_size)
-    normed = values.get("qk_norm") if ours else kind == "qwen3"
-    switches = 0
+def _rope_theta(values: Mapping[str, Any]) -> Any:
+    """The base in the older or the newer layout; Gemma 3 has two, and that of the layers which see everything is it."""
+    given = values.get("rope_theta")
+    rope = values.get("rope_parameters")
+    if given is None and isinstance(rope, dict):
+        whole = rope.get("full_attention")
+        given = (whole if isinstance(whole, dict) else rope).get("rope_theta")
+    return 10000.0 if given is None else given
+
+
+def _extras(
+    values: Mapping[str, Any], kind: Kind, shape: ModelShape, attention: str, *, ours: bool
+) -> list[tuple[str, str, int]]:
+    """What a shape does not say: the part of ``Parameters``, what it is, how many of all layers."""
+    L, D, F, n, G, d = (
+        shape.num_layers, shape.hidden_size, shape.intermediate_size, shape.num_heads, shape.num_kv_heads,
+        shape.head_dim,
+    )  # fmt: skip
+    switch = _flag(values, "attention_bias") if ours or kind.bias == "switch" else False
+    bias = switch or kind.bias == "qkv"
+    output_bias = _flag(values, "attention_output_bias") if ours else switch
+    queries = n * d * (2 if attention == "diff_v2" else 1)
+    found = [("attention", "biases", L * (bias * (queries + 2 * G * d) + output_bias * D))]
+    if ours or kind.mlp_bias:
+        found.append(("feed_forward", "biases", L * _flag(values, "mlp_bias") * (2 * F + D)))
+    normed = 0
+    if kind.qk_norm != "none" or (ours and _flag(values, "qk_norm")):
+        normed = n * d + G * d if kind.qk_norm == "all heads" else 2 * d
+    found.append(("norms", "norms of queries and keys", L * normed))
+    found.append(("norms", "further norms", L * kind.further_norms * D))
     if attention in VARIANTS:
         chosen = {
-            "subln_affine": values.get("subln_affine", True) and kind != "diffllama",
-            "head_norm": values.get("head_norm"),
-            "lambda_form": values.get("lambda_form", "sigmoid"),
+            "subln_affine": _flag(values, "subln_affine", True) if ours else attention != "diff_v1",
+            "head_norm": _flag(values, "head_norm", None) if ours else None,
+            "lambda_form": values.get("lambda_form", "sigmoid") if ours else "sigmoid",
         }
         plain = count_parameters(shape, attention).total
         switches = count_parameters(shape, attention, **chosen).total - plain
-    found = {"biases": layers * biases, "norms of queries and keys": layers * 2 * shape.head_dim if normed else 0}
-    found |= {"the norm of heads and λ": switches}
-    if attention == "dex":
-        chosen_heads = values.get("dex_heads")
-        heads = layers * shape.num_heads if chosen_heads is None else sum(map(len, chosen_heads))
-        found["DEX"] = heads * (shape.head_dim**2 + 1)
-    return {name: number for name, number in found.items() if number}
+        found.append(("attention", "the norm of heads and λ", switches))
+    else:
+        found.append(("attention", "DEX", _dex_heads(values, shape) * (d**2 + 1)))
+    return found
+
+
+def _dex_heads(values: Mapping[str, Any], shape: ModelShape) -> int:
+    chosen = values.get("dex_heads")
+    if chosen is None:
+        return shape.num_layers * shape.num_heads
+    if not isinstance(chosen, list) or not all(isinstance(heads, list) for heads in chosen):
+        raise ConfigError(f"dex_heads={str(chosen)[:60]} given; a list of heads for each layer is wanted; correct it")
+    return sum(map(len, chosen))
+
+
+def _flag(values: Mapping[str, Any], key: str, default: Any = False) -> Any:
+    value = values.get(key, default)
+    if value is not default and not isinstance(value, bool):
+        raise ConfigError(f"{key}={value!r} given; a truth value is wanted; use true or false")
+    return value
+
+
+def _window(values: Mapping[str, Any], kind: Kind, layers: int) -> tuple[int, int] | None:
+    """How many layers look back over how many tokens alone."""
+    width = values.get("sliding_window", kind.window_width)
+    if kind.window == "none" or width is None:
+        return None
+    if kind.window in ("late", "unrotated") and not _flag(values, "use_sliding_window"):
+        return None
+    check_positive_int("sliding_window", width)
+    named, unrotated = values.get("layer_types"), values.get("no_rope_layers")
+    if kind.window == "all":
+        count = layers
+    elif isinstance(named, list):
+        count = named.count("sliding_attention")
+    elif kind.window == "late":
+        first = values.get("max_window_layers", 28)
+        check_positive_int("max_window_layers", 1 if first == 0 else first)
+        count = max(0, layers - first)
+    elif kind.window == "unrotated" and isinstance(unrotated, list):
+        count = unrotated.count(0)
+    else:
+        key = "no_rope_layer_interval" if kind.window == "unrotated" else "sliding_window_pattern"
+        every = 4 if kind.window == "unrotated" else kind.window
+        every = every if kind.window == 2 else values.get(key, every)
+        check_positive_int(key, every)
+        # Gemma's layers look back over a window but for every n-th; SmolLM3's unrotated ones are every n-th.
+        count = layers // every if kind.window == "unrotated" else layers - layers // every
+    return (count, width) if count else None
+
+
+def _hold_against_weights(shape: ModelShape, attention: str, file: Path) -> dict[str, int]:
+    """Compare the count with the headers of the weights, where all of them are there; what in them is not counted."""
+    folder = file.parent
+    if file.name != "config.json" or not any(os.path.isfile(folder / name) for name in (WEIGHTS, INDEX)):
+        return {}
+    try:
+        weight_files(folder)
+    except CheckpointError:
+        # Part of a large model is enough to plan it.
+        return {}
+    sizes = {name: math.prod(entry["shape"]) for name, entry in read_tensors(folder).items()}
+    left_out = {
+        "buffers": sum(map(sizes.pop, filter(_BUFFERS.search, list(sizes)))),
+        "a copy of the tied embedding": sizes.pop("lm_head.weight", 0) if shape.tie_word_embeddings else 0,
+    }
+    counted, held = count_parameters(shape, attention).total, sum(sizes.values())
+    if held != counted:
+        raise ConfigError(
+            f"{str(file)!r} says {counted:,} parameters and the weights beside it are {held:,}; two that agree are "
+            "wanted: the file is of another model, or the model has parts that it does not say"
+        )
+    return {what: number for what, number in left_out.items() if number}

@@ -89,7 +89,8 @@ def count_parameters(
     """Count the parameters of one variant of a shape.
 
     Attention per layer: W_Q and W_O n·d·D each, W_K and W_V G·d·D each. V1 adds its four λ vectors, 4d, and the
-    gain of its norm, 2d. V2 doubles W_Q and adds W_λ, D·n. Gated attention adds W_g, n·d·D.
+    gain of its norm, 2d. V2 doubles W_Q and adds W_λ, D·n. Gated attention adds W_g, n·d·D. What a checkpoint has
+    beside its shape (``BuiltShape``), such as biases, is counted too.
 
     Args:
         shape: the softmax Transformer being replaced.
@@ -119,9 +120,9 @@ def count_parameters(
     return Parameters(
         embedding=embedding,
         lm_head=0 if shape.tie_word_embeddings else embedding,
-        attention=shape.num_layers * (_attention_matrices(shape, attention) + small),
-        feed_forward=shape.num_layers * 3 * shape.hidden_size * shape.intermediate_size,
-        norms=(2 * shape.num_layers + 1) * shape.hidden_size,
+        attention=shape.num_layers * (_attention_matrices(shape, attention) + small) + shape.beside("attention"),
+        feed_forward=shape.num_layers * 3 * shape.hidden_size * shape.intermediate_size + shape.beside("feed_forward"),
+        norms=(2 * shape.num_layers + 1) * shape.hidden_size + shape.beside("norms"),
     )
 
 

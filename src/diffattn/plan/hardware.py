@@ -5,17 +5,22 @@ The rates are peaks. Real work reaches a part of them, so a time computed from t
 
 from __future__ import annotations
 
-import json
-import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from diffattn.errors import ConfigError
+from diffattn.files import parse_json
+from diffattn.names import one_of, plain
 
 GiB = 1024**3
 DTYPES = ("fp32", "bf16", "fp16")
+# Beyond this a rate is a slip, and what is computed from it no number.
+_FASTEST = 1e30
+# Said before a name on boxes and by drivers.
+_VENDORS = ("nvidia", "geforce", "amd")
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,10 @@ class Machine:
 def _check_rate(name: str, key: str, value: object) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"machine {name!r} gives {key}={value!r}; a number above 0 is wanted, or null where unknown")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _FASTEST:
+        raise ConfigError(
+            f"machine {name!r} gives {key}={value!r}; a number above 0 is wanted (and at most 1e30), or null where unknown"
+        )
 
 
 def _rates(fp32: float, half: float, bf16: float | None = None) -> dict[str, float]:
@@ -153,25 +160,25 @@ MACHINES: dict[str, Machine] = {
 
 
 def load_machine(name_or_path: str | Path) -> Machine:
-    """A machine by its name, in any case and without its spaces too, or from a JSON file with the fields of `Machine`.
+    """A machine by its name or a part of it, in any case, or from a JSON file with the fields of `Machine`.
 
     Raises:
-        ConfigError: neither a known name nor a file; a file that is no JSON object; an unknown or impossible key.
+        ConfigError: neither a known name nor a file, a part that several names have; a file that is no JSON object; an
+            unknown or impossible key.
 
-    >>> load_machine("rtx4090").bandwidth
-    1008000000000.0
+    >>> load_machine("rtx4090").bandwidth, load_machine("RTX 3060").name
+    (1008000000000.0, 'RTX 3060 12GB')
     """
     text = str(name_or_path)
-    wanted = _plain(text)
-    for name, machine in MACHINES.items():
-        if wanted in (_plain(name), _plain(name.split()[0]) if name in ("H100 SXM", "A100 80GB") else ""):
-            return machine
-    if not text.endswith(".json") and not Path(text).is_file():
-        raise ConfigError(
-            f"machine {text!r} given; one of {', '.join(MACHINES)} is wanted; or give the path of a .json file"
-        )
+    if not text.endswith(".json") and not (os.path.isfile(text) and plain(text) not in map(plain, MACHINES)):
+        words = [word for word in text.split() if word.casefold() not in _VENDORS]
+        return MACHINES[
+            one_of(
+                " ".join(words), MACHINES, given=f"machine {text!r} given", way_out="; or give the path of a .json file"
+            )
+        ]
     try:
-        values = json.loads(Path(text).read_text(encoding="utf-8"))
+        values = parse_json(Path(text).read_bytes())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise ConfigError(f"machine {text!r} given; a readable JSON file is wanted; correct this: {reason}") from error
@@ -197,7 +204,3 @@ def machine_from(values: Any, *, name: str) -> Machine:
         if not isinstance(values.get(key, ""), str):
             raise ConfigError(f"machine {name!r} gives {key}={values[key]!r}; text is wanted; put it in quotes")
     return Machine(**{"name": name, **values})
-
-
-def _plain(text: str) -> str:
-    return "".join(letter for letter in text.lower() if letter.isalnum())

@@ -209,8 +209,9 @@ def training_moments(
         optimizer += bytes_of(counted.total, 0, dtypes.master)
     head = embedding = V * D
     of_layer = (counted.non_embedding - D) // L
-    # Autocast's copies: of a layer's matrices, and of the output projection.
-    copies = 2 * (of_layer - 2 * D - (6 * shape.head_dim if attention == "diff_v1" else 0)) if autocast else 0
+    # Autocast's copies: of a layer's matrices (its norms stay), and of the output projection.
+    gains = (counted.norms - D) // L + (6 * shape.head_dim if attention == "diff_v1" else 0)
+    copies = 2 * (of_layer - gains) if autocast else 0
     head_copy = 2 * head if autocast else 0
     residual = 4 if autocast else size
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from diffattn.checkpoint_files import folder_name
 from diffattn.errors import ConfigError
+from diffattn.names import one_of
 from diffattn.plan.checkpoint_shape import read_checkpoint
 from diffattn.plan.cost import match_parameters
 from diffattn.plan.rule import parse_count, shape_about
-from diffattn.plan.shape import VARIANTS, ModelShape, presets
+from diffattn.plan.shape import VARIANTS, ModelShape, find_preset, presets
+from diffattn.quantities import short
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class Model:
     """A model to plan: what it is called, its variant, the softmax shape, and the shape that is built.
 
     ``built`` is ``shape`` but for V2 and gated attention, whose feed-forward network is narrowed to as many parameters
-    as softmax has; a checkpoint's own model is built already. ``left_out`` are parameters of a checkpoint that are not
-    planned, by what they are.
+    as softmax has; a checkpoint's own model is built already. ``given`` is how it was written. ``left_out`` are numbers
+    in a checkpoint's files that no plan holds, by what they are.
 
     >>> parse_model("diff_v2:3M").built.intermediate_size
     448
@@ -29,18 +31,20 @@ class Model:
     attention: str
     shape: ModelShape
     built: ModelShape
+    given: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def parse_model(text: str) -> Model:
+def parse_model(text: str, *, variant: str | None = None) -> Model:
     """A model as it is written on the command line: ``variant:size``.
 
     Size is a preset, the path of a ``.toml`` file, a checkpoint's folder or ``config.json``, or a count such as 11B:
     the shape nearest to it by the rule of ``shape_about``; about-6.8B is that too, where 6.8B is a preset. A checkpoint
-    alone brings its own variant.
+    alone brings its own variant. Names are found in any case.
 
     Args:
         text: such as ``"diff_v1:6.8B"``, ``"softmax:11B"``, ``"diff_v2:shape.toml"`` or ``"runs/my-model"``.
+        variant: that of a size alone. Default: a size alone is refused.
 
     Raises:
         ConfigError: an unknown variant, a size that is none of these, or a shape that cannot carry the variant.
@@ -50,36 +54,60 @@ def parse_model(text: str) -> Model:
     >>> model = parse_model("softmax:11B")
     >>> model.attention, model.shape == shape_about(11e9)
     ('softmax', True)
+    >>> parse_model("DIFF_V1:6,8b").name, parse_model("6.8B", variant="diff_v1").name
+    ('diff_v1:6.8B', 'diff_v1:6.8B')
     """
-    variant, colon, size = text.partition(":")
-    if not colon or (variant not in VARIANTS and Path(text).exists()):
-        if not Path(text).exists():
-            raise ConfigError(
-                f"model {text!r} given; a variant and a size are wanted, such as diff_v1:6.8B or softmax:11B; "
-                f"put one of {', '.join(VARIANTS)} and a colon before it"
-            )
+    text = text.strip()
+    if os.path.exists(text) and not text.endswith(".toml"):
         found = read_checkpoint(text)
-        return Model(text, found.attention, found.shape, found.shape, found.left_out)
-    if variant not in VARIANTS:
-        near = difflib.get_close_matches(variant, VARIANTS, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"model {text!r} given; one of {', '.join(VARIANTS)} is wanted before the colon{meant}")
-    shape = _shape(size)
-    shape.check_variant(variant)
-    return Model(text, variant, shape, match_parameters(shape, variant))
+        return Model(_file_name(text), found.attention, found.shape, found.shape, text, found.left_out)
+    name, colon, size = (part.strip() for part in text.partition(":"))
+    if not colon:
+        if variant is None or not _is_size(text):
+            raise ConfigError(
+                f"model {short(text)} given; a variant and a size are wanted, such as diff_v1:6.8B or softmax:11B, or "
+                f"the folder of a checkpoint; put one of {', '.join(VARIANTS)} and a colon before it, or check the path"
+            )
+        name, size = variant, text
+    attention = one_of(name, VARIANTS, given=f"model {short(text)} given")
+    shape, called = _shape(size)
+    shape.check_variant(attention)
+    return Model(f"{attention}:{called}", attention, shape, match_parameters(shape, attention), text)
 
 
-def _shape(size: str) -> ModelShape:
+def _is_size(text: str) -> bool:
+    if text.endswith(".toml"):
+        return True
+    try:
+        parse_count(text.removeprefix("about-"))
+    except ConfigError:
+        return False
+    return True
+
+
+def _shape(size: str) -> tuple[ModelShape, str]:
+    """The shape of a size, and what the size is called."""
+    if size in presets():
+        return ModelShape.preset(size), size
+    if size.endswith(".toml"):
+        return ModelShape.from_toml(size), _file_name(size)
+    if size and os.path.exists(size):
+        return read_checkpoint(size).shape.plain(), _file_name(size)
     about = size.removeprefix("about-")
-    if size in presets() or size.endswith(".toml"):
-        return ModelShape.load(size)
-    if size and Path(size).exists():
-        return read_checkpoint(size).shape
     try:
         count = parse_count(about)
-    except ConfigError:
+    except ConfigError as error:
+        if "clear number" in str(error):
+            raise
         raise ConfigError(
-            f"size {size!r} given; a preset ({', '.join(presets())}), a .toml file, a checkpoint's folder or a count "
-            "such as 11B is wanted; there is no such file: check the path"
+            f"size {short(size)} given; a preset ({', '.join(presets())}), a .toml file, a checkpoint's folder or a "
+            "count such as 11B is wanted; there is no such file: check the path"
         ) from None
-    return shape_about(count)
+    preset = find_preset(about) if about == size else None
+    return (ModelShape.preset(preset), preset) if preset else (shape_about(count), size)
+
+
+def _file_name(path: str) -> str:
+    """What a model in a file is called: its folder, where the file is a config.json."""
+    name = os.path.basename(os.path.abspath(path))
+    return folder_name(os.path.dirname(os.path.abspath(path)) if name == "config.json" else os.path.abspath(path))

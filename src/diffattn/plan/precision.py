@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffattn.errors import ConfigError
+from diffattn.names import one_of
 from diffattn.plan.activations import check_backend
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.shape import ModelShape, check_positive_int
+
+# PyTorch's names of the same.
+_LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
 
 BYTES: dict[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5}
 
@@ -81,7 +85,7 @@ def weight_bytes(shape: ModelShape, attention: str, *, dtype: str) -> int:
 
 
 def resolve_precision(precision: Precision | str) -> Precision:
-    """A precision by its name in ``PRECISIONS``; a ``Precision`` is returned as it is.
+    """A precision by its name in ``PRECISIONS``, in any case; a ``Precision`` is returned as it is.
 
     Raises:
         ConfigError: no precision has this name.
@@ -91,9 +95,19 @@ def resolve_precision(precision: Precision | str) -> Precision:
     """
     if isinstance(precision, Precision):
         return precision
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision={precision!r} given; a precision is wanted; use one of {', '.join(PRECISIONS)}")
-    return PRECISIONS[precision]
+    return PRECISIONS[one_of(precision, PRECISIONS, given=f"precision={precision!r} given", also=_LONG_NAMES)]
+
+
+def resolve_dtype(text: str, part: str) -> str:
+    """A dtype of ``BYTES`` as people write it: in any case, or by PyTorch's name; ``part`` is what it is of.
+
+    Raises:
+        ConfigError: no dtype has this name.
+
+    >>> resolve_dtype("BFloat16", "weights")
+    'bf16'
+    """
+    return one_of(text, BYTES, given=f"{part}={text!r} given", also=_LONG_NAMES | {"float16": "fp16"})
 
 
 def checked(

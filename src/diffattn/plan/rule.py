@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
-import re
 
 from diffattn.errors import ConfigError
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.shape import ModelShape
+from diffattn.quantities import COUNTS, short, whole
 
 PAPER_VOCABULARY = 100_288
-_SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def parse_count(text: str | int | float) -> int:
-    """A count as people write it: 200k, 1.3B, 8M, 4096; k, M, B and T are powers of 1000.
+    """A count as people write it: 200k, 1.3B, 6,8B, 8M, 4096; k, M, B and T are powers of 1000.
 
     Raises:
-        ConfigError: text that is no count, or a count below 1.
+        ConfigError: text that is no whole number from 1 to 10^18.
 
-    >>> parse_count("1.3B"), parse_count("200k"), parse_count(4096)
-    (1300000000, 200000, 4096)
+    >>> parse_count("1.3B"), parse_count("6,8b"), parse_count("200k"), parse_count("4,096")
+    (1300000000, 6800000000, 200000, 4096)
     """
-    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*([kmbt]?)", str(text).strip().replace("_", ""), re.IGNORECASE)
-    value = round(float(match[1]) * _SCALES[match[2].upper()]) if match else 0
-    if value < 1:
-        raise ConfigError(f"{text!r} given; a count of at least 1 is wanted, such as 4096, 200k, 8M or 1.3B")
+    value = whole(text, COUNTS)
+    if value is None:
+        raise ConfigError(
+            f"{short(text)} given; a count of at least 1 is wanted, and a whole one, such as 4096, 200k, 8M or 1.3B"
+        )
     return value
 
 

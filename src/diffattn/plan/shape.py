@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib.resources
 import math
+import os
 import tomllib
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
@@ -17,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.errors import ConfigError
+from diffattn.quantities import COUNTS, MOST, whole
 
 VARIANTS = ("softmax", "diff_v1", "diff_v2", "gated")
 # What a pair is about: the others are trained where they are asked for.
 DEFAULT_VARIANTS = VARIANTS[:3]
+# Of a size of a model: the largest that the dtypes of indices hold.
+_LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         for key in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size"):
-            check_positive_int(key, getattr(self, key))
+            check_positive_int(key, getattr(self, key), most=_LARGEST)
         check_positive_int("max_position_embeddings", self.max_position_embeddings)
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
@@ -82,8 +86,8 @@ class ModelShape:
                     "hidden_size that num_heads divides is wanted; change one of them or set head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
-        check_positive_int("num_kv_heads", self.num_kv_heads)
-        check_positive_int("head_dim", self.head_dim)
+        check_positive_int("num_kv_heads", self.num_kv_heads, most=_LARGEST)
+        check_positive_int("head_dim", self.head_dim, most=_LARGEST)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads={self.num_heads} with num_kv_heads={self.num_kv_heads} given; a num_kv_heads that divides "
@@ -104,6 +108,22 @@ class ModelShape:
         for key in ("name", "source"):
             if not isinstance(getattr(self, key), str):
                 raise ConfigError(f"{key}={getattr(self, key)!r} given; text is wanted; put it in quotes")
+
+    def beside(self, part: str) -> int:
+        """Parameters of a part of ``Parameters`` that a checkpoint of this shape has beside those that a shape says.
+
+        >>> ModelShape.preset("3M").beside("norms")
+        0
+        """
+        return 0
+
+    def plain(self) -> ModelShape:
+        """The shape without what a checkpoint of it has beside it.
+
+        >>> ModelShape.preset("3M").plain() is ModelShape.preset("3M")
+        True
+        """
+        return self
 
     def check_variant(self, attention: str) -> None:
         """Raise unless this shape can carry the variant; return nothing.
@@ -139,15 +159,16 @@ class ModelShape:
 
     @classmethod
     def preset(cls, name: str) -> ModelShape:
-        """A shape that comes with the package, by name; ``presets()`` lists them.
+        """A shape that comes with the package, by name, in any case; ``presets()`` lists them.
 
         Raises:
             ConfigError: no preset has this name.
 
-        >>> ModelShape.preset("1.4B").num_heads
+        >>> ModelShape.preset("1.4b").num_heads
         16
         """
         known = _presets()
+        name = find_preset(name) or name
         if name not in known:
             raise ConfigError(
                 f"preset {name!r} given; one of {', '.join(known)} is wanted{_nearest(name, known)}; "
@@ -195,12 +216,12 @@ class ModelShape:
         """
         text = str(name_or_path)
         if text not in _presets():
-            if text.endswith(".json") or Path(text).is_dir():
+            if text.endswith(".json") or os.path.isdir(text):
                 # That file reads shapes, so it imports this one.
                 from diffattn.plan.checkpoint_shape import read_checkpoint
 
-                return read_checkpoint(text).shape
-            if text.endswith(".toml") or Path(text).is_file():
+                return read_checkpoint(text).shape.plain()
+            if text.endswith(".toml") or os.path.isfile(text):
                 return cls.from_toml(text)
         return cls.preset(text)
 
@@ -214,13 +235,49 @@ def presets() -> tuple[str, ...]:
     return tuple(_presets())
 
 
-def check_positive_int(key: str, value: object) -> None:
-    """Raise a ``ConfigError`` unless the value is an integer of at least 1; True is no integer here.
+def find_preset(text: str) -> str | None:
+    """The preset that a text means: its name in any case, or its count written otherwise; None: it means none.
+
+    >>> find_preset("6,8b"), find_preset("6800M"), find_preset("7B")
+    ('6.8B', '6.8B', None)
+    """
+    wanted = whole(text, COUNTS)
+    return text if text in _presets() else next((name for name in _presets() if whole(name, COUNTS) == wanted), None)
+
+
+def check_positive_int(key: str, value: object, *, most: int = MOST) -> None:
+    """Raise a ``ConfigError`` unless the value is an integer from 1 to ``most``; True is no integer here.
 
     >>> check_positive_int("context", 1)
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{key}={value!r} given; a positive integer is wanted; write it without quotes or a point")
+    if value > most:
+        # Python itself refuses to write a number of thousands of digits.
+        said = value if value < 10**30 else f"1e{value.bit_length() * 3 // 10}"
+        raise ConfigError(f"{key}={said} given; an integer of at most {most} is wanted; correct it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltShape(ModelShape):
+    """The shape of a checkpoint, with what it has beside it.
+
+    ``extras``: parameters, each ``(part of Parameters, what it is, how many of all layers)``; negative where there are
+    fewer than the shape says. ``window``: in how many layers a token sees how many tokens behind it alone.
+
+    >>> shape = BuiltShape(**vars(ModelShape.preset("3M")), extras=(("norms", "further norms", 96),))
+    >>> shape.beside("norms"), shape.plain() == ModelShape.preset("3M")
+    (96, True)
+    """
+
+    extras: tuple[tuple[str, str, int], ...] = ()
+    window: tuple[int, int] | None = None
+
+    def beside(self, part: str) -> int:
+        return sum(number for name, _, number in self.extras if name == part)
+
+    def plain(self) -> ModelShape:
+        return ModelShape(**{one.name: getattr(self, one.name) for one in fields(ModelShape)})
 
 
 @functools.cache

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from diffattn.errors import ConfigError
+from diffattn.names import one_of
 from diffattn.numbers import count, size
+from diffattn.plan.activations import find_backend
+from diffattn.plan.answer import named
 from diffattn.plan.cost import count_parameters, match_parameters
 from diffattn.plan.estimate import estimate
 from diffattn.plan.hardware import Machine, load_machine
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
-from diffattn.plan.named_model import Model, parse_model
+from diffattn.plan.named_model import Model
 from diffattn.plan.precision import Precision, resolve_precision
 from diffattn.plan.rule import shape_about
 from diffattn.plan.shape import ModelShape
+from diffattn.quantities import short, whole
 
 AXES = ("context", "batch")
 # Beyond these nothing is looked for: a context or batch above 2^40, more parameters than the rule reaches.
 _FAR = 1 << 40
 _STEPS = 30
+_BYTES = {"b": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("kmgtp", start=1)
+    for unit, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
 
 
 @dataclass(frozen=True)
@@ -38,16 +46,16 @@ def parse_tokens(text: str | int, name: str = "context") -> int:
     """A context or a batch: 4096, or 4k, where k is 1024 and M its square, as contexts are named.
 
     Raises:
-        ConfigError: text that is no whole number of at least 1.
+        ConfigError: text that is no whole number from 1 to 2^40.
 
     >>> parse_tokens("4k"), parse_tokens("1M"), parse_tokens(4096)
     (4096, 1048576, 4096)
     """
-    match = re.fullmatch(r"(\d+)\s*([km]?)", str(text).strip().replace("_", "").replace(",", ""), re.IGNORECASE)
-    value = int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()] if match else 0
-    if value < 1:
+    value = whole(text, {"": 1, "k": 1024, "m": 1024**2}, most=_FAR)
+    if value is None:
         raise ConfigError(
-            f"{name} {text!r} given; a whole number of at least 1 is wanted, such as 4096 or 4k (k is 1024)"
+            f"{name} {short(text)} given; a whole number of at least 1 (and at most 2^40) is wanted, such as 4096 or 4k "
+            "(k is 1024)"
         )
     return value
 
@@ -61,41 +69,46 @@ def parse_sweep(text: str) -> Sweep:
     >>> parse_sweep("batch=1:6").values
     (1, 2, 4, 6)
     """
-    match = re.fullmatch(r"\s*(\w+)\s*=\s*([^:]+):([^:]+)", text)
-    if match is None or match[1] not in AXES:
-        raise ConfigError(f"sweep {text!r} given; context=1k:128k or batch=1:64 is wanted; write an axis and two ends")
-    first, last = (parse_tokens(match[end], match[1]) for end in (2, 3))
-    if last < first:
-        raise ConfigError(f"sweep {text!r} given; a last value of at least the first is wanted; swap the two")
-    values = [first]
-    while values[-1] < last:
-        values.append(min(last, 2 * values[-1]))
-    return Sweep(match[1], tuple(values))
+    name, equals, ends = text.partition("=")
+    first, colon, last = ends.partition(":")
+    if not (equals and colon and name.strip() and first.strip() and last.strip()):
+        raise ConfigError(
+            f"sweep {short(text)} given; context=1k:128k or batch=1:64 is wanted; write an axis and two ends"
+        )
+    axis = one_of(name.strip(), AXES, given=f"sweep {short(text)} given")
+    values = [parse_tokens(first, axis)]
+    end = parse_tokens(last, axis)
+    if end < values[0]:
+        raise ConfigError(f"sweep {short(text)} given; a last value of at least the first is wanted; swap the two")
+    while values[-1] < end:
+        values.append(min(end, 2 * values[-1]))
+    return Sweep(axis, tuple(values))
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes as people write them: 8GiB, 8GB, 512MiB, 8000000000; G alone is GiB.
+    """Bytes as people write them: 8GiB, 8GB, 512MiB, 8000000000B; G alone is GiB. A text has a unit, an int is bytes.
 
     Raises:
-        ConfigError: text that is no number of bytes of at least 1.
+        ConfigError: no number of bytes from 1 to 10^18, or a text without a unit.
 
-    >>> parse_size("8GiB"), parse_size("1.5 GB"), parse_size("512")
-    (8589934592, 1500000000, 512)
+    >>> parse_size("8GiB"), parse_size("1.5 GB"), parse_size("512B"), parse_size(512)
+    (8589934592, 1500000000, 512, 512)
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?", str(text).strip(), re.IGNORECASE)
-    value = 0
-    if match:
-        base = 1000 if (match[3] or "").lower() == "b" else 1024
-        value = int(float(match[1]) * base ** (" kmgt".index(match[2].lower()) if match[2] else 0))
-    if value < 1:
-        raise ConfigError(f"memory {text!r} given; a number of bytes of at least 1 is wanted, such as 8GiB or 24GB")
+    value = whole(text if isinstance(text, str) else f"{text}B", _BYTES)
+    if value is None:
+        bare = isinstance(text, str) and whole(text, {"": 1}) is not None
+        unit = f"; {text.strip()}GiB would be {text.strip()} times 1024^3 bytes" if bare and len(str(text)) < 6 else ""
+        raise ConfigError(
+            f"memory {short(text)} given; {'its unit is wanted too' if bare else 'a whole number of bytes is wanted'}, "
+            f"such as 8GiB or 24GB{unit}"
+        )
     return value
 
 
 def sweep(
     along: Sweep | str,
-    model: str | Model = "diff_v1:6.8B",
-    against: str | Model = "softmax:11B",
+    model: str | Model | None = None,
+    against: str | Model | None = None,
     *,
     context: int = 4096,
     batch: int = 1,
@@ -104,7 +117,7 @@ def sweep(
     backend: str = "standard",
     checkpointing: bool = False,
 ) -> list[dict[str, Any]]:
-    """Both models at each value of an axis, everything else as in ``plan``.
+    """One model or both at each value of an axis, everything else as in ``plan``.
 
     Returns:
         A row for each value and model: ``axis``, ``value``, ``model``, ``training_bytes`` (None where the weights are
@@ -119,7 +132,7 @@ def sweep(
     [1024, 1024, 2048, 2048]
     """
     along = parse_sweep(along) if isinstance(along, str) else along
-    models = [parse_model(text) if isinstance(text, str) else text for text in (model, against)]
+    models, backend = named(model, against), find_backend(backend)
     rates = load_machine(machine) if isinstance(machine, str) else machine
     memory = None if rates is None else rates.memory
     rows: list[dict[str, Any]] = []
@@ -152,7 +165,7 @@ def sweep(
 
 def fits(
     memory: int | str,
-    model: str | Model = "diff_v1:6.8B",
+    model: str | Model | None = None,
     *,
     context: int = 4096,
     batch: int = 1,
@@ -173,7 +186,7 @@ def fits(
     Returns:
         Rows of ``phase`` (``"training"`` or ``"inference"``), ``what`` (``"parameters"``, ``"context"`` or
         ``"batch"``), ``attention``, ``model`` (the shape's or the model's name), ``value`` (None: not even the least
-        fits) and ``bytes`` (its peak).
+        fits), ``bytes`` (its peak) and ``limit`` (the memory's bytes).
 
     Raises:
         ConfigError: bytes that cannot be read, what ``estimate`` raises, or a memory that holds nothing of all this.
@@ -185,8 +198,8 @@ def fits(
     ['diff_v1', 'softmax']
     """
     limit = parse_size(memory)
-    given = parse_model(model) if isinstance(model, str) else model
-    dtypes = resolve_precision(precision)
+    given = named(model, None)[0]
+    dtypes, backend = resolve_precision(precision), find_backend(backend)
     place: dict[str, Any] = {"precision": dtypes, "backend": backend}
     variant = "diff_v1" if given.attention == "softmax" else given.attention
 
@@ -235,7 +248,7 @@ def fits(
             f"memory {memory!r} given; more is wanted: neither {given.name} nor the smallest shape of the rule fits "
             f"with context {context} and batch {batch}; give more, or lower one of the two"
         )
-    return rows
+    return [row | {"limit": limit} for row in rows]
 
 
 def _last(need: Callable[[int], int], limit: int) -> int:

@@ -315,7 +315,7 @@ function start(data) {
     for (const row of document.querySelectorAll("#table tr[data-row]")) {
       const key = row.dataset.row, cells = row.querySelectorAll("td[data-model]");
       found.forEach((values, index) => put(cells[index], data.formats[key], values[key]));
-      row.querySelector(".quotient").textContent = ratio(found[0][key], found[1][key]);
+      if (found.length > 1) row.querySelector(".quotient").textContent = ratio(found[0][key], found[1][key]);
     }
     for (const row of document.querySelectorAll("#backends-table tr[data-backend]")) {
       const index = data.models.findIndex((model) => model.side === row.dataset.model);

@@ -22,7 +22,7 @@ from diffattn.plan.estimate import DISK_DTYPES, estimate
 from diffattn.plan.hardware import MACHINES, Machine
 from diffattn.plan.inference import Inference
 from diffattn.plan.precision import PRECISIONS, Precision
-from diffattn.plan.shape import ModelShape
+from diffattn.plan.shape import BuiltShape, ModelShape
 from diffattn.report import charts
 from diffattn.report.page import render_scripted
 
@@ -158,7 +158,7 @@ def render_plan(result: dict[str, Any]) -> str:
         options=options,
         state=given.state,
         models=data["models"],
-        groups=_groups(rows),
+        groups=_groups(rows, list(given.names)),
         parts=data["parts"].values(),
         backends=_backends(result, data["models"]),
         command=result["command"],
@@ -169,7 +169,7 @@ def render_plan(result: dict[str, Any]) -> str:
 def page_data(given: Given, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What the page's script computes with."""
     polynomials = Polynomials()
-    costs = [_costs(given, side, polynomials) for side in SIDES]
+    costs = [_costs(given, side, polynomials) for side in given.names]
     state = given.state
     limits = {key: [min(low, state[key]), max(high, state[key])] for key, (low, high) in LIMITS.items()}
     low, high = limits["context"]
@@ -190,7 +190,7 @@ def page_data(given: Given, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _models(given: Given) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for side in SIDES:
+    for side in given.names:
         shape, attention = given.shapes[side], given.attentions[side]
         look = charts.look(attention, list(charts.LOOKS))
         if found and attention == given.attentions["model"]:
@@ -259,13 +259,13 @@ def _work(found: Mapping[str, Any]) -> dict[str, int]:
     return work | {"score_bytes": found["score_bytes"]}
 
 
-def _groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _groups(rows: list[dict[str, Any]], sides: list[str]) -> list[dict[str, Any]]:
     def title(key: str) -> str:
         return next((title for title, starts in GROUPS.items() if key.startswith(starts)), "Model")
 
     def cells(row: Mapping[str, Any]) -> dict[str, Any]:
-        both = [_cell(row["format"], row[side]) | {"model": side} for side in SIDES]
-        return {**row, "cells": both, "ratio": _ratio(row["model"], row["against"])}
+        own = [_cell(row["format"], row[side]) | {"model": side} for side in sides]
+        return {**row, "cells": own, "ratio": _ratio(row["model"], row["against"])}
 
     found = {name: [cells(row) for row in rows if title(row["key"]) == name] for name in GROUPS}
     return [{"title": name, "rows": of_group} for name, of_group in found.items()]
@@ -326,22 +326,27 @@ def _setting(state: Mapping[str, Any], options: Mapping[str, list[tuple[str, str
     return " · ".join(f"{label} {words[key]}" for key, label in labels.items())
 
 
+def _shape(values: Mapping[str, Any]) -> ModelShape:
+    return BuiltShape(**values) if "extras" in values else ModelShape(**values)
+
+
 def _given(result: Mapping[str, Any]) -> Given:
     setting = result["setting"]
-    attentions = {side: result[side]["attention"] for side in SIDES}
+    sides = [side for side in SIDES if result[side] is not None]
+    attentions = {side: result[side]["attention"] for side in sides}
     precision = Precision(**setting["precision"])
     precisions = dict(PRECISIONS)
     chosen = next((name for name, known in PRECISIONS.items() if known == precision), "as given")
     precisions[chosen] = precision
     machine = NO_MACHINE if setting["machine"] is None else Machine(**setting["machine"])
     key = machine.name if MACHINES.get(machine.name, machine) == machine else f"{machine.name} (given)"
-    both = [name for name in backends_of(attentions["model"]) if name in backends_of(attentions["against"])]
+    shared = set.intersection(*(set(backends_of(attention)) for attention in attentions.values()))
     # The definition is what fused computes.
     backend = "fused" if setting["backend"] == "definition" else setting["backend"]
     return Given(
-        names={side: result[side]["name"] for side in SIDES},
+        names={side: result[side]["name"] for side in sides},
         attentions=attentions,
-        shapes={side: ModelShape(**result[side]["shape"]) for side in SIDES},
+        shapes={side: _shape(result[side]["shape"]) for side in sides},
         state={
             "context": setting["context"],
             "batch": setting["batch"],
@@ -352,5 +357,5 @@ def _given(result: Mapping[str, Any]) -> Given:
         },
         precisions=precisions,
         machines={**MACHINES, key: machine},
-        backends=[name for name in both if name != "definition"],
+        backends=[name for name in backends_of(attentions["model"]) if name in shared - {"definition"}],
     )

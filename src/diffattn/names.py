@@ -1,0 +1,67 @@
+"""A name as people write it: in any case, without its spaces and marks, or by a part that only one name has."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+from diffattn.errors import ConfigError
+
+
+def one_of(
+    text: object,
+    names: Iterable[str],
+    *,
+    given: str | None = None,
+    also: Mapping[str, str] | None = None,
+    way_out: str = "",
+) -> str:
+    """The name that a text means.
+
+    A text means a name that it equals without regard to case, spaces and marks. Where there is none, it means the one
+    name in which it stands from the start of a word on; such a part has a letter and two characters, or three.
+
+    Args:
+        text: what was written.
+        names: what there is, in the order in which an error lists it.
+        given: how an error says what was written. Default: the text in quotes.
+        also: further spellings, and the name that each stands for. Default: none.
+        way_out: the end of an error. Default: empty.
+
+    Raises:
+        ConfigError: no name, or a part that several names have, which are listed.
+
+    >>> one_of("DIFF-V1", ["softmax", "diff_v1"]), one_of("rtx 3060", ["RTX 4090", "RTX 3060 12GB"])
+    ('diff_v1', 'RTX 3060 12GB')
+    """
+    names = list(names)
+    spelled = {plain(name): name for name in names} | {plain(name): meant for name, meant in (also or {}).items()}
+    wanted = plain(str(text))
+    if wanted in spelled:
+        return spelled[wanted]
+    said = f"{text!r} given" if given is None else given
+    found = [name for name in names if _is_part(wanted, name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"{said}; one name is wanted, and {' and '.join(found)} fit: write one of them in full")
+    near = difflib.get_close_matches(wanted, spelled, n=1)
+    meant = f"; did you mean {spelled[near[0]]}?" if near else ""
+    raise ConfigError(f"{said}; a known name is wanted: use one of {', '.join(names)}{meant}{way_out}")
+
+
+def plain(text: str) -> str:
+    """Letters and digits alone, without case.
+
+    >>> plain("RTX 3060 12GB")
+    'rtx306012gb'
+    """
+    return "".join(letter for letter in text.casefold() if letter.isalnum())
+
+
+def _is_part(wanted: str, name: str) -> bool:
+    if len(wanted) < (2 if any(letter.isalpha() for letter in wanted) else 3):
+        return False
+    words = re.findall(r"[^\W_]+", name.casefold())
+    return any("".join(words[place:]).startswith(wanted) for place in range(len(words)))
