@@ -23,17 +23,20 @@ def read_quantity(text: str, *, decimal_comma: bool | None = None) -> tuple[Deci
     """A number of at least 0 and the unit behind it, in lower case; None: the text is none.
 
     Decimals stand behind a point or a comma; groups of three digits may be apart by commas, points, spaces, apostrophes
-    or underscores. A point before three digits is a decimal point, a comma before three digits is what it is said to be.
+    or underscores. What a single comma before three digits is has to be said; so is a single point before three digits,
+    which stands between thousands where the comma stands before decimals, and before decimals otherwise.
 
     Args:
         text: such as ``"6,837,000,000"`` or ``"8 GiB"``.
-        decimal_comma: whether a single comma before three digits stands before decimals. Default: not known.
+        decimal_comma: whether a comma stands before decimals. Default: not known.
 
     Raises:
         AmbiguousError: such a comma where it is not known.
 
     >>> [str(read_quantity(text)[0]) for text in ("6,8B", "1_000", "6.837.000,5", "1e3")]
     ['6.8', '1000', '6837000.5', '1E+3']
+    >>> [str(read_quantity("1,234", decimal_comma=one)[0]) for one in (True, False)]
+    ['1.234', '1234']
     >>> read_quantity("8 GiB"), read_quantity("-3"), read_quantity("1,2,3")
     ((Decimal('8'), 'gib'), None, None)
     """
@@ -47,15 +50,18 @@ def read_quantity(text: str, *, decimal_comma: bool | None = None) -> tuple[Deci
 
 def _digits(text: str, decimal_comma: bool | None) -> str | None:
     """The same number with a decimal point and nothing between thousands; None: the marks make no sense."""
-    text = re.sub(r"(?<=[0-9])_(?=[0-9])", "", text)
-    for mark in ("'", "’", *_SPACES):
+    text = re.sub(f"[{_SPACES}]", " ", re.sub(r"(?<=[0-9])_(?=[0-9])", "", text))
+    for mark in ("'", "’", " "):
         if mark in text:
             head, point, tail = re.fullmatch(r"([^.,]*)([.,]?)(.*)", text).groups()  # type: ignore[union-attr]
             if not _grouped(head, mark):
                 return None
             text = head.replace(mark, "") + point + tail
     if "," not in text:
-        return (text.replace(".", "") if _grouped(text, ".") else None) if text.count(".") > 1 else text
+        grouped = _grouped(text, ".") and not text.startswith("0")
+        if text.count(".") > 1 or (decimal_comma and grouped):
+            return text.replace(".", "") if grouped else None
+        return text
     if "." in text:
         decimal, group = (",", ".") if text.rindex(",") > text.rindex(".") else (".", ",")
         head, _, tail = text.rpartition(decimal)
@@ -67,6 +73,25 @@ def _digits(text: str, decimal_comma: bool | None) -> str | None:
             raise AmbiguousError(f"write {text.replace(',', '.')} or {text.replace(',', '')}")
         return text.replace(",", "." if decimal_comma else "")
     return text.replace(",", ".")
+
+
+def writes_decimals(text: str) -> str | None:
+    """``","`` or ``"."``: what this number certainly has before its decimals; None: it has none, or it is not certain.
+
+    >>> [writes_decimals(text) for text in ("3,41", "3.41", "6,837.5", "6,837,000", "1,234", "12")]
+    [',', '.', '.', '.', None, None]
+    """
+    text = re.sub(r"[^0-9.,]", "", re.sub("e[+-]?[0-9]+", "", text.strip(), flags=re.I))
+    marks = [letter for letter in text if letter in ",."]
+    if not marks:
+        return None
+    other = "." if marks[-1] == "," else ","
+    if other in marks:
+        return marks[-1] if marks.count(marks[-1]) == 1 else None
+    if len(marks) > 1:
+        return other
+    head, _, tail = text.partition(marks[0])
+    return marks[0] if len(tail) != 3 or head in ("0", "") else None
 
 
 def _grouped(text: str, mark: str) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from diffattn.cli import plan as verb
 from diffattn.cli.main import main
 from diffattn.plan.answer import plan
 from diffattn.plan.shape import ModelShape
@@ -42,12 +41,10 @@ def test_json_is_what_python_returns(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_dtypes_take_the_place_of_the_precisions(capsys: pytest.CaptureFixture[str]) -> None:
-    found, shown = said(capsys, *PAIR, "--weights-dtype", "int4", "--cache-dtype", "int8", "--machine", "m2", "--json",
+    found, shown = said(capsys, *PAIR, "--weights-dtype", "int4", "--cache-dtype", "int8", "--machine", "m3", "--json",
                         status=2)  # fmt: skip
-    assert "machine 'm2'" in shown
-    found, _ = said(
-        capsys, *PAIR, "--weights-dtype", "int4", "--cache-dtype", "int8", "--machine", "apple m2", "--json"
-    )
+    assert "machine 'm3'" in shown
+    found, _ = said(capsys, *PAIR, "--weights-dtype", "int4", "--cache-dtype", "int8", "--machine", "m2", "--json")
     precision = found["setting"]["precision"]
     assert (precision["weights"], precision["cache"], precision["activations"]) == ("int4", "int8", "bf16")
     assert found["model"]["estimate"]["training"] is None
@@ -112,7 +109,20 @@ def test_measure_puts_both_beside_each_other(
         (("--weights-dtype", "int3"), "weights='int3' given"),
         (("--backend", "flash"), "backend='flash' given"),
         (("--model", "diff_v3:3B"), "did you mean diff_v2"),
-        (("--model", "3B"), "a variant and a size are wanted"),
+        (("--model", "banana"), "a variant and a size are wanted"),
+        (("--model", ""), "model '' given"),
+        (("--model", "diff:3B"), "diff_v1 and diff_v2 fit"),
+        (("--machine", ""), "machine '' given"),
+        (("--machine", "RTX"), "RTX 4090 and RTX 3060 12GB fit"),
+        (("--fits", "8"), "memory '8' given; its unit is wanted too"),
+        (("--fits", "nan"), "memory 'nan' given"),
+        (("--context", "1e400"), "context '1e400' given"),
+        (("--context", "9" * 400), "context '9999"),
+        (("--precision", ""), "precision='' given"),
+        (("--precision", "fp16"), "precision='fp16' given"),
+        (("--cache-dtype", "int"), "int8 and int4 fit"),
+        (("--backend", ""), "backend='' given"),
+        (("--sweep", "length=1:2"), "sweep 'length=1:2' given"),
         (("--against", "softmax:nope"), "size 'nope' given"),
         (("--tp", "5"), "tp=5 given"),
         (("--fsdp", "0"), "fsdp=0 given"),
@@ -129,9 +139,32 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], options: tupl
     assert shown.count("\n") == 1
 
 
-def test_what_is_shown_fits_any_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    verb.show([["name", "size"], ["[bold]", "8.00 GiB"]])
-    assert "[bold]" in capsys.readouterr().err
+def test_names_are_found_in_any_case_and_the_choice_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    found, shown = said(
+        capsys, "--model", "DIFF-V2:300k", "--context", " 64 ", "--machine", "nvidia rtx 3060",
+        "--precision", "AutoCast", "--backend", "Mat", "--weights-dtype", "BFloat16", "--json",
+    )  # fmt: skip
+    setting = found["setting"]
+    assert setting["machine"]["name"] == "RTX 3060 12GB"
+    assert (setting["precision"]["weights"], setting["backend"], setting["context"]) == ("bf16", "materialised", 64)
+    assert found["model"]["name"] == "diff_v2:300K"
+    assert found["against"] is None
+    assert shown.startswith("machine: RTX 3060 12GB; context: 64; batch: 1; precision: weights bf16,")
+
+
+def test_a_size_alone_is_planned_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    found, shown = said(capsys, "--model", "3M", "--context", "64", "--json")
+    assert found["model"]["attention"] == "diff_v1"
+    assert "'3M' is planned as diff_v1:3M" in shown
+    assert "softmax:11B" not in shown
+
+
+def test_a_page_of_one_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    said(capsys, "--model", "softmax:300K", "--context", "64", "--html", str(tmp_path / "plan.html"))
+    text = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert "A model before it is built" in text
+    assert '<th scope="col">ratio</th>' not in text
+    assert 'class="quotient"' not in text
 
 
 def test_the_process_imports_no_torch_and_ends_within_a_second() -> None:

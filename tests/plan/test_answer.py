@@ -252,7 +252,7 @@ def test_sizes_and_axes_as_people_write_them() -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "nan", "inf", "4.5", "4x", "1e30", "9" * 5000, "4k4"])
 def test_bad_contexts_are_one_line(text: str) -> None:
-    with pytest.raises(ConfigError, match="batch '.*' given; a whole number of at least 1") as caught:
+    with pytest.raises(ConfigError, match=r"batch '.*' given; a whole number of at least 1") as caught:
         parse_tokens(text, "batch")
     assert len(str(caught.value)) < 300
 

@@ -8,6 +8,7 @@ import rich.box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from diffattn.cli.screen import screen, wrapped
 
@@ -34,7 +35,7 @@ def show(rows: Rows, console: Console | None = None) -> None:
         if widths is None:
             _records(part, console)
         else:
-            console.print(_table(part, widths), soft_wrap=False, markup=False, emoji=False)
+            console.print(_table(part, widths))
 
 
 def parts(rows: Rows, width: int) -> list[list[list[str]]]:
@@ -111,11 +112,11 @@ def _table(rows: Rows, widths: Sequence[int]) -> Table:
     table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for place, title in enumerate(rows[0]):
         numbers = place > 0 and all(_is_number(row[place]) or not row[place] for row in rows[1:])
-        table.add_column(title, justify="right" if numbers else "left", width=widths[place], overflow="fold")
+        table.add_column(Text(title), justify="right" if numbers else "left", width=widths[place], overflow="fold")
     for row in rows[1:]:
-        # What begins with spaces stands below another row and is short.
+        # As Text, for a str's brackets and colons would be read as markup.
         cells = zip(row, widths, strict=True)
-        table.add_row(*(cell if cell_len(cell) <= width else wrapped(cell, width) for cell, width in cells))
+        table.add_row(*(Text(cell if cell_len(cell) <= width else wrapped(cell, width)) for cell, width in cells))
     return table
 
 

@@ -80,8 +80,8 @@ def kind_of(values: Mapping[str, Any], file: str) -> Kind:
         said = f"model_type {name!r}" if name is not None else "no model_type"
         own = ", with code of its own (auto_map)" if code else ""
         raise ConfigError(
-            f"{file!r} gives {said}{own}; what can be planned is {', '.join(KINDS)}: write its numbers as a .toml file, "
-            "if it is a decoder with one gated feed-forward network per layer"
+            f"{file!r} gives {said}{own}; what can be planned is {', '.join(KINDS)}: write its numbers as a .toml "
+            "file, if it is a decoder with one gated feed-forward network per layer"
         )
     if name == OURS:
         return KINDS[name]
@@ -100,8 +100,8 @@ def kind_of(values: Mapping[str, Any], file: str) -> Kind:
     for key, value in values.items():
         if value and key not in _KNOWN and _FOREIGN.intersection(key.casefold().split("_")):
             what = (
-                "weights as they were before they were quantised are wanted: plan the model that it was made from, with "
-                "--weights-dtype int8 or int4"
+                "weights as they were before they were quantised are wanted: plan the model that it was made from, "
+                "with --weights-dtype int8 or int4"
                 if "quantization" in key or "compression" in key
                 else f"a plain {name} is wanted, without such parts: write its numbers as a .toml file"
             )

@@ -21,7 +21,7 @@ from diffattn.plan.cost import count_parameters
 from diffattn.plan.shape import VARIANTS, BuiltShape, ModelShape, check_positive_int
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-# Buffers that lie among the weights: older versions saved those of rotary positions, and DEX has how far it is annealed.
+# Buffers among the weights: older versions saved those of rotary positions, and DEX has how far it is annealed.
 _BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\.annealed$")
 
 
@@ -180,7 +180,7 @@ def _extras(
     found.append(("norms", "norms of queries and keys", L * normed))
     found.append(("norms", "further norms", L * kind.further_norms * D))
     if attention in VARIANTS:
-        chosen = {
+        chosen: dict[str, Any] = {
             "subln_affine": _flag(values, "subln_affine", True) if ours else attention != "diff_v1",
             "head_norm": _flag(values, "head_norm", None) if ours else None,
             "lambda_form": values.get("lambda_form", "sigmoid") if ours else "sigmoid",

@@ -83,7 +83,8 @@ def _check_rate(name: str, key: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _FASTEST:
         raise ConfigError(
-            f"machine {name!r} gives {key}={value!r}; a number above 0 is wanted (and at most 1e30), or null where unknown"
+            f"machine {name!r} gives {key}={value!r}; a number above 0 (and at most 1e30) is wanted, or null where "
+            "it is unknown"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffattn.numbers import count, seconds, size
@@ -90,9 +90,9 @@ def notes(model: Model, estimate: dict[str, Any]) -> list[str]:
             merged[what] = merged.get(what, 0) + number
         listed = ", ".join(f"{what} ({number:,} parameters)" for what, number in merged.items())
         found.append(
-            f"Beside its shape {model.name} has {listed}, {abs(sum(merged.values())) / total:.2%} of it: they are counted "
-            "in its parameters and in the bytes of weights, gradients and optimizer state, and left out of its FLOPs and "
-            "activations."
+            f"Beside its shape {model.name} has {listed}, {abs(sum(merged.values())) / total:.2%} of it: they are "
+            "counted in its parameters and in the bytes of weights, gradients and optimizer state, and left out of its "
+            "FLOPs and activations."
         )
     if model.left_out:
         listed = ", ".join(f"{what} ({number:,})" for what, number in model.left_out.items())
@@ -100,8 +100,8 @@ def notes(model: Model, estimate: dict[str, Any]) -> list[str]:
     if isinstance(model.built, BuiltShape) and model.built.window is not None:
         layers, width = model.built.window
         found.append(
-            f"In {layers} of its {model.built.num_layers} layers {model.name} sees the last {width:,} tokens alone; cache "
-            f"and FLOPs are planned as if it saw all, which is too much where the context is above {width:,}."
+            f"In {layers} of its {model.built.num_layers} layers {model.name} sees the last {width:,} tokens alone; "
+            f"cache and FLOPs are planned as if it saw all, which is too much where the context is above {width:,}."
         )
     return found
 
@@ -145,7 +145,7 @@ def small_machine_sentence(result: dict[str, Any], models: list[Model]) -> str:
     found = [result[side]["estimate"] for side in ("model", "against") if result[side] is not None]
     setting = result["setting"]
 
-    def said(values: list[float], written: Callable[[float], str]) -> str:
+    def said(values: Sequence[float], written: Callable[[float], str]) -> str:
         return " against ".join(map(written, values))
 
     disk = [f"{said([each['disk'][dtype]['bytes'] for each in found], size)} as {dtype}" for dtype in ("bf16", "int4")]
@@ -163,7 +163,7 @@ def small_machine_sentence(result: dict[str, Any], models: list[Model]) -> str:
     )
 
 
-def _held(needs: list[float], names: list[str]) -> str:
+def _held(needs: Sequence[float], names: list[str]) -> str:
     """Which of the small machines hold which of the models."""
     kinds = {(True,): "it fits", (False,): "it does not", (True, True): "both", (False, False): "neither"}
     kinds |= {(True, False): f"only {names[0]}", (False, True): f"only {names[-1]}"}

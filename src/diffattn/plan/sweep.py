@@ -54,8 +54,8 @@ def parse_tokens(text: str | int, name: str = "context") -> int:
     value = whole(text, {"": 1, "k": 1024, "m": 1024**2}, most=_FAR)
     if value is None:
         raise ConfigError(
-            f"{name} {short(text)} given; a whole number of at least 1 (and at most 2^40) is wanted, such as 4096 or 4k "
-            "(k is 1024)"
+            f"{name} {short(text)} given; a whole number of at least 1 (and at most 2^40) is wanted, such as 4096 or "
+            "4k (k is 1024)"
         )
     return value
 
@@ -97,10 +97,9 @@ def parse_size(text: str | int) -> int:
     value = whole(text if isinstance(text, str) else f"{text}B", _BYTES)
     if value is None:
         bare = isinstance(text, str) and whole(text, {"": 1}) is not None
-        unit = f"; {text.strip()}GiB would be {text.strip()} times 1024^3 bytes" if bare and len(str(text)) < 6 else ""
         raise ConfigError(
             f"memory {short(text)} given; {'its unit is wanted too' if bare else 'a whole number of bytes is wanted'}, "
-            f"such as 8GiB or 24GB{unit}"
+            "such as 8GiB or 24GB"
         )
     return value
 
