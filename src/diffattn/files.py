@@ -24,6 +24,8 @@ PARTIAL = ".partial"
 _MARK = ".being-written-by-diffattn"
 # With which the names of files begin that are gone again at once.
 _PROBE = ".diffattn-"
+LOCK = ".in-use-by-diffattn"
+"""In the folder of a run, while a process has it; one that a killed process left locks nothing."""
 # What systems put into folders by themselves.
 _SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 # What stands near the beginning of each page and picture of ours, the name of the program that made it.
@@ -60,8 +62,9 @@ def _probe(folder: Path) -> None:
 
 
 def entries(folder: Path) -> list[str]:
-    """What a folder holds, sorted by name, without what the system puts there and what is half-written by us."""
-    return sorted(path.name for path in folder.iterdir() if path.name not in _SYSTEM and not is_unfinished(path))
+    """What a folder holds, sorted by name, without what the system puts there, our lock and what we half wrote."""
+    hidden = _SYSTEM | {LOCK}
+    return sorted(path.name for path in folder.iterdir() if path.name not in hidden and not is_unfinished(path))
 
 
 def check_files(**files: Path | None) -> None:
@@ -154,7 +157,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``, in one step."""
-    write_bytes(path, text.encode("utf-8"))
+    # Of a file name that is no UTF-8, Python makes characters that no file can hold; JSON reads them back as they were.
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -78,6 +78,17 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{key: row[key] for key in EXACT if key in row} for row in read_metrics(folder / "metrics.jsonl")]
 
 
+def without_seals(folder: Path) -> None:
+    """Make of a run folder what a version wrote that sealed nothing but checkpoints."""
+    for name in ("config.json", "result.json"):
+        if (folder / name).exists():
+            content = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps({k: v for k, v in content.items() if k not in ("seal", "files")}))
+    for manifest in folder.glob("checkpoint-*/manifest.json"):
+        named = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps({name: facts for name, facts in named.items() if not name.startswith("../")}))
+
+
 def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if path.suffix != ".partial")
 

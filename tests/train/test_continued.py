@@ -20,6 +20,7 @@ from train.small_run import (
     rows,
     small_model,
     stop,
+    without_seals,
 )
 from transformers import PreTrainedTokenizerFast
 
@@ -226,7 +227,8 @@ def test_a_run_of_a_shape_is_not_continued_from_a_folder(models, stopped: Path, 
 
 
 def test_a_folder_of_an_earlier_version_goes_on(stopped: Path, whole: Path, data: PreparedData) -> None:
-    """Its config.json lacks the fields that were added since, which had these values."""
+    """Its config.json lacks the fields that were added since, which had these values, and it has no seals."""
+    without_seals(stopped)
     file = stopped / "config.json"
     config = json.loads(file.read_text())
     del config["recipe"]["anneal_fraction"], config["model"]["qk_norm"], config["model"]["attention_bias"]

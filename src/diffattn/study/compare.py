@@ -36,7 +36,8 @@ from diffattn.study.statistics import pairs
 from diffattn.train.callbacks import Progress, read_metrics
 from diffattn.train.measure import StepCost, measure_load, measure_step
 from diffattn.train.recipe import Recipe
-from diffattn.train.run import TrainResult, train
+from diffattn.train.record import TrainResult
+from diffattn.train.run import train
 from diffattn.train.single import check_context, new_folder
 
 DEFAULT_STEPS = 250

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from diffattn.errors import TrainingError
-from diffattn.files import explained, write_text
+from diffattn.files import explained, parse_json, write_text
 from diffattn.progress import OnStage, Stage
 
 
@@ -79,9 +79,9 @@ class Interruption:
 class MetricsFile:
     """``metrics.jsonl``: a row per step, and a row per measurement of the held-out loss."""
 
-    def __init__(self, path: Path, *, keep_to_step: int = 0) -> None:
+    def __init__(self, path: Path, *, kept: list[dict[str, Any]]) -> None:
         self.path = path
-        self.rows = [row for row in read_metrics(path) if row["step"] <= keep_to_step]
+        self.rows = kept
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._stream = path.open("a", encoding="utf-8")
 
@@ -103,16 +103,40 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl`` up to the first that is torn or damaged; a missing file has no rows."""
-    if not path.exists():
-        return []
+    return parse_metrics(path.read_bytes()) if path.is_file() else []
+
+
+def parse_metrics(content: bytes) -> list[dict[str, Any]]:
+    """The rows up to the first that is torn, or is none of ours."""
     rows = []
     # A complete file ends with a newline, so what stands behind the last one is a torn row or nothing.
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    for line in content.split(b"\n")[:-1]:
         try:
-            rows.append(json.loads(line))
+            row = parse_json(line)
         except ValueError:
             break
+        if not _is_row(row):
+            break
+        rows.append(row)
     return rows
+
+
+def _is_row(row: object) -> bool:
+    if not isinstance(row, dict) or not ("loss" in row or "val_loss" in row):
+        return False
+    counts = [row.get("step"), row.get("tokens"), row.get("val_blocks", 0)]
+    measures = [row.get("seconds"), *(row[name] for name in ("loss", "val_loss", "grad_norm") if name in row)]
+    return all(is_count(value) for value in counts) and all(is_measure(value) for value in measures)
+
+
+def is_count(value: object) -> bool:
+    """A whole number that may stand in a file of ours: 0 or more, of no more than 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def is_measure(value: object) -> bool:
+    """A finite number that may stand in a file of ours."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 class RunCallback(TrainerCallback):

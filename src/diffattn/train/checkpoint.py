@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
-from diffattn.files import PARTIAL, remove_unfinished, write_json
+from diffattn.errors import CheckpointError
+from diffattn.files import PARTIAL, parse_json, remove_unfinished, write_json
+from diffattn.sealed import file_facts
 
 MANIFEST = "manifest.json"
+WAY_OUT = "restore the file, or start again with another --out"
+# Files of the run that a checkpoint's manifest names too: as long as they were when it was written.
+_OF_THE_RUN = ("../config.json", "../metrics.jsonl")
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest: size and SHA-256 of every file of a checkpoint that is complete."""
-    files = {file.name: _digest(file) for file in sorted(folder.iterdir()) if file.is_file()}
+def seal(folder: Path, run: Path | None = None) -> None:
+    """Write the manifest of a checkpoint that is complete: size and SHA-256 of every file.
+
+    With ``run``, the run's folder, also of its ``config.json`` and of its ``metrics.jsonl`` up to here.
+    """
+    files = {file.name: file_facts(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    if run is not None:
+        files |= {name: file_facts(run / Path(name).name) for name in _OF_THE_RUN}
     write_json(folder / MANIFEST, files)
 
 
 def defect(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, in a few words, or None where every file is as it was written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
         return "it has no manifest, so it was not completed"
-    except ValueError:
+    except (OSError, ValueError):
         return "its manifest is damaged"
     if not isinstance(manifest, dict) or not manifest:
         return "its manifest names no files"
     for name, expected in manifest.items():
         file = folder / name
+        if not _are_facts(expected) or (file.parent != folder and name not in _OF_THE_RUN):
+            return "its manifest is damaged"
+        if name in _OF_THE_RUN:
+            continue
         if not file.is_file():
             return f"{name} is missing"
-        if _digest(file) != expected:
+        if file_facts(file) != expected:
             return f"{name} is not what was written ({file.stat().st_size:,} bytes of {expected['bytes']:,})"
     return None
 
@@ -43,6 +56,32 @@ def defect(folder: Path) -> str | None:
 def is_sealed(folder: Path) -> bool:
     """Whether a folder is a checkpoint that a run has completed: ours, whatever became of its files."""
     return (folder / MANIFEST).is_file() and not folder.is_symlink()
+
+
+def has_run_files(checkpoint: Path) -> bool:
+    """Whether the manifest of a checkpoint without defect seals the files of its run; an earlier version's does not."""
+    return set(_OF_THE_RUN) <= parse_json((checkpoint / MANIFEST).read_bytes()).keys()
+
+
+def sealed_rows(checkpoint: Path) -> bytes:
+    """What ``metrics.jsonl`` held when a checkpoint without defect, which seals it, was written.
+
+    Raises:
+        CheckpointError: ``config.json`` or ``metrics.jsonl`` of the run is not as it was then.
+    """
+    manifest: dict[str, Any] = parse_json((checkpoint / MANIFEST).read_bytes())
+    step = checkpoint.name.removeprefix("checkpoint-")
+    for name in _OF_THE_RUN:
+        file, expected = checkpoint.parent / Path(name).name, manifest[name]
+        # Rows are appended; the configuration never changes.
+        grows = file.suffix == ".jsonl"
+        size = file.stat().st_size if file.is_file() else 0
+        if grows and size < expected["bytes"]:
+            raise CheckpointError(f"{file} ends before step {step} of the checkpoint; {WAY_OUT}")
+        if not file.is_file() or file_facts(file, expected["bytes"] if grows else None) != expected:
+            raise CheckpointError(f"{file} was changed since the checkpoint of step {step} was written; {WAY_OUT}")
+    with file.open("rb") as stream:
+        return stream.read(expected["bytes"])
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -83,6 +122,5 @@ def _free(path: Path) -> Path:
     return next(place for place in itertools.chain([path], numbered) if not os.path.lexists(place))
 
 
-def _digest(file: Path) -> dict[str, int | str]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+def _are_facts(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("bytes"), int) and isinstance(value.get("sha256"), str)

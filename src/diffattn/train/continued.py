@@ -17,7 +17,8 @@ from diffattn.model.loading import load_config, load_model, load_tokenizer
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
 from diffattn.train.recipe import Recipe
-from diffattn.train.run import TrainResult, train
+from diffattn.train.record import TrainResult
+from diffattn.train.run import train
 from diffattn.train.single import check_context, check_out, new_folder
 
 CONTEXT = 512

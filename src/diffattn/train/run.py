@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +15,18 @@ from torch.utils.data import Dataset, SequentialSampler, Subset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from diffattn.data.packing import PreparedData, ValidationBlocks
-from diffattn.errors import CheckpointError, ConfigError
+from diffattn.errors import ConfigError
 from diffattn.files import sync, whole_folder, writable_folder, write_json
 from diffattn.folders import RUN, holds_model_of_ours, own_folder
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.progress import OnStage, Stage, unseen
+from diffattn.sealed import file_facts, sealed
 from diffattn.train.annealing import DexAnnealing
 from diffattn.train.callbacks import Interruption, MetricsFile, Progress, RunCallback, diverged, read_metrics, warn
 from diffattn.train.checkpoint import checkpoints, is_sealed, last_good, prune, seal
+from diffattn.train.lock import held
 from diffattn.train.recipe import Recipe
-
-# Of fields that were added since a run was started, by part of its config.json.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "recipe": {"anneal_fraction": 0.5},
-    "model": {
-        "attention_bias": False,
-        "attention_output_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
-        "dex_heads": None,
-    },
-}
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run measured: held-out loss in nats per token, bits per byte, median training speed."""
-
-    folder: Path
-    val_loss: float
-    bits_per_byte: float
-    train_tokens_per_second: float
-
-    @property
-    def model_folder(self) -> Path:
-        """Where ``save_pretrained`` wrote the trained model and its tokenizer."""
-        return self.folder / "model"
+from diffattn.train.record import TrainResult, check_claim, kept_rows, read_result
 
 
 def train(
@@ -62,6 +36,7 @@ def train(
     out: str | Path,
     *,
     source: dict[str, str] | None = None,
+    options: dict[str, Any] | None = None,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
@@ -70,7 +45,9 @@ def train(
 
     The folder holds ``config.json`` (recipe, model, data), ``metrics.jsonl`` (a row per step), ``checkpoint-N``
     (sealed with a manifest), ``model`` (``save_pretrained``) and ``result.json``. A run that was cut at any moment and
-    is resumed continues to exactly the losses of an uninterrupted one; a finished run is not trained again.
+    is resumed continues to exactly the losses of an uninterrupted one; a finished run is not trained again. Numbers
+    that were changed in any of these files are noticed, never believed: all carry seals (``diffattn.sealed``). While a
+    process trains, the folder is locked (``diffattn.train.lock``).
 
     Args:
         model: float32 weights, trained in place; ``recipe.dtype`` says in what dtype products are computed.
@@ -79,22 +56,42 @@ def train(
         out: the run folder: new, empty, or that of a run; without ``resume`` it must not hold one.
         source: where a pretrained model came from: its ``folder``, and the ``digest`` of its weights, by which a run is
             resumed with the same one. The held-out loss is then also measured before the first step.
+        options: what the run is resumed with beside its recipe, kept in ``config.json``; see ``train/resume.py``.
         resume: continue from the last good checkpoint in ``out``, or start where there is none.
         on_progress: called after each step.
         on_stage: called with what is done beside the steps, and how much of it is.
 
     Raises:
-        ConfigError: ``out`` holds a run already, or something else, or cannot be written; or the attention
-            function is unknown or not installed.
-        CheckpointError: ``config.json`` or ``metrics.jsonl`` in ``out`` is damaged or cut short.
+        ConfigError: ``out`` holds a run already, or something else, is being trained by another process, or cannot be
+            written; or the attention function is unknown or not installed.
+        CheckpointError: a file of the run in ``out`` is damaged, cut short, or was changed after it was written.
         TrainingError: the loss is not a number, or the disk is full; the last good checkpoint is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the steps so far were saved.
     """
     _use_attention(model, recipe.attn_implementation)
     folder = writable_folder(own_folder(out, RUN))
     recipe = recipe.resolved()
-    claim = {"recipe": recipe.to_dict(), "model": model.config.to_diff_dict(), "data": data.facts}
-    _claim(folder, claim if source is None else claim | {"source": source}, resume)
+    claim: dict[str, Any] = {"recipe": recipe.to_dict(), "model": model.config.to_diff_dict(), "data": data.facts}
+    more = {"source": source, "options": options}
+    claim |= {part: values for part, values in more.items() if values is not None}
+    with held(folder):
+        return _train(model, data, recipe, folder, claim, resume, on_progress)
+
+
+def _train(
+    model: DiffTransformerForCausalLM,
+    data: PreparedData,
+    recipe: Recipe,
+    folder: Path,
+    claim: dict[str, Any],
+    resume: bool,
+    on_progress: Callable[[Progress], None] | None,
+) -> TrainResult:
+    """The run, in a folder that nobody else has."""
+    check_new(folder, resume)
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", sealed(claim))
+    has_seal = check_claim(folder, claim)
     finished = read_result(folder)
     if finished is not None:
         return finished
@@ -104,13 +101,7 @@ def train(
     for line in skipped:
         warn(f"{folder}: {line}")
     step = start[0] if start else 0
-    written = folder / "metrics.jsonl"
-    if step and not any(row["step"] == step for row in read_metrics(written)):
-        raise CheckpointError(
-            f"{written} ends before step {step} of the checkpoint; wanted the rows up to it: "
-            "restore the file, or start again with another --out"
-        )
-    metrics = MetricsFile(written, keep_to_step=step)
+    metrics = MetricsFile(folder / "metrics.jsonl", kept=kept_rows(folder, start, has_seal))
     together = recipe.batch_size * recipe.gradient_accumulation
     order = data.order(seed=recipe.seed, num_samples=recipe.steps * together, batch_size=together)
     validation = ValidationBlocks(data.validation)
@@ -129,12 +120,12 @@ def train(
         try:
             if start is not None:
                 trainer.restore(start[1], metrics)
-            elif source is not None and recipe.evaluations and not metrics.held_out(0):
+            elif "source" in claim and recipe.evaluations:
                 trainer.evaluate()
             if step < recipe.steps:
                 trainer.train(resume_from_checkpoint=str(start[1]) if start else None)
             callback.validation_blocks = len(validation)
-            # The last step has the measurement that was due there, then this one, which a cut run may have made.
+            # The last step has the measurement that was due there, then this one, which an earlier version's may have.
             if len(metrics.held_out(recipe.steps)) == min(1, recipe.evaluations):
                 trainer.evaluate(validation)
         except KeyboardInterrupt:
@@ -164,15 +155,6 @@ def speed(rows: list[dict[str, Any]]) -> float:
     )
 
 
-def read_result(folder: Path) -> TrainResult | None:
-    """The result of a finished run folder, or None where it is not finished."""
-    file = folder / "result.json"
-    if not file.exists():
-        return None
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    return TrainResult(folder, stored["val_loss"], stored["bits_per_byte"], stored["train_tokens_per_second"])
-
-
 def _use_attention(model: DiffTransformerForCausalLM, name: str) -> None:
     """Have the layer's one call served by a function of that name."""
     if name == "auto":
@@ -192,32 +174,6 @@ def check_new(folder: Path, resume: bool) -> None:
         raise ConfigError(f"{model} given; the place of the trained model is wanted empty; move away what is there")
 
 
-def _claim(folder: Path, config: dict[str, Any], resume: bool) -> None:
-    """Write ``config.json``, or compare it with what is there."""
-    file = folder / "config.json"
-    if not file.exists():
-        write_json(file, config)
-        return
-    check_new(folder, resume)
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged ({error}); restore it, or start again with another --out") from error
-    wanted = json.loads(json.dumps(config))
-    if ("source" in stored) != ("source" in wanted):
-        began = f"from {stored['source']['folder']}" if "source" in stored else "without a model to start from"
-        raise ConfigError(f"{folder} was started {began}; resume it with the same --from or choose another --out")
-    for part in wanted:
-        for key in wanted[part]:
-            # A folder may move, and a run of an earlier version knows fewer fields.
-            then = stored.get(part, {}).get(key, _DEFAULTS.get(part, {}).get(key))
-            if then != wanted[part][key] and (part, key) != ("source", "folder"):
-                raise ConfigError(
-                    f"{folder} was started with {part} {key} = {then!r}, now it is {wanted[part][key]!r}; "
-                    "resume with the same settings or choose another --out"
-                )
-
-
 def _finish(folder: Path, model: DiffTransformerForCausalLM, data: PreparedData, val_loss: float) -> TrainResult:
     with whole_folder(folder / "model", replaces=holds_model_of_ours) as target:
         model.save_pretrained(target)
@@ -228,13 +184,17 @@ def _finish(folder: Path, model: DiffTransformerForCausalLM, data: PreparedData,
         bits_per_byte=val_loss / math.log(2) / data.validation_bytes_per_token,
         train_tokens_per_second=speed(read_metrics(folder / "metrics.jsonl")),
     )
+    files = [folder / "config.json", folder / "metrics.jsonl", *sorted((folder / "model").rglob("*"))]
     write_json(
         folder / "result.json",
-        {
-            "val_loss": result.val_loss,
-            "bits_per_byte": result.bits_per_byte,
-            "train_tokens_per_second": result.train_tokens_per_second,
-        },
+        sealed(
+            {
+                "val_loss": result.val_loss,
+                "bits_per_byte": result.bits_per_byte,
+                "train_tokens_per_second": result.train_tokens_per_second,
+                "files": {str(file.relative_to(folder)): file_facts(file) for file in files if file.is_file()},
+            }
+        ),
     )
     return result
 
@@ -341,7 +301,7 @@ class _PlainTrainer(Trainer):
             inner.rmdir()
             # The library's pickle of its own arguments; the recipe is in config.json.
             (partial / "training_args.bin").unlink(missing_ok=True)
-            seal(partial)
+            seal(partial, run=self._folder)
         prune(self._folder, self._keep)
         if not shielded:
             self._interruption.lower()

@@ -15,7 +15,8 @@ from diffattn.plan.shape import ModelShape
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
 from diffattn.train.recipe import Recipe
-from diffattn.train.run import TrainResult, check_new, train
+from diffattn.train.record import TrainResult
+from diffattn.train.run import check_new, train
 
 
 def train_shape(
