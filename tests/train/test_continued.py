@@ -318,7 +318,6 @@ def test_the_command_line(models, text: Path, tmp_path: Path, monkeypatch, capsy
         (["--shape", "300K"], ["--shape 300K given with --from", "leave one out"]),
         (["--attention", "softmax", "--match", "shape"], ["--attention softmax --match shape given with --from"]),
         (["--learning-rate", "0"], ["learning_rate is 0.0"]),
-        (["--from", "absent"], ["'absent' given"]),
         (["--context", "64"], ["context is 64"]),
     ):
         assert main([*arguments[:-1], "other", *more]) == 2

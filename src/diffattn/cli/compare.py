@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from diffattn.cli.arguments import check_given, given
+
+if TYPE_CHECKING:
+    from diffattn.study.comparison import Comparison
 
 
 def compare(
@@ -52,18 +58,20 @@ def compare(
         json: Print the result as JSON on stdout.
     """
 
+    values = dict(locals())
+
     def call() -> int:
         from diffattn.cli.console import Console, print_json
 
         with Console("compare", out, resume=resume) as console:
             console.importing()
-            from diffattn.study.compare import Comparison
             from diffattn.study.compare import compare as run
+            from diffattn.study.comparison import Comparison
 
-            options = Comparison(
-                shape=shape, variants=variants, seeds=seeds, steps=steps, minutes=minutes, text=text, context=context,
-                match=match, batch_size=batch_size, learning_rate=learning_rate, device=device, dtype=dtype,
-            )  # fmt: skip
+            if resume:
+                options = _beside(console.folder, given(values))
+            else:
+                options = Comparison(**{field.name: values[field.name] for field in dataclasses.fields(Comparison)})
             result = run(
                 options,
                 out=console.folder,
@@ -80,3 +88,21 @@ def compare(
         return 0
 
     return call
+
+
+def _beside(folder: Path, others: dict[str, Any]) -> Comparison:
+    """The options of a comparison, once what was given beside ``--resume`` is known to be the same."""
+    from diffattn.plan.shape import ModelShape
+    from diffattn.study.comparison import Stored
+    from diffattn.train.own import same_shape, same_text
+
+    stored = Stored.read(folder)
+    has = dataclasses.asdict(stored.options)
+    others = {name: value for name, value in others.items() if name in has}
+    if "text" in others and same_text(others["text"], stored.options.text, stored.data_digest):
+        # It may have moved.
+        has["text"] = others["text"]
+    if "shape" in others and same_shape(ModelShape.load(others["shape"]), stored.shape):
+        has["shape"] = others["shape"]
+    check_given(folder, others, has)
+    return dataclasses.replace(stored.options, text=has["text"])

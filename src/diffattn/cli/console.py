@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import shlex
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from diffattn.cli.arguments import command, words
 from diffattn.cli.board import Board
 from diffattn.cli.screen import say
 from diffattn.cli.table import show
@@ -45,8 +45,18 @@ class Console(Board):
     ) -> None:
         super().__exit__(kind, error, trace)
         if kind is KeyboardInterrupt and self.kept != "nothing":
-            again = f"diffattn {self.verb} --resume --out {self.folder}" if self.kept == "run" else self.command
-            self.note(f"stopped; what was trained is kept, go on with: {again}")
+            self.note(self._how_to_go_on())
+
+    def _how_to_go_on(self) -> str:
+        if self.kept == "rows":
+            return f"stopped; what was trained is kept, go on with: {self.command}"
+        if not (self.folder / "config.json").exists():
+            return f"stopped before anything was trained; start again with: {self.command}"
+        folder = str(self.folder)
+        # A name that looks like an option is none in this form.
+        folder = f"./{folder}" if folder.startswith("-") else folder
+        again = command(["diffattn", *self.verb.split(), "--resume", "--out", folder])
+        return f"stopped; what was trained is kept, go on with: {again}"
 
     def progress(self, name: str, step: Step, *, first: str | None = None) -> None:
         """The line of one model that is trained."""
@@ -91,13 +101,18 @@ class Console(Board):
 
 def command_line() -> str:
     """What was typed, as a person would type it again."""
-    return shlex.join(["diffattn", *sys.argv[1:]])
+    return command(["diffattn", *words()])
 
 
 def print_json(result: object) -> None:
     """One JSON object on stdout."""
-    json.dump(result, sys.stdout, indent=1, ensure_ascii=False)
-    sys.stdout.write("\n")
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        # A name that is no UTF-8, or a terminal that has not all characters: JSON can say each without them.
+        text = json.dumps(result, indent=1)
+    print(text)
 
 
 def _new(verb: str) -> Path:

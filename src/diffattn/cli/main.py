@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 from diffattn import __version__
 from diffattn.cli.ablation import ablation
+from diffattn.cli.arguments import remember
 from diffattn.cli.compare import compare
 from diffattn.cli.convert import convert
 from diffattn.cli.doctor import doctor
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    remember(arguments)
     if arguments[:1] and arguments[0] in _VERSION:
         beside = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
         return _say(f"diffattn {__version__} ({beside})")

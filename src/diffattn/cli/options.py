@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 import docstring_parser
 import tyro
 
+from diffattn.cli.arguments import remember_named
 from diffattn.errors import ConfigError
 
 REQUIRED = inspect.Parameter.empty
@@ -158,7 +159,7 @@ def parse(title: str, verb: Callable[..., Callable[[], int]], arguments: Sequenc
         ConfigError: words that the verb does not take, in one line.
     """
     options = options_of(verb)
-    check(title, options, arguments)
+    remember_named(check(title, options, arguments))
     record, complaint = _record(options), io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -219,8 +220,11 @@ def _docstring(verb: Callable[..., Any]) -> docstring_parser.Docstring:
     return docstring_parser.parse(verb.__doc__ or "", style=docstring_parser.DocstringStyle.GOOGLE)
 
 
-def check(title: str, options: Sequence[Option], arguments: Sequence[str]) -> None:
+def check(title: str, options: Sequence[Option], arguments: Sequence[str]) -> set[str]:
     """Hold the words behind a verb against its table.
+
+    Returns:
+        The parameters whose options stand there by name.
 
     Raises:
         ConfigError: the first word that is wrong: what was typed, what is wanted.
@@ -261,6 +265,7 @@ def check(title: str, options: Sequence[Option], arguments: Sequence[str]) -> No
     for option in options:
         if option.default is REQUIRED and not option.positional and option.name not in seen:
             raise ConfigError(f"{option.name} is missing; wanted: {option.name} {option.metavar}; {see}")
+    return {named[name].parameter for name in seen}
 
 
 def _check_values(option: Option, typed: str, values: list[str]) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from diffattn.cli.arguments import check_given, given
 from diffattn.errors import ConfigError
 
-_SHAPE = {"shape": "3M", "attention": "diff_v1", "match": "parameters"}
+if TYPE_CHECKING:
+    from diffattn.cli.console import Console
+    from diffattn.train.own import Own
+    from diffattn.train.record import TrainResult
+
+# What a model to start from says by itself.
+_OF_A_SHAPE = ("shape", "attention", "match")
 
 
 def train(
@@ -66,46 +74,26 @@ def train(
         dtype: Number format of the products; the weights stay float32. auto: bfloat16 where the
             machine multiplies it fast, else float32.
         out: Folder to write the run into. Default: a new one in runs/.
-        resume: Go on with the run in --out, or with the newest run in runs/.
+        resume: Go on with the run in --out, or with the newest run in runs/. It has its own options; what is given
+            beside --resume must be the same.
         json: Print the result as JSON on stdout.
     """
+
+    values = dict(locals())
 
     def call() -> int:
         from diffattn.cli.console import Console, print_json
 
-        given = {"shape": shape, "attention": attention, "match": match}
         with Console("train", out, resume=resume) as console:
             console.importing()
-            from diffattn.train.continued import LEARNING_RATE, continue_training, started_from
-            from diffattn.train.recipe import Recipe
-            from diffattn.train.single import train_shape
+            from diffattn.train.own import read_own
 
-            start = source or (started_from(console.folder) if resume else None)
-            if start is not None and (
-                wrong := [f"--{name} {value}" for name, value in given.items() if value != _SHAPE[name]]
-            ):
-                raise ConfigError(
-                    f"{' '.join(wrong)} given with --from {start}, whose config.json says it; leave one out"
-                )
-            default_rate = Recipe.learning_rate if start is None else LEARNING_RATE
-            rate = default_rate if learning_rate is None else learning_rate
-            recipe = Recipe(
-                steps=steps, seed=seed, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
-                learning_rate=rate,
-                warmup_fraction=warmup_fraction, anneal_fraction=anneal_fraction, weight_decay=weight_decay,
-                checkpoints=checkpoints, evaluations=evaluations, device=device, dtype=dtype,
-            )  # fmt: skip
-            name = f"{attention if start is None else start.name} seed {seed}"
-            if start is None:
-                result = train_shape(
-                    shape, attention, recipe, console.folder, text=text, context=context, match=match,
-                    resume=resume, on_progress=lambda step: console.progress(name, step), on_stage=console,
-                )  # fmt: skip
+            if resume:
+                own = read_own(console.folder)
+                moved = _beside(own, console.folder, given(values))
+                result = _resume(own, console, shape, match, moved)
             else:
-                result = continue_training(
-                    start, recipe, console.folder, text=text, context=context, resume=resume,
-                    on_progress=lambda step: console.progress(name, step), on_stage=console,
-                )  # fmt: skip
+                result = _start(console, values)
         console.note(
             f"held-out loss {result.val_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte, "
             f"{result.train_tokens_per_second:,.0f} tokens/s; model: {result.model_folder}"
@@ -115,3 +103,69 @@ def train(
         return 0
 
     return call
+
+
+def _start(console: Console, values: dict[str, Any]) -> TrainResult:
+    from diffattn.train.continued import LEARNING_RATE, continue_training
+    from diffattn.train.recipe import Recipe
+    from diffattn.train.single import train_shape
+
+    source = values["source"]
+    if source is not None and (wrong := [f"--{name} {values[name]}" for name in _OF_A_SHAPE if name in given(values)]):
+        raise ConfigError(f"{' '.join(wrong)} given with --from {source}, whose config.json says it; leave one out")
+    fields = {field.name: values[field.name] for field in dataclasses.fields(Recipe) if field.name in values}
+    if fields["learning_rate"] is None:
+        fields["learning_rate"] = Recipe.learning_rate if source is None else LEARNING_RATE
+    recipe = Recipe(**fields)
+    name = f"{values['attention'] if source is None else source.name} seed {recipe.seed}"
+    options = {key: values[key] for key in ("text", "context")}
+    if source is not None:
+        return continue_training(
+            source,
+            recipe,
+            console.folder,
+            **options,
+            on_progress=lambda step: console.progress(name, step),
+            on_stage=console,
+        )
+    return train_shape(
+        values["shape"], values["attention"], recipe, console.folder, **options, match=values["match"],
+        on_progress=lambda step: console.progress(name, step), on_stage=console,
+    )  # fmt: skip
+
+
+def _resume(own: Own, console: Console, shape: str, match: str, moved: dict[str, Any]) -> TrainResult:
+    from diffattn.train.resume import resume_training
+
+    name = f"{own.attention if own.source is None else own.source.name} seed {own.recipe.seed}"
+    return resume_training(
+        console.folder,
+        shape=shape,
+        match=match,
+        **moved,
+        on_progress=lambda step: console.progress(name, step),
+        on_stage=console,
+    )
+
+
+def _beside(own: Own, folder: Path, others: dict[str, Any]) -> dict[str, Any]:
+    """Where text and source are now, once what was given beside ``--resume`` is known to be what the run has."""
+    from diffattn.checkpoint_files import weights_digest
+    from diffattn.plan.shape import ModelShape
+    from diffattn.train.own import same_shape, same_text
+
+    others = {name: value for name, value in others.items() if name not in ("out", "resume", "json")}
+    has: dict[str, Any] = dataclasses.asdict(own.recipe) | {"attention": own.attention, "context": own.context}
+    has |= {"text": own.text, "source": own.source, "match": own.match, "shape": own.shape and own.shape.name}
+    same: dict[str, Callable[[Any], bool]] = {"text": lambda text: same_text(text, own.text, own.data_digest)}
+    if own.source is not None:
+        same["source"] = lambda source: weights_digest(source) == own.source_digest
+    elif own.shape is None:
+        # A version that did not keep them; the model says whether they are right.
+        same |= dict.fromkeys(("shape", "match"), lambda value: True)
+    else:
+        its_shape = own.shape
+        same["shape"] = lambda shape: same_shape(ModelShape.load(shape), its_shape)
+    agreed = {name for name, value in others.items() if name in same and same[name](value)}
+    check_given(folder, {name: value for name, value in others.items() if name not in agreed}, has, source="from")
+    return {name: others[name] for name in agreed if name in ("text", "source")}

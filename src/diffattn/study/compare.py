@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,17 +24,18 @@ from diffattn.folders import COMPARISON, own_folder
 from diffattn.machine import processor_name
 from diffattn.model.fused import serving_backend
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.model.pairing import MATCHES, build_pair, pair_config
+from diffattn.model.pairing import build_pair, pair_config
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token
-from diffattn.plan.shape import DEFAULT_VARIANTS, VARIANTS, ModelShape
+from diffattn.plan.shape import ModelShape
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.report.compare_page import render_compare, render_picture
+from diffattn.study.comparison import Comparison, Stored
 from diffattn.study.maps import attention_maps, token_labels
 from diffattn.study.statistics import pairs
 from diffattn.train.callbacks import Progress, read_metrics
 from diffattn.train.measure import StepCost, measure_load, measure_step
-from diffattn.train.recipe import Recipe
-from diffattn.train.record import TrainResult
+from diffattn.train.own import same_shape, same_text
+from diffattn.train.record import NO_SEAL, TrainResult
 from diffattn.train.run import train
 from diffattn.train.single import check_context, new_folder
 
@@ -45,75 +44,13 @@ DEFAULT_MINUTES = 6.0
 """Without ``steps`` and ``minutes``: this many steps, fewer where they would take longer than this."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What is compared with what; the fields are the options of ``diffattn compare``."""
-
-    shape: str = "3M"
-    """Preset or TOML file of the softmax Transformer that is to be replaced."""
-    variants: tuple[str, ...] = DEFAULT_VARIANTS
-    """What is trained, of softmax, diff_v1, diff_v2 and gated; softmax is the baseline of the pairs."""
-    seeds: int = 2
-    """Pairs: initial values and order of the data are drawn anew for each, the same for all variants."""
-    steps: int | None = None
-    """Optimizer steps of each run."""
-    minutes: float | None = None
-    """Instead of steps: as many as fit into this time for everything together."""
-    text: str = "sotu"
-    """A file, a folder, or the id of a data set."""
-    context: int | None = None
-    """Tokens per block; default: the shape's max_position_embeddings."""
-    match: str = "parameters"
-    """``parameters``: V2's feed-forward width is narrowed until the totals match. ``shape``: it has more parameters."""
-    batch_size: int = 4
-    """Blocks per step."""
-    learning_rate: float = 2e-3
-    """Peak of the schedule."""
-    device: str = "auto"
-    """``auto``, ``cpu`` or ``cuda``."""
-    dtype: str = "auto"
-    """``auto``, ``float32`` or ``bfloat16`` (autocast)."""
-
-    def __post_init__(self) -> None:
-        if not self.variants or len(set(self.variants)) < len(self.variants):
-            raise ConfigError(f"variants is {' '.join(self.variants) or 'empty'}; wanted each of them at most once")
-        for name in self.variants:
-            if name not in VARIANTS:
-                raise ConfigError(f"variants holds {name!r}; wanted some of {', '.join(VARIANTS)}")
-        if self.seeds < 1:
-            raise ConfigError(f"seeds is {self.seeds}; wanted a number of pairs, at least 1")
-        if self.steps is not None and self.minutes is not None:
-            raise ConfigError(f"steps is {self.steps} and minutes is {self.minutes}; wanted one of them: leave one out")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}; wanted at least 1")
-        if self.minutes is not None and not 0 < self.minutes < 1e6:
-            raise ConfigError(f"minutes is {self.minutes}; wanted more than 0")
-        if self.match not in MATCHES:
-            raise ConfigError(f"match is {self.match!r}; wanted one of {', '.join(MATCHES)}")
-        self.recipe(1, 0)
-
-    def recipe(self, steps: int, seed: int) -> Recipe:
-        """The recipe of one run."""
-        return Recipe(
-            steps=steps,
-            seed=seed,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            device=self.device,
-            dtype=self.dtype,
-            evaluations=3,
-            evaluation_blocks=64,
-            checkpoints=3,
-        ).resolved()
-
-
 class _Study:
     """The parts of a comparison that its steps share."""
 
-    def __init__(self, options: Comparison, folder: Path) -> None:
+    def __init__(self, options: Comparison, folder: Path, shape: ModelShape) -> None:
         self.options = options
         self.folder = folder
-        self.shape = ModelShape.load(options.shape)
+        self.shape = shape
         for attention in options.variants:
             # Refuses what cannot be built before anything is read or written.
             pair_config(self.shape, attention, match=options.match)
@@ -154,24 +91,49 @@ def compare(
         ``data``.
 
     Raises:
-        ConfigError, DataError: options or text that cannot work; nothing was written.
+        ConfigError, DataError: options or text that cannot work, or a folder that another process has; nothing was
+            written.
+        CheckpointError: a file of the comparison to resume is damaged, or was changed after it was written.
         KeyboardInterrupt: Ctrl-C; what was trained is kept and ``resume`` continues it.
     """
     began = time.perf_counter()
     folder = Path(out)
-    stored = _stored(folder, resume)
-    if stored is not None:
-        options = _same_options(stored["options"], options, folder)
-        began -= stored["plan"]["seconds"] if "plan" in stored else 0.0
-    study = _Study(options := options or Comparison(), folder)
+    if resume:
+        Stored.read(folder)
+    own_folder(folder, COMPARISON)
+    if not resume and (folder / "config.json").exists():
+        raise ConfigError(f"{folder} is not empty; continue the run in it with --resume or choose another --out")
     with new_folder(folder):
-        data = prepare_data(options.text, vocab_size=study.shape.vocab_size, context=study.context, on_stage=on_stage)
-    config = stored or {"options": dataclasses.asdict(options), "command": command}
-    write_json(folder / "config.json", config)
-    if "plan" not in config:
-        config["plan"] = _plan(study, data, began, on_stage)
-        write_json(folder / "config.json", config)
-    plan = config["plan"]
+        return _compare(options, folder, resume, command, began, on_note, on_progress, on_stage)
+
+
+def _compare(
+    options: Comparison | None,
+    folder: Path,
+    resume: bool,
+    command: str,
+    began: float,
+    on_note: Callable[[str], None],
+    on_progress: Callable[[str, int, Progress], None],
+    on_stage: OnStage,
+) -> dict[str, Any]:
+    """The comparison, in a folder that nobody else has."""
+    stored = Stored.read(folder) if resume else None
+    if stored is not None:
+        options = _same_options(stored, options, folder)
+        began -= stored.plan["seconds"] if stored.plan else 0.0
+        if not stored.has_seal:
+            on_note(f"{folder}: {NO_SEAL}")
+    options = options or Comparison()
+    study = _Study(options, folder, stored.shape if stored is not None else ModelShape.load(options.shape))
+    data = prepare_data(options.text, vocab_size=study.shape.vocab_size, context=study.context, on_stage=on_stage)
+    if stored is None:
+        stored = Stored(options, study.shape, command, data.facts["digest"])
+        stored.write(folder)
+    if not stored.plan:
+        stored = dataclasses.replace(stored, plan=_plan(study, data, began, on_stage))
+        stored.write(folder)
+    plan = stored.plan
     on_note(
         f"{len(options.variants) * options.seeds} runs of {plan['steps']} steps of "
         f"{options.batch_size} × {study.context} tokens{plan['note']}; "
@@ -192,7 +154,7 @@ def compare(
                 )
             )
     on_stage(Stage("measuring the start-up of the models and writing the report"))
-    result = _result(study, data, runs, plan, config["command"])
+    result = _result(study, data, runs, plan, stored.command)
     write_json(folder / "result.json", result)
     curves, maps = _curves(study), _maps(study, data)
     write_text(folder / "report.html", render_compare(result, curves, maps))
@@ -200,27 +162,22 @@ def compare(
     return result
 
 
-def _stored(folder: Path, resume: bool) -> dict[str, Any] | None:
-    file = folder / "config.json"
-    if resume and not file.exists():
-        raise ConfigError(f"{folder} holds no comparison to resume; wanted its config.json: name its folder with --out")
-    own_folder(folder, COMPARISON)
-    if not resume and file.exists():
-        raise ConfigError(f"{folder} is not empty; continue the run in it with --resume or choose another --out")
-    return json.loads(file.read_text(encoding="utf-8")) if resume else None
-
-
-def _same_options(stored: dict[str, Any], given: Comparison | None, folder: Path) -> Comparison:
+def _same_options(stored: Stored, given: Comparison | None, folder: Path) -> Comparison:
     """The stored options; what was given may repeat them or be left at its default, but not differ."""
-    kept = Comparison(**{**stored, "variants": tuple(stored["variants"])})
+    kept = stored.options
     for field in dataclasses.fields(Comparison) if given is not None else ():
         now, then = getattr(given, field.name), getattr(kept, field.name)
-        if now not in (then, field.default):
-            raise ConfigError(
-                f"{folder} was started with {field.name} = {then!r}, now {now!r} is given; resume without it, "
-                "or choose another --out"
-            )
-    return kept
+        if now in (then, field.default) or (field.name == "text" and same_text(now, then, stored.data_digest)):
+            continue
+        if field.name == "shape" and same_shape(ModelShape.load(now), stored.shape):
+            continue
+        raise ConfigError(
+            f"{folder} was started with {field.name} = {then!r}, now {now!r} is given; resume without it, "
+            "or choose another --out"
+        )
+    # Text may have moved, and the seal knows where it was.
+    moved = given is not None and given.text != Comparison.text
+    return dataclasses.replace(kept, text=given.text) if given is not None and moved else kept
 
 
 def _plan(study: _Study, data: PreparedData, began: float, on_stage: OnStage) -> dict[str, Any]:

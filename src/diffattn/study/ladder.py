@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,28 @@ from diffattn.data.mixture import check_share, with_needles
 from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.data.text import read_corpus
 from diffattn.errors import ConfigError, DataError
-from diffattn.files import explained, writable_folder
+from diffattn.files import explained, parse_json, writable_folder
 from diffattn.folders import LADDER, own_folder
 from diffattn.model.pairing import MATCHES, parameters_of
 from diffattn.plan.cost import count_parameters, flops_per_token
 from diffattn.plan.rule import parse_count, shape_about
 from diffattn.plan.shape import DEFAULT_VARIANTS, ModelShape
 from diffattn.progress import OnStage, Stage, unseen
+from diffattn.sealed import sealed, unbroken
 from diffattn.study.arms import ARMS, Arm
 from diffattn.study.compare import versions
-from diffattn.train.callbacks import Progress
+from diffattn.train.callbacks import Progress, is_count, is_measure
+from diffattn.train.lock import InUseError
 from diffattn.train.recipe import Recipe
-from diffattn.train.run import read_result, train
+from diffattn.train.run import train
+from diffattn.train.single import new_folder
 
 ROWS = "rows.jsonl"
 _KEY = ("attention", "seed", "hidden_size", "num_layers", "num_heads", "vocab_size", "context", "tokens",
         "learning_rate", "batch_size", "match", "dtype", "data_digest")  # fmt: skip
+_COUNTS = ("seed", "hidden_size", "num_layers", "num_heads", "vocab_size", "context", "tokens", "batch_size",
+           "parameters", "non_embedding_parameters")  # fmt: skip
+_MEASURES = ("learning_rate", "val_loss", "bits_per_byte", "train_tokens_per_second", "model_flops_per_token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,15 +191,20 @@ def run_ladder(
         for attention in ladder.variants
     ]
     for index, run in enumerate(runs):
-        with _claimed(folder / f"{run.name}.lock") as mine:
+        if run.key in {_key(row) for row in read_rows(folder / ROWS)}:
+            continue
+        with contextlib.ExitStack() as stack:
+            try:
+                place = stack.enter_context(new_folder(folder / run.name))
+            except InUseError:
+                continue
+            # Read again: who had the folder until now may have written its row.
             rows = {_key(row): row for row in read_rows(folder / ROWS)}
-            if not mine or run.key in rows:
+            if run.key in rows:
                 continue
             report = functools.partial(_report, on_progress, runs, index, rows)
             report(None)
-            row = run.row(folder / run.name, command, report, on_stage)
-            _append(folder / ROWS, row)
-            (folder / f"{run.name}.lock").unlink(missing_ok=True)
+            _append(folder / ROWS, run.row(place, command, report, on_stage))
     wanted = [run.key for run in runs]
     rows = {_key(row): row for row in read_rows(folder / ROWS)}
     return [rows[key] for key in wanted if key in rows]
@@ -203,23 +214,43 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a ladder; a missing file has none.
 
     Raises:
-        DataError: a line that is no JSON object with the fields of a row.
+        DataError: a line that is no JSON object with the fields of a row, or that was changed since it was written.
     """
     path = Path(path)
-    if not path.exists():
-        return []
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); the rows of a ladder are wanted there") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
+        if not line.strip() and number == len(lines):
+            break
         try:
-            row = json.loads(line)
-            _key(row)
-        except (ValueError, TypeError, KeyError) as error:
+            row = parse_json(line)
+            if reason := _flaw(row):
+                raise ValueError(reason)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
             raise DataError(
                 f"{path} line {number} given; a row of a ladder is wanted, in JSON with all of its fields "
-                f"({error}): remove the line, and its run is trained again"
+                f"({reason}): remove the line, and its run is trained again"
             ) from None
         rows.append(row)
     return rows
+
+
+def _flaw(row: Any) -> str | None:
+    """What is wrong with a row, in a few words."""
+    if not isinstance(row, dict):
+        return f"it holds a {type(row).__name__}"
+    if missing := [name for name in (*_KEY, *_COUNTS, *_MEASURES) if name not in row]:
+        return f"it has no {missing[0]}"
+    wanted = {name: isinstance(row[name], str) for name in ("attention", "match", "dtype", "data_digest")}
+    wanted |= {name: is_count(row[name]) for name in _COUNTS}
+    wanted |= {name: is_measure(row[name]) and row[name] > 0 for name in _MEASURES}
+    if wrong := [name for name, right in wanted.items() if not right]:
+        return f"its {wrong[0]} is {row[wrong[0]]!r:.40}"
+    return None if unbroken(row) else "it was changed after it was written: its seal does not fit the rest"
 
 
 @dataclass(frozen=True)
@@ -277,17 +308,16 @@ class _Run:
 
     def row(self, folder: Path, command: str, on_step: Callable[[Progress], None], on_stage: OnStage) -> dict[str, Any]:
         """Train, or go on training, and measure."""
-        result = read_result(folder)
-        if result is None:
-            model = self.arm.build(self.shape, seed=self.seed, match=self.ladder.match).model
-            result = train(model, self.data, self.recipe, folder, resume=True, on_progress=on_step, on_stage=on_stage)
-        return self.facts | {
+        model = self.arm.build(self.shape, seed=self.seed, match=self.ladder.match).model
+        result = train(model, self.data, self.recipe, folder, resume=True, on_progress=on_step, on_stage=on_stage)
+        row = self.facts | {
             "val_loss": result.val_loss,
             "bits_per_byte": result.bits_per_byte,
             "train_tokens_per_second": result.train_tokens_per_second,
             "versions": versions(),
             "command": command,
         }
+        return sealed(row)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -319,22 +349,19 @@ def _report(
     on_progress(LadderProgress(run.attention, size, run.seed, done, len(runs), seconds, step))
 
 
-@contextlib.contextmanager
-def _claimed(path: Path) -> Iterator[bool]:
-    """Whether this process has the run; the system lets go of it when the process ends, however it ends."""
-    # Not "w": whatever is there keeps its content.
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with explained(path), path.open("a", encoding="utf-8") as file:
+    with explained(path), path.open("a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        # A file that somebody edited may lack its last newline.
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        try:
+            # The disk may take a part of it only.
+            left = start + json.dumps(row).encode() + b"\n"
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(size)
+            raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.loading import load_config, load_model, load_tokenizer
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
+from diffattn.train.own import to_keep
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import TrainResult
 from diffattn.train.run import train
@@ -73,20 +73,11 @@ def continue_training(
         data = prepare_data(text, tokenizer=tokenizer, context=context, on_stage=on_stage)
         on_stage(Stage("loading the model"))
         model = load_model(source, "float32")
-    origin = {"folder": str(source.resolve()), "digest": weights_digest(source)}
-    return train(model, data, recipe, folder, source=origin, resume=resume, on_progress=on_progress, on_stage=on_stage)
-
-
-def started_from(out: str | Path) -> Path | None:
-    """The folder that the run in ``out`` started from, or None where it started from a shape, or there is none.
-
-    >>> started_from("absent") is None
-    True
-    """
-    try:
-        return Path(json.loads((Path(out) / "config.json").read_text(encoding="utf-8"))["source"]["folder"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        origin = {"folder": str(source.resolve()), "digest": weights_digest(source)}
+        return train(
+            model, data, recipe, folder, source=origin, options=to_keep(text, context), resume=resume,
+            on_progress=on_progress, on_stage=on_stage,
+        )  # fmt: skip
 
 
 def _read_config(source: Path) -> DiffTransformerConfig:

@@ -24,7 +24,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "dex_heads": None,
     },
 }
-_NO_SEAL = "an earlier version of diffattn began this run and sealed nothing; its numbers are taken as they are"
+NO_SEAL = "an earlier version of diffattn began this run and sealed nothing; its numbers are taken as they are"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def read_result(folder: Path) -> TrainResult | None:
                 raise CheckpointError(f"{folder / name} is missing, or was changed after the run ended; {WAY_OUT}")
     else:
         _check_unsealed(folder, file)
-        warn(f"{folder}: {_NO_SEAL}")
+        warn(f"{folder}: {NO_SEAL}")
     return TrainResult(folder, *(stored[name] for name in names))
 
 
@@ -113,7 +113,7 @@ def kept_rows(folder: Path, start: tuple[int, Path] | None, has_seal: bool) -> l
             f"{checkpoint / MANIFEST} was changed after it was written: it does not name config.json and "
             f"metrics.jsonl; {WAY_OUT}"
         )
-    warn(f"{folder}: {_NO_SEAL}")
+    warn(f"{folder}: {NO_SEAL}")
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] <= step]
     if not any(row["step"] == step for row in rows):
         raise CheckpointError(f"{folder / 'metrics.jsonl'} ends before step {step} of the checkpoint; {WAY_OUT}")

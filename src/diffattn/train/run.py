@@ -75,7 +75,7 @@ def train(
     more = {"source": source, "options": options}
     claim |= {part: values for part, values in more.items() if values is not None}
     with held(folder):
-        return _train(model, data, recipe, folder, claim, resume, on_progress)
+        return _train(model, data, recipe, folder, claim, resume, on_progress, on_stage)
 
 
 def _train(
@@ -86,6 +86,7 @@ def _train(
     claim: dict[str, Any],
     resume: bool,
     on_progress: Callable[[Progress], None] | None,
+    on_stage: OnStage,
 ) -> TrainResult:
     """The run, in a folder that nobody else has."""
     check_new(folder, resume)

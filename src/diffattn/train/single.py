@@ -14,6 +14,8 @@ from diffattn.model.pairing import build_pair, pair_config
 from diffattn.plan.shape import ModelShape
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
+from diffattn.train.lock import held
+from diffattn.train.own import check_resumable, to_keep
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import TrainResult
 from diffattn.train.run import check_new, train
@@ -56,9 +58,12 @@ def train_shape(
     check_out(out, resume)
     with new_folder(Path(out)) as folder:
         data = prepare_data(text, vocab_size=shape.vocab_size, context=context, on_stage=on_stage)
-    on_stage(Stage("building the model"))
-    model = build_pair(shape, attention, seed=recipe.seed, match=match).model
-    return train(model, data, recipe, folder, resume=resume, on_progress=on_progress, on_stage=on_stage)
+        on_stage(Stage("building the model"))
+        model = build_pair(shape, attention, seed=recipe.seed, match=match).model
+        options = to_keep(text, context, shape=shape, attention=attention, match=match)
+        return train(
+            model, data, recipe, folder, options=options, resume=resume, on_progress=on_progress, on_stage=on_stage
+        )
 
 
 def check_context(shape: ModelShape, context: int | None, *, whose: str = "shape") -> int:
@@ -75,17 +80,21 @@ def check_context(shape: ModelShape, context: int | None, *, whose: str = "shape
 
 def check_out(out: str | Path, resume: bool) -> None:
     """Raise where a run is to be resumed and there is none, or is to be started and something is there."""
-    if resume and not (Path(out) / "config.json").exists():
-        raise ConfigError(f"{out} holds no run to resume; wanted its config.json: name its folder with --out")
+    check_resumable(out, resume)
     check_new(own_folder(out, RUN), resume)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Make a run folder; where an error ends the block, take away what was made and is still empty."""
+    """Make a run folder and have it for oneself; where an error ends the block, take away what is still empty.
+
+    Raises:
+        InUseError: another process has it.
+    """
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        yield writable_folder(path)
+        with held(writable_folder(path)):
+            yield path
     except DiffattnError:
         for folder in made:
             with contextlib.suppress(OSError):

@@ -1,0 +1,54 @@
+"""``diffattn train --resume``: a run goes on with what its own folder says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from diffattn.plan.shape import ModelShape
+from diffattn.progress import OnStage, unseen
+from diffattn.train.callbacks import Progress
+from diffattn.train.continued import continue_training
+from diffattn.train.own import read_own
+from diffattn.train.record import TrainResult
+from diffattn.train.single import train_shape
+
+
+def resume_training(
+    out: str | Path,
+    *,
+    text: str | None = None,
+    source: str | Path | None = None,
+    shape: ModelShape | str = "3M",
+    match: str = "parameters",
+    on_progress: Callable[[Progress], None] | None = None,
+    on_stage: OnStage = unseen,
+) -> TrainResult:
+    """Continue the run in a folder with the options that it was started with, or say what it measured.
+
+    Args:
+        out: a folder that :func:`diffattn.train.single.train_shape` or
+            :func:`diffattn.train.continued.continue_training` wrote.
+        text: where its text is now, if that was moved; the content has to be the same.
+        source: where the model is now that it started from, if that was moved.
+        shape, match: of a run whose folder does not say them, since an earlier version of diffattn began it.
+        on_progress: called after each step.
+        on_stage: called with what is done beside the steps, and how much of it is.
+
+    Raises:
+        ConfigError: there is no run, or another process has it.
+        CheckpointError: a file of the run is damaged, or was changed after it was written.
+        DataError, TrainingError, KeyboardInterrupt: as in :func:`diffattn.train.run.train`.
+    """
+    own = read_own(Path(out))
+    text = own.text if text is None else text
+    source = own.source if source is None else source
+    if own.source is not None and source is not None:
+        return continue_training(
+            source, own.recipe, out, text=text, context=own.context, resume=True, on_progress=on_progress,
+            on_stage=on_stage,
+        )  # fmt: skip
+    return train_shape(
+        own.shape or shape, own.attention, own.recipe, out, text=text, context=own.context, match=own.match or match,
+        resume=True, on_progress=on_progress, on_stage=on_stage,
+    )  # fmt: skip
