@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.errors import CheckpointError
-from diffattn.files import parse_json, read_object
+from diffattn.files import is_utf8, parse_json, read_object
 from diffattn.folders import no_model
 
 CONFIG = "config.json"
@@ -96,9 +96,14 @@ def weight_files(folder: str | Path) -> list[Path]:
 
     Raises:
         CheckpointError: no safetensors (weights that are pickles are never opened), an index that cannot be read, one
-            that names a file outside the folder, or a file of it that is missing.
+            that names a file outside the folder, a file of it that is missing, or a path that is no UTF-8.
     """
     folder = Path(folder)
+    if not is_utf8(str(folder)):
+        raise CheckpointError(
+            f"{str(folder)!r} given; a folder whose path is UTF-8 is wanted, since weights cannot be read from another: "
+            "rename it"
+        )
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():

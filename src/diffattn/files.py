@@ -104,6 +104,19 @@ def _check_file(path: Path, option: str) -> None:
         raise ConfigError(f"{given}; a file that can be written is wanted; the system says: {reason}")
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name of a file is text; of others, Python makes characters that cannot be written.
+
+    >>> is_utf8("model"), is_utf8(os.fsdecode(bytes([255])))
+    (True, False)
+    """
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parse_json(text: str | bytes) -> Any:
     """What a JSON text holds; whatever is wrong with it is a ValueError.
 

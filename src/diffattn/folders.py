@@ -8,6 +8,7 @@ so that its owner is told of the damage.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.errors import ConfigError
-from diffattn.files import entries, parse_json, unwritable
+from diffattn.files import entries, is_utf8, parse_json, unwritable
 
 _CONFIG = "config.json"
 _MODEL = "model"
@@ -61,6 +62,11 @@ def own_folder(path: str | Path, kind: Kind | None = None, *, option: str | None
     try:
         if path.is_symlink() and not path.exists():
             raise ConfigError(f"{given}; a folder is wanted; it is a link to nothing: choose another{by}")
+        if not is_utf8(os.path.realpath(path)):
+            raise ConfigError(
+                f"{given}; a folder whose whole path is UTF-8 is wanted, since models cannot be written to another: "
+                f"choose another{by}"
+            )
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{given}; a new or an empty folder is wanted; it is a file: choose another{by}")
         held = entries(path) if path.is_dir() else []

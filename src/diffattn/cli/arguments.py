@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.errors import ConfigError
+from diffattn.files import is_utf8
 
 _words: ContextVar[list[str] | None] = ContextVar("words", default=None)
 _named: ContextVar[frozenset[str]] = ContextVar("named", default=frozenset())
@@ -74,9 +75,7 @@ def _shown(value: Any) -> str:
 
 
 def _quoted(word: str) -> str:
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        # A file name that is no UTF-8, byte by byte.
-        return "$'" + "".join(f"\\x{byte:02x}" for byte in word.encode("utf-8", "surrogateescape")) + "'"
-    return shlex.quote(word)
+    if is_utf8(word):
+        return shlex.quote(word)
+    # Byte by byte, as shells read it.
+    return "$'" + "".join(f"\\x{byte:02x}" for byte in word.encode("utf-8", "surrogateescape")) + "'"
