@@ -101,8 +101,8 @@ def weight_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not is_utf8(str(folder)):
         raise CheckpointError(
-            f"{str(folder)!r} given; a folder whose path is UTF-8 is wanted, since weights cannot be read from another: "
-            "rename it"
+            f"{str(folder)!r} given; a folder whose path is UTF-8 is wanted, since weights cannot be read from "
+            "another: rename it"
         )
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]

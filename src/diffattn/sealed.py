@@ -6,13 +6,15 @@ noticed before it is believed. It is no signature: who writes a new seal can wri
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from diffattn.errors import CheckpointError
-from diffattn.files import parse_json
+from diffattn.files import explained, parse_json
 
 SEAL = "seal"
 
@@ -47,6 +49,29 @@ def read_sealed(path: Path, *, way_out: str) -> dict[str, Any]:
     if not unbroken(content):
         raise CheckpointError(f"{path} was changed after it was written: its seal does not fit the rest; {way_out}")
     return content
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append a row with its seal to a file of JSON lines, to which other processes may append too.
+
+    Raises:
+        TrainingError: the disk is full; the file is as it was.
+    """
+    with explained(path), path.open("a+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        # A line that was cut, or edited, may lack its end.
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        try:
+            # The disk may take a part of it only.
+            left = start + json.dumps(sealed(row)).encode() + b"\n"
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(size)
+            raise
 
 
 def file_facts(path: Path, size: int | None = None) -> dict[str, int | str]:

@@ -265,6 +265,13 @@ def test_what_is_kept_is_not_measured_again(folders, tmp_path, monkeypatch):
     again, seen = measure()
     assert again == first
     assert len(seen) * 3 == of_three * 2
+    # A number that somebody changed is not believed.
+    whole = kept[1].read_text()
+    number = str(json.loads(whole)["points"][0]["values"][0])
+    kept[1].write_text(whole.replace(number, "0.5", 1))
+    with pytest.raises(CheckpointError, match=f"{kept[1].name} was changed after it was written.*measured again"):
+        measure()
+    kept[1].write_text(whole)
     # Another question has answers of its own.
     _, seen = measure(LowBitOptions(bits=(16,), context=100, samples=3))
     assert seen
@@ -303,11 +310,21 @@ def test_cells_of_a_run_that_was_cut_are_kept(folders, tmp_path):
         )
     (rows,) = tmp_path.glob("retrieval-*.jsonl")
     assert len(rows.read_text().splitlines()) == 1
+    # A line that was cut is asked again, one that was changed is named.
+    whole = rows.read_text()
+    rows.write_text(whole.replace("false", "true", 1) if "false" in whole else whole.replace("true", "false", 1))
     seen = []
-    evaluate(
-        "retrieval", [folders["soft"]], SMALL["retrieval"], text=folders["text"], keep=tmp_path,
-        on_progress=lambda name, done, all_: seen.append((done, all_)),
-    )  # fmt: skip
+
+    def again():
+        evaluate(
+            "retrieval", [folders["soft"]], SMALL["retrieval"], text=folders["text"], keep=tmp_path,
+            on_progress=lambda name, done, all_: seen.append((done, all_)),
+        )  # fmt: skip
+
+    with pytest.raises(CheckpointError, match=f"{rows.name} line 1 was changed after it was written"):
+        again()
+    rows.write_text(whole + '{"length": 2')
+    again()
     assert seen[-1] == (6, 6)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -47,6 +48,7 @@ GROUPS = {
 }
 _ABOUT = "Differential Transformers, each next to the softmax Transformer that it replaces."
 _HELP = ("-h", "--help")
+_OF_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 _VERSION = ("-V", "--version")
 
 
@@ -66,6 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read has read enough; Python would complain once more as it flushes at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # Of a path that was given; it is used in many places, and each of them may meet one that cannot be.
+        if error.errno not in _OF_A_PATH or not isinstance(error.filename, str | bytes):
+            raise
+        given = shortened(os.fsdecode(error.filename))
+        return _fail(f"{given!r} cannot be used: {os.strerror(error.errno)}; check the path and its rights", status=2)
 
 
 def _run(arguments: list[str]) -> int:

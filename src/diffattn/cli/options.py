@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import math
 import re
 import shutil
 import textwrap
@@ -306,6 +307,8 @@ def _wanted(option: Option, value: str) -> str | None:
         number = option.kind(value)
     except ValueError:
         return _WANTED[option.kind][0]
+    if not math.isfinite(number):
+        return "a finite number"
     return f"a number up to {_LARGEST:,}" if option.kind is int and abs(number) > _LARGEST else None
 
 

@@ -54,8 +54,8 @@ class Comparison:
         for name in self.variants:
             if name not in VARIANTS:
                 raise ConfigError(f"variants holds {name!r}; wanted some of {', '.join(VARIANTS)}")
-        if self.seeds < 1:
-            raise ConfigError(f"seeds is {self.seeds}; wanted a number of pairs, at least 1")
+        if not 1 <= self.seeds <= 1000:
+            raise ConfigError(f"seeds is {self.seeds}; wanted a number of pairs, at least 1 and at most 1,000")
         if self.steps is not None and self.minutes is not None:
             raise ConfigError(f"steps is {self.steps} and minutes is {self.minutes}; wanted one of them: leave one out")
         if self.steps is not None and self.steps < 1:
@@ -64,7 +64,7 @@ class Comparison:
             raise ConfigError(f"minutes is {self.minutes}; wanted more than 0")
         if self.match not in MATCHES:
             raise ConfigError(f"match is {self.match!r}; wanted one of {', '.join(MATCHES)}")
-        self.recipe(1, 0)
+        self.recipe(self.steps or 1, 0)
 
     def recipe(self, steps: int, seed: int) -> Recipe:
         """The recipe of one run."""

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 from diffattn.checkpoint_files import folder_name, weights_digest
 from diffattn.data.text import read_corpus, split_by_document
-from diffattn.errors import ConfigError
-from diffattn.files import writable_folder, write_json
+from diffattn.errors import CheckpointError, ConfigError
+from diffattn.files import parse_json, writable_folder, write_json
 from diffattn.folders import KEPT, own_folder
 from diffattn.model.loading import Device, Dtype, load, load_config, positions_of
 from diffattn.progress import OnStage, Stage, unseen
+from diffattn.sealed import SEAL, sealed, unbroken
 from diffattn.study.compare import versions
 from diffattn.study.options import OPTIONS, fitted
 from diffattn.study.statistics import interval, paired_difference
@@ -129,7 +130,7 @@ def evaluate(
                 points = [point._asdict() for point in STUDIES[study].measure(given, options)]
                 run = {"folder": str(folder), "parameters": model.num_parameters(), "points": points}
                 if file is not None:
-                    write_json(file, run)
+                    write_json(file, sealed(run))
             facts[entry.name]["parameters"].append(run["parameters"])
             for point in run["points"]:
                 mine.setdefault((point["panel"], point["x"], point["by"]), []).append(point["values"])
@@ -172,14 +173,25 @@ def _identity(folder: Path, asked: str) -> str:
 
 
 def _kept(file: Path | None) -> dict[str, Any] | None:
-    """What is kept of a run; a file that cannot be read counts as none, since it is written whole."""
+    """What is kept of a run; a file that cannot be read counts as none, since it is written whole.
+
+    Raises:
+        CheckpointError: it was changed after it was written.
+    """
     if file is None or not file.exists():
         return None
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
+        run = parse_json(file.read_bytes())
     except ValueError:
         return None
-    return run if isinstance(run, dict) and run.keys() >= {"parameters", "points"} else None
+    if not isinstance(run, dict) or SEAL not in run:
+        return None
+    if not unbroken(run):
+        raise CheckpointError(
+            f"{file} was changed after it was written: its seal does not fit the rest; remove it, and the model is "
+            "measured again"
+        )
+    return run
 
 
 def _entry(runs: list[list[float]], first: list[list[float]] | None) -> dict[str, Any]:

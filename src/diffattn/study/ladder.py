@@ -7,11 +7,8 @@ cut goes on from its last checkpoint, and several processes may work on one ladd
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +18,14 @@ from diffattn.data.mixture import check_share, with_needles
 from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.data.text import read_corpus
 from diffattn.errors import ConfigError, DataError
-from diffattn.files import explained, parse_json, writable_folder
+from diffattn.files import parse_json, writable_folder
 from diffattn.folders import LADDER, own_folder
 from diffattn.model.pairing import MATCHES, parameters_of
 from diffattn.plan.cost import count_parameters, flops_per_token
 from diffattn.plan.rule import parse_count, shape_about
 from diffattn.plan.shape import DEFAULT_VARIANTS, ModelShape
 from diffattn.progress import OnStage, Stage, unseen
-from diffattn.sealed import sealed, unbroken
+from diffattn.sealed import append_row, unbroken
 from diffattn.study.arms import ARMS, Arm
 from diffattn.study.compare import versions
 from diffattn.train.callbacks import Progress, is_count, is_measure
@@ -86,8 +83,8 @@ class Ladder:
         for name in ("sizes", "variants"):
             if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ConfigError(f"{name} is {' '.join(getattr(self, name)) or 'empty'}; wanted each at most once")
-        if self.seeds < 1:
-            raise ConfigError(f"seeds is {self.seeds}; wanted a number of pairs, at least 1")
+        if not 1 <= self.seeds <= 1000:
+            raise ConfigError(f"seeds is {self.seeds}; wanted a number of pairs, at least 1 and at most 1,000")
         check_share(self.needles)
         parse_count(self.tokens)
         widths = [shape.hidden_size for shape in self.shapes()]
@@ -204,7 +201,7 @@ def run_ladder(
                 continue
             report = functools.partial(_report, on_progress, runs, index, rows)
             report(None)
-            _append(folder / ROWS, run.row(place, command, report, on_stage))
+            append_row(folder / ROWS, run.row(place, command, report, on_stage))
     wanted = [run.key for run in runs]
     rows = {_key(row): row for row in read_rows(folder / ROWS)}
     return [rows[key] for key in wanted if key in rows]
@@ -310,14 +307,13 @@ class _Run:
         """Train, or go on training, and measure."""
         model = self.arm.build(self.shape, seed=self.seed, match=self.ladder.match).model
         result = train(model, self.data, self.recipe, folder, resume=True, on_progress=on_step, on_stage=on_stage)
-        row = self.facts | {
+        return self.facts | {
             "val_loss": result.val_loss,
             "bits_per_byte": result.bits_per_byte,
             "train_tokens_per_second": result.train_tokens_per_second,
             "versions": versions(),
             "command": command,
         }
-        return sealed(row)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -347,21 +343,3 @@ def _report(
         seconds += step.seconds_left if step is not None else paces[-1] * _work(run.facts)
     size, done = run.facts["non_embedding_parameters"], len(runs) - len(left)
     on_progress(LadderProgress(run.attention, size, run.seed, done, len(runs), seconds, step))
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with explained(path), path.open("a+b", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        # A file that somebody edited may lack its last newline.
-        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
-        try:
-            # The disk may take a part of it only.
-            left = start + json.dumps(row).encode() + b"\n"
-            while left:
-                left = left[file.write(left) :]
-            os.fsync(file.fileno())
-        except BaseException:
-            file.truncate(size)
-            raise

@@ -6,7 +6,6 @@ exact match).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,10 @@ import torch
 from transformers import PreTrainedModel
 
 from diffattn.data.needles import Haystack, NeedlePrompt, is_answer
+from diffattn.errors import CheckpointError
+from diffattn.files import parse_json
 from diffattn.model.loading import positions_of
+from diffattn.sealed import SEAL, append_row, unbroken
 from diffattn.study.options import RetrievalOptions, fitted
 
 
@@ -54,6 +56,7 @@ def measure_retrieval(
 
     Raises:
         ConfigError: lengths beyond the model's, or too short for the needles.
+        CheckpointError: a line of ``rows`` that was changed after it was written.
     """
     cells = [
         Cell(length, needles, queries, depth, options.seed)
@@ -76,8 +79,7 @@ def measure_retrieval(
             on_progress(answered, left, (time.monotonic() - began) / answered * (left - answered))
         done[cell] = correct
         if rows is not None:
-            with rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(cell._asdict() | {"correct": correct}) + "\n")
+            append_row(rows, cell._asdict() | {"correct": correct})
     return [cell._asdict() | {"correct": done[cell]} for cell in cells]
 
 
@@ -112,7 +114,22 @@ def _prompt(haystack: Haystack, cell: Cell, sample: int) -> NeedlePrompt:
 
 
 def _read(rows: Path | None) -> Iterator[tuple[Cell, list[bool]]]:
-    """What a file has; nothing where there is none."""
-    for line in rows.read_text(encoding="utf-8").splitlines() if rows is not None and rows.exists() else ():
-        row = json.loads(line)
+    """What a file has; nothing where there is none. A line that was cut is asked again.
+
+    Raises:
+        CheckpointError: a line that was changed after it was written.
+    """
+    lines = rows.read_bytes().split(b"\n") if rows is not None and rows.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parse_json(line)
+        except ValueError:
+            continue
+        if not isinstance(row, dict) or SEAL not in row:
+            continue
+        if not unbroken(row):
+            raise CheckpointError(
+                f"{rows} line {number} was changed after it was written: its seal does not fit the rest; remove the "
+                "line, and its prompts are asked again"
+            )
         yield Cell(*(row[name] for name in Cell._fields)), row["correct"]

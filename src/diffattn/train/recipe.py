@@ -13,6 +13,8 @@ from diffattn.errors import ConfigError
 from diffattn.ops.half import multiplies
 
 DTYPES = ("auto", "float32", "bfloat16")
+MOST = 10**9
+"""Of every count: more steps than anybody trains, and few enough that their products are exact everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +68,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "evaluation_blocks", "checkpoints",
                      "keep_checkpoints"):  # fmt: skip
-            _check(name, getattr(self, name), isinstance(getattr(self, name), int) and getattr(self, name) >= 1,
-                   "a whole number of at least 1")  # fmt: skip
-        _check("evaluations", self.evaluations, isinstance(self.evaluations, int) and self.evaluations >= 0,
-               "a whole number, 0 or more")  # fmt: skip
+            _check(name, getattr(self, name), isinstance(getattr(self, name), int) and 1 <= getattr(self, name) <= MOST,
+                   f"a whole number of at least 1 and at most {MOST:,}")  # fmt: skip
+        _check("evaluations", self.evaluations, isinstance(self.evaluations, int) and 0 <= self.evaluations <= MOST,
+               f"a whole number, 0 to {MOST:,}")  # fmt: skip
         _check("seed", self.seed, isinstance(self.seed, int) and 0 <= self.seed < 2**31,
                "a whole number, 0 to 2147483647")  # fmt: skip
         _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "a finite number above 0")
