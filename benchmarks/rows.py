@@ -64,11 +64,18 @@ def in_turns(calls: Mapping[str, Callable[[], float]], repeats: int | None) -> d
 
 
 class Writer:
-    """Writes rows as JSON lines to stdout and, where a path is given, to a new file; with ``keep`` behind its rows."""
+    """Writes rows as JSON lines to stdout and, where a path is given, to a new file; with ``keep`` behind its rows.
+
+    A file that holds something else than rows of a benchmark ends the program with one line.
+    """
 
     def __init__(self, path: Path | None, *, keep: bool = False) -> None:
         self.path = path
         if path is not None:
+            if path.exists() and not _holds_rows(path):
+                sys.exit(
+                    f"--out {str(path)!r} given; a new file, or rows of a benchmark, is wanted: choose another name"
+                )
             path.parent.mkdir(parents=True, exist_ok=True)
             if not keep:
                 path.write_text("", encoding="utf-8")
@@ -79,6 +86,17 @@ class Writer:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether a file is empty, or its first line a row: every row names the command that made it."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            line = file.readline(1 << 20)
+        row = json.loads(line or '{"command": ""}')
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "command" in row
 
 
 def _cpu() -> str:

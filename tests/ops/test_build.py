@@ -2,12 +2,13 @@ import ctypes
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -477,6 +478,46 @@ def test_a_kernel_in_a_cache_that_cannot_be_written_is_used(
     assert build.unavailable(torch.float32) is None
     assert build.status().path == built.path
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """A file system of its own, and a function that mounts it again with other options."""
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root and mount")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder, lambda options: subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True) and None
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_file_system_that_is_read_only_or_full(
+    disk: tuple[Path, Callable[[str], None]], no_cache: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder, mount_again = disk
+    monkeypatch.setenv("DIFFATTN_CACHE", str(folder))
+    built = build.compile_kernel()
+    capsys.readouterr()
+    mount_again("ro")
+    assert build.unavailable(torch.float32) is None
+    assert build.status().path == built.path
+    assert capsys.readouterr().err == ""
+    # Another source, whose kernel is not there: kept elsewhere, and compiled once.
+    (compiling.SOURCES / "two.cpp").write_text('#include "one.h"\nint one() { return 2; }\n')
+    for options, reason in (("ro", errno.EROFS), ("rw,size=64k", errno.ENOSPC)):
+        mount_again(options)
+        monkeypatch.setattr(build, "_outcome", None)
+        assert build.unavailable(torch.float32) is None
+        warning = capsys.readouterr().err.splitlines()[0]
+        assert f"{folder}/kernels cannot be written ({os.strerror(reason)})" in warning
+        assert Path(str(build.status().path)).is_relative_to(no_cache)
+        shutil.rmtree(no_cache)
 
 
 def test_a_user_without_a_home_has_a_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
