@@ -13,13 +13,10 @@ from diffattn.data import packing
 from diffattn.data.packing import prepare_data
 from diffattn.data.text import Corpus, Document
 from diffattn.data.tokenizer import (
-    BETWEEN_LETTERS,
-    WORD_BOUNDARY,
     byte_lengths,
     document_marks,
     encode_documents,
     fingerprint,
-    pieces,
     train_tokenizer,
     vocabulary_rows,
 )
@@ -99,31 +96,6 @@ def test_documents_are_what_the_tokenizer_makes_of_them(name: str) -> None:
     assert joined(encode_documents(tokenizer, texts)) == expected
     starts = {"modern with a start": [0], "sentencepiece": [1]}.get(name, [])
     assert document_marks(tokenizer) == (starts, eos)
-
-
-@EVERY
-def test_a_long_document_is_cut_where_its_tokens_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = TOKENIZERS[name]()
-    whole = joined(encode_documents(tokenizer, [TEXT * 3]))
-    cut: list[str] = []
-
-    def short(text: str, **options):
-        for piece in pieces(text, 9, **options):
-            cut.append(piece)
-            yield piece
-
-    monkeypatch.setattr("diffattn.data.tokenizer.pieces", short)
-    assert joined(encode_documents(tokenizer, [TEXT * 3])) == whole
-    assert (len(cut) == 1) if name == "sentencepiece" else (len(cut) > 20)
-
-
-def test_the_boundary_of_our_own_tokenizers_would_not_do_for_others() -> None:
-    tokenizer = modern()
-    ids = [
-        joined(tokenizer(piece)["input_ids"] for piece in pieces(TEXT, 1, boundary))
-        for boundary in (None, BETWEEN_LETTERS, WORD_BOUNDARY)
-    ]
-    assert ids[0] == ids[1] != ids[2]
 
 
 @EVERY

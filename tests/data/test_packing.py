@@ -180,6 +180,25 @@ def test_sample_text_is_the_start_of_a_held_out_document(data, corpus):
         assert sample.endswith(".") or ". " not in held_out[:length]
 
 
+def test_what_is_being_done_is_said(corpus, tmp_path):
+    stages = []
+    options = {"vocab_size": 300, "context": CONTEXT, "cache_dir": tmp_path, "on_stage": stages.append}
+    prepare_data(corpus, **options)
+    characters = sum(len(document.text) for document in corpus.documents)
+    names = list(dict.fromkeys(stage.name for stage in stages))
+    assert names == [
+        "reading the text", "training the tokenizer", "choosing the tokens of the tokenizer", "turning the text into tokens"
+    ]  # fmt: skip
+    for name in (names[1], names[3]):
+        done = [stage.done for stage in stages if stage.name == name]
+        assert done == sorted(done)
+        assert done[-1] == next(stage.total for stage in stages if stage.name == name)
+    assert stages[-1].total == characters
+    stages.clear()
+    prepare_data(corpus, **options)
+    assert [stage.name for stage in stages] == ["reading the text"]
+
+
 def test_the_cache_answers_the_second_time(data, corpus, cache, no_training):
     again = prepare_data(corpus, vocab_size=307, context=CONTEXT, validation_fraction=0.2, cache_dir=cache)
     assert again.facts == data.facts

@@ -5,18 +5,20 @@ training and the held-out documents are two files, in a folder with their tokeni
 The tokens can also be those of a tokenizer that is given, such as a pretrained model's.
 """
 
+import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from diffattn.data.text import SEPARATOR, Split
+from diffattn.data.long_text import long_ids
+from diffattn.data.text import SEPARATOR, Document, Split
 from diffattn.errors import ConfigError
 from diffattn.progress import OnStage, Stage, unseen
 
@@ -25,35 +27,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # Of the files below; part of the name of a cache folder.
-FORMAT = 1
+FORMAT = 2
 # The 256 byte values and the separator.
 SMALLEST_VOCABULARY = 257
 # Bounds the memory of encoding, whatever the length of a document.
 BATCH_CHARACTERS = 1 << 22
+# Characters of a text that is encoded at once; a longer one is in windows that overlap.
+LONG = BATCH_CHARACTERS
+# Bytes of a word that training sees as one. What training takes grows with the square of a word's length, and text
+# without spaces is one word; no word of a text with spaces is so long.
+LONGEST_WORD = 1 << 12
 
 # Byte-level BPE as it is trained here never joins a word to the space or line end after it.
 WORD_BOUNDARY = re.compile(r"(?<=\S)[ \n]")
-# Others join punctuation to a line end, but start a new word at a space between letters.
-BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 # Spaces and bytes as tokenizers after SentencePiece spell them.
 _METASPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def pieces(text: str, size: int = 1 << 20, boundary: re.Pattern[str] | None = WORD_BOUNDARY) -> Iterator[str]:
-    """Cut text where its tokens do not change, into pieces of about `size` characters, to bound memory.
+def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
+    """Cut text where the tokens of a tokenizer from `train_tokenizer` do not change, to bound memory.
 
     Arguments:
         text: a document.
-        size: a piece is cut at the first boundary after so many characters.
-        boundary: matches one space or line end to cut before; None for one piece.
+        size: a piece is cut before the first space or line end behind so many characters that ends a word.
 
     >>> list(pieces("one two three", size=2))
     ['one', ' two', ' three']
     """
     start = 0
-    while boundary is not None and len(text) - start > size:
-        found = boundary.search(text, start + size)
+    while len(text) - start > size:
+        found = WORD_BOUNDARY.search(text, start + size)
         if found is None:
             break
         yield text[start : found.start()]
@@ -62,7 +66,10 @@ def pieces(text: str, size: int = 1 << 20, boundary: re.Pattern[str] | None = WO
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Train a byte-level BPE tokenizer; the same texts give the same tokenizer.
+    """Train a byte-level BPE tokenizer; the same texts give the same tokenizer. The time it takes grows with the text.
+
+    Words of more than 4,096 bytes (text without spaces) are cut for training, and only there: how a text is encoded
+    does not depend on where.
 
     Arguments:
         texts: any strings; decoding gives each of them back, to the byte, also those never seen in training.
@@ -84,7 +91,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     from transformers import PreTrainedTokenizerFast
 
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [words, tokenizers.pre_tokenizers.FixedLength(LONGEST_WORD)]
+    )
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -92,7 +102,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+    # Words stay whole, but for those that are longer than a piece.
+    cut = (piece[at : at + LONG] for text in texts for piece in pieces(text) for at in range(0, len(piece), LONG))
+    backend.train_from_iterator(cut, trainer)
+    backend.pre_tokenizer = words
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=SEPARATOR,
@@ -128,12 +141,20 @@ def document_marks(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], int
     return before, behind
 
 
-def encode_documents(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str]) -> Iterator[list[int]]:
+def encode_documents(
+    tokenizer: "PreTrainedTokenizerFast",
+    texts: Iterable[str],
+    *,
+    on_encoded: Callable[[int], None] = lambda characters: None,
+) -> Iterator[list[int]]:
     """Encode documents between their marks; `<|endoftext|>` spelled inside a document stays plain text.
+
+    The ids are those of each document as one text, however long it is.
 
     Arguments:
         tokenizer: one from `train_tokenizer`, or any other.
         texts: the documents.
+        on_encoded: called with the characters that are done, again and again.
     Returns: token ids in runs of any length, to be strung together.
     Raises: `ConfigError` as `document_marks`.
 
@@ -142,20 +163,28 @@ def encode_documents(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str])
     """
     before, behind = document_marks(tokenizer)
     backend = _plain(tokenizer)
-    boundary = _boundary(backend)
+    apart = _words_apart(backend)
     # Text, or the ids of a mark.
     batch: list[str | list[int]] = []
-    waiting = 0
+    waiting = done = 0
     for text in texts:
         batch.append(before)
-        for piece in pieces(text, boundary=boundary):
-            batch.append(piece)
-            waiting += len(piece)
+        for piece in pieces(text) if apart else [text]:
+            if len(piece) > LONG:
+                yield _encode(backend, batch)
+                yield from long_ids(backend, piece)
+                batch, waiting = [], 0
+            else:
+                batch.append(piece)
+                waiting += len(piece)
             if waiting >= BATCH_CHARACTERS:
                 yield _encode(backend, batch)
                 batch, waiting = [], 0
+            done += len(piece)
+            on_encoded(done - waiting)
         batch.append([behind])
     yield _encode(backend, batch)
+    on_encoded(done)
 
 
 def _plain(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
@@ -169,14 +198,22 @@ def _plain(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
     return backend
 
 
-def _boundary(backend: "Tokenizer") -> re.Pattern[str] | None:
-    """Where a text can be cut without changing its tokens."""
+def _words_apart(backend: "Tokenizer") -> bool:
+    """Whether a text can be cut between words as `pieces` does: where they are encoded as those of our tokenizers."""
+    from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
 
-    if isinstance(backend.pre_tokenizer, ByteLevel) and backend.pre_tokenizer.use_regex and backend.normalizer is None:
-        return WORD_BOUNDARY
-    # One that is not byte-level may set a sign at the start of every piece.
-    return BETWEEN_LETTERS if set(ByteLevel.alphabet()) <= backend.get_vocab(False).keys() else None
+    words = backend.pre_tokenizer
+    return (
+        isinstance(backend.model, BPE)
+        and isinstance(words, ByteLevel)
+        and words.use_regex
+        # It would be set before every piece.
+        and not words.add_prefix_space
+        and backend.normalizer is None
+        # One may hold a space.
+        and all(token.special for token in backend.get_added_tokens_decoder().values())
+    )
 
 
 def _encode(backend: "Tokenizer", batch: list[str | list[int]]) -> list[int]:
@@ -250,31 +287,49 @@ def write_token_files(
         split: what `split_by_document` gave.
         digest: of the corpus, for the manifest.
         vocabulary: the size of the vocabulary, as for `train_tokenizer`; or a tokenizer, which is not written.
-        on_stage: called with what is being done.
+        on_stage: called with what is being done, and how many characters are.
     Raises: `ConfigError` for a vocabulary below 257, `OSError` where the folder cannot be written.
     """
     folder.mkdir()
     if isinstance(vocabulary, int):
-        on_stage(Stage("training the tokenizer"))
-        tokenizer = train_tokenizer((document.text for document in split.train), vocabulary)
+        tokenizer = train_tokenizer(_read(split.train, on_stage), vocabulary)
         tokenizer.save_pretrained(folder / "tokenizer")
     else:
         tokenizer = vocabulary
-    on_stage(Stage("turning the text into tokens"))
     dtype = "<u2" if vocabulary_rows(tokenizer) <= 1 << 16 else "<u4"
     files: dict[str, dict[str, Any]] = {}
+    total, before = sum(len(document.text) for document in (*split.train, *split.validation)), 0
     for side, documents in (("train", split.train), ("validation", split.validation)):
         count = 0
         with (folder / f"{side}.bin").open("wb") as file:
-            for ids in encode_documents(tokenizer, (document.text for document in documents)):
+            encoded = functools.partial(_report, on_stage, "turning the text into tokens", total, before)
+            texts = (document.text for document in documents)
+            for ids in encode_documents(tokenizer, texts, on_encoded=encoded):
                 file.write(np.asarray(ids, dtype).tobytes())
                 count += len(ids)
+        before = sum(len(document.text) for document in documents)
         files[f"{side}.bin"] = {"dtype": dtype, "count": count}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         facts = files.setdefault(path.relative_to(folder).as_posix(), {})
         facts |= {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = {"format": FORMAT, "digest": digest, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def _read(documents: Iterable[Document], on_stage: OnStage) -> Iterator[str]:
+    """The pieces that a tokenizer is trained on; it then chooses its tokens, and cannot say how far it is."""
+    documents = tuple(documents)
+    total, done = sum(len(document.text) for document in documents), 0
+    for document in documents:
+        for piece in pieces(document.text):
+            yield piece
+            done += len(piece)
+            _report(on_stage, "training the tokenizer", total, 0, done)
+    on_stage(Stage("choosing the tokens of the tokenizer"))
+
+
+def _report(on_stage: OnStage, name: str, total: int, before: int, done: int) -> None:
+    on_stage(Stage(name, before + done, total))
 
 
 def check_token_files(folder: Path) -> dict[str, Any] | None:
