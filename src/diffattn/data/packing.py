@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from diffattn.data.roundtrip import check_round_trip
 from diffattn.data.text import Corpus, Split, read_corpus, split_by_document
 from diffattn.data.tokenizer import (
     FORMAT,
@@ -135,9 +136,10 @@ class PreparedData:
     """What a run reads.
 
     Fields: `tokenizer`; `train` and `validation` blocks; `facts`, what a report says of the text, ready for JSON;
-    `validation_bytes_per_token`, bytes of text per predicted token (all but the first of a block, separators included)
-    of the held-out blocks, so that bits per byte = mean loss / ln 2 / `validation_bytes_per_token`; `mixture`, which
-    makes samples of a mixture from those of the text, and how many of them a step has (`data/mixture.py`).
+    `validation_bytes_per_token`, bytes of the text itself per predicted token (all but the first of a block, separators
+    included) of the held-out blocks, so that bits per byte = mean loss / ln 2 / `validation_bytes_per_token`, whatever
+    bytes the tokenizer loses; `mixture`, which makes samples of a mixture from those of the text, and how many of them
+    a step has (`data/mixture.py`).
     """
 
     tokenizer: "PreTrainedTokenizerFast"
@@ -174,8 +176,10 @@ def prepare_data(
     tokenizer: "PreTrainedTokenizerFast | None" = None,
     validation_fraction: float = 0.02,
     text_column: str = "text",
+    lossy_tokenizer: bool = False,
     cache_dir: str | Path | None = None,
     on_stage: OnStage = unseen,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> PreparedData:
     """Read text, hold documents out, train a tokenizer on the rest and pack both into blocks; or find it in the cache.
 
@@ -186,8 +190,10 @@ def prepare_data(
         context: tokens per block, at least 2.
         validation_fraction: share of the bytes to hold out, above 0 and at most 0.5.
         text_column: the field or column that holds the text.
+        lossy_tokenizer: take a tokenizer that does not give 1% of the text's bytes back, or more (`data/roundtrip.py`).
         cache_dir: default `$DIFFATTN_CACHE`, else `$XDG_CACHE_HOME/diffattn`, else `~/.cache/diffattn`.
         on_stage: called with what is being done and how much of it is.
+        on_note: called with a line that a person should see, such as what the tokenizer loses.
     Returns: `PreparedData`; the same text and sizes always give the same tokens.
     Raises: `DataError` for text that cannot be read or is too short, `ConfigError` for a size, a tokenizer or a cache
     folder that cannot be used.
@@ -202,6 +208,9 @@ def prepare_data(
     on_stage(Stage("reading the text"))
     corpus = text if isinstance(text, Corpus) else read_corpus(text, text_column=text_column)
     split = split_by_document(corpus, validation_fraction=validation_fraction)
+    lost = 0.0
+    if tokenizer is not None:
+        lost = check_round_trip(tokenizer, corpus.documents, lossy=lossy_tokenizer, on_note=on_note)
     key = json.dumps([FORMAT, corpus.digest, float(validation_fraction), name])
     folder = cache_root(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:32]
     with cache_explained(folder.parent):
@@ -213,6 +222,8 @@ def prepare_data(
     data = _open(folder, manifest, corpus, split, context, tokenizer)
     if not isinstance(name, int):
         data.facts["tokenizer"] = name
+    if lost:
+        data.facts["text_lost"] = lost
     return data
 
 
@@ -259,9 +270,24 @@ def _open(
         "context": context,
         "note": split.note,
     }
-    held_out = blocks["validation"].tokens[: len(blocks["validation"]) * context].reshape(-1, context)
-    bytes_per_token = float(byte_lengths(tokenizer)[held_out[:, 1:]].mean())
+    bytes_per_token = _bytes_per_token(tokenizer, blocks["validation"], facts["bytes"]["validation"])
     return PreparedData(tokenizer, blocks["train"], blocks["validation"], facts, bytes_per_token)
+
+
+def _bytes_per_token(tokenizer: "PreTrainedTokenizerFast", blocks: TokenBlocks, text_bytes: int) -> float:
+    """Bytes of the text per predicted token: what tokens stand for, by which the text's own bytes are parted."""
+    marks = document_marks(tokenizer)
+    parts = np.ones(vocabulary_rows(tokenizer), np.int64)
+    parts[[*marks[0], marks[1]]] = 0
+    # Of tokens that are not made of bytes, it is not known how many they stand for: as many as any other.
+    with suppress(ConfigError):
+        lengths = byte_lengths(tokenizer)
+        parts = lengths if lengths[blocks.tokens].any() else parts
+    counted = int(parts[blocks.tokens].sum())
+    if not counted:
+        raise ConfigError(f"{blocks.part}: the tokenizer makes no token of it; wanted one that reads this text")
+    predicted = blocks.tokens[: len(blocks) * blocks.context].reshape(-1, blocks.context)[:, 1:]
+    return float(parts[predicted].mean()) * (text_bytes / counted)
 
 
 def _build(

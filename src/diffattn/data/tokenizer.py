@@ -129,7 +129,7 @@ def document_marks(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], int
     >>> document_marks(train_tokenizer([], 257))
     ([], 0)
     """
-    empty = _plain(tokenizer).encode("").ids
+    empty = plain_backend(tokenizer).encode("").ids
     before = empty[:1] if empty and empty[0] == tokenizer.bos_token_id else []
     behind = tokenizer.backend_tokenizer.token_to_id(SEPARATOR)
     behind = tokenizer.eos_token_id if behind is None else behind
@@ -162,7 +162,7 @@ def encode_documents(
     [[0, 1, 0]]
     """
     before, behind = document_marks(tokenizer)
-    backend = _plain(tokenizer)
+    backend = plain_backend(tokenizer)
     apart = _words_apart(backend)
     # Text, or the ids of a mark.
     batch: list[str | list[int]] = []
@@ -187,7 +187,7 @@ def encode_documents(
     on_encoded(done)
 
 
-def _plain(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
+def plain_backend(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
     """A copy of the backend that neither cuts nor fills a text, and takes spelled special tokens for text."""
     import tokenizers
 
