@@ -117,6 +117,21 @@ def is_utf8(name: str) -> bool:
     return True
 
 
+def shown(path: str | Path) -> str:
+    r"""A path as it can be printed in one line: bytes that are no UTF-8 and signs that cannot be seen are escaped.
+
+    >>> print(shown("caf\udce9\n.txt"))
+    caf\xe9\n.txt
+    """
+    return "".join(
+        sign if sign.isprintable()
+        # What stands in a name for a byte that is no UTF-8.
+        else f"\\x{ord(sign) - 0xDC00:02x}" if "\udc80" <= sign <= "\udcff"
+        else sign.encode("unicode_escape").decode("ascii")
+        for sign in str(path)
+    )  # fmt: skip
+
+
 def parse_json(text: str | bytes) -> Any:
     """What a JSON text holds; whatever is wrong with it is a ValueError.
 

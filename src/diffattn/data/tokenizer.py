@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from diffattn.data.long_text import long_ids
 from diffattn.data.text import SEPARATOR, Document, Split
-from diffattn.errors import ConfigError
+from diffattn.errors import ConfigError, DataError
+from diffattn.files import shown
 from diffattn.progress import OnStage, Stage, unseen
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def document_marks(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], int
 
 def encode_documents(
     tokenizer: "PreTrainedTokenizerFast",
-    texts: Iterable[str],
+    texts: Iterable[str | Document],
     *,
     on_encoded: Callable[[int], None] = lambda characters: None,
 ) -> Iterator[list[int]]:
@@ -153,10 +154,11 @@ def encode_documents(
 
     Arguments:
         tokenizer: one from `train_tokenizer`, or any other.
-        texts: the documents.
+        texts: the documents. Of one that is a conversation, what the tokenizer's chat template makes of it is encoded,
+            where it has one: special tokens that are spelled in that are special.
         on_encoded: called with the characters that are done, again and again.
     Returns: token ids in runs of any length, to be strung together.
-    Raises: `ConfigError` as `document_marks`.
+    Raises: `ConfigError` as `document_marks`, `DataError` for a conversation that the template refuses.
 
     >>> list(encode_documents(train_tokenizer([], 257), ["", "!"]))
     [[0, 1, 0]]
@@ -167,7 +169,12 @@ def encode_documents(
     # Text, or the ids of a mark.
     batch: list[str | list[int]] = []
     waiting = done = 0
-    for text in texts:
+    for document in texts:
+        if isinstance(document, Document) and document.chat and tokenizer.chat_template:
+            batch += [before, _chat_ids(tokenizer, document, before), [behind]]
+            done += len(document.text)
+            continue
+        text = document.text if isinstance(document, Document) else document
         batch.append(before)
         for piece in pieces(text) if apart else [text]:
             if len(piece) > LONG:
@@ -185,6 +192,23 @@ def encode_documents(
         batch.append([behind])
     yield _encode(backend, batch)
     on_encoded(done)
+
+
+def _chat_ids(tokenizer: "PreTrainedTokenizerFast", document: Document, before: list[int]) -> list[int]:
+    """The tokens of a conversation, behind what stands before every document."""
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(json.loads(document.chat), tokenize=False)
+    except (TemplateError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{shown(document.name)}: the tokenizer's chat template refuses this conversation ({reason}); change the "
+            "conversation, or leave it out"
+        ) from None
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # Some templates write the first token of a text themselves.
+    return ids[len(before) :] if before and ids[: len(before)] == before else ids
 
 
 def plain_backend(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
@@ -303,8 +327,7 @@ def write_token_files(
         count = 0
         with (folder / f"{side}.bin").open("wb") as file:
             encoded = functools.partial(_report, on_stage, "turning the text into tokens", total, before)
-            texts = (document.text for document in documents)
-            for ids in encode_documents(tokenizer, texts, on_encoded=encoded):
+            for ids in encode_documents(tokenizer, documents, on_encoded=encoded):
                 file.write(np.asarray(ids, dtype).tobytes())
                 count += len(ids)
         before = sum(len(document.text) for document in documents)
