@@ -187,7 +187,8 @@ def test_what_is_being_done_is_said(corpus, tmp_path):
     characters = sum(len(document.text) for document in corpus.documents)
     names = list(dict.fromkeys(stage.name for stage in stages))
     assert names == [
-        "reading the text", "training the tokenizer", "choosing the tokens of the tokenizer", "turning the text into tokens"
+        "reading the text", "training the tokenizer", "choosing the tokens of the tokenizer",
+        "turning the text into tokens",
     ]  # fmt: skip
     for name in (names[1], names[3]):
         done = [stage.done for stage in stages if stage.name == name]

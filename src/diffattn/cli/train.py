@@ -30,7 +30,9 @@ def train(
     seed: int = 0,
     steps: int = 300,
     text: str = "sotu",
+    text_column: Annotated[str, tyro.conf.arg(name="field")] = "text",
     context: int | None = None,
+    lossy_tokenizer: bool = False,
     match: Literal["parameters", "shape"] = "parameters",
     batch_size: int = 4,
     gradient_accumulation: int = 1,
@@ -59,7 +61,9 @@ def train(
         seed: Number that decides the initial values and the order of the text.
         steps: Number of updates of the weights.
         text: What to read: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn.
+        text_column: Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet.
         context: Tokens that the model reads at once. Default: as the shape says; with --from at most 512.
+        lossy_tokenizer: With --from: use a tokenizer that loses more than 1% of the text.
         match: parameters: V2 gets a narrower feed-forward network, so that all have equally many parameters. shape: V2
             keeps its width and has more parameters.
         batch_size: Blocks of --context tokens in each forward pass.
@@ -118,19 +122,19 @@ def _start(console: Console, values: dict[str, Any]) -> TrainResult:
         fields["learning_rate"] = Recipe.learning_rate if source is None else LEARNING_RATE
     recipe = Recipe(**fields)
     name = f"{values['attention'] if source is None else source.name} seed {recipe.seed}"
-    options = {key: values[key] for key in ("text", "context")}
+    options = {key: values[key] for key in ("text", "text_column", "context")}
     if source is not None:
         return continue_training(
-            source,
-            recipe,
-            console.folder,
-            **options,
-            on_progress=lambda step: console.progress(name, step),
-            on_stage=console,
+            source, recipe, console.folder, **options, lossy_tokenizer=values["lossy_tokenizer"],
+            on_progress=lambda step: console.progress(name, step), on_stage=console, on_note=console.note,
+        )  # fmt: skip
+    if values["lossy_tokenizer"]:
+        raise ConfigError(
+            "--lossy-tokenizer given without --from; the tokenizer of a new model loses nothing: leave it out"
         )
     return train_shape(
         values["shape"], values["attention"], recipe, console.folder, **options, match=values["match"],
-        on_progress=lambda step: console.progress(name, step), on_stage=console,
+        on_progress=lambda step: console.progress(name, step), on_stage=console, on_note=console.note,
     )  # fmt: skip
 
 
@@ -145,6 +149,7 @@ def _resume(own: Own, console: Console, shape: str, match: str, moved: dict[str,
         **moved,
         on_progress=lambda step: console.progress(name, step),
         on_stage=console,
+        on_note=console.note,
     )
 
 
@@ -156,8 +161,11 @@ def _beside(own: Own, folder: Path, others: dict[str, Any]) -> dict[str, Any]:
 
     others = {name: value for name, value in others.items() if name not in ("out", "resume", "json")}
     has: dict[str, Any] = dataclasses.asdict(own.recipe) | {"attention": own.attention, "context": own.context}
+    has |= {"text_column": own.text_column, "lossy_tokenizer": own.lossy_tokenizer}
     has |= {"text": own.text, "source": own.source, "match": own.match, "shape": own.shape and own.shape.name}
-    same: dict[str, Callable[[Any], bool]] = {"text": lambda text: same_text(text, own.text, own.data_digest)}
+    same: dict[str, Callable[[Any], bool]] = {
+        "text": lambda text: same_text(text, own.text, own.data_digest, own.text_column)
+    }
     if own.source is not None:
         same["source"] = lambda source: weights_digest(source) == own.source_digest
     elif own.shape is None:
@@ -167,5 +175,6 @@ def _beside(own: Own, folder: Path, others: dict[str, Any]) -> dict[str, Any]:
         its_shape = own.shape
         same["shape"] = lambda shape: same_shape(ModelShape.load(shape), its_shape)
     agreed = {name for name, value in others.items() if name in same and same[name](value)}
-    check_given(folder, {name: value for name, value in others.items() if name not in agreed}, has, source="from")
+    others_left = {name: value for name, value in others.items() if name not in agreed}
+    check_given(folder, others_left, has, source="from", text_column="field")
     return {name: others[name] for name in agreed if name in ("text", "source")}

@@ -206,7 +206,7 @@ def prepare_data(
         raise ConfigError("vocab_size and tokenizer are both given, or neither; wanted exactly one of them")
     name = vocabulary if isinstance(vocabulary, int) else fingerprint(vocabulary)
     on_stage(Stage("reading the text"))
-    corpus = text if isinstance(text, Corpus) else read_corpus(text, text_column=text_column)
+    corpus = text if isinstance(text, Corpus) else read_corpus(text, text_column=text_column, on_note=on_note)
     split = split_by_document(corpus, validation_fraction=validation_fraction)
     lost = 0.0
     if tokenizer is not None:

@@ -126,7 +126,10 @@ def _compare(
             on_note(f"{folder}: {NO_SEAL}")
     options = options or Comparison()
     study = _Study(options, folder, stored.shape if stored is not None else ModelShape.load(options.shape))
-    data = prepare_data(options.text, vocab_size=study.shape.vocab_size, context=study.context, on_stage=on_stage)
+    data = prepare_data(
+        options.text, vocab_size=study.shape.vocab_size, context=study.context, text_column=options.text_column,
+        on_stage=on_stage, on_note=on_note,
+    )  # fmt: skip
     if stored is None:
         stored = Stored(options, study.shape, command, data.facts["digest"])
         stored.write(folder)
@@ -167,7 +170,9 @@ def _same_options(stored: Stored, given: Comparison | None, folder: Path) -> Com
     kept = stored.options
     for field in dataclasses.fields(Comparison) if given is not None else ():
         now, then = getattr(given, field.name), getattr(kept, field.name)
-        if now in (then, field.default) or (field.name == "text" and same_text(now, then, stored.data_digest)):
+        if now in (then, field.default) or (
+            field.name == "text" and same_text(now, then, stored.data_digest, kept.text_column)
+        ):
             continue
         if field.name == "shape" and same_shape(ModelShape.load(now), stored.shape):
             continue

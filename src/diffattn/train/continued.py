@@ -35,10 +35,13 @@ def continue_training(
     out: str | Path,
     *,
     text: str = "sotu",
+    text_column: str = "text",
     context: int | None = None,
+    lossy_tokenizer: bool = False,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
     """Train a model that is there on text in its own tokens; a run as any other, with one row of metrics more.
 
@@ -51,14 +54,18 @@ def continue_training(
             suits a pretrained model better than the recipe's own.
         out: the run folder; it must not hold a run unless ``resume``.
         text: a file, a folder, or a data set's id.
+        text_column: the field of a row that holds the text.
         context: tokens per block; default ``CONTEXT``, or the model's ``max_position_embeddings`` where that is less.
+        lossy_tokenizer: take a tokenizer that does not give 1% of the text's bytes back, or more.
         resume: continue from the last good checkpoint in ``out``; ``source`` has to be the same model still.
         on_progress: called after each step.
         on_stage: called with what is done beside the steps, and how much of it is.
+        on_note: called with a line about the text that a person should see, such as what the tokenizer loses.
 
     Raises:
         CheckpointError: a folder without a whole model, or without a tokenizer that can be read.
-        ConfigError: another library's model, more tokens than the model has rows, a context that it does not have.
+        ConfigError: another library's model, more tokens than the model has rows, a context that it does not have, a
+            tokenizer that loses text.
         DataError: text that cannot be read, or is too short.
         TrainingError, KeyboardInterrupt: as in :func:`diffattn.train.run.train`.
     """
@@ -70,12 +77,16 @@ def continue_training(
     context = check_context(config.shape(), default if context is None else context, whose="model")
     check_out(out, resume)
     with new_folder(Path(out)) as folder:
-        data = prepare_data(text, tokenizer=tokenizer, context=context, on_stage=on_stage)
+        data = prepare_data(
+            text, tokenizer=tokenizer, context=context, text_column=text_column, lossy_tokenizer=lossy_tokenizer,
+            on_stage=on_stage, on_note=on_note,
+        )  # fmt: skip
         on_stage(Stage("loading the model"))
         model = load_model(source, "float32")
         origin = {"folder": str(source.resolve()), "digest": weights_digest(source)}
         return train(
-            model, data, recipe, folder, source=origin, options=to_keep(text, context), resume=resume,
+            model, data, recipe, folder, source=origin,
+            options=to_keep(text, context, text_column, lossy_tokenizer=lossy_tokenizer), resume=resume,
             on_progress=on_progress, on_stage=on_stage,
         )  # fmt: skip
 

@@ -27,6 +27,8 @@ class Own:
     text: str
     context: int
     data_digest: str
+    text_column: str = "text"
+    lossy_tokenizer: bool = False
     shape: ModelShape | None = None
     """None, as ``match``, with a source, and where an earlier version of diffattn did not keep it."""
     match: str | None = None
@@ -48,9 +50,15 @@ def read_own(folder: Path) -> Own:
     try:
         source, data = config.get("source"), config["data"]
         options = config.get("options", {"text": data["name"], "context": data["context"]})
-        texts = [options["text"], data["digest"], config["model"]["attention"]]
+        column = options.get("text_column", "text")
+        lossy = options.get("lossy_tokenizer", False)
+        texts = [options["text"], data["digest"], config["model"]["attention"], column]
         texts += [source["folder"], source["digest"]] if source else []
-        if not all(isinstance(text, str) for text in texts) or not is_count(options["context"]):
+        if (
+            not all(isinstance(text, str) for text in texts)
+            or not is_count(options["context"])
+            or not isinstance(lossy, bool)
+        ):
             raise TypeError("a name is no text, or a number none")
         return Own(
             recipe=Recipe(**config["recipe"]),
@@ -58,6 +66,8 @@ def read_own(folder: Path) -> Own:
             text=options["text"],
             context=options["context"],
             data_digest=data["digest"],
+            text_column=column,
+            lossy_tokenizer=lossy,
             shape=ModelShape(**options["shape"]) if "shape" in options else None,
             match=options.get("match"),
             source=Path(source["folder"]) if source else None,
@@ -73,10 +83,10 @@ def check_resumable(out: str | Path, resume: bool) -> None:
         raise ConfigError(f"{out} holds no run to resume; wanted its config.json: name its folder with --out")
 
 
-def to_keep(text: str, context: int, **others: Any) -> dict[str, Any]:
+def to_keep(text: str, context: int, text_column: str, **others: Any) -> dict[str, Any]:
     """The ``options`` of ``config.json``, of which :func:`read_own` makes what a run goes on with."""
     shape = others.pop("shape", None)
-    kept = {"text": lasting(text), "context": context} | others
+    kept = {"text": lasting(text), "context": context, "text_column": text_column} | others
     return kept if shape is None else kept | {"shape": dataclasses.asdict(shape)}
 
 
@@ -90,9 +100,9 @@ def lasting(text: str) -> str:
     return str(path.absolute()) if text not in ("", "sotu") and path.exists() else text
 
 
-def same_text(given: str, own: str, digest: str) -> bool:
+def same_text(given: str, own: str, digest: str, text_column: str) -> bool:
     """Whether a text is the one that a run has: of the same name, or another place with the same content."""
-    return lasting(given) in (own, lasting(own)) or read_corpus(given).digest == digest
+    return lasting(given) in (own, lasting(own)) or read_corpus(given, text_column=text_column).digest == digest
 
 
 def same_shape(one: ModelShape, other: ModelShape) -> bool:

@@ -23,6 +23,7 @@ def resume_training(
     match: str = "parameters",
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
     """Continue the run in a folder with the options that it was started with, or say what it measured.
 
@@ -34,6 +35,7 @@ def resume_training(
         shape, match: of a run whose folder does not say them, since an earlier version of diffattn began it.
         on_progress: called after each step.
         on_stage: called with what is done beside the steps, and how much of it is.
+        on_note: called with a line about the text that a person should see.
 
     Raises:
         ConfigError: there is no run, or another process has it.
@@ -45,10 +47,12 @@ def resume_training(
     source = own.source if source is None else source
     if own.source is not None and source is not None:
         return continue_training(
-            source, own.recipe, out, text=text, context=own.context, resume=True, on_progress=on_progress,
-            on_stage=on_stage,
+            source, own.recipe, out, text=text, text_column=own.text_column, context=own.context,
+            lossy_tokenizer=own.lossy_tokenizer, resume=True, on_progress=on_progress, on_stage=on_stage,
+            on_note=on_note,
         )  # fmt: skip
     return train_shape(
-        own.shape or shape, own.attention, own.recipe, out, text=text, context=own.context, match=own.match or match,
-        resume=True, on_progress=on_progress, on_stage=on_stage,
+        own.shape or shape, own.attention, own.recipe, out, text=text, text_column=own.text_column,
+        context=own.context, match=own.match or match, resume=True, on_progress=on_progress, on_stage=on_stage,
+        on_note=on_note,
     )  # fmt: skip

@@ -28,11 +28,13 @@ def train_shape(
     out: str | Path,
     *,
     text: str = "sotu",
+    text_column: str = "text",
     context: int | None = None,
     match: str = "parameters",
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
     """Prepare text, build one variant of a shape with the recipe's seed, and train it.
 
@@ -42,11 +44,13 @@ def train_shape(
         recipe: see :class:`diffattn.train.recipe.Recipe`.
         out: the run folder; it must not hold a run unless ``resume``.
         text: a file, a folder, or a data set's id.
+        text_column: the field of a row that holds the text.
         context: tokens per block; default and upper limit: the shape's ``max_position_embeddings``.
         match: as in :func:`diffattn.model.pairing.build_pair`.
         resume: continue from the last good checkpoint in ``out``.
         on_progress: called after each step.
         on_stage: called with what is done beside the steps, and how much of it is.
+        on_note: called with a line about the text that a person should see.
 
     Raises:
         ConfigError, DataError: nothing was written.
@@ -57,10 +61,13 @@ def train_shape(
     context = check_context(shape, context)
     check_out(out, resume)
     with new_folder(Path(out)) as folder:
-        data = prepare_data(text, vocab_size=shape.vocab_size, context=context, on_stage=on_stage)
+        data = prepare_data(
+            text, vocab_size=shape.vocab_size, context=context, text_column=text_column, on_stage=on_stage,
+            on_note=on_note,
+        )  # fmt: skip
         on_stage(Stage("building the model"))
         model = build_pair(shape, attention, seed=recipe.seed, match=match).model
-        options = to_keep(text, context, shape=shape, attention=attention, match=match)
+        options = to_keep(text, context, text_column, shape=shape, attention=attention, match=match)
         return train(
             model, data, recipe, folder, options=options, resume=resume, on_progress=on_progress, on_stage=on_stage
         )
