@@ -29,7 +29,7 @@ _LINES = 100
 _LADDER_RUN = re.compile(r"[\w+.]+-\d+x\d+-seed\d+-\d+-[\d.e+-]+?(\.lock)?")
 _ROW_BEGINS = b'{"attention": "'
 _MODEL_FILE = re.compile(
-    r"(generation_)?config\.json|model[\w-]*\.safetensors(\.index\.json)?|"
+    r"(generation_)?config\.json|training\.json|model[\w-]*\.safetensors(\.index\.json)?|"
     r"((added_|special_)?token\w*|vocab)\.json|merges\.txt|chat_template\.\w+"
 )
 _KEPT_FILE = re.compile(r"[a-z_]+-[0-9a-f]{24}\.jsonl?")

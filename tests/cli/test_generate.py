@@ -3,11 +3,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from serve.small_folders import small_folder
 
 from diffattn.cli.main import main
+from diffattn.model.trained import Trained, write_trained
 from diffattn.serve.decoding import Decoding
 from diffattn.serve.generation import generate
 
@@ -89,3 +91,29 @@ def test_a_reader_who_stops_reading_ends_it_without_a_complaint(folder):
     assert "Traceback" not in said
     assert "Broken" not in said
     assert process.returncode == 0
+
+
+def test_what_the_model_is_stands_beside_its_text(tmp_path, capsys):
+    folder = small_folder(tmp_path)
+    assert main(["generate", str(folder), PROMPT, *NINE]) == 0
+    # Of weights from elsewhere nothing is known, and nothing is said.
+    assert "this model" not in capsys.readouterr().err
+    little = Trained(attention="diff_v1", parameters=5_000, vocab_size=300, steps=30, tokens=1_920, val_loss=5.2,
+                     continued=False)  # fmt: skip
+    write_trained(folder, little)
+    assert main(["generate", str(folder), PROMPT, *NINE]) == 0
+    out, err = capsys.readouterr()
+    assert "trained" not in out
+    model, note = err.splitlines()[-2:]
+    assert model == (
+        "this model: diff_v1, 5 k parameters, trained in 30 steps on 1,920 tokens; held-out loss 5.20 nats per token "
+        "(guessing among 300 tokens costs 5.70)"
+    )
+    assert note.startswith("note: so little training makes text that repeats itself or has no sense")
+    assert "no fault of the program" in note
+    write_trained(folder, replace(little, tokens=10**9))
+    assert main(["generate", str(folder), PROMPT, *NINE, "--json"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("this model: ")
+    (folder / "training.json").write_text("[]")
+    assert main(["generate", str(folder), PROMPT, *NINE]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

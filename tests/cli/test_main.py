@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from study.small_comparison import write_shape, write_text
+from transformers import AutoModelForCausalLM
 
 from diffattn.cli.main import main
+from diffattn.model.trained import read_trained
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +104,16 @@ def test_train_prints_one_object_and_resumes(tmp_path: Path, capsys: pytest.Capt
     assert result["folder"] == "run"
     assert "held-out loss" in printed.err
     assert "step 1/3" not in printed.err  # no live line where stderr is not a terminal
+    said = printed.err.splitlines()
+    stages = ["importing torch and transformers", "reading the text", "building the model",
+              "getting ready for the first step", "training diff_v2 seed 0: 3 steps", "measuring the held-out loss",
+              "saving the model"]  # fmt: skip
+    assert [line for line in said if line in stages] == stages
+    trained = read_trained(Path("run/model"))
+    assert trained is not None
+    assert (trained.steps, trained.val_loss, trained.continued) == (3, result["val_loss"], False)
+    assert trained.tokens == 3 * 4 * 32
+    assert trained.parameters == AutoModelForCausalLM.from_pretrained("run/model").num_parameters()
     fails(arguments, capsys, "run holds a run already", "--resume")
     assert main([*arguments, "--resume"]) == 0
     assert json.loads(capsys.readouterr().out) == result
@@ -119,6 +132,11 @@ def test_compare_prints_the_table_and_the_same_json_as_its_file(
     assert json.loads(printed.out) == json.loads((out / "result.json").read_text())
     assert "diff_v1: no difference seen" in printed.err
     assert "Executed FLOPs" in printed.err
+    assert re.search(r"2 runs of 2 steps of 4 × \d+ tokens; about \d+ s of training and measuring\n", printed.err)
+    stages = ["measuring a training step of softmax", "training softmax seed 0: 2 steps", "measuring the held-out loss",
+              "training diff_v1 seed 0: 2 steps",
+              "measuring the start-up of the models and writing the report"]  # fmt: skip
+    assert [line for line in printed.err.splitlines() if line in stages] == stages
     assert f"report: {out / 'report.html'}" in printed.err
 
 

@@ -210,6 +210,18 @@ def test_the_cache_answers_the_second_time(data, corpus, cache, no_training):
     assert longer.train.path == data.train.path
 
 
+def test_the_making_of_tokens_says_what_it_does(corpus, tmp_path):
+    made, found = [], []
+    for stages in (made, found):
+        prepare_data(corpus, vocab_size=300, context=16, cache_dir=tmp_path, on_stage=stages.append)
+    names = list(dict.fromkeys(stage.name for stage in made))
+    assert names[0] == "reading the text"
+    assert any("tokenizer" in name for name in names)
+    assert names[-1] == "turning the text into tokens"
+    # The second time all of it is there.
+    assert [stage.name for stage in found] == ["reading the text"]
+
+
 def test_any_change_of_text_or_size_is_another_cache_entry(data, corpus, tmp_path):
     text = tmp_path / "speeches.txt"
     body = "\n\f\n".join(d.text for d in corpus.documents)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from serve.served import CONTEXT, write_model
+from serve.small_folders import small_folder
 
 from diffattn.cli.main import main
 from diffattn.errors import UnsupportedError
+from diffattn.model.trained import Trained, write_trained
 from diffattn.serve import engines, vllm_engine
 
 
@@ -174,6 +176,21 @@ def test_who_can_reach_an_open_server_is_said(folder, monkeypatch):
         assert notes[-1].startswith("serving 'model' with transformers ")
         assert "(cpu, float32)" in notes[-1]
         assert f"http://{host}:" in notes[-1]
+
+
+def test_the_start_up_line_says_what_the_model_is(tmp_path, monkeypatch):
+    from diffattn.serve import transformers_engine
+
+    monkeypatch.setattr(transformers_engine, "serve", lambda *a, on_ready, **k: on_ready("cpu, float32"))
+    folder, notes = small_folder(tmp_path / "model"), []
+    engines.serve(folder, "transformers", port=0, on_note=notes.append)
+    assert notes[-1].endswith("/v1")
+    write_trained(folder, Trained(attention="diff_v1", parameters=5_000, vocab_size=300, steps=30, tokens=1_920,
+                                  val_loss=5.2, continued=False))  # fmt: skip
+    stages: list = []
+    engines.serve(folder, "transformers", port=0, on_note=notes.append, on_stage=stages.append)
+    assert "/v1; diff_v1, 5 k parameters, trained in 30 steps on 1,920 tokens; held-out loss 5.20" in notes[-1]
+    assert [stage.name for stage in stages] == ["importing the server", "loading the model"]
 
 
 def test_vllm_is_started_with_what_was_asked_and_without_the_key_in_its_arguments(folder, monkeypatch):

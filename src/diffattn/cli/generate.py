@@ -55,9 +55,11 @@ def generate(
         from dataclasses import asdict
 
         from diffattn.cli.board import Board
+        from diffattn.model.trained import read_trained
         from diffattn.numbers import seconds, size
 
         text = _stdin() if prompt == "-" else prompt
+        trained = read_trained(folder)
         with Board(keep=False) as board:
             board.importing()
             from diffattn.serve.generation import Decoding, check_prompt
@@ -95,6 +97,10 @@ def generate(
             f"{first}{speed}; {seconds(result.seconds)} in all",
             file=sys.stderr,
         )
+        if trained is not None:
+            print(f"this model: {trained.facts}", file=sys.stderr)
+        if trained is not None and trained.advice is not None:
+            print(f"note: {trained.advice}", file=sys.stderr)
         return 0
 
     return call

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from diffattn.checkpoint_files import read_config, read_tensors
 from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
+from diffattn.model.trained import read_trained
 from diffattn.progress import OnStage, Stage, unseen
 
 Engine = Literal["auto", "vllm", "transformers"]
@@ -70,13 +71,15 @@ def serve(
     common: dict[str, Any] = {"key": api_key, "dtype": dtype, "device": device, "context": context}
 
     running = f"{chosen} {installed_version(chosen)}"
+    trained = read_trained(folder)
+    about = "" if trained is None else f"; {trained.facts}"
     with listener:
         if chosen == "vllm":
             from diffattn.serve import vllm_engine
 
             vllm_engine.serve(
                 Path(folder), names, listener, **common,
-                on_start=lambda what: on_note(f"starting {running} ({what}) for {names[0]!r} on {where}/v1"),
+                on_start=lambda what: on_note(f"starting {running} ({what}) for {names[0]!r} on {where}/v1{about}"),
             )  # fmt: skip
         else:
             on_stage(Stage("importing the server"))
@@ -85,7 +88,7 @@ def serve(
             on_stage(Stage("loading the model"))
             transformers_engine.serve(
                 Path(folder), names, listener, **common,
-                on_ready=lambda what: on_note(f"serving {names[0]!r} with {running} ({what}) on {where}/v1"),
+                on_ready=lambda what: on_note(f"serving {names[0]!r} with {running} ({what}) on {where}/v1{about}"),
             )  # fmt: skip
 
 

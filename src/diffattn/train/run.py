@@ -19,6 +19,7 @@ from diffattn.errors import ConfigError
 from diffattn.files import sync, whole_folder, writable_folder, write_json
 from diffattn.folders import RUN, holds_model_of_ours, own_folder
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.trained import Trained, write_trained
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.sealed import file_facts, sealed
 from diffattn.train.annealing import DexAnnealing
@@ -137,7 +138,7 @@ def _train(
             metrics.close()
         interruption.shield()
         on_stage(Stage("saving the model"))
-        result = _finish(folder, model, data, metrics.held_out(recipe.steps)[-1])
+        result = _finish(folder, model, data, metrics.held_out(recipe.steps)[-1], continued="source" in claim)
         prune(folder, 1)
         interruption.lower()
     return result
@@ -175,15 +176,28 @@ def check_new(folder: Path, resume: bool) -> None:
         raise ConfigError(f"{model} given; the place of the trained model is wanted empty; move away what is there")
 
 
-def _finish(folder: Path, model: DiffTransformerForCausalLM, data: PreparedData, val_loss: float) -> TrainResult:
+def _finish(
+    folder: Path, model: DiffTransformerForCausalLM, data: PreparedData, val_loss: float, *, continued: bool
+) -> TrainResult:
+    rows = read_metrics(folder / "metrics.jsonl")
+    trained = Trained(
+        attention=model.config.attention,
+        parameters=model.num_parameters(),
+        vocab_size=model.config.vocab_size,
+        steps=rows[-1]["step"],
+        tokens=rows[-1]["tokens"],
+        val_loss=val_loss,
+        continued=continued,
+    )
     with whole_folder(folder / "model", replaces=holds_model_of_ours) as target:
         model.save_pretrained(target)
         data.tokenizer.save_pretrained(target)
+        write_trained(target, trained)
     result = TrainResult(
         folder,
         val_loss=val_loss,
         bits_per_byte=val_loss / math.log(2) / data.validation_bytes_per_token,
-        train_tokens_per_second=speed(read_metrics(folder / "metrics.jsonl")),
+        train_tokens_per_second=speed(rows),
     )
     files = [folder / "config.json", folder / "metrics.jsonl", *sorted((folder / "model").rglob("*"))]
     write_json(

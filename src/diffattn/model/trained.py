@@ -1,0 +1,100 @@
+"""What a run knows of the model that it wrote, kept beside the weights so that it goes where they go.
+
+``training.json`` holds it, and the SHA-256 of the weights that it is said of: for others that were saved over them it
+says nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from diffattn.checkpoint_files import weights_digest
+from diffattn.errors import CheckpointError
+from diffattn.files import read_object, write_json
+from diffattn.numbers import count
+
+TRAINING = "training.json"
+ENOUGH = 20
+"""Tokens for each parameter that a model is best trained on (Hoffmann et al. 2022, arXiv 2203.15556)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """How much a model was trained, and how well it predicts.
+
+    Fields: `attention`, the variant; `parameters`; `vocab_size`, tokens among which each next one is predicted;
+    `steps` and `tokens` of the run; `val_loss`, nats per token on held-out text; `continued`, whether the run began
+    from a model that was trained before, of which nothing is known here.
+    """
+
+    attention: str
+    parameters: int
+    vocab_size: int
+    steps: int
+    tokens: int
+    val_loss: float
+    continued: bool
+
+    @property
+    def little(self) -> bool:
+        """Whether it was trained on far less than a model of its size needs."""
+        return not self.continued and self.tokens < ENOUGH * self.parameters
+
+    @property
+    def facts(self) -> str:
+        """One line.
+
+        >>> print(Trained(attention="diff_v1", parameters=3_000_000, vocab_size=4096, steps=30, tokens=15_360,
+        ...     val_loss=7.2, continued=False).facts.replace(" on ", "\\n"))
+        diff_v1, 3 M parameters, trained in 30 steps
+        15,360 tokens; held-out loss 7.20 nats per token (guessing among 4,096 tokens costs 8.32)
+        """
+        on = " more" if self.continued else ""
+        return (
+            f"{self.attention}, {count(self.parameters)} parameters, trained in {self.steps:,}{on} steps on "
+            f"{self.tokens:,} tokens; held-out loss {self.val_loss:.2f} nats per token (guessing among "
+            f"{self.vocab_size:,} tokens costs {math.log(self.vocab_size):.2f})"
+        )
+
+    @property
+    def advice(self) -> str | None:
+        """Why its text is as it is, where it was trained on little; else None."""
+        if not self.little:
+            return None
+        return (
+            "so little training makes text that repeats itself or has no sense; that is no fault of the program: a "
+            f"model of this size takes about {count(ENOUGH * self.parameters)} tokens to learn what it can"
+        )
+
+
+def write_trained(folder: Path, trained: Trained) -> None:
+    """Keep it beside the weights that are in the folder."""
+    write_json(folder / TRAINING, asdict(trained) | {"weights": weights_digest(folder)})
+
+
+def read_trained(folder: str | Path) -> Trained | None:
+    """What is known of the weights in a folder; None where nothing is, or where they are others.
+
+    Raises:
+        CheckpointError: a file that holds something else, or weights that cannot be read.
+    """
+    file = Path(folder) / TRAINING
+    if not file.is_file():
+        return None
+    way_out = "delete it, the model works without"
+    values = read_object(file, way_out=way_out)
+    weights = values.pop("weights", None)
+    if values.keys() != {field.name for field in fields(Trained)} or not _sound(values):
+        raise CheckpointError(f"{str(file)!r} given; what a run of diffattn train writes is wanted there: {way_out}")
+    return Trained(**values) if weights == weights_digest(folder) else None
+
+
+def _sound(values: dict[str, Any]) -> bool:
+    counts = (values["parameters"], values["vocab_size"], values["steps"], values["tokens"])
+    whole = all(isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63 for value in counts)
+    loss = values["val_loss"]
+    measured = isinstance(loss, int | float) and not isinstance(loss, bool) and 0 <= loss < 1e9
+    return whole and measured and isinstance(values["attention"], str) and isinstance(values["continued"], bool)
