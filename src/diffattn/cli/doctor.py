@@ -19,18 +19,24 @@ def doctor(*, build: bool = False, json: bool = False) -> Callable[[], int]:
     """
 
     def call() -> int:
+        from diffattn.cli.board import Board
         from diffattn.cli.console import print_json
         from diffattn.errors import UnsupportedError
-        from diffattn.model.doctor import examine
-        from diffattn.ops.build import compile_kernel
+        from diffattn.progress import Stage
 
         failure = None
-        if build:
-            try:
-                compile_kernel(force=True)
-            except UnsupportedError as error:
-                failure = str(error)
-        facts = examine() | ({"build_failure": failure} if build else {})
+        with Board(keep=False) as board:
+            board.importing()
+            from diffattn.model.doctor import examine
+            from diffattn.ops.build import compile_kernel
+
+            if build:
+                board(Stage("compiling the kernel"))
+                try:
+                    compile_kernel(force=True)
+                except UnsupportedError as error:
+                    failure = str(error)
+            facts = examine() | ({"build_failure": failure} if build else {})
         if json:
             print_json(facts)
         else:

@@ -112,18 +112,23 @@ def scale_fit(
     """
 
     def call() -> int:
-        from diffattn.cli.console import Console, print_json
+        from diffattn.cli.board import Board
+        from diffattn.cli.console import command_line, print_json
+        from diffattn.cli.table import show
         from diffattn.files import check_files, write_text
         from diffattn.plan.rule import parse_count
-        from diffattn.report.scaling_page import equivalence_rows, number_rows, render_scaling, write_scaling_png
-        from diffattn.study.scaling import fit_scaling
 
         check_files(png=png, html=html)
-        console = Console("scale fit", Path(), resume=False)
         sizes = [parse_count(count) for count in at]
-        result = fit_scaling(points, size=size, at=sizes, bootstrap=bootstrap, seed=seed, command=console.command)
-        console.rows(equivalence_rows(result))
-        console.rows(number_rows(result))
+        with Board(keep=False) as board:
+            from diffattn.report.scaling_page import equivalence_rows, number_rows, render_scaling, write_scaling_png
+            from diffattn.study.scaling import fit_scaling
+
+            result = fit_scaling(
+                points, size=size, at=sizes, bootstrap=bootstrap, seed=seed, command=command_line(), on_stage=board
+            )
+        show(equivalence_rows(result))
+        show(number_rows(result))
         if png is not None:
             write_scaling_png(result, png)
         if html is not None:

@@ -184,6 +184,8 @@ def run_ladder(
     on_stage(Stage("reading the text"))
     corpus = read_corpus(ladder.text, text_column=ladder.text_column, on_note=on_note)
     data = prepare_data(corpus, vocab_size=ladder.vocab_size, context=ladder.context, on_stage=on_stage)
+    if ladder.needles:
+        on_stage(Stage("hiding numbers in the text"))
     data = with_needles(data, corpus, share=ladder.needles)
     runs = [
         _Run(ladder, shape, attention, seed, data)

@@ -23,6 +23,7 @@ import numpy as np
 from scipy import stats
 
 from diffattn.errors import ConfigError, DataError
+from diffattn.progress import OnStage, Stage, unseen
 from diffattn.study.scaling_forms import FLOOR, JOINT, POWER, Array, Form, fit_form, invert, refit
 from diffattn.study.scaling_points import Point, check_points, read_points
 
@@ -38,6 +39,7 @@ def fit_scaling(
     bootstrap: int = 1000,
     seed: int = 0,
     command: str = "diffattn.fit_scaling(...)",
+    on_stage: OnStage = unseen,
 ) -> dict[str, Any]:
     """Fit every form to every variant's losses and say which softmax model each DIFF model equals.
 
@@ -49,6 +51,7 @@ def fit_scaling(
         bootstrap: draws behind the intervals, at least 100. Default: 1000.
         seed: of the draws.
         command: what made the result, to be named in it.
+        on_stage: called with how many of the curves are fitted.
 
     Returns:
         ``axis`` (``parameters`` or ``tokens``), ``points``, ``forms``: for each form its ``formula`` and ``variants``
@@ -77,7 +80,10 @@ def fit_scaling(
     unit = "tokens" if axes == ("tokens",) else size
     forms = (JOINT,) if len(axes) == 2 else (FLOOR, POWER)
     sizes = list(at) or _typical(curves)
-    fits = {form.name: _fit(form, curves, bootstrap, seed) for form in forms}
+    fits = {}
+    for done, form in enumerate(forms):
+        on_stage(Stage("fitting curves", done, len(forms)))
+        fits[form.name] = _fit(form, curves, bootstrap, seed)
     return {
         "source": source,
         "axis": unit,
