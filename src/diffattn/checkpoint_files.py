@@ -11,10 +11,11 @@ import hashlib
 import math
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffattn.config_fields import is_whole, shown
 from diffattn.errors import CheckpointError
 from diffattn.files import is_utf8, parse_json, read_object
 from diffattn.folders import no_model
@@ -38,6 +39,14 @@ _BITS = {
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
+# Of types of floating-point numbers: the integer type of their width, and the bits that are all ones in an infinity or
+# a NaN (of F8_E4M3 in a NaN alone).
+_EXPONENTS = {
+    "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF0000000000000),
+    "F8_E5M2": ("<u1", 0x7C), "F8_E4M3": ("<u1", 0x7F),
+}  # fmt: skip
+# Read at once: what a core's cache holds.
+_CHUNK = 1 << 19
 # The format's own limit.
 _LONGEST_HEADER = 100_000_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -116,15 +125,17 @@ def weight_files(folder: str | Path) -> list[Path]:
         raise CheckpointError(
             f"{str(folder)!r} holds no {WEIGHTS} and no {INDEX}; the weights are wanted beside {CONFIG}"
         )
-    names = set(_weight_map(folder).values())
-    if foreign := sorted(name for name in names if not isinstance(name, str) or Path(name).name != name):
-        raise CheckpointError(f"{str(folder / INDEX)!r} names the file {foreign[0]!r}; a file beside it is wanted")
-    if missing := sorted(name for name in names if not (folder / name).is_file()):
+    # A list, since what a file holds need not be hashable.
+    names = list(_weight_map(folder).values())
+    if foreign := [name for name in names if not _is_beside(name)]:
+        raise CheckpointError(f"{str(folder / INDEX)!r} names the file {shown(foreign[0])}; a file beside it is wanted")
+    names = sorted(set(names))
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(
             f"{str(folder / INDEX)!r} names {missing[0]}, which is not there ({len(missing)} of {len(names)} files are "
             "missing); the whole checkpoint is wanted: copy or download it again"
         )
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in names]
 
 
 def folder_name(folder: str | Path) -> str:
@@ -153,16 +164,67 @@ def read_tensors(folder: str | Path) -> dict[str, dict[str, Any]]:
     for path in files:
         for name, entry in check_safetensors(path).items():
             if name in found:
-                raise CheckpointError(f"{str(path)!r} and {found[name]['file'].name} both hold {name}; one is wanted")
+                raise CheckpointError(
+                    f"{str(path)!r} and {found[name]['file'].name} both hold {tensor_name(name)}; one is wanted"
+                )
             found[name] = entry | {"file": path}
     if files != [folder / WEIGHTS]:
         for name, file in _weight_map(folder).items():
             if name not in found or found[name]["file"].name != file:
                 raise CheckpointError(
-                    f"{str(folder / INDEX)!r} says that {file} holds {name}, which it does not; files of one "
-                    "checkpoint are wanted: copy or download it again"
+                    f"{str(folder / INDEX)!r} says that {file} holds {tensor_name(name)}, which it does not; files of "
+                    "one checkpoint are wanted: copy or download it again"
                 )
     return found
+
+
+def tensor_name(name: str) -> str:
+    """The name of a tensor as it can stand in a message; a file can call one anything.
+
+    >>> tensor_name("model.norm.weight"), tensor_name("a\\nb")
+    ('model.norm.weight', "'a\\\\nb'")
+    """
+    return name if name.isprintable() and len(name) <= 100 else shown(name)
+
+
+def check_finite(entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise unless every floating-point number of a checkpoint is finite; reads each file once, from begin to end.
+
+    The files are read and not mapped, so that this takes half a megabyte whatever their size. What was read stays in
+    the system's cache of files, from which a model is then mapped.
+
+    Args:
+        entries: what :func:`read_tensors` gave.
+
+    Raises:
+        CheckpointError: a NaN or an infinity; the message names the first tensor in the order of the files.
+    """
+    import numpy as np
+
+    memory = bytearray(_CHUNK)
+    buffer = np.frombuffer(memory, np.uint8)
+    for path in sorted({entry["file"] for entry in entries.values()}):
+        own = {name: entry for name, entry in entries.items() if entry["file"] == path}
+        with path.open("rb") as file:
+            start = 8 + struct.unpack("<Q", file.read(8))[0]
+            for name, entry in sorted(own.items(), key=lambda item: item[1]["data_offsets"]):
+                if entry["dtype"] not in _EXPONENTS:
+                    continue
+                kind, bits = _EXPONENTS[entry["dtype"]]
+                begin, end = entry["data_offsets"]
+                file.seek(start + begin)
+                while begin < end:
+                    count = min(_CHUNK, end - begin)
+                    if file.readinto(memoryview(memory)[:count]) != count:
+                        raise _damaged(path, "it became shorter while it was read")
+                    numbers = buffer[:count].view(kind)
+                    numbers &= numbers.dtype.type(bits)
+                    if int(numbers.max()) == bits:
+                        raise CheckpointError(
+                            f"{str(path)!r} holds a NaN or an infinity in {tensor_name(name)}; finite weights are "
+                            "wanted, since such a model answers nothing: take an earlier checkpoint, or copy it again"
+                        )
+                    begin += count
 
 
 def check_safetensors(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -212,13 +274,18 @@ def _places(path: Path, header: dict[str, Any]) -> Iterable[tuple[int, int]]:
     for name, entry in header.items():
         try:
             begin, end = entry["data_offsets"]
-            bits = math.prod(entry["shape"]) * _BITS[entry["dtype"]]
-            sound = min(entry["shape"], default=0) >= 0 and 0 <= begin <= end and bits == 8 * (end - begin)
+            sound = all(is_whole(number) and number >= 0 for number in (begin, end, *entry["shape"]))
+            sound = sound and begin <= end < 1 << 63
+            sound = sound and math.prod(entry["shape"]) * _BITS[entry["dtype"]] == 8 * (end - begin)
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            raise _damaged(path, f"what its header says of {name} cannot be")
+            raise _damaged(path, f"what its header says of {tensor_name(name)} cannot be")
         yield begin, end
+
+
+def _is_beside(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name.isprintable() and len(name) < 200
 
 
 def _weight_map(folder: Path) -> dict[str, Any]:

@@ -128,7 +128,7 @@ SMALL = {"attention": "diff_v1", "hidden_size": 60, "num_attention_heads": 6}
 WRONG = [
     ({"attention": "gated", "head_norm": True}, ["head_norm is True", "'gated'", "leave it out"]),
     ({"attention": "dex", "head_norm": True}, ["head_norm is True", "'dex'", "leave it out"]),
-    ({"attention": "diff_v2", "lambda_form": "tanh"}, ["lambda_form is 'tanh'", "sigmoid, linear, one"]),
+    ({"attention": "diff_v2", "lambda_form": "tanh"}, ["lambda_form='tanh' given", "sigmoid, linear, one"]),
     ({"lambda_form": "one"}, ["lambda_form is 'one'", "wanted diff_v2", "leave it out"]),
     ({"attention": "softmax", "pairs_share_group": False}, ["pairs_share_group is False", "wanted diff_v2"]),
     (
@@ -158,9 +158,9 @@ WRONG = [
     ({"head_dim": 6}, ["head_dim is 6", "multiple of 4"]),
     ({"attention": "softmax", "head_dim": 5}, ["head_dim is 5", "multiple of 2"]),
     ({"hidden_size": 61}, ["hidden_size is 61", "num_attention_heads 6", "set head_dim"]),
-    ({"lambda_init": 1.0}, ["lambda_init is 1.0", "below 1", "leave it out"]),
-    ({"lambda_init": "0.8"}, ["lambda_init is '0.8'", "a number"]),
-    ({"lambda_init": float("nan")}, ["lambda_init is nan", "a number"]),
+    ({"lambda_init": 1.0}, ["lambda_init=1.0 given", "below 1", "leave it out"]),
+    ({"lambda_init": "0.8"}, ["lambda_init='0.8' given", "a number"]),
+    ({"lambda_init": float("nan")}, ["lambda_init=nan given", "a number"]),
 ]
 
 

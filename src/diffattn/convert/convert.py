@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffattn.config_fields import ATTENTIONS, shown
 from diffattn.convert import diffllama, llama, unilm
 from diffattn.convert.folder import check_destination, check_loads, read_folder, write_folder
 from diffattn.convert.layout import EMBEDDING
 from diffattn.convert.reading import LLAMA_LIKE, OURS
 from diffattn.errors import ConfigError, UnsupportedError
-from diffattn.model.configuration import ATTENTIONS
 from diffattn.progress import OnStage, Stage, unseen
 
 Config = dict[str, Any]
@@ -200,8 +200,10 @@ def kind_of(config: Mapping[str, Any]) -> str:
     if kind == OURS:
         # As the configuration class reads it: what is not written is the default.
         attention = config.get("attention", "diff_v1")
-        if attention not in ATTENTIONS:
-            raise ConfigError(f"attention is {attention!r}; wanted one of {', '.join(ATTENTIONS)}: correct config.json")
+        if not isinstance(attention, str) or attention not in ATTENTIONS:
+            raise ConfigError(
+                f"attention is {shown(attention)}; wanted one of {', '.join(ATTENTIONS)}: correct config.json"
+            )
         return str(attention)
     if kind == unilm.REFERENCE:
         return f"reference V{unilm.version_of(config)}"

@@ -42,10 +42,12 @@ from diffattn.convert.reading import (
     check_activation,
     check_tensors,
     in_both_spellings,
+    naming_the_file,
     our_config,
     parsed,
     resolve_tie,
     rope_of,
+    shared_fields,
 )
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
@@ -82,22 +84,23 @@ def to_diff_v1(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
         raise UnsupportedError(f"num_attention_heads is {heads}; wanted an even number, because heads are paired")
     if groups < 1 or heads % groups:
         raise ConfigError(f"num_key_value_heads is {groups}; wanted a divisor of num_attention_heads, {heads}")
-    ours = DiffTransformerConfig(
-        **{name: getattr(source, name) for name in SHARED}
-        | {
-            "attention": "diff_v1",
-            "num_key_value_heads": groups if groups % 2 else groups // 2,
-            "head_dim": 2 * width,
-            "attention_bias": source.attention_bias,
-            "attention_output_bias": source.attention_bias,
-            "rope_parameters": rope_of(source),
-            "lambda_std": 0.1 if source.lambda_std_dev is None else source.lambda_std_dev,
-            "subln_affine": False,
-            "subln_eps": source.rms_norm_eps,
-            "architectures": [DiffTransformerForCausalLM.__name__],
-            "converted": {"from": source.model_type, "same_function": True},
-        }
-    )
+    with naming_the_file():
+        ours = DiffTransformerConfig(
+            **shared_fields(source)
+            | {
+                "attention": "diff_v1",
+                "num_key_value_heads": groups if groups % 2 else groups // 2,
+                "head_dim": 2 * width,
+                "attention_bias": source.attention_bias,
+                "attention_output_bias": source.attention_bias,
+                "rope_parameters": rope_of(source),
+                "lambda_std": 0.1 if source.lambda_std_dev is None else source.lambda_std_dev,
+                "subln_affine": False,
+                "subln_eps": source.rms_norm_eps,
+                "architectures": [DiffTransformerForCausalLM.__name__],
+                "converted": {"from": source.model_type, "same_function": True},
+            }
+        )
     weights = dict(tensors)
     resolve_tie(ours, weights)
     check_shapes(_shapes(ours, weights, groups * width), weights, source.model_type)
@@ -186,12 +189,12 @@ def _check_sayable(ours: DiffTransformerConfig) -> None:
             raise UnsupportedError(f"{what}; diffllama wants {wanted}: keep it as diff_transformer")
 
 
-def _shapes(ours: DiffTransformerConfig, tensors: Mapping[str, Tensor], rows: int) -> dict[str, torch.Size]:
+def _shapes(ours: DiffTransformerConfig, tensors: Mapping[str, Tensor], rows: int) -> dict[str, tuple[int, ...]]:
     """What a ``diffllama`` checkpoint holds that becomes ``ours``; its keys and values have that many rows."""
     shapes = {name.replace(".lam.", "."): shape for name, shape in our_shapes(ours, tensors).items()}
     for prefix in _attentions(ours):
         for name in _present(shapes, prefix, ("k_proj", "v_proj")):
-            shapes[name] = torch.Size((rows, *shapes[name][1:]))
+            shapes[name] = (rows, *shapes[name][1:])
     return shapes
 
 

@@ -18,7 +18,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from diffattn.checkpoint_files import CONFIG, TOKENIZERS, companions, copy_companions, read_config, read_tensors
+from diffattn.checkpoint_files import (
+    CONFIG,
+    TOKENIZERS,
+    check_finite,
+    companions,
+    copy_companions,
+    read_config,
+    read_tensors,
+)
 from diffattn.convert.layout import check_shapes, shapes_of
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import whole_folder, write_json
@@ -44,7 +52,7 @@ def read_folder(folder: str | Path) -> Checkpoint:
 
     Raises:
         CheckpointError: no such folder, no config.json or none that is a JSON object, weights that are missing, cut
-            off, damaged or pickles.
+            off, damaged, pickles, or not finite numbers.
 
     >>> read_folder("absent")
     Traceback (most recent call last):
@@ -53,6 +61,7 @@ def read_folder(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     config = read_config(folder)
     entries = read_tensors(folder)
+    check_finite(entries)
     tensors: dict[str, Tensor] = {}
     for path in sorted({entry["file"] for entry in entries.values()}):
         try:

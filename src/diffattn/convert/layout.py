@@ -6,15 +6,16 @@ so that each weight keeps its bits, and the inverse of each function is beside i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from diffattn.checkpoint_files import tensor_name
 from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.tensors import check_layers, tensor_shapes
 
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -73,21 +74,17 @@ def same_values(left: Tensor, right: Tensor) -> bool:
     return bool(((left == right) | (left.isnan() & right.isnan())).all())
 
 
-def our_shapes(ours: DiffTransformerConfig, tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+def our_shapes(ours: DiffTransformerConfig, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor in a checkpoint of the configuration; a tied output head is not in it.
 
     Raises:
         CheckpointError: more layers than there are ``tensors``, which would be built for nothing, by the million.
     """
-    if ours.num_hidden_layers > len(tensors):
-        raise CheckpointError(
-            f"num_hidden_layers is {ours.num_hidden_layers:,} and the weights are {len(tensors):,} tensors; wanted "
-            "both of one checkpoint: correct config.json, or copy the weights again"
-        )
-    return shapes_of(ours, lambda: DiffTransformerForCausalLM(ours))
+    check_layers(ours.num_hidden_layers, len(tensors))
+    return tensor_shapes(ours)
 
 
-def shapes_of(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> dict[str, torch.Size]:
+def shapes_of(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor in a checkpoint of a model, which is built without storage.
 
     Raises:
@@ -95,7 +92,7 @@ def shapes_of(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> dict[
     """
     try:
         with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
+            shapes = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
     except Exception as error:
         raise no_model(config.model_type, error) from error
     if config.tie_word_embeddings:
@@ -108,7 +105,7 @@ def no_model(kind: str, error: Exception) -> ConfigError:
     return ConfigError(f"config.json is no {kind} model ({reason}); wanted a whole one")
 
 
-def check_shapes(wanted: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], kind: str) -> None:
+def check_shapes(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], kind: str) -> None:
     """Raise unless the tensors are those that are wanted, by name and shape.
 
     Raises:
@@ -119,8 +116,8 @@ def check_shapes(wanted: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             reason = "" if what == "lack" else ", for which the model has no place"
             raise CheckpointError(
-                f"the weights {what} {min(names)}{more}{reason}; wanted the {len(wanted)} tensors of the {kind} model "
-                "that config.json describes: check that both are of one checkpoint"
+                f"the weights {what} {tensor_name(min(names))}{more}{reason}; wanted the {len(wanted)} tensors of the "
+                f"{kind} model that config.json describes: check that both are of one checkpoint"
             )
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
@@ -130,5 +127,5 @@ def check_shapes(wanted: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]
             )
 
 
-def _sizes(shape: torch.Size) -> str:
+def _sizes(shape: Iterable[int]) -> str:
     return "×".join(map(str, shape)) or "a number"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from diffattn.config_fields import ROPE_TYPES, check_foreign, shown
 from diffattn.convert.layout import EMBEDDING, HEAD, check_shapes, no_model, our_shapes
-from diffattn.errors import DiffattnError, UnsupportedError
+from diffattn.errors import ConfigError, DiffattnError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
 
@@ -22,7 +24,6 @@ Config = dict[str, Any]
 Tensors = dict[str, Tensor]
 
 OURS = DiffTransformerConfig.model_type
-_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What our decoder does not do, by the key that asks for it, and the values that ask for nothing.
 _FOREIGN: dict[str, tuple[Any, ...]] = {
@@ -69,26 +70,43 @@ def softmax_config(config: Mapping[str, Any]) -> DiffTransformerConfig:
     rope = rope_of(source)
     check_activation(source)
     bias = True if kind == "qwen2" else getattr(source, "attention_bias", False)
-    return DiffTransformerConfig(
-        attention="softmax",
-        head_dim=getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads,
-        attention_bias=bias,
-        attention_output_bias=bias and kind != "qwen2",
-        mlp_bias=getattr(source, "mlp_bias", False),
-        qk_norm=kind == "qwen3",
-        rope_parameters=rope,
-        architectures=[DiffTransformerForCausalLM.__name__],
-        converted={"from": kind, "same_function": True},
-        **{name: getattr(source, name) for name in SHARED},
-    )
+    with naming_the_file():
+        return DiffTransformerConfig(
+            attention="softmax",
+            head_dim=getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads,
+            attention_bias=bias,
+            attention_output_bias=bias and kind != "qwen2",
+            mlp_bias=getattr(source, "mlp_bias", False),
+            qk_norm=kind == "qwen3",
+            rope_parameters=rope,
+            architectures=[DiffTransformerForCausalLM.__name__],
+            converted={"from": kind, "same_function": True},
+            **shared_fields(source),
+        )
+
+
+@contextlib.contextmanager
+def naming_the_file() -> Iterator[None]:
+    """Where another's configuration makes one of ours that cannot be, the ConfigError says whose fault it is."""
+    try:
+        yield
+    except ConfigError as error:
+        raise no_model(OURS, error) from None
+
+
+def shared_fields(source: PreTrainedConfig) -> Config:
+    """The fields of ``SHARED`` as we have them."""
+    fields = {name: getattr(source, name) for name in SHARED}
+    # As early Llama checkpoints say that there is none.
+    return fields | {"pad_token_id": None if source.pad_token_id == -1 else source.pad_token_id}
 
 
 def rope_of(source: PreTrainedConfig) -> Config:
     """The rotary positions of a configuration; UnsupportedError for those that our decoder does not have."""
     rope = dict(source.rope_parameters or {})
-    if rope.get("rope_type") not in _ROPE_TYPES or rope.get("mrope_section"):
+    if rope.get("rope_type") not in ROPE_TYPES or rope.get("mrope_section"):
         raise UnsupportedError(
-            f"rotary positions are {rope.get('rope_type', rope)!r}; wanted one of {', '.join(_ROPE_TYPES)}"
+            f"rotary positions are {rope.get('rope_type', rope)!r}; wanted one of {', '.join(ROPE_TYPES)}"
         )
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise UnsupportedError(
@@ -121,24 +139,25 @@ def our_config(config: Mapping[str, Any]) -> DiffTransformerConfig:
     if config.get("model_type") != OURS:
         raise UnsupportedError(f"model_type is {config.get('model_type')!r}; wanted {OURS}")
     ours: DiffTransformerConfig = parsed(DiffTransformerConfig, config)
-    check_activation(ours)
     return ours
 
 
 def check_activation(source: PreTrainedConfig) -> None:
     if not isinstance(source.hidden_act, str) or source.hidden_act not in ACT2FN:
-        raise UnsupportedError(f"hidden_act is {source.hidden_act!r}; wanted a function that transformers knows")
+        raise UnsupportedError(f"hidden_act is {shown(source.hidden_act)}; wanted a function that transformers knows")
 
 
 def parsed(kind: type[PreTrainedConfig], config: Mapping[str, Any]) -> Any:
     """The library's own reading of a ``config.json``: its defaults, and both spellings of rotary positions."""
     try:
+        if kind is not DiffTransformerConfig:
+            check_foreign(config)
         # Read from a copy: the library takes the rotary parameters apart.
         read = kind.from_dict({key: dict(value) if isinstance(value, dict) else value for key, value in config.items()})
         if read.dtype is not None and not isinstance(read.dtype, torch.dtype):
             raise TypeError(f"dtype is {read.dtype!r}")
-    except DiffattnError:
-        raise
+    except DiffattnError as error:
+        raise error if kind is DiffTransformerConfig else no_model(kind.model_type, error) from None
     # A file can hold anything, and each field complains in its own way.
     except Exception as error:
         raise no_model(kind.model_type, error) from error

@@ -34,7 +34,7 @@ from diffattn.convert.layout import (
     interleaved_to_half,
     our_shapes,
 )
-from diffattn.convert.reading import OURS, Config, Tensors, check_tensors, our_config, resolve_tie, rope_of
+from diffattn.convert.reading import OURS, Config, Tensors, check_tensors, our_config, resolve_tie
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
@@ -66,9 +66,9 @@ def from_reference(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         The configuration of :class:`DiffTransformerForCausalLM` and its tensors; V1's λ vectors as float32.
 
     Raises:
-        UnsupportedError: the eager form with grouped heads, rotary positions that are unknown here, integer weights, or
-            λ that float32 cannot hold.
-        ConfigError: a field that is missing, unknown or impossible.
+        UnsupportedError: the eager form with grouped heads, integer weights, or λ that float32 cannot hold.
+        ConfigError: a field that is missing, unknown or impossible, or has a name that is unknown here (rotary
+            positions, an activation function).
         CheckpointError: tensors are missing, unknown, or of another shape.
     """
     if config.get("model_type") != REFERENCE:
@@ -97,7 +97,6 @@ def from_reference(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         "converted": {"from": REFERENCE, "same_function": True},
     }
     ours = our_config(fields)
-    rope_of(ours)
     weights = dict(tensors)
     resolve_tie(ours, weights)
     names = _their_names(ours)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from diffattn.config_fields import FIELDS, check, check_ids, check_rope, shown
 from diffattn.errors import ConfigError
-from diffattn.plan.shape import VARIANTS, ModelShape, check_positive_int
+from diffattn.plan.shape import ModelShape
 
-ATTENTIONS = (*VARIANTS, "dex")
 # The attention function that subtracts the maps itself; ``diffattn.model.fused`` registers it.
 DIFF_FUSED = "diff_fused"
-LAMBDA_FORMS = ("sigmoid", "linear", "one")
 # Of V2 as published.
 _V2_SWITCHES = {"lambda_form": "sigmoid", "pairs_share_group": True}
 
@@ -25,6 +25,14 @@ def lambda_init_schedule(layer: int) -> float:
     [0.2, 0.3555, 0.4707]
     """
     return 0.8 - 0.6 * math.exp(-0.3 * layer)
+
+
+def _check_activation(name: str) -> None:
+    # What the library itself imports late.
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise ConfigError(f"hidden_act is {shown(name)}; a function that transformers knows, such as silu, is wanted")
 
 
 class DiffTransformerConfig(PreTrainedConfig):
@@ -71,7 +79,8 @@ class DiffTransformerConfig(PreTrainedConfig):
     The other fields are those of ``LlamaConfig``. Defaults are the paper's 1.4B V1 model.
 
     Raises:
-        ConfigError: heads that do not divide, an unknown variant, or a size below 1.
+        ConfigError: heads that do not divide, or a field that is not what ``diffattn.config_fields`` says, when the
+            configuration is made or read, or when the field is assigned.
 
     >>> config = DiffTransformerConfig.from_shape(ModelShape.load("3M"), "diff_v1")
     >>> config.shape().num_heads == ModelShape.load("3M").num_heads
@@ -112,13 +121,19 @@ class DiffTransformerConfig(PreTrainedConfig):
     qk_norm: bool = False
     dex_heads: list[list[int]] | None = None
 
+    def __setattr__(self, key: str, value: Any) -> None:
+        check(FIELDS, key, value)
+        try:
+            super().__setattr__(key, value)
+        except StrictDataclassError as error:
+            # The library's own complaint about a field of its own, which is of two lines.
+            raise ConfigError(f"{key} is {shown(value)}; {' '.join(str(error).split())}") from error
+
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.attention not in ATTENTIONS:
-            raise ConfigError(f"attention is {self.attention!r}; wanted one of {', '.join(ATTENTIONS)}")
+        # Before the library makes something of them.
+        for name, value in kwargs.items():
+            check(FIELDS, name, value)
         v1 = self.attention == "diff_v1"
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "max_position_embeddings"):  # fmt: skip
-            check_positive_int(name, getattr(self, name))
         if self.subtracts_maps and self.num_attention_heads % 2:
             raise ConfigError(
                 f"num_attention_heads is {self.num_attention_heads}; {self.attention} pairs query heads, "
@@ -135,8 +150,6 @@ class DiffTransformerConfig(PreTrainedConfig):
             # n heads of width D / n are replaced; the one call has 2n of them under V2 and width 2d under V1.
             width = self.hidden_size // self.num_attention_heads
             self.head_dim = 2 * width if self.subtracts_maps else width
-        for name in ("num_key_value_heads", "head_dim"):
-            check_positive_int(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads is {self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads}; "
@@ -155,26 +168,21 @@ class DiffTransformerConfig(PreTrainedConfig):
                 f"head_dim is {self.head_dim}; rotary positions turn pairs of channels"
                 f"{' of each half head' if v1 else ''}: choose a multiple of {4 if v1 else 2}"
             )
-        if self.lambda_init is not None and not (
-            isinstance(self.lambda_init, int | float) and 0 <= self.lambda_init < 1
-        ):
-            raise ConfigError(
-                f"lambda_init is {self.lambda_init!r}; wanted a number from 0 to below 1, because each head is scaled "
-                "by 1 - lambda_init: leave it out for the paper's schedule"
-            )
         self._check_switches()
         self._check_dex_heads()
         # Read by transformers and by engines, which shard by it; never saved.
         self.base_model_tp_plan = self.tensor_parallel_plan()
         super().__post_init__(**kwargs)
+        assert self.rope_parameters is not None
+        check_rope(self.rope_parameters, self.rope_width)
+        _check_activation(self.hidden_act)
+        check_ids(vars(self), self.vocab_size)
 
     def _check_switches(self) -> None:
         if self.head_norm and self.attention in ("dex", "gated"):
             raise ConfigError(
                 f"head_norm is True and attention {self.attention!r}; wanted softmax, diff_v1 or diff_v2: leave it out"
             )
-        if self.lambda_form not in LAMBDA_FORMS:
-            raise ConfigError(f"lambda_form is {self.lambda_form!r}; wanted one of {', '.join(LAMBDA_FORMS)}")
         for name, plain in _V2_SWITCHES.items():
             if self.attention != "diff_v2" and getattr(self, name) != plain:
                 raise ConfigError(

@@ -7,6 +7,7 @@ are: on the CPU, in the file's dtype, they are mapped from the file and take no 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +18,19 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from diffattn.checkpoint_files import CONFIG, TOKENIZERS, read_config, read_tensors
+from diffattn.checkpoint_files import CONFIG, TOKENIZERS, check_finite, read_config, read_tensors
+from diffattn.config_fields import GENERATION, check, check_foreign, check_ids, layers_of, shown
 from diffattn.errors import CheckpointError, ConfigError, DiffattnError, UnsupportedError
+from diffattn.files import read_object
+from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.tensors import check_layers, check_whole
 
 DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 Dtype = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
+_GENERATION = "generation_config.json"
+# Beside tokenizer.json, each an object where it is there.
+_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 
 
 def load(
@@ -49,9 +57,24 @@ def load(
     diffattn.errors.CheckpointError: 'absent' given; the folder of a checkpoint is wanted; there is none: check the path
     """
     _check_folder(Path(folder))
+    # The library reads config.json for the tokenizer too, and takes what it says for granted.
+    load_config(folder)
     # Before the weights, since it takes no time and fails as often.
     tokenizer = load_tokenizer(folder)
-    return load_model(folder, dtype, device, attn_implementation), tokenizer
+    model = load_model(folder, dtype, device, attn_implementation)
+    if isinstance(model.config, DiffTransformerConfig):
+        check_tokens(model, tokenizer.get_vocab().values())
+    return model, tokenizer
+
+
+def check_tokens(model: PreTrainedModel, ids: Iterable[int]) -> None:
+    """Raise a ``CheckpointError`` where a tokenizer gives ids for which the model has no embedding."""
+    rows, highest = model.get_input_embeddings().num_embeddings, max(ids, default=0)
+    if highest >= rows:
+        raise CheckpointError(
+            f"the tokenizer gives the token {highest} and the model knows {rows:,}; the model's own tokenizer is "
+            "wanted in its folder"
+        )
 
 
 def load_model(
@@ -64,9 +87,14 @@ def load_model(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
     place = resolve_device(device)
-    _check_folder(Path(folder))
+    entries = _check_folder(Path(folder))
     with _quiet():
         config = load_config(folder)
+        if isinstance(config, DiffTransformerConfig):
+            check_whole(folder, config, entries)
+        else:
+            _check_foreign_size(folder, config, entries)
+        check_finite(entries)
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -82,9 +110,10 @@ def load_model(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except (ValueError, ImportError) as error:
-            if isinstance(error, DiffattnError):
-                raise
+        except DiffattnError:
+            raise
+        # What a file asks for fails anywhere in the library, and in its own way.
+        except Exception as error:
             raise UnsupportedError(f"{str(folder)!r} cannot be loaded here: {_line(error)}") from error
     _check_report(folder, found)
     return model.eval()
@@ -102,9 +131,15 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             f"{str(folder)!r} holds no tokenizer; {TOKENIZERS[0]} is wanted beside the weights: "
             "save the tokenizer there with save_pretrained"
         )
+    for name in _TOKENIZER_FILES:
+        if (Path(folder) / name).is_file():
+            read_object(Path(folder) / name, way_out="copy or download it again")
     with _quiet():
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            # Some of what cannot be is met only here.
+            tokenizer("a")
+            return tokenizer
         except ImportError as error:
             raise UnsupportedError(f"the tokenizer of {str(folder)!r} cannot be loaded here: {_line(error)}") from error
         # The parser of tokenizer.json has no type for what it cannot read.
@@ -128,8 +163,8 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def _check_folder(folder: Path) -> None:
-    """Everything that can be told without building the model."""
+def _check_folder(folder: Path) -> dict[str, dict[str, Any]]:
+    """Everything that can be told without reading the model; gives what ``read_tensors`` does."""
     config = read_config(folder)
     if (folder / "adapter_config.json").exists():
         raise UnsupportedError(
@@ -140,15 +175,37 @@ def _check_folder(folder: Path) -> None:
             f"{str(folder)!r} names its weights in transformers_weights; model.safetensors is wanted: rename the file"
         )
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if kind == DiffTransformerConfig.model_type and config.get("quantization_config"):
+        raise UnsupportedError(
+            f"{str(folder)!r} has a quantization_config; weights as they were before are wanted: take that folder"
+        )
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         what = "brings its own program, which is never run" if "auto_map" in config else "is not known here"
         raise UnsupportedError(
-            f"model_type is {kind!r} in {str(folder / CONFIG)!r}, an architecture that {what}; wanted "
+            f"model_type is {shown(kind)} in {str(folder / CONFIG)!r}, an architecture that {what}; wanted "
             "diff_transformer or one of transformers' own"
         )
     if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedError(f"model_type is {kind!r} in {str(folder)!r}, which writes no text; a decoder is wanted")
-    read_tensors(folder)
+    _check_generation(folder)
+    return read_tensors(folder)
+
+
+def _check_generation(folder: Path) -> None:
+    """Raise unless ``generation_config.json``, where there is one, is an object of values that can be."""
+    file = folder / _GENERATION
+    if not file.is_file():
+        return
+    values = read_object(file, way_out="delete it, or copy it again")
+    try:
+        for name, value in values.items():
+            check(GENERATION, name, value)
+        config = read_config(folder)
+        rows = config.get("vocab_size")
+        if config.get("model_type") == DiffTransformerConfig.model_type and isinstance(rows, int):
+            check_ids(values, rows)
+    except ConfigError as error:
+        raise ConfigError(f"{str(file)!r}: {error}") from None
 
 
 def load_config(folder: str | Path) -> Any:
@@ -156,16 +213,39 @@ def load_config(folder: str | Path) -> Any:
 
     Raises:
         CheckpointError: a ``config.json`` that is missing, or describes no model.
-        ConfigError: one of ours that cannot work.
+        ConfigError: a field that cannot be; of ours also fields that do not go together.
     """
-    read_config(folder)
+    file = Path(folder) / CONFIG
+    values = read_config(folder)
     try:
+        if values.get("model_type") != DiffTransformerConfig.model_type:
+            check_foreign(values)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except DiffattnError:
-        raise
+    except ConfigError as error:
+        raise ConfigError(f"{str(file)!r}: {error}") from None
     # A file can hold anything, and each configuration class complains in its own way.
     except Exception as error:
-        raise CheckpointError(f"{str(Path(folder) / CONFIG)!r} describes no model: {_line(error)}") from error
+        raise CheckpointError(f"{str(file)!r} describes no model: {_line(error)}") from error
+
+
+def _check_foreign_size(folder: str | Path, config: Any, entries: dict[str, dict[str, Any]]) -> None:
+    """Raise where a configuration of another library's asks for more than its weights hold, before that is built."""
+    check_layers(layers_of(read_config(folder)), len(entries))
+    # Of quantised weights one number of the file is several of the model.
+    if getattr(config, "quantization_config", None):
+        return
+    try:
+        with torch.device("meta"):
+            built = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    # The library builds it once more, and says what is wrong.
+    except Exception:
+        return
+    held = sum(math.prod(entry["shape"]) for entry in entries.values())
+    if built > held:
+        raise CheckpointError(
+            f"the weights in {str(folder)!r} are {held:,} numbers, and the model of config.json has {built:,}; files "
+            "of one checkpoint are wanted"
+        )
 
 
 def positions_of(config: Any) -> int | None:

@@ -31,6 +31,9 @@ from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 from diffattn.model.masks import model_mask, positions_of_sequences
 from diffattn.ops.half import quick_products
 
+# What makes the library load other tensors than those that a folder's config.json is about.
+_OTHER_WEIGHTS = ("state_dict", "subfolder", "variant", "gguf_file", "key_mapping", "ignore_mismatched_sizes")
+
 
 class DiffRotaryEmbedding(Float32Module):
     """cos and sin of the rotary angles, ``(B, T, 1, d)``, from float32 frequencies.
@@ -155,6 +158,26 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
             # Of the folder that it was loaded from.
             del self.config.auto_map
         super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> DiffTransformerPreTrainedModel:
+        """As any model of ``transformers``, once a folder's safetensors are known to fit its config.json.
+
+        Raises:
+            ConfigError: a field of config.json that cannot be.
+            CheckpointError: weights that are damaged, of other shapes, or of fewer layers.
+        """
+        from diffattn.model.tensors import check_folder
+
+        config = kwargs.get("config")
+        plain = not any(kwargs.get(name) for name in _OTHER_WEIGHTS) and isinstance(
+            config, DiffTransformerConfig | None
+        )
+        if plain and pretrained_model_name_or_path is not None:
+            check_folder(os.fspath(pretrained_model_name_or_path), config)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:

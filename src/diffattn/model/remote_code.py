@@ -26,6 +26,7 @@ _SHIPPED = {
     "diffattn.ops.derivatives": "diff_derivatives",
     "diffattn.ops.reference": "diff_reference",
     "diffattn.plan.shape": "diff_shape",
+    "diffattn.config_fields": "diff_config_fields",
     "diffattn.errors": "diff_errors",
 }
 AUTO_MAP = {

@@ -9,22 +9,26 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.resources
-import math
 import os
 import tomllib
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
 
+from diffattn.config_fields import FIELDS, check
+from diffattn.config_fields import VARIANTS as VARIANTS
 from diffattn.errors import ConfigError
 from diffattn.quantities import COUNTS, MOST, whole
 
-VARIANTS = ("softmax", "diff_v1", "diff_v2", "gated")
 # What a pair is about: the others are trained where they are asked for.
 DEFAULT_VARIANTS = VARIANTS[:3]
-# Of a size of a model: the largest that the dtypes of indices hold.
-_LARGEST = 2**31 - 1
+# What a number of a shape is called in a configuration.
+_FIELDS = {
+    "hidden_size": "hidden_size", "intermediate_size": "intermediate_size", "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "vocab_size": "vocab_size", "max_position_embeddings": "max_position_embeddings",
+    "tie_word_embeddings": "tie_word_embeddings", "rope_theta": "rope_theta",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +78,8 @@ class ModelShape:
     source: str = ""
 
     def __post_init__(self) -> None:
-        for key in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size"):
-            check_positive_int(key, getattr(self, key), most=_LARGEST)
-        check_positive_int("max_position_embeddings", self.max_position_embeddings)
+        for key, field in _FIELDS.items():
+            check(FIELDS, field, getattr(self, key), called=key)
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.head_dim is None:
@@ -86,8 +89,6 @@ class ModelShape:
                     "hidden_size that num_heads divides is wanted; change one of them or set head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
-        check_positive_int("num_kv_heads", self.num_kv_heads, most=_LARGEST)
-        check_positive_int("head_dim", self.head_dim, most=_LARGEST)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads={self.num_heads} with num_kv_heads={self.num_kv_heads} given; a num_kv_heads that divides "
@@ -98,13 +99,6 @@ class ModelShape:
                 f"head_dim={self.head_dim} given; an even width is wanted, because RoPE rotates pairs of channels; "
                 f"set head_dim={self.head_dim + 1}"
             )
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ConfigError(
-                f"tie_word_embeddings={self.tie_word_embeddings!r} given; a truth value is wanted; use true or false"
-            )
-        theta: Any = self.rope_theta
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
-            raise ConfigError(f"rope_theta={theta!r} given; a finite number above 0 is wanted; the default is 10000.0")
         for key in ("name", "source"):
             if not isinstance(getattr(self, key), str):
                 raise ConfigError(f"{key}={getattr(self, key)!r} given; text is wanted; put it in quotes")

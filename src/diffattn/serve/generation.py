@@ -16,11 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from diffattn.errors import CheckpointError, ConfigError
-from diffattn.model.loading import Device, Dtype, load, positions_of
+from diffattn.model.loading import Device, Dtype, check_tokens, load, positions_of
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.serve.decoding import Decoding, check_assisted, generation_config
 
@@ -126,6 +132,7 @@ def continue_text(
             attention_mask=torch.ones_like(ids),
             generation_config=config,
             streamer=None if beams else stream,
+            logits_processor=LogitsProcessorList([_Numbers()]),
             **({} if assistant is None else {"assistant_model": assistant}),
         )
     seconds = time.perf_counter() - began
@@ -147,14 +154,26 @@ def continue_text(
     )
 
 
-def check_prompt(prompt: str) -> None:
+def check_prompt(prompt: str, what: str = "prompt") -> None:
     """Raise a ``ConfigError`` for a prompt that is empty or no text, before anything is loaded for it."""
     if not prompt:
-        raise ConfigError("the prompt is empty; wanted a text to go on from")
+        raise ConfigError(f"the {what} is empty; wanted some words")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ConfigError(f"character {error.start} of the prompt is no text; wanted a prompt in UTF-8") from None
+        raise ConfigError(f"character {error.start} of the {what} is no text; wanted a {what} in UTF-8") from None
+
+
+class _Numbers(LogitsProcessor):
+    """Refuses a model whose logits are no numbers, of which the likeliest would be the first token again and again."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool((scores.isnan() | scores.isposinf()).any()):
+            raise CheckpointError(
+                "the model's logits are no finite numbers: its weights are too large for their dtype, or damaged; take "
+                "--dtype float32, or an earlier checkpoint"
+            )
+        return scores
 
 
 class _Stream(BaseStreamer):
@@ -208,20 +227,22 @@ def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: 
                 "the tokenizer has no chat template; a model that was trained to chat is wanted, or no chat"
             )
         said = [{"role": "user", "content": prompt}]
-        encoded: Any = tokenizer.apply_chat_template(
-            said, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
+        try:
+            encoded: Any = tokenizer.apply_chat_template(
+                said, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        # A template is a program of the folder's.
+        except Exception as error:
+            raise CheckpointError(
+                f"the tokenizer's chat template fails: {' '.join(str(error).split())}; a template that takes one "
+                "message of a user is wanted, or no chat"
+            ) from error
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     ids: Tensor = encoded["input_ids"]
-    rows = model.get_input_embeddings().num_embeddings
     if ids.numel() == 0:
         raise ConfigError(f"the prompt {prompt!r} has no tokens; wanted a text to go on from")
-    if int(ids.max()) >= rows:
-        raise CheckpointError(
-            f"the tokenizer gives the token {int(ids.max())} and the model knows {rows:,}; the model's own tokenizer "
-            "is wanted in its folder"
-        )
+    check_tokens(model, ids.flatten().tolist())
     return ids.to(model.device)
 
 

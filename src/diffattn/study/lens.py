@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffattn.checkpoint_files import folder_name
+from diffattn.config_fields import shown
 from diffattn.errors import ConfigError, DataError, UnsupportedError
 from diffattn.model.attention import DiffV1Attention
-from diffattn.model.loading import Device, Dtype, load, positions_of
+from diffattn.model.loading import Device, Dtype, check_tokens, load, positions_of
 from diffattn.progress import OnStage, Stage, unseen
+from diffattn.serve.generation import check_prompt
 from diffattn.study.layer_calls import LayerCall, served_by
 from diffattn.study.maps import attention_maps, token_labels
 from diffattn.study.options import fitting_length
@@ -68,6 +70,9 @@ def lens(
     """
     if not 1 <= len(folders) <= 2:
         raise ConfigError(f"{len(folders)} models given; wanted one, or two to be seen beside each other")
+    check_prompt(text, "text")
+    if answer is not None and (not answer.strip() or answer not in text):
+        raise DataError(f"the answer {shown(answer)} is not in the text; wanted a part of it, letter by letter")
     loaded = []
     for folder in folders:
         on_stage(Stage(f"loading {folder}"))
@@ -79,6 +84,8 @@ def lens(
         raise DataError("the two models read the text in different tokens; wanted models with one tokenizer")
     if not 2 <= len(ids) <= MOST_TOKENS:
         raise ConfigError(f"the text has {len(ids)} tokens; wanted 2 to {MOST_TOKENS}, so that a map can be looked at")
+    for model, _ in loaded:
+        check_tokens(model, ids)
     names = names_of(folders)
     result: dict[str, Any] = {
         "tokens": token_labels(tokenizer, ids),
@@ -172,9 +179,11 @@ def _encoded(numbers: Tensor, kind: torch.dtype) -> str:
 
 def _span(tokenizer: PreTrainedTokenizerBase, text: str, answer: str, ids: list[int]) -> list[int]:
     """The tokens that hold a part of the text."""
-    start = text.find(answer)
-    if start < 0 or not answer:
-        raise DataError(f"the answer {answer!r} is not in the text; wanted a part of it, letter by letter")
+    start = text.index(answer)
+    if not tokenizer.is_fast:
+        raise UnsupportedError("the tokenizer does not say which letters a token holds; leave out the answer")
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     inside = [i for i, (begin, end) in enumerate(offsets) if begin < start + len(answer) and end > start]
+    if not inside:
+        raise DataError(f"the answer {shown(answer)} has no token of its own in the text; wanted a word or more of it")
     return [inside[0], inside[-1] + 1]

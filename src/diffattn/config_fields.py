@@ -1,0 +1,324 @@
+"""What each field of a model's ``config.json`` may be: one table, for configurations that are made, read or planned.
+
+A file can hold anything: a NaN, a size in quotes, a number that would take years to build. Each field is looked up here
+before anything is computed with it, so that all of them are refused alike, in one line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from diffattn.errors import ConfigError
+
+VARIANTS = ("softmax", "diff_v1", "diff_v2", "gated")
+ATTENTIONS = (*VARIANTS, "dex")
+LAMBDA_FORMS = ("sigmoid", "linear", "one")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a field may be: a test of a value, and how it is said to a person."""
+
+    allows: Callable[[Any], bool]
+    wanted: str
+    optional: bool = False
+    """Whether null (None) stands for a default."""
+    way_out: str = "correct it"
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer; True is none here, nor is 4.0.
+
+    >>> is_whole(4), is_whole(4.0), is_whole(True), is_whole("4")
+    (True, False, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number that a float can hold.
+
+    >>> is_number(1e-5), is_number(float("nan")), is_number("1"), is_number(10**400)
+    (True, False, False, False)
+    """
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def shown(value: object) -> str:
+    """A value of any kind as a few words on one line.
+
+    >>> shown("a\\nb"), shown([1] * 999)
+    ("'a\\\\nb'", '[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 …')
+    """
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} of thousands of digits or parts"
+    return text if len(text) <= 60 else f"{text[:59]} …"
+
+
+def _whole(most: int, least: int = 1, *, optional: bool = False) -> Field:
+    return Field(
+        lambda value: is_whole(value) and least <= value <= most,
+        "a positive integer" if least else "an integer from 0",
+        optional,
+        f"write one of at most {most:,} without quotes or a point",
+    )
+
+
+def _number(wanted: str, allows: Callable[[float], bool], *, optional: bool = False) -> Field:
+    return Field(lambda value: is_number(value) and allows(value), wanted, optional)
+
+
+def _one_of(names: tuple[str, ...]) -> Field:
+    return Field(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
+
+
+_FLAG = Field(lambda value: isinstance(value, bool), "true or false")
+_FLAG_OR_OWN = Field(_FLAG.allows, "true, false or null", optional=True)
+# float32 knows no ε below, and one above hides what it stands beside.
+_EPSILON = _number("a finite number above 0 (1e-37 to 1)", lambda value: 1e-37 <= value <= 1)
+_SPREAD = _number("a finite number from 0 to 100", lambda value: 0 <= value <= 100)
+# What float32 can hold, and its reciprocal.
+_FACTOR = _number("a finite number above 0 (1e-30 to 1e30)", lambda value: 1e-30 <= value <= 1e30)
+_FACTORS = Field(
+    lambda value: isinstance(value, list | tuple) and bool(value) and all(_FACTOR.allows(each) for each in value),
+    "a list of finite numbers above 0",
+)
+_SIZE = _whole(10**7)
+_POSITIONS = _whole(10**9)
+_TOKEN = Field(lambda value: is_whole(value) and value >= 0, "the id of a token, from 0, or null", optional=True)
+_TOKENS = Field(
+    lambda value: (
+        _TOKEN.allows(value) or (isinstance(value, list) and bool(value) and all(_TOKEN.allows(each) for each in value))
+    ),
+    "the id of a token, from 0, a list of such ids, or null",
+    optional=True,
+)
+# What the library reads of any configuration, and a decoder of ours does not have.
+_ABSENT = Field(lambda value: False, "null", optional=True, way_out="leave it out, since no model of ours has it")
+_ROPE = Field(lambda value: isinstance(value, dict), "an object such as {'rope_type': 'default'}, or null", True)
+
+FIELDS: dict[str, Field] = {
+    "attention": _one_of(ATTENTIONS),
+    "vocab_size": _whole(10**9),
+    "hidden_size": _SIZE,
+    "intermediate_size": _SIZE,
+    "num_hidden_layers": _whole(10**6),
+    "num_attention_heads": _whole(10**5),
+    "num_key_value_heads": _whole(10**5, optional=True),
+    "head_dim": _whole(10**5, optional=True),
+    "hidden_act": Field(lambda value: isinstance(value, str), "the name of an activation function"),
+    "max_position_embeddings": _POSITIONS,
+    "initializer_range": _SPREAD,
+    "rms_norm_eps": _EPSILON,
+    "use_cache": _FLAG,
+    "pad_token_id": _TOKEN,
+    "bos_token_id": _TOKEN,
+    "eos_token_id": _TOKENS,
+    "tie_word_embeddings": _FLAG,
+    "rope_parameters": _ROPE,
+    "rope_scaling": _ROPE,
+    "rope_theta": replace(_FACTOR, way_out="the default is 10000.0"),
+    # Each head of V1 is scaled by 1 − lambda_init.
+    "lambda_init": replace(
+        _number("a number from 0 to below 1", lambda value: 0 <= value < 1, optional=True),
+        way_out="leave it out for the paper's schedule",
+    ),
+    "lambda_std": _SPREAD,
+    "subln_affine": _FLAG,
+    "subln_eps": _EPSILON,
+    "head_norm": _FLAG_OR_OWN,
+    "lambda_form": _one_of(LAMBDA_FORMS),
+    "pairs_share_group": _FLAG,
+    "attention_bias": _FLAG,
+    "attention_output_bias": _FLAG,
+    "mlp_bias": _FLAG,
+    "qk_norm": _FLAG,
+    "dex_heads": Field(
+        lambda value: (
+            isinstance(value, list)
+            and all(isinstance(heads, list) and all(is_whole(head) for head in heads) for heads in value)
+        ),
+        "for every layer a list of heads, or null",
+        optional=True,
+    ),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "layer_types", "per_layer_config"), _ABSENT),
+    "is_encoder_decoder": Field(lambda value: value is False, "false", way_out=_ABSENT.way_out),
+    # The library makes a name for each.
+    "num_labels": _whole(10**6, 0, optional=True),
+    # A torch.dtype's name begins with the library's.
+    "dtype": Field(
+        lambda value: value in DTYPES if isinstance(value, str) else str(value).removeprefix("torch.") in DTYPES,
+        f"one of {', '.join(DTYPES)}, or null",
+        optional=True,
+    ),
+}
+_LONG_SCALE = Field(
+    lambda value: is_number(value) and 0 <= value < 1e30, "a finite number from 0, or null", optional=True
+)
+_OPTIONAL_FACTOR = Field(_FACTOR.allows, "a finite number above 0 (1e-30 to 1e30), or null", optional=True)
+# Of rope_parameters: what is read of each, and what must be there.
+_ROPE_FIELDS: dict[str, Field] = {
+    "rope_theta": _FACTOR,
+    "factor": _FACTOR,
+    "low_freq_factor": _FACTOR,
+    "high_freq_factor": _FACTOR,
+    "original_max_position_embeddings": _POSITIONS,
+    "short_factor": _FACTORS,
+    "long_factor": _FACTORS,
+    "attention_factor": _OPTIONAL_FACTOR,
+    "beta_fast": _OPTIONAL_FACTOR,
+    "beta_slow": _OPTIONAL_FACTOR,
+    "mscale": _LONG_SCALE,
+    "mscale_all_dim": _LONG_SCALE,
+    "truncate": _FLAG,
+}
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+# Of the configurations of other libraries: their names of what is named above.
+_OTHER_NAMES = {
+    "hidden_size": ("n_embd", "d_model"),
+    "intermediate_size": ("n_inner", "d_ff", "ffn_dim"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "max_position_embeddings": ("n_positions", "n_ctx"),
+    "rms_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"),
+}
+_SAME_NAMES = ("vocab_size", "num_key_value_heads", "head_dim", "initializer_range", "rope_theta", "num_labels")
+_LAYERS = ("num_hidden_layers", *_OTHER_NAMES["num_hidden_layers"])
+
+GENERATION: dict[str, Field] = {
+    "bos_token_id": _TOKENS,
+    "eos_token_id": _TOKENS,
+    "pad_token_id": _TOKENS,
+    "temperature": _number("a finite number from 0, or null", lambda value: value >= 0, optional=True),
+    "top_p": _number("a number from 0 to 1, or null", lambda value: 0 <= value <= 1, optional=True),
+    "min_p": _number("a number from 0 to 1, or null", lambda value: 0 <= value <= 1, optional=True),
+    "top_k": _whole(10**9, 0, optional=True),
+    "repetition_penalty": _OPTIONAL_FACTOR,
+    "length_penalty": _number("a finite number, or null", lambda value: True, optional=True),
+    "max_length": _whole(10**9, 0, optional=True),
+    "max_new_tokens": _whole(10**9, optional=True),
+    "num_beams": _whole(10**5, optional=True),
+    "do_sample": _FLAG_OR_OWN,
+    "use_cache": _FLAG_OR_OWN,
+}
+
+
+def check(fields: Mapping[str, Field], name: str, value: object, *, called: str | None = None) -> None:
+    """Raise a ``ConfigError`` unless the value is one that the field may have; fields that are unknown may be anything.
+
+    >>> check(FIELDS, "rms_norm_eps", float("nan"))
+    Traceback (most recent call last):
+    diffattn.errors.ConfigError: rms_norm_eps=nan given; a finite number above 0 (1e-37 to 1) is wanted; correct it
+    """
+    field = fields.get(name)
+    if field is None or (value is None and field.optional) or field.allows(value):
+        return
+    raise ConfigError(f"{called or name}={shown(value)} given; {field.wanted} is wanted; {field.way_out}")
+
+
+def check_rope(rope: Mapping[str, Any], width: int) -> None:
+    """Raise a ``ConfigError`` unless rotary positions have a known type, all that it needs, and numbers that turn.
+
+    Args:
+        rope: ``rope_parameters``; what is not there and not needed has the library's default.
+        width: channels d of a head, all of which are turned.
+    """
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise ConfigError(f"rope_type is {shown(kind)}; one of {', '.join(ROPE_TYPES)} is wanted: correct it")
+    for name in ROPE_TYPES[kind]:
+        if name not in rope:
+            raise ConfigError(f"rope_parameters of rope_type {kind} lack {name}, which is wanted: add it")
+    for name, value in rope.items():
+        check(_ROPE_FIELDS, name, value, called=f"{name} of rope_parameters")
+    share = rope.get("partial_rotary_factor")
+    if share is not None and not (is_number(share) and share == 1):
+        raise ConfigError(f"partial_rotary_factor is {shown(share)}; 1 is wanted, since whole heads are turned here")
+    if rope.get("mrope_section"):
+        raise ConfigError("rope_parameters have mrope_section, for pictures; positions of text alone are wanted")
+    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise ConfigError(
+            f"high_freq_factor of rope_parameters is {rope['high_freq_factor']}; a number above low_freq_factor, "
+            f"{rope['low_freq_factor']}, is wanted: correct it"
+        )
+    if kind == "longrope":
+        for name in ROPE_TYPES[kind]:
+            if len(rope[name]) != width // 2:
+                raise ConfigError(
+                    f"{name} of rope_parameters has {len(rope[name])} numbers; {width // 2} are wanted, one for each "
+                    "pair of channels of a head: correct it"
+                )
+
+
+def check_ids(values: Mapping[str, Any], rows: int) -> None:
+    """Raise a ``ConfigError`` unless every id of a special token is a row of the embedding."""
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        given = values.get(name)
+        for index in given if isinstance(given, list) else [given]:
+            if index is not None and index >= rows:
+                raise ConfigError(
+                    f"{name} is {shown(given)}; ids from 0 to {rows - 1:,} are wanted, the rows of the vocabulary: "
+                    "correct it"
+                )
+
+
+def check_foreign(values: Mapping[str, Any]) -> None:
+    """Raise a ``ConfigError`` for sizes, ε and rotary positions that no decoder of any architecture can have.
+
+    What an architecture has besides is known to its own class. Lists (a size for each layer) and nulls are left to it,
+    and a size may be 0, where it stands for a part that is not there.
+
+    Args:
+        values: the ``config.json`` of another library's model.
+    """
+    names = {name: name for name in _SAME_NAMES}
+    for ours, others in _OTHER_NAMES.items():
+        names |= dict.fromkeys((ours, *others), ours)
+    for name, value in values.items():
+        # As the library writes a number that JSON has not.
+        if isinstance(value, dict) and "__float__" in value:
+            value = float("nan")
+        left_open = value is None or isinstance(value, list | dict) or (is_whole(value) and value == 0)
+        if name in names and not left_open:
+            check(FIELDS, names[name], value, called=name)
+        if name in ("rope_parameters", "rope_scaling"):
+            _check_foreign_rope(value)
+        if name in ("text_config", "llm_config", "language_config") and isinstance(value, dict):
+            check_foreign(value)
+
+
+def _check_foreign_rope(rope: object) -> None:
+    # Some have one for each kind of layer.
+    for name, value in rope.items() if isinstance(rope, dict) else ():
+        if isinstance(value, dict):
+            _check_foreign_rope(value)
+        elif value is not None:
+            check(_ROPE_FIELDS, name, value, called=f"{name} of rope_parameters")
+
+
+def layers_of(values: Mapping[str, Any]) -> int:
+    """How many layers a ``config.json`` of any architecture asks for, as far as it says so; 0 where it does not.
+
+    >>> layers_of({"n_layer": 12}), layers_of({"text_config": {"num_hidden_layers": 3}}), layers_of({})
+    (12, 3, 0)
+    """
+    nested = values.get("text_config")
+    found = [values[name] for name in _LAYERS if is_whole(values.get(name))]
+    return max([*found, layers_of(nested) if isinstance(nested, dict) else 0])
