@@ -13,6 +13,7 @@ from typing import Any
 
 from diffattn.errors import ConfigError
 
+OURS = "diff_transformer"
 VARIANTS = ("softmax", "diff_v1", "diff_v2", "gated")
 ATTENTIONS = (*VARIANTS, "dex")
 LAMBDA_FORMS = ("sigmoid", "linear", "one")
@@ -279,6 +280,25 @@ def check_ids(values: Mapping[str, Any], rows: int) -> None:
                 )
 
 
+def check_config(values: Mapping[str, Any]) -> None:
+    """Raise a ``ConfigError`` for a field of a ``config.json`` that cannot be, of ours or of another library's model.
+
+    >>> check_config({"model_type": "llama", "rms_norm_eps": -1})
+    Traceback (most recent call last):
+    diffattn.errors.ConfigError: rms_norm_eps=-1 given; a finite number above 0 (1e-37 to 1) is wanted; correct it
+    """
+    if values.get("model_type") != OURS:
+        check_foreign(values)
+        return
+    for name, value in values.items():
+        check(FIELDS, name, value)
+    rope = values.get("rope_parameters")
+    if rope and is_whole(values.get("head_dim")):
+        check_rope(rope, values["head_dim"] // (2 if values.get("attention", "diff_v1") == "diff_v1" else 1))
+    if is_whole(values.get("vocab_size")):
+        check_ids(values, values["vocab_size"])
+
+
 def check_foreign(values: Mapping[str, Any]) -> None:
     """Raise a ``ConfigError`` for sizes, ε and rotary positions that no decoder of any architecture can have.
 
@@ -295,7 +315,8 @@ def check_foreign(values: Mapping[str, Any]) -> None:
         # As the library writes a number that JSON has not.
         if isinstance(value, dict) and "__float__" in value:
             value = float("nan")
-        left_open = value is None or isinstance(value, list | dict) or (is_whole(value) and value == 0)
+        absent = name not in ("rope_theta", *_OTHER_NAMES["rms_norm_eps"]) and is_whole(value) and value == 0
+        left_open = value is None or isinstance(value, list | dict) or absent
         if name in names and not left_open:
             check(FIELDS, names[name], value, called=name)
         if name in ("rope_parameters", "rope_scaling"):

@@ -12,9 +12,9 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from diffattn.config_fields import ROPE_TYPES, check_foreign, shown
+from diffattn.config_fields import ROPE_TYPES, check_config, shown
 from diffattn.convert.layout import EMBEDDING, HEAD, check_shapes, no_model, our_shapes
-from diffattn.errors import ConfigError, DiffattnError, UnsupportedError
+from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
 
@@ -150,14 +150,15 @@ def check_activation(source: PreTrainedConfig) -> None:
 def parsed(kind: type[PreTrainedConfig], config: Mapping[str, Any]) -> Any:
     """The library's own reading of a ``config.json``: its defaults, and both spellings of rotary positions."""
     try:
-        if kind is not DiffTransformerConfig:
-            check_foreign(config)
+        check_config(config)
         # Read from a copy: the library takes the rotary parameters apart.
         read = kind.from_dict({key: dict(value) if isinstance(value, dict) else value for key, value in config.items()})
         if read.dtype is not None and not isinstance(read.dtype, torch.dtype):
             raise TypeError(f"dtype is {read.dtype!r}")
-    except DiffattnError as error:
-        raise error if kind is DiffTransformerConfig else no_model(kind.model_type, error) from None
+    except ConfigError as error:
+        if kind is DiffTransformerConfig:
+            raise ConfigError(f"config.json: {error}") from None
+        raise no_model(kind.model_type, error) from None
     # A file can hold anything, and each field complains in its own way.
     except Exception as error:
         raise no_model(kind.model_type, error) from error

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from diffattn.checkpoint_files import CONFIG, TOKENIZERS, check_finite, read_config, read_tensors
-from diffattn.config_fields import GENERATION, check, check_foreign, check_ids, layers_of, shown
+from diffattn.config_fields import GENERATION, check, check_config, check_ids, layers_of, shown
 from diffattn.errors import CheckpointError, ConfigError, DiffattnError, UnsupportedError
 from diffattn.files import read_object
 from diffattn.model.configuration import DiffTransformerConfig
@@ -218,8 +218,7 @@ def load_config(folder: str | Path) -> Any:
     file = Path(folder) / CONFIG
     values = read_config(folder)
     try:
-        if values.get("model_type") != DiffTransformerConfig.model_type:
-            check_foreign(values)
+        check_config(values)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ConfigError as error:
         raise ConfigError(f"{str(file)!r}: {error}") from None
