@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffattn.config_fields import is_whole, shown
-from diffattn.errors import CheckpointError
+from diffattn.config_fields import check_config, is_whole, shown
+from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import is_utf8, parse_json, read_object
 from diffattn.folders import no_model
 
@@ -74,6 +74,21 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config or _read_object(
         folder / CONFIG, f"{str(folder)!r} holds no {CONFIG}; the folder of a checkpoint is wanted"
     )
+
+
+def checked_config(folder: str | Path) -> dict[str, Any]:
+    """:func:`read_config` whose fields are each known to be possible.
+
+    Raises:
+        CheckpointError: as :func:`read_config`.
+        ConfigError: a field that cannot be, of ours or of another library's model.
+    """
+    values = read_config(folder)
+    try:
+        check_config(values)
+    except ConfigError as error:
+        raise ConfigError(f"{str(Path(folder) / CONFIG)!r}: {error}") from None
+    return values
 
 
 def companions(folder: str | Path) -> list[Path]:
@@ -165,23 +180,23 @@ def read_tensors(folder: str | Path) -> dict[str, dict[str, Any]]:
         for name, entry in check_safetensors(path).items():
             if name in found:
                 raise CheckpointError(
-                    f"{str(path)!r} and {found[name]['file'].name} both hold {tensor_name(name)}; one is wanted"
+                    f"{str(path)!r} and {found[name]['file'].name} both hold {printable(name)}; one is wanted"
                 )
             found[name] = entry | {"file": path}
     if files != [folder / WEIGHTS]:
         for name, file in _weight_map(folder).items():
             if name not in found or found[name]["file"].name != file:
                 raise CheckpointError(
-                    f"{str(folder / INDEX)!r} says that {file} holds {tensor_name(name)}, which it does not; files of "
+                    f"{str(folder / INDEX)!r} says that {file} holds {printable(name)}, which it does not; files of "
                     "one checkpoint are wanted: copy or download it again"
                 )
     return found
 
 
-def tensor_name(name: str) -> str:
-    """The name of a tensor as it can stand in a message; a file can call one anything.
+def printable(name: str) -> str:
+    """A name as it can stand in a message; a file can call a tensor anything.
 
-    >>> tensor_name("model.norm.weight"), tensor_name("a\\nb")
+    >>> printable("model.norm.weight"), printable("a\\nb")
     ('model.norm.weight', "'a\\\\nb'")
     """
     return name if name.isprintable() and len(name) <= 100 else shown(name)
@@ -221,7 +236,7 @@ def check_finite(entries: Mapping[str, Mapping[str, Any]]) -> None:
                     numbers &= numbers.dtype.type(bits)
                     if int(numbers.max()) == bits:
                         raise CheckpointError(
-                            f"{str(path)!r} holds a NaN or an infinity in {tensor_name(name)}; finite weights are "
+                            f"{str(path)!r} holds a NaN or an infinity in {printable(name)}; finite weights are "
                             "wanted, since such a model answers nothing: take an earlier checkpoint, or copy it again"
                         )
                     begin += count
@@ -280,7 +295,7 @@ def _places(path: Path, header: dict[str, Any]) -> Iterable[tuple[int, int]]:
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            raise _damaged(path, f"what its header says of {tensor_name(name)} cannot be")
+            raise _damaged(path, f"what its header says of {printable(name)} cannot be")
         yield begin, end
 
 

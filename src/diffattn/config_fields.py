@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from diffattn.errors import ConfigError
 
@@ -29,9 +29,11 @@ class Field:
     optional: bool = False
     """Whether null (None) stands for a default."""
     way_out: str = "correct it"
+    most: int | None = None
+    """The largest integer, where there is a largest."""
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is an integer; True is none here, nor is 4.0.
 
     >>> is_whole(4), is_whole(4.0), is_whole(True), is_whole("4")
@@ -58,6 +60,9 @@ def shown(value: object) -> str:
     >>> shown("a\\nb"), shown([1] * 999)
     ("'a\\\\nb'", '[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 …')
     """
+    if is_whole(value) and abs(value) >= 10**30:
+        # Python itself refuses to write a number of thousands of digits.
+        return f"{'-' if value < 0 else ''}1e{value.bit_length() * 3 // 10}"
     try:
         text = " ".join(repr(value).split())
     except (ValueError, RecursionError):
@@ -70,7 +75,8 @@ def _whole(most: int, least: int = 1, *, optional: bool = False) -> Field:
         lambda value: is_whole(value) and least <= value <= most,
         "a positive integer" if least else "an integer from 0",
         optional,
-        f"write one of at most {most:,} without quotes or a point",
+        "write it without quotes or a point",
+        most,
     )
 
 
@@ -231,7 +237,10 @@ def check(fields: Mapping[str, Field], name: str, value: object, *, called: str 
     field = fields.get(name)
     if field is None or (value is None and field.optional) or field.allows(value):
         return
-    raise ConfigError(f"{called or name}={shown(value)} given; {field.wanted} is wanted; {field.way_out}")
+    wanted, way_out = field.wanted, field.way_out
+    if field.most is not None and is_whole(value) and value > field.most:
+        wanted, way_out = f"an integer of at most {field.most}", "correct it"
+    raise ConfigError(f"{called or name}={shown(value)} given; {wanted} is wanted; {way_out}")
 
 
 def check_rope(rope: Mapping[str, Any], width: int) -> None:
@@ -248,7 +257,7 @@ def check_rope(rope: Mapping[str, Any], width: int) -> None:
         if name not in rope:
             raise ConfigError(f"rope_parameters of rope_type {kind} lack {name}, which is wanted: add it")
     for name, value in rope.items():
-        check(_ROPE_FIELDS, name, value, called=f"{name} of rope_parameters")
+        check(_ROPE_FIELDS, name, value, called=f"rope_parameters: {name}")
     share = rope.get("partial_rotary_factor")
     if share is not None and not (is_number(share) and share == 1):
         raise ConfigError(f"partial_rotary_factor is {shown(share)}; 1 is wanted, since whole heads are turned here")
@@ -331,7 +340,7 @@ def _check_foreign_rope(rope: object) -> None:
         if isinstance(value, dict):
             _check_foreign_rope(value)
         elif value is not None:
-            check(_ROPE_FIELDS, name, value, called=f"{name} of rope_parameters")
+            check(_ROPE_FIELDS, name, value, called=f"rope_parameters: {name}")
 
 
 def layers_of(values: Mapping[str, Any]) -> int:

@@ -1,7 +1,9 @@
 """A folder that someone changed: one line that says what is wrong, before anything is built, or the model still."""
 
+import dataclasses
 import json
 import os
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -12,11 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from serve.small_folders import small_folder
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from diffattn.cli.main import main
 from diffattn.config_fields import FIELDS
 from diffattn.errors import DiffattnError
+from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.loading import load
+from diffattn.model.modeling import DiffTransformerForCausalLM
 
 Damage = Callable[[Path], None]
 WEIGHTS = "model.safetensors"
@@ -102,7 +107,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {}
 for _name, _value, _says in (
     *((name, value, f"{name}={value!r} given; a finite number above 0") for name in ("rms_norm_eps", "subln_eps")
       for value in (NAN, INF, -1, 0, 1e12, "1e-5", True, None, [])),
-    *((name, value, f"{name}={value!r} given; a positive integer is wanted")
+    *((name, value, f"{name}={value!r} given; a{'n integer of at most' if value == 10**12 else ' positive integer'}")
       for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                    "num_key_value_heads", "head_dim", "max_position_embeddings")
       for value in (0, -1, 10**12, "12", 4.0, True, [])),
@@ -119,17 +124,17 @@ for _name, _value, _says in (
     *(("rope_theta", value, "rope_theta=") for value in (0, -1, NAN, "1e4")),
     *(("rope_parameters", value, "rope_parameters=") for value in (5, "default", [])),
     *(("rope_parameters", value, says) for value, says in (
-        ({"rope_theta": 0}, "rope_theta of rope_parameters=0"), ({"rope_type": "foo"}, "rope_type is 'foo'"),
+        ({"rope_theta": 0}, "rope_parameters: rope_theta=0"), ({"rope_type": "foo"}, "rope_type is 'foo'"),
         ({"rope_type": ["yarn"]}, "rope_type is ['yarn']"), ({"rope_type": "linear"}, "lack factor"),
-        ({"rope_type": "linear", "factor": NAN}, "factor of rope_parameters=nan"),
-        ({"rope_type": "dynamic", "factor": 0}, "factor of rope_parameters=0"),
+        ({"rope_type": "linear", "factor": NAN}, "rope_parameters: factor=nan"),
+        ({"rope_type": "dynamic", "factor": 0}, "rope_parameters: factor=0"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        (YARN | {"factor": "2"}, "factor of rope_parameters='2'"), (YARN | {"beta_fast": INF}, "beta_fast of"),
-        (YARN | {"mscale": NAN}, "mscale of"), (YARN | {"attention_factor": -1}, "attention_factor of"),
-        (LONG | {"short_factor": [1.0, NAN, 1.0, 1.0, 1.0]}, "short_factor of"),
+        (YARN | {"factor": "2"}, "rope_parameters: factor='2'"), (YARN | {"beta_fast": INF}, "beta_fast=inf given"),
+        (YARN | {"mscale": NAN}, "mscale=nan given"), (YARN | {"attention_factor": -1}, "attention_factor=-1 given"),
+        (LONG | {"short_factor": [1.0, NAN, 1.0, 1.0, 1.0]}, "rope_parameters: short_factor="),
         (LONG | {"long_factor": [1.0]}, "long_factor of rope_parameters has 1 numbers; 5 are wanted"),
         (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor of rope_parameters is 1.0"),
-        (LLAMA3 | {"low_freq_factor": None}, "low_freq_factor of"),
+        (LLAMA3 | {"low_freq_factor": None}, "rope_parameters: low_freq_factor="),
         ({"rope_type": "llama3", "factor": 4.0}, "lack low_freq_factor"))),
     *(("hidden_act", value, "hidden_act") for value in ("x", 5, None, ["silu"])),
     *(("dtype", value, f"dtype={value!r} given; one of float32, ") for value in (0, "float7", "int8", [], True)),
@@ -267,12 +272,139 @@ def test_what_changes_nothing_loads_and_answers_in_numbers(damage: Damage, folde
     assert model(torch.tensor([tokenizer("low lower")["input_ids"]])).logits.isfinite().all()
 
 
-def test_every_field_of_our_configuration_is_in_the_table(whole: Path) -> None:
-    from dataclasses import fields as of_class
+# Each verb that reads a model's folder, and how it ends where the folder is whole is tested elsewhere.
+VERBS = {
+    "lens": ["lens", "MODEL", "--text", "low lower", "--html", "made/lens.html"],
+    "eval": ["eval", "outliers", "MODEL", "--text", "corpus.txt", "--html", "made/study.html"],
+    "convert": ["convert", "MODEL", "made", "--to", "diffllama"],
+    "export": ["export", "MODEL", "--onnx", "--out", "made"],
+    "train": ["train", "--from", "MODEL", "--text", "corpus.txt", "--out", "made"],
+    "serve": ["serve", "MODEL", "--port", "0"],
+    "plan": ["plan", "--model", "MODEL"],
+}
+KINDS = {
+    "an ε that is no number": (fields(rms_norm_eps=NAN), "rms_norm_eps=nan given"),
+    "layers without end": (fields(num_hidden_layers=10**12), "=1000000000000 given; an integer of at most"),
+    "a size as a word": (fields(hidden_size="4096"), "hidden_size='4096' given"),
+    "a factor that is no number": (fields(rope_parameters=YARN | {"factor": NAN}), "factor=nan given"),
+    "positions as a word": (fields(max_position_embeddings="many"), "max_position_embeddings='many' given"),
+    "deep JSON": (file("config.json", b"[" * 100_000), "nested too deeply"),
+    "weights cut": (half(WEIGHTS), "is damaged"),
+}
 
-    from transformers import PreTrainedConfig
 
-    from diffattn.model.configuration import DiffTransformerConfig
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_says_it_in_one_line_and_writes_nothing(
+    verb: str, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, says = KINDS[kind]
+    damage(folder)
+    monkeypatch.chdir(folder.parent)
+    Path("corpus.txt").write_text("low lower lowest\n\n" * 300)
+    capsys.readouterr()
+    assert main([str(folder) if word == "MODEL" else word for word in VERBS[verb]]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err.splitlines()[-1]
+    assert [line for line in err.splitlines() if line.startswith("diffattn: ")] == err.splitlines()[-1:]
+    assert not [path for path in Path("made").rglob("*") if path.is_file()]
 
-    theirs = {field.name for field in of_class(PreTrainedConfig)}
-    assert {field.name for field in of_class(DiffTransformerConfig)} - theirs <= FIELDS.keys()
+
+@pytest.mark.parametrize("verb", ["lens", "eval", "convert", "export", "train"])
+def test_weights_that_are_no_numbers_are_found_by_every_verb_that_reads_them(
+    verb: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number(NAN)(folder)
+    monkeypatch.chdir(folder.parent)
+    Path("corpus.txt").write_text("low lower lowest\n\n" * 300)
+    assert main([str(folder) if word == "MODEL" else word for word in VERBS[verb]]) == 2
+    assert f"holds a NaN or an infinity in {ONE}" in capsys.readouterr().err.splitlines()[-1]
+    assert not [path for path in Path("made").rglob("*") if path.is_file()]
+
+
+LENS = {
+    "no text": (["--text", ""], "the text has 0 tokens; wanted 2 to 2048"),
+    "half a character": (["--text", "low\udcff"], "character 3 of the text is no text; wanted a text in UTF-8"),
+    "a longer text than the model reads": (["--text", "low " * 300], "tokens"),
+    "an answer of nothing": (["--text", "low lower", "--answer", ""], "the answer '' is not in the text"),
+    "an answer of a space": (["--text", "low lower", "--answer", " "], "the answer ' ' is not in the text"),
+    "an answer of half a character": (
+        ["--text", "low", "--answer", "\udcff"],
+        "the answer '\\udcff' is not in the text",
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "says"), LENS.values(), ids=list(LENS))
+def test_texts_that_show_nothing_are_one_line(
+    words: list[str], says: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["lens", str(whole), *words, "--html", str(tmp_path / "lens.html"), "--device", "cpu"]) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "lens.html").exists()
+
+
+@pytest.mark.parametrize("loader", [DiffTransformerForCausalLM, AutoModelForCausalLM])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (fields(rms_norm_eps=NAN), "rms_norm_eps=nan"),
+        (fields(num_hidden_layers=10**12), "an integer of at most"),
+        (fields(num_hidden_layers=400_000), "the weights are 44 tensors"),
+        (fields(num_hidden_layers=4), r"lack model\.layers\.3\.input_layernorm"),
+        (fields(intermediate_size=70), "is 61×67 there and 61×70 by config"),
+        (half(WEIGHTS), "is damaged"),
+    ],
+)
+def test_the_librarys_own_way_to_load_a_model_refuses_it_too(
+    damage: Damage, says: str, loader: Any, folder: Path
+) -> None:
+    damage(folder)
+    with pytest.raises(DiffattnError, match=says) as caught:
+        loader.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_field_that_cannot_be_is_refused_when_it_is_assigned_or_overridden(folder: Path) -> None:
+    config = DiffTransformerConfig.from_pretrained(folder)
+    with pytest.raises(DiffattnError, match="rms_norm_eps=nan given"):
+        config.rms_norm_eps = NAN
+    with pytest.raises(DiffattnError, match="rms_norm_eps=-1 given"):
+        DiffTransformerConfig.from_pretrained(folder, rms_norm_eps=-1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"rms_norm_eps": NAN}, "rms_norm_eps=nan given"),
+        ({"rms_norm_eps": {"__float__": "NaN"}}, "rms_norm_eps=nan given"),
+        ({"hidden_size": 10**12}, "an integer of at most"),
+        ({"num_hidden_layers": 400_000}, "the weights are 21 tensors"),
+        ({"vocab_size": 10**7}, "are 22,584 numbers, and the model of config.json has 480,008,184"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": NAN, "rope_theta": 1e4}}, "factor=nan given"),
+        ({"rope_theta": 0}, "rope_theta=0 given"),
+        ({"hidden_act": "x"}, "cannot be loaded here"),
+        ({"num_attention_heads": 0}, "describes no model"),
+        ({"num_key_value_heads": 0}, "cannot be loaded here"),
+        ({"tie_word_embeddings": "yes"}, "describes no model"),
+    ],
+    ids=str,
+)
+def test_another_librarys_model_is_held_against_its_header_as_well(
+    changed: dict[str, Any], says: str, tmp_path: Path, whole: Path
+) -> None:
+    config = LlamaConfig(vocab_size=300, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    os.link(whole / "tokenizer.json", tmp_path / "tokenizer.json")
+    load(tmp_path, device="cpu")
+    fields(**changed)(tmp_path)
+    with pytest.raises(DiffattnError, match=re.escape(says)) as caught:
+        load(tmp_path, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_every_field_of_our_configuration_is_in_the_table() -> None:
+    theirs = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    assert {field.name for field in dataclasses.fields(DiffTransformerConfig)} - theirs <= FIELDS.keys()

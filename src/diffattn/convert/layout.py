@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from diffattn.checkpoint_files import tensor_name
+from diffattn.checkpoint_files import printable
 from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.tensors import check_layers, tensor_shapes
@@ -116,7 +116,7 @@ def check_shapes(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Te
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             reason = "" if what == "lack" else ", for which the model has no place"
             raise CheckpointError(
-                f"the weights {what} {tensor_name(min(names))}{more}{reason}; wanted the {len(wanted)} tensors of the "
+                f"the weights {what} {printable(min(names))}{more}{reason}; wanted the {len(wanted)} tensors of the "
                 f"{kind} model that config.json describes: check that both are of one checkpoint"
             )
     for name, shape in wanted.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from diffattn.config_fields import FIELDS, check, check_ids, check_rope, shown
@@ -123,11 +122,7 @@ class DiffTransformerConfig(PreTrainedConfig):
 
     def __setattr__(self, key: str, value: Any) -> None:
         check(FIELDS, key, value)
-        try:
-            super().__setattr__(key, value)
-        except StrictDataclassError as error:
-            # The library's own complaint about a field of its own, which is of two lines.
-            raise ConfigError(f"{key} is {shown(value)}; {' '.join(str(error).split())}") from error
+        super().__setattr__(key, value)
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Before the library makes something of them.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffattn.checkpoint_files import INDEX, WEIGHTS, read_tensors, tensor_name
+from diffattn.checkpoint_files import INDEX, WEIGHTS, printable, read_tensors
 from diffattn.errors import CheckpointError
 from diffattn.model.configuration import DiffTransformerConfig
 
@@ -128,7 +128,7 @@ def check_whole(folder: str | Path, config: DiffTransformerConfig, entries: Mapp
     for name, entry in entries.items():
         if entry["dtype"] not in _FLOATS:
             raise CheckpointError(
-                f"{tensor_name(name)} in {str(folder)!r} is {entry['dtype']}; floating-point weights of at least 16 "
+                f"{printable(name)} in {str(folder)!r} is {entry['dtype']}; floating-point weights of at least 16 "
                 "bits are wanted: take the model as it was before it was quantised"
             )
     wanted, found = tensor_shapes(config), _of_whole_model(entries)
@@ -139,7 +139,7 @@ def check_whole(folder: str | Path, config: DiffTransformerConfig, entries: Mapp
         raise CheckpointError(f"{where} lack {missing[0]}{_more(missing)}; every tensor is wanted, none is made up")
     if unexpected := sorted(found.keys() - wanted.keys()):
         raise CheckpointError(
-            f"{where} hold {tensor_name(unexpected[0])}{_more(unexpected)}, for which the model of config.json has no "
+            f"{where} hold {printable(unexpected[0])}{_more(unexpected)}, for which the model of config.json has no "
             "place; files of one checkpoint are wanted"
         )
 

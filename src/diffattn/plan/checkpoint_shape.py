@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffattn.checkpoint_files import INDEX, WEIGHTS, read_tensors, weight_files
+from diffattn.config_fields import check_config
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import parse_json
 from diffattn.folders import no_model
@@ -110,6 +111,7 @@ def _read(values: dict[str, Any], kind: Kind, name: str) -> tuple[ModelShape, st
     if attention not in (*VARIANTS, "dex"):
         raise ConfigError(f"attention={attention!r} given; one of {', '.join(VARIANTS)}, dex is wanted; correct it")
     v1, v2 = attention == "diff_v1", attention == "diff_v2"
+    check_config(values)
     for key in _SIZES:
         check_positive_int(key, values[key])
 

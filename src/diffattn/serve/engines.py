@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, Literal
 
-from diffattn.checkpoint_files import read_config, read_tensors
+from diffattn.checkpoint_files import checked_config, read_config, read_tensors
+from diffattn.config_fields import shown
 from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
 from diffattn.model.trained import read_trained
 from diffattn.progress import OnStage, Stage, unseen
@@ -173,7 +174,8 @@ def check_folder(folder: str | Path, max_context: int | None = None) -> int:
             if kind == "diffllama"
             else "other architectures have engines of their own: vllm serve, transformers serve"
         )
-        raise UnsupportedError(f"model_type is {kind!r} in {str(folder)!r}; wanted diff_transformer; {way}")
+        raise UnsupportedError(f"model_type is {shown(kind)} in {str(folder)!r}; wanted diff_transformer; {way}")
+    positions = checked_config(folder).get("max_position_embeddings", 2048)
     read_tensors(folder)
     # The one name under which the tokenizers that engines load are saved.
     if not (Path(folder) / "tokenizer.json").is_file():
@@ -181,7 +183,6 @@ def check_folder(folder: str | Path, max_context: int | None = None) -> int:
             f"{str(folder)!r} holds no tokenizer; tokenizer.json is wanted beside the weights: save the tokenizer "
             "there with save_pretrained"
         )
-    positions = config.get("max_position_embeddings", 2048)
     if max_context is None:
         return int(positions)
     if not 1 < max_context <= positions:

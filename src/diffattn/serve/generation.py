@@ -157,7 +157,7 @@ def continue_text(
 def check_prompt(prompt: str, what: str = "prompt") -> None:
     """Raise a ``ConfigError`` for a prompt that is empty or no text, before anything is loaded for it."""
     if not prompt:
-        raise ConfigError(f"the {what} is empty; wanted some words")
+        raise ConfigError(f"the {what} is empty; wanted a text to go on from")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:

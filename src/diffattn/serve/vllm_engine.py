@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffattn.checkpoint_files import read_config, read_tensors
 from diffattn.errors import UnsupportedError
+from diffattn.model.loading import check_weights
 
 PLUGIN = "diffattn"
 
@@ -30,8 +31,11 @@ def serve(
     ``listener`` is closed: vLLM opens its address itself. ``on_start`` is given what will run, for a person.
 
     Raises:
+        CheckpointError, ConfigError: weights or a config.json that cannot be.
         UnsupportedError: another device than the one that the installed vLLM was built for.
     """
+    # vLLM would say it in many lines, or not at all.
+    check_weights(folder)
     dtype = saved_dtype(folder) if dtype == "auto" else dtype
     if device != "auto":
         check_device(device)

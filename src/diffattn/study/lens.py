@@ -70,7 +70,8 @@ def lens(
     """
     if not 1 <= len(folders) <= 2:
         raise ConfigError(f"{len(folders)} models given; wanted one, or two to be seen beside each other")
-    check_prompt(text, "text")
+    if text:
+        check_prompt(text, "text")
     if answer is not None and (not answer.strip() or answer not in text):
         raise DataError(f"the answer {shown(answer)} is not in the text; wanted a part of it, letter by letter")
     loaded = []

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from diffattn.checkpoint_files import read_config, read_tensors, weights_digest
+from diffattn.checkpoint_files import printable, read_config, weights_digest
 from diffattn.data.packing import prepare_data
 from diffattn.data.tokenizer import vocabulary_rows
 from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.loading import load_config, load_model, load_tokenizer
+from diffattn.model.loading import check_weights, load_config, load_model, load_tokenizer
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
 from diffattn.train.own import to_keep
@@ -71,7 +71,8 @@ def continue_training(
     """
     source = Path(source)
     config = _read_config(source)
-    read_tensors(source)
+    # Before data is prepared for it.
+    check_weights(source)
     tokenizer = _load_tokenizer(source, config.vocab_size)
     default = min(config.max_position_embeddings, CONTEXT)
     context = check_context(config.shape(), default if context is None else context, whose="model")
@@ -95,8 +96,8 @@ def _read_config(source: Path) -> DiffTransformerConfig:
     kind = read_config(source).get("model_type")
     if kind != _MODEL:
         raise ConfigError(
-            f"{source} holds a {kind} model; wanted a {_MODEL}: make it one with diffattn convert, or name another "
-            "folder with --from"
+            f"{source} holds a {printable(str(kind))} model; wanted a {_MODEL}: make it one with diffattn convert, "
+            "or name another folder with --from"
         )
     return load_config(source)
 
