@@ -275,7 +275,7 @@ def test_what_changes_nothing_loads_and_answers_in_numbers(damage: Damage, folde
 # Each verb that reads a model's folder, and how it ends where the folder is whole is tested elsewhere.
 VERBS = {
     "lens": ["lens", "MODEL", "--text", "low lower", "--html", "made/lens.html"],
-    "eval": ["eval", "outliers", "MODEL", "--text", "corpus.txt", "--html", "made/study.html"],
+    "eval": ["eval", "outliers", "MODEL", "--text", "corpus.txt", "--png", "made/study.png"],
     "convert": ["convert", "MODEL", "made", "--to", "diffllama"],
     "export": ["export", "MODEL", "--onnx", "--out", "made"],
     "train": ["train", "--from", "MODEL", "--text", "corpus.txt", "--out", "made"],

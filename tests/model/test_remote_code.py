@@ -53,6 +53,12 @@ for name in sys.argv[3:]:
         hidden = decoder(ids).last_hidden_state
         assert torch.equal(model.lm_head(hidden), found[f"{name} logits"])
 try:
+    AutoConfig.from_pretrained(folder, trust_remote_code=True, rms_norm_eps=float("nan"))
+except ValueError as error:
+    assert "rms_norm_eps=nan given" in str(error)
+else:
+    raise AssertionError("a field that cannot be was taken")
+try:
     AutoConfig.from_pretrained(folder, trust_remote_code=False)
 except ValueError as error:
     assert "trust_remote_code=True" in str(error)
