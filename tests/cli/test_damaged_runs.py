@@ -10,6 +10,7 @@ from study.small_comparison import write_shape, write_text
 
 from diffattn.cli.main import main
 from diffattn.train.callbacks import RunCallback
+from diffattn.train.checkpoint import defect
 
 START = {
     "train": "train --steps 4 --checkpoints 2 --evaluations 1 --context 16 --shape small.toml --text text --out run",
@@ -122,12 +123,18 @@ def test_a_damaged_file_is_one_line_and_nothing_is_changed(
         file.write_bytes(damage(whole[file]))
         if file.read_bytes() == whole[file]:
             continue
+        if name.startswith(MADE_GOOD):
+            assert defect(file.parent) is not None, way
+            # One of them is as good as all, and each takes a second.
+            if way != "deep":
+                file.write_bytes(whole[file])
+                continue
         before = contents()
         capsys.readouterr()
         status = main(RESUME[verb].split())
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffattn: ")]
-        damaged_row = name == "rows.jsonl" and way in ("empty",)
-        if name.startswith(MADE_GOOD) or damaged_row:
+        # Without its row, a run that is finished is asked for its result.
+        if name.startswith(MADE_GOOD) or (name, way) == ("rows.jsonl", "empty"):
             assert status == 0, (way, lines)
             shutil.rmtree("run")
             for path, content in whole.items():
@@ -149,7 +156,5 @@ def test_an_undamaged_run_goes_on(
     monkeypatch.setattr("diffattn.data.packing.cache_folder", lambda: runs / "cache")
     shutil.copytree(runs / f"{verb}-{state}", tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
-    for path in (runs / f"{verb}-{state}").iterdir():
-        assert path.exists()
     arguments = RESUME[verb].split()
     assert main(arguments if verb == "scale run" else [*arguments, "--text", "text"]) == 0

@@ -32,6 +32,11 @@ def words() -> list[str]:
     return sys.argv[1:] if kept is None else kept
 
 
+def command_line() -> str:
+    """What was typed, as a person would type it again."""
+    return command(["diffattn", *words()])
+
+
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """Of the values of a verb's parameters, those that were given rather than left at their defaults."""
     return {name: value for name, value in values.items() if name in _named.get()}
@@ -63,15 +68,17 @@ def check_given(folder: Path, beside: dict[str, Any], own: dict[str, Any], **nam
         # The machine chose then.
         if value != then and not (value == "auto" and then is not None):
             option = f"--{names.get(name, name).replace('_', '-')}"
-            began = f"without {option}" if then is None else f"with {option} {_shown(then)}"
+            began = f"without {option}" if then is None or then is False else f"with {option}{_shown(then)}"
             raise ConfigError(
-                f"{folder} was started {began}, now {option} {_shown(value)} is given; resume without it, or choose "
+                f"{folder} was started {began}, now {option}{_shown(value)} is given; resume without it, or choose "
                 "another --out"
             )
 
 
 def _shown(value: Any) -> str:
-    return command(map(str, value if isinstance(value, tuple) else (value,)))
+    if isinstance(value, bool):
+        return ""
+    return " " + command(map(str, value if isinstance(value, tuple) else (value,)))
 
 
 def _quoted(word: str) -> str:

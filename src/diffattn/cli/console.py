@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffattn.cli.arguments import command, words
+from diffattn.cli.arguments import command, command_line
 from diffattn.cli.board import Board
 from diffattn.cli.screen import say
 from diffattn.cli.table import show
@@ -97,11 +97,6 @@ class Console(Board):
         self.rows(compare_rows(result))
         for pair in result["pairs"].values():
             say(pair["verdict"])
-
-
-def command_line() -> str:
-    """What was typed, as a person would type it again."""
-    return command(["diffattn", *words()])
 
 
 def print_json(result: object) -> None:

@@ -45,8 +45,9 @@ def lens(
     """
 
     def call() -> int:
+        from diffattn.cli.arguments import command_line
         from diffattn.cli.board import Board
-        from diffattn.cli.console import command_line, print_json
+        from diffattn.cli.console import print_json
         from diffattn.files import check_files, write_text
 
         check_files(html=html, png=png)

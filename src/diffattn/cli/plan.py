@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_lines
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +69,8 @@ def plan(
     """
 
     def call() -> int:
+        from diffattn.cli.arguments import command_line
+        from diffattn.cli.console import print_json
         from diffattn.cli.screen import say
         from diffattn.cli.table import show
         from diffattn.files import check_files, write_text
@@ -85,7 +84,7 @@ def plan(
         dtypes = answer.precision_of(precision, **changed)
         place: dict[str, Any] = {"context": along.parse_tokens(context), "batch": along.parse_tokens(batch, "batch"),
                                  "precision": dtypes, "backend": backend, "checkpointing": checkpointing}  # fmt: skip
-        command = shlex.join(["diffattn", *sys.argv[1:]])
+        command = command_line()
         result = answer.plan(model, against, **place, machine=machine, fsdp=fsdp, tp=tp, command=command)
         shown = [("", tables.table(result)), ("", tables.backend_table(result))]
         if sweep is not None:
@@ -108,8 +107,7 @@ def plan(
                 say("", title)
             show(rows)
         if json:
-            json_lines.dump(result, sys.stdout, indent=1, ensure_ascii=False)
-            sys.stdout.write("\n")
+            print_json(result)
         return 0
 
     return call

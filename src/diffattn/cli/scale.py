@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from diffattn.cli.arguments import command, command_line
+from diffattn.errors import DataError
 
 
 def scale_run(
@@ -64,6 +68,7 @@ def scale_run(
         with Console("scale run", out, resume=True, kept="rows") as console:
             console.importing()
             from diffattn.study.ladder import Ladder, run_ladder
+            from diffattn.study.scaling import fit_scaling
 
             ladder = Ladder(
                 sizes=sizes, tokens=tokens, variants=variants, seeds=seeds, text=text, text_column=text_column,
@@ -74,7 +79,12 @@ def scale_run(
                 ladder, out=out, command=console.command, on_progress=console.ladder, on_stage=console,
                 on_note=console.note,
             )  # fmt: skip
-        console.note(f"{len(rows)} rows: {out / 'rows.jsonl'}; fit them with: diffattn scale fit {out / 'rows.jsonl'}")
+        file, hint = str(out / "rows.jsonl"), ""
+        # Too few points, or losses that do not fall with the size, have no law.
+        with contextlib.suppress(DataError):
+            fit_scaling(file, bootstrap=100)
+            hint = f"; fit them with: {command(['diffattn', 'scale', 'fit', file])}"
+        console.note(f"{len(rows)} rows: {file}{hint}")
         if json:
             print_json({"rows": rows})
         return 0
@@ -113,7 +123,7 @@ def scale_fit(
 
     def call() -> int:
         from diffattn.cli.board import Board
-        from diffattn.cli.console import command_line, print_json
+        from diffattn.cli.console import print_json
         from diffattn.cli.table import show
         from diffattn.files import check_files, write_text
         from diffattn.plan.rule import parse_count

@@ -78,8 +78,7 @@ def train(
         dtype: Number format of the products; the weights stay float32. auto: bfloat16 where the
             machine multiplies it fast, else float32.
         out: Folder to write the run into. Default: a new one in runs/.
-        resume: Go on with the run in --out, or with the newest run in runs/. It has its own options; what is given
-            beside --resume must be the same.
+        resume: Go on with the run in --out and its own options, or with the newest run in runs/.
         json: Print the result as JSON on stdout.
     """
 
