@@ -61,7 +61,7 @@ def test_a_line_for_each_stage_and_then_how_far_it_is(wait: Wait, capsys: pytest
 def test_a_stage_that_reports_nothing_is_heard_of_too(wait: Wait, capsys: pytest.CaptureFixture[str]) -> None:
     with Board() as board:
         board(Stage("compiling"))
-        wait(7.5)
+        wait(5.5)
         look(board)
         assert lines(capsys) == []
         for _ in range(40):
@@ -85,9 +85,12 @@ def test_what_lasts_for_hours_says_so_once_a_minute(wait: Wait, capsys: pytest.C
 def test_a_mistake_that_is_found_at_once_is_one_line_alone(wait: Wait, capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         with Board() as board:
-            board(Stage("importing"))
-            wait(5)
+            board(Stage(module.IMPORTING))
+            wait(15)
+            look(board)
             board(Stage("reading the text"))
+            wait(5)
+            look(board)
             raise ValueError("mistake")
 
     with pytest.raises(ValueError, match="mistake"):

@@ -91,7 +91,7 @@ def test_help_is_found_however_it_is_asked_for(capsys: pytest.CaptureFixture[str
 def test_optional_values_read_as_such(capsys: pytest.CaptureFixture[str]) -> None:
     train = page(capsys, "train", "--help")
     assert re.search(r"--learning-rate FLOAT\n +Highest learning rate of the run\. Default: 0\.002", train)
-    assert re.search(r"--resume  +Go on with the run .*\n.*runs/\.\n", train)
+    assert re.search(r"--resume  +Go on with the run ", train)
     assert "--from FOLDER " in train
     assert "--shots INT ...\n" in page(capsys, "eval", "icl", "--help")
     assert "[OPTIONS] MODEL ..." in page(capsys, "eval", "icl", "--help")

@@ -1,6 +1,6 @@
 """What is being done, on stderr: live lines on a terminal; elsewhere a line a stage, and more while it lasts.
 
-Lines for a file or a pipe wait for `HELD_SECONDS`, so that a mistake that is found at once is one line alone.
+Lines for a file or a pipe wait a while, so that a mistake that is found at once is one line alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from diffattn.cli.screen import screen
 from diffattn.numbers import seconds
 from diffattn.progress import Stage
 
-HELD_SECONDS = 8.0
+# How long they wait: while the libraries are imported, before which no mistake in their part can be found; and then.
+IMPORT_SECONDS, HELD_SECONDS = 20.0, 6.0
+IMPORTING = "importing torch and transformers"
 # Between two lines where nobody looks: at first, and at last, where it lasts for hours.
 SOONEST, LATEST = 10.0, 60.0
 # A stage that is over sooner leaves no line on a terminal.
@@ -69,7 +71,7 @@ class Board:
 
     def importing(self) -> None:
         """Say what is waited for in the first seconds, and have the libraries say nothing themselves."""
-        self(Stage("importing torch and transformers"))
+        self(Stage(IMPORTING))
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -140,6 +142,7 @@ class _Plain:
         self._seen: set[str] = set()
         self._name = self._text = ""
         self._opened = self._began = self._said = time.monotonic()
+        self._held_until = 0.0
         self._lock = threading.RLock()
         self._ended = threading.Event()
         self._clock: threading.Thread | None = None
@@ -148,9 +151,12 @@ class _Plain:
         with self._lock:
             if self._clock is None:
                 self._opened = time.monotonic()
+                self._held_until = self._opened + (IMPORT_SECONDS if name == IMPORTING else HELD_SECONDS)
                 self._clock = threading.Thread(target=self._watch, daemon=True)
                 self._clock.start()
             if name != self._name:
+                if self._name == IMPORTING:
+                    self._held_until = time.monotonic() + HELD_SECONDS
                 self._name, self._began = name, time.monotonic()
                 if name not in self._seen:
                     self._seen.add(name)
@@ -183,7 +189,9 @@ class _Plain:
     def _look(self) -> None:
         """Say what is due: a stage that reports nothing is to be heard of too."""
         now = time.monotonic()
-        if self._held is not None and now - self._opened >= HELD_SECONDS:
+        if self._held is not None:
+            if now < self._held_until:
+                return
             self.release()
         pause = min(LATEST, max(SOONEST, (now - self._opened) / 10))
         if self._name and now - self._said >= pause:

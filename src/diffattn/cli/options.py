@@ -307,7 +307,7 @@ def _wanted(option: Option, value: str) -> str | None:
         number = option.kind(value)
     except ValueError:
         return _WANTED[option.kind][0]
-    if not math.isfinite(number):
+    if option.kind is float and not math.isfinite(number):
         return "a finite number"
     return f"a number up to {_LARGEST:,}" if option.kind is int and abs(number) > _LARGEST else None
 

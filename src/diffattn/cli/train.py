@@ -78,7 +78,8 @@ def train(
         dtype: Number format of the products; the weights stay float32. auto: bfloat16 where the
             machine multiplies it fast, else float32.
         out: Folder to write the run into. Default: a new one in runs/.
-        resume: Go on with the run in --out and its own options, or with the newest run in runs/.
+        resume: Go on with the run in --out, or with the newest run in runs/. The run keeps its options; those that are
+            given beside --resume must be the same.
         json: Print the result as JSON on stdout.
     """
 
