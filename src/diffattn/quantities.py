@@ -51,6 +51,8 @@ def read_quantity(text: str, *, decimal_comma: bool | None = None) -> tuple[Deci
 def _digits(text: str, decimal_comma: bool | None) -> str | None:
     """The same number with a decimal point and nothing between thousands; None: the marks make no sense."""
     text = re.sub(f"[{_SPACES}]", " ", re.sub(r"(?<=[0-9])_(?=[0-9])", "", text))
+    if "_" in text:
+        return None
     for mark in ("'", "’", " "):
         if mark in text:
             head, point, tail = re.fullmatch(r"([^.,]*)([.,]?)(.*)", text).groups()  # type: ignore[union-attr]

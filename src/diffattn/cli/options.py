@@ -28,6 +28,7 @@ import tyro
 
 from diffattn.cli.arguments import remember_named
 from diffattn.errors import ConfigError
+from diffattn.names import one_of
 
 REQUIRED = inspect.Parameter.empty
 WIDTH = 80
@@ -160,14 +161,15 @@ def parse(title: str, verb: Callable[..., Callable[[], int]], arguments: Sequenc
         ConfigError: words that the verb does not take, in one line.
     """
     options = options_of(verb)
-    remember_named(check(title, options, arguments))
+    words = chosen(options, arguments)
+    remember_named(check(title, options, words))
     record, complaint = _record(options), io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            values = vars(tyro.cli(record, args=list(arguments), config=_CONFIG))
+            values = vars(tyro.cli(record, args=words, config=_CONFIG))
     except SystemExit:
-        words = " ".join(complaint.getvalue().translate(dict.fromkeys(map(ord, "│╭╰╮╯─"), " ")).split())
-        raise ConfigError(f"{words}; see diffattn {title} --help") from None
+        said = " ".join(complaint.getvalue().translate(dict.fromkeys(map(ord, "│╭╰╮╯─"), " ")).split())
+        raise ConfigError(f"{said}; see diffattn {title} --help") from None
     given: dict[str, Any] = {option.parameter: values[option.parameter] for option in options if option.owner is None}
     hints = typing.get_type_hints(verb)
     for owner in {option.owner for option in options if option.owner is not None}:
@@ -219,6 +221,35 @@ def summary(verb: Callable[..., Any]) -> str:
 
 def _docstring(verb: Callable[..., Any]) -> docstring_parser.Docstring:
     return docstring_parser.parse(verb.__doc__ or "", style=docstring_parser.DocstringStyle.GOOGLE)
+
+
+def chosen(options: Sequence[Option], arguments: Sequence[str]) -> list[str]:
+    """The words behind a verb, with each choice as the table has it, in whatever case or by whatever part it was written.
+
+    What is no choice stays as it is, for :func:`check` to refuse.
+    """
+    named = {option.name: option for option in options if option.choices and not option.positional}
+    found: list[str] = []
+    option: Option | None = None
+    for place, word in enumerate(arguments):
+        if word == "--":
+            return [*found, *arguments[place:]]
+        if _is_option(word):
+            typed, equals, value = word.partition("=")
+            option = named.get(typed.replace("_", "-"))
+            found.append(f"{typed}={_choice(option, value)}" if option and equals else word)
+            option = None if equals else option
+        else:
+            found.append(_choice(option, word) if option else word)
+            option = option if option and option.many else None
+    return found
+
+
+def _choice(option: Option, value: str) -> str:
+    try:
+        return one_of(value, option.choices)
+    except ConfigError:
+        return value
 
 
 def check(title: str, options: Sequence[Option], arguments: Sequence[str]) -> set[str]:

@@ -11,6 +11,7 @@ from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import write_json
 from diffattn.folders import COMPARISON, own_folder
 from diffattn.model.pairing import MATCHES
+from diffattn.names import one_of
 from diffattn.plan.shape import DEFAULT_VARIANTS, VARIANTS, ModelShape
 from diffattn.sealed import SEAL, read_sealed, sealed
 from diffattn.train.callbacks import is_count, is_measure
@@ -51,11 +52,10 @@ class Comparison:
     """``auto``, ``float32`` or ``bfloat16`` (autocast)."""
 
     def __post_init__(self) -> None:
+        found = tuple(one_of(name, VARIANTS, given=f"variants holds {name!r}") for name in self.variants)
+        object.__setattr__(self, "variants", found)
         if not self.variants or len(set(self.variants)) < len(self.variants):
             raise ConfigError(f"variants is {' '.join(self.variants) or 'empty'}; wanted each of them at most once")
-        for name in self.variants:
-            if name not in VARIANTS:
-                raise ConfigError(f"variants holds {name!r}; wanted some of {', '.join(VARIANTS)}")
         if not 1 <= self.seeds <= 1000:
             raise ConfigError(f"seeds is {self.seeds}; wanted a number of pairs, at least 1 and at most 1,000")
         if self.steps is not None and self.minutes is not None:

@@ -21,6 +21,7 @@ from diffattn.errors import ConfigError, DataError
 from diffattn.files import parse_json, writable_folder
 from diffattn.folders import LADDER, own_folder
 from diffattn.model.pairing import MATCHES, parameters_of
+from diffattn.names import one_of
 from diffattn.plan.cost import count_parameters, flops_per_token
 from diffattn.plan.rule import parse_count, shape_about
 from diffattn.plan.shape import DEFAULT_VARIANTS, ModelShape
@@ -77,11 +78,13 @@ class Ladder:
     """``auto``, ``float32`` or ``bfloat16`` (autocast)."""
 
     def __post_init__(self) -> None:
-        for name, known in (("variants", ARMS), ("match", MATCHES)):
-            given = getattr(self, name)
-            for value in given if isinstance(given, tuple) else (given,):
-                if value not in known:
-                    raise ConfigError(f"{name} holds {value!r}; wanted of {', '.join(known)}: correct the name")
+        try:
+            object.__setattr__(self, "variants", tuple(one_of(name, ARMS) for name in self.variants))
+        except ConfigError:
+            given = " ".join(self.variants)
+            raise ConfigError(f"variants holds {given!r}; wanted of {', '.join(ARMS)}: correct the name") from None
+        if self.match not in MATCHES:
+            raise ConfigError(f"match holds {self.match!r}; wanted of {', '.join(MATCHES)}: correct the name")
         for name in ("sizes", "variants"):
             if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ConfigError(f"{name} is {' '.join(getattr(self, name)) or 'empty'}; wanted each at most once")
