@@ -38,7 +38,8 @@ def test_a_part_counts_from_the_start_of_a_word_and_has_to_be_of_one_name() -> N
     [
         ("6.8B", 6_800_000_000), ("6,8b", 6_800_000_000), ("6 800 000 000", 6_800_000_000), ("1_000", 1000),
         ("6,837,000,000", 6_837_000_000), ("6.837.000.000", 6_837_000_000), ("6'837'000", 6_837_000), ("1e6", 10**6),
-        ("1.5E+9", 1_500_000_000), (" 8M ", 8_000_000), ("4,096", 4096), ("0.5k", 500), (7.0, 7), ("1,234.5k", 1_234_500),
+        ("1.5E+9", 1_500_000_000), (" 8M ", 8_000_000), ("4,096", 4096), ("0.5k", 500), (7.0, 7),
+        ("1,234.5k", 1_234_500),
     ],
 )  # fmt: skip
 def test_counts_are_read_as_people_write_them(text: str | float, value: int) -> None:
@@ -47,8 +48,8 @@ def test_counts_are_read_as_people_write_them(text: str | float, value: int) -> 
 
 @pytest.mark.parametrize(
     "text",
-    ["1,2,3", "1.2.3", "12,34,567", "6,837B", "1.5", "-1", "+", "1e400", "9" * 61, "9" * 5000, "1e19", "nan", "inf", "0x10",
-     "1 2", "1__0", "8 GB", "٣x", "1.0005k", "0", "0M", "", "."],
+    ["1,2,3", "1.2.3", "12,34,567", "6,837B", "1.5", "-1", "+", "1e400", "9" * 61, "9" * 5000, "1e19", "nan", "inf",
+     "0x10", "1 2", "1__0", "8 GB", "٣x", "1.0005k", "0", "0M", "", "."],
 )  # fmt: skip
 def test_what_is_no_count_is_one_short_line(text: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -21,6 +21,7 @@ def doctor(*, build: bool = False, json: bool = False) -> Callable[[], int]:
     def call() -> int:
         from diffattn.cli.board import Board
         from diffattn.cli.console import print_json
+        from diffattn.cli.screen import screen, wrapped
         from diffattn.errors import UnsupportedError
         from diffattn.progress import Stage
 
@@ -40,7 +41,11 @@ def doctor(*, build: bool = False, json: bool = False) -> Callable[[], int]:
         if json:
             print_json(facts)
         else:
-            print("\n".join(lines(facts)), file=sys.stderr)
+            shown, console = lines(facts), screen()
+            if console.is_terminal:
+                # A pipe keeps a fact on its line, for who searches it.
+                shown = [wrapped(line, console.width, indent="  ") for line in shown]
+            print("\n".join(shown), file=sys.stderr)
         if failure is not None:
             print(f"diffattn: {failure}", file=sys.stderr)
         return 0 if failure is None else 1
