@@ -224,7 +224,7 @@ def _docstring(verb: Callable[..., Any]) -> docstring_parser.Docstring:
 
 
 def chosen(options: Sequence[Option], arguments: Sequence[str]) -> list[str]:
-    """The words behind a verb, with each choice as the table has it, in whatever case or by whatever part it was written.
+    """The words behind a verb, with each choice as the table has it, however it was written.
 
     What is no choice stays as it is, for :func:`check` to refuse.
     """
