@@ -48,6 +48,11 @@ def test_options_reach_the_model(folder, capsys):
     assert main(["generate", str(folder), PROMPT, *NINE, "--assistant", str(folder)]) == 0
 
 
+def test_a_temperature_next_to_nothing_is_greedy(folder, text, capsys):
+    assert main(["generate", str(folder), PROMPT, *NINE, "--temperature", "1e-40"]) == 0
+    assert capsys.readouterr().out == text + "\n"
+
+
 def test_json_is_one_object_and_a_dash_reads_stdin(folder, text, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{PROMPT}\n".encode())))
     assert main(["generate", str(folder), "-", *NINE, "--json"]) == 0
@@ -66,6 +71,13 @@ MISTAKES = {
     "no folder": (["absent", PROMPT], "'absent' given; the folder of a checkpoint is wanted"),
     "no prompt": (["FOLDER", ""], "the prompt is empty"),
     "cold": (["FOLDER", PROMPT, "--temperature", "-1"], "temperature is -1.0"),
+    "not a number": (["FOLDER", PROMPT, "--temperature", "nan"], "a finite number is wanted"),
+    "no float32": (["FOLDER", PROMPT, "--temperature", "1e300"], "temperature is 1e+300"),
+    "a seed beyond the generator's": (
+        ["FOLDER", PROMPT, "--seed", "9" * 30],
+        "a number up to 9,223,372,036,854,775,807",
+    ),
+    "a penalty of nothing": (["FOLDER", PROMPT, "--repetition-penalty", "0"], "wanted a number from 0.01 to 100"),
     "too long": (["FOLDER", PROMPT, "--max-new-tokens", "500"], "take max_new_tokens of at most"),
     "no template": (["FOLDER", PROMPT, "--chat"], "has no chat template"),
 }

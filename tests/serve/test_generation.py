@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from diffattn.errors import CheckpointError, ConfigError
 from diffattn.plan.shape import DEFAULT_VARIANTS
 from diffattn.serve.decoding import Decoding
 from diffattn.serve.generation import continue_text, generate
+from diffattn.serve.ranges import DECODING
 
 PROMPT = "lower löwe"
 TEMPLATE = "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}[reply]"
@@ -209,21 +211,61 @@ def test_a_prompt_that_the_model_cannot_go_on_from_is_refused(loaded):
         continue_text(fewer, tokenizer, PROMPT)
 
 
-WRONG = {
-    "max_new_tokens": (0, -1, 2.5, True),
-    "temperature": (-0.1, float("nan"), float("inf")),
-    "top_p": (0, 1.1, -1),
-    "top_k": (-1, 1.5),
-    "seed": (-1,),
-    "num_beams": (0,),
-    "cache": ("paged",),
-}
+NO_NUMBERS = (True, "1", None, float("nan"), float("inf"), float("-inf"), 10**400, -(10**400))
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_a_value_out_of_range_is_refused(name, value):
-    with pytest.raises(ConfigError, match=f"^{name} is "):
-        Decoding(**{name: value})
+@pytest.mark.parametrize("name", DECODING)
+def test_each_number_is_taken_to_both_ends_of_its_range_and_the_error_says_that_range(name):
+    wanted = DECODING[name]
+    # Filters and beams have their own rule about the temperature.
+    beside = {"temperature": 1.0} if name in ("top_p", "top_k", "min_p") else {}
+    if wanted.whole:
+        inside, outside = (wanted.lowest, wanted.highest), (wanted.lowest - 1, wanted.highest + 1, 1.5)
+    else:
+        least = math.nextafter(wanted.lowest, math.inf) if wanted.above else wanted.lowest
+        inside = (least, wanted.highest)
+        outside = (math.nextafter(least, -math.inf), math.nextafter(wanted.highest, math.inf))
+    for value in inside:
+        assert getattr(Decoding(**{name: value, **beside}), name) == value
+    for value in (*outside, *NO_NUMBERS):
+        with pytest.raises(ConfigError, match=f"^{name} is ") as caught:
+            Decoding(**{name: value, **beside})
+        assert str(caught.value).endswith(f"wanted {wanted}")
+
+
+def test_a_cache_of_another_name_is_refused():
+    with pytest.raises(ConfigError, match="cache is 'paged'; wanted one of dynamic, static, quantized"):
+        Decoding(cache="paged")
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 9.9e-6, 1e-5, 1e-4])
+def test_a_temperature_next_to_nothing_is_greedy(loaded, temperature):
+    model, tokenizer = loaded
+    greedy = continue_text(model, tokenizer, PROMPT, Decoding(max_new_tokens=9)).text
+    for filters in ({}, {"top_p": 5e-324, "top_k": 3, "min_p": 1.0}):
+        cold = Decoding(max_new_tokens=9, temperature=temperature, **filters)
+        assert continue_text(model, tokenizer, PROMPT, cold).text == greedy
+
+
+def test_numbers_at_the_ends_of_their_ranges_give_a_text(loaded):
+    model, tokenizer = loaded
+    for options in (
+        {"temperature": 100.0, "seed": 2**63 - 1, "top_k": 2**31 - 1},
+        {"temperature": 100.0, "repetition_penalty": 100.0},
+        {"repetition_penalty": 0.01},
+    ):
+        assert continue_text(model, tokenizer, PROMPT, Decoding(max_new_tokens=9, **options)).new_tokens == 9
+
+
+def test_a_repetition_penalty_and_min_p_reach_the_model(loaded):
+    model, tokenizer = loaded
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    expected = model.generate(ids, do_sample=False, max_new_tokens=9, repetition_penalty=1.8)[0, ids.shape[1] :]
+    penalised = continue_text(model, tokenizer, PROMPT, Decoding(max_new_tokens=9, repetition_penalty=1.8)).text
+    greedy = continue_text(model, tokenizer, PROMPT, Decoding(max_new_tokens=9)).text
+    assert penalised == tokenizer.decode(expected) != greedy
+    only_the_likeliest = Decoding(max_new_tokens=9, temperature=1.0, min_p=1.0)
+    assert continue_text(model, tokenizer, PROMPT, only_the_likeliest).text == greedy
 
 
 def test_options_that_exclude_each_other_are_refused():
@@ -231,5 +273,7 @@ def test_options_that_exclude_each_other_are_refused():
         Decoding(top_p=0.5)
     with pytest.raises(ConfigError, match="top_k is 5 and temperature 0"):
         Decoding(top_k=5)
+    with pytest.raises(ConfigError, match=r"min_p is 0\.1 and temperature 0"):
+        Decoding(min_p=0.1)
     with pytest.raises(ConfigError, match="beams look for the likeliest text"):
         Decoding(temperature=0.7, num_beams=2)

@@ -18,6 +18,8 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     num_beams: int = 1,
     chat: bool = False,
@@ -40,6 +42,8 @@ def generate(
         temperature: 0 always takes the likeliest token; above 0 tokens are drawn, the higher the freer.
         top_p: Draw from the likeliest tokens that together have this probability, 0 to 1.
         top_k: Draw from so many of the likeliest tokens; 0 means all.
+        min_p: Draw from the tokens that have at least this part of the likeliest one's probability, 0 to 1.
+        repetition_penalty: Above 1, tokens that the text has already become less likely; 1 changes nothing.
         seed: Number that decides the draws.
         num_beams: Keep so many texts at a time and print the likeliest, once it is whole.
         chat: Put the prompt into the chat template of the model's tokenizer.
@@ -70,8 +74,8 @@ def generate(
                 _write(piece)
 
             decoding = Decoding(
-                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-                num_beams=num_beams, cache=cache,
+                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+                repetition_penalty=repetition_penalty, seed=seed, num_beams=num_beams, cache=cache,
             )  # fmt: skip
             check_prompt(text)
             result = run(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers import GenerationConfig, PreTrainedModel
 
 from diffattn.errors import ConfigError, UnsupportedError
+from diffattn.serve.ranges import DECODING, GREEDY_BELOW
 
 CACHES = ("dynamic", "static", "quantized")
 Cache = Literal["dynamic", "static", "quantized"]
@@ -21,9 +22,13 @@ class Decoding:
 
     Args:
         max_new_tokens: where to stop if no end-of-text token comes first, from 1. Default: 128.
-        temperature: 0 takes the likeliest token; above 0 the logits are divided by it and a token is drawn. Default: 0.
+        temperature: the logits are divided by it and a token is drawn; 0 takes the likeliest token, and so does less
+            than ``ranges.GREEDY_BELOW``. Default: 0.
         top_p: draw from the likeliest tokens that together have this probability, above 0, to 1. Default: 1, all.
         top_k: draw from this many likeliest tokens. Default: 0, all.
+        min_p: draw from the tokens that have at least this part of the likeliest one's probability. Default: 0, all.
+        repetition_penalty: divides the logits above 0 of tokens that the text has already, and multiplies the others.
+            Default: 1, none.
         seed: of the draws. Default: 0.
         num_beams: texts that are kept, the likeliest of which is the result. Default: 1.
         cache: ``"dynamic"`` grows; ``"static"`` is as long as the text may become, for which a GPU's step is
@@ -41,32 +46,37 @@ class Decoding:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int = 0
     num_beams: int = 1
     cache: Cache = "dynamic"
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("num_beams", 1), ("top_k", 0), ("seed", 0)):
+        for name, wanted in DECODING.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {value!r}; wanted a whole number from {least}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature is {self.temperature!r}; wanted a number from 0, which is greedy")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p!r}; wanted a number above 0 and up to 1")
+            try:
+                object.__setattr__(self, name, wanted.read(value))
+            except ValueError:
+                raise ConfigError(f"{name} is {value!r}; wanted {wanted}") from None
         if self.cache not in CACHES:
             raise ConfigError(f"cache is {self.cache!r}; wanted one of {', '.join(CACHES)}")
-        if self.temperature == 0 and (self.top_p != 1 or self.top_k):
-            name, value = ("top_p", self.top_p) if self.top_p != 1 else ("top_k", self.top_k)
+        filters = {"top_p": 1, "top_k": 0, "min_p": 0}
+        given = next((name for name, all_of_them in filters.items() if getattr(self, name) != all_of_them), None)
+        if self.temperature == 0 and given is not None:
             raise ConfigError(
-                f"{name} is {value} and temperature 0, which always takes the likeliest token; wanted a temperature "
-                f"above 0 to draw with: add a temperature of 1, or leave {name} out"
+                f"{given} is {getattr(self, given)} and temperature 0, which always takes the likeliest token; wanted "
+                f"a temperature above 0 to draw with: add a temperature of 1, or leave {given} out"
             )
         if self.temperature and self.num_beams > 1:
             raise ConfigError(
                 f"num_beams is {self.num_beams} and temperature {self.temperature}; beams look for the likeliest text "
                 "and draw nothing: leave one of the two out"
             )
+
+    @property
+    def draws(self) -> bool:
+        return self.temperature >= GREEDY_BELOW
 
 
 def check_assisted(decoding: Decoding) -> None:
@@ -88,8 +98,10 @@ def generation_config(model: PreTrainedModel, decoding: Decoding, ends: int | li
     """
     # A cache by name excludes the one that an assistant's drafts are kept in, and dynamic is what no name gives.
     options: dict[str, Any] = {} if decoding.cache == "dynamic" else {"cache_implementation": decoding.cache}
-    if decoding.temperature:
-        options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
+    if decoding.draws:
+        options |= {name: getattr(decoding, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    if decoding.repetition_penalty != 1:
+        options["repetition_penalty"] = decoding.repetition_penalty
     if decoding.cache == "quantized":
         from transformers.utils import is_optimum_quanto_available
 
@@ -102,7 +114,7 @@ def generation_config(model: PreTrainedModel, decoding: Decoding, ends: int | li
         pad = ends if isinstance(ends, int) else ends[0]
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
-        do_sample=decoding.temperature > 0,
+        do_sample=decoding.draws,
         num_beams=decoding.num_beams,
         # One text is shorter than a CPU's compiler takes.
         disable_compile=model.device.type == "cpu",
