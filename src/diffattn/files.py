@@ -132,8 +132,11 @@ def shown(path: str | Path) -> str:
     )  # fmt: skip
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
     """What a JSON text holds; whatever is wrong with it is a ValueError.
+
+    Args:
+        unique: refuse an object that has one name twice, of which Python takes the last.
 
     Raises:
         ValueError: no JSON, no UTF-8, nested too deeply, or a number of thousands of digits.
@@ -143,9 +146,18 @@ def parse_json(text: str | bytes) -> Any:
     ValueError: it is nested too deeply
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it has the name {name[:80]!r} twice")
+        found[name] = value
+    return found
 
 
 def read_object(path: Path, *, way_out: str = "check the path") -> dict[str, Any]:

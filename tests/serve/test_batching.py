@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from serve.served import SENTENCES, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.cli.serving.utils import CBWorkerDeadError, _StreamError
 
-from diffattn.errors import UnsupportedError
+from diffattn.errors import CheckpointError, UnsupportedError
 from diffattn.serve import batching
-from diffattn.serve.batching import Batch, Running
+from diffattn.serve.answers import Answers
+from diffattn.serve.batching import Batch
 from diffattn.serve.openai_request import Asked, RequestError
+from diffattn.serve.prompts import Prompt
 
 CONTEXT = 128
 
@@ -40,9 +41,14 @@ def asked(**options: Any) -> Asked:
     return Asked(**(fields | options))
 
 
-async def answer(batch: Batch, text: str, name: str, **options: Any) -> tuple[str, int, list[int]]:
-    inputs = {"input_ids": batch.tokenizer.encode(text)}
-    return await batch.generate_non_streaming(None, None, inputs, Running(asked(**options), None), name)
+def begin(batch: Batch, text: str, **options: Any) -> Answers:
+    return Answers(batch, "m", asked(**options), [Prompt(batch.tokenizer.encode(text))], [None])
+
+
+async def answer(batch: Batch, text: str, **options: Any) -> dict[str, Any]:
+    whole = await begin(batch, text, **options).whole()
+    assert whole["usage"]["completion_tokens"] == 90
+    return whole["choices"]
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.0, "frequency_penalty": 0.3}])
@@ -53,17 +59,16 @@ def test_requests_that_are_put_off_for_want_of_memory_have_the_answers_of_reques
     monkeypatch.setattr(manager, "offload_requests", lambda self: put_off.append(1) or original(self))
 
     async def all_at_once() -> list[Any]:
-        calls = [answer(batch, text, f"at once {at}", seed=at, **options) for at, text in enumerate(SENTENCES)]
+        calls = [answer(batch, text, seed=at, **options) for at, text in enumerate(SENTENCES)]
         return await asyncio.gather(*calls)
 
     async def alone(at: int) -> Any:
-        return await answer(batch, SENTENCES[at], f"alone {at}", seed=at, **options)
+        return await answer(batch, SENTENCES[at], seed=at, **options)
 
     expected = [asyncio.run(alone(at)) for at in range(len(SENTENCES))]
     assert not put_off
     assert asyncio.run(all_at_once()) == expected
     assert put_off
-    assert all(len(tokens) == 90 for _, _, tokens in expected)
     assert batch.live == {}
 
 
@@ -71,7 +76,7 @@ def test_a_cancelled_request_leaves_nothing_behind(batch, monkeypatch):
     monkeypatch.setattr(batching, "_LATE_SECONDS", 0.2)
 
     async def cancelled() -> None:
-        call = asyncio.ensure_future(answer(batch, SENTENCES[0], "cancelled"))
+        call = asyncio.ensure_future(answer(batch, SENTENCES[0]))
         while not batch.live:
             await asyncio.sleep(0.001)
         call.cancel()
@@ -81,7 +86,7 @@ def test_a_cancelled_request_leaves_nothing_behind(batch, monkeypatch):
         await asyncio.sleep(0.5)
 
     asyncio.run(cancelled())
-    scheduler = batch.scheduler
+    scheduler = batch.engine.batch_processor.scheduler
     assert not scheduler.active_requests
     assert not scheduler.waiting_requests
     assert batch.engine.output_router.result_handlers == {}
@@ -93,23 +98,23 @@ def test_a_failure_of_the_engine_reaches_every_client_and_the_next(batch, monkey
         raise RuntimeError('a "fault" in the model')
 
     async def check() -> None:
-        inputs = {"input_ids": batch.tokenizer.encode(SENTENCES[0])}
-        queue, _ = batch.generate_streaming(None, None, inputs, Running(asked(), None), "stream")
-        whole = asyncio.ensure_future(answer(batch, SENTENCES[1], "whole"))
-        while "whole" not in batch.live:
+        events = begin(batch, SENTENCES[0]).events()
+        whole = asyncio.ensure_future(answer(batch, SENTENCES[1]))
+        while len(batch.live) < 2:
             await asyncio.sleep(0)
         monkeypatch.setattr(batch.engine.model, "forward", fails)
         with pytest.raises(RequestError, match="fault") as caught:
             await whole
         assert caught.value.status == 500
-        items = []
-        while not (items and isinstance(items[-1], _StreamError)):
-            items.append(await asyncio.wait_for(queue.get(), 10))
-        # As the handlers of transformers write it.
-        assert "fault" in json.loads(f'{{"error": "{items[-1].msg}"}}')["error"]
+        *_, last, done = [event async for event in events]
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert 'a "fault" in the model' in error["message"]
+        assert error["type"] == "server_error"
+        assert done == "data: [DONE]\n\n"
         await asyncio.sleep(0.2)
-        with pytest.raises(CBWorkerDeadError):
-            await answer(batch, SENTENCES[2], "late")
+        with pytest.raises(RequestError, match="the engine has ended") as caught:
+            await answer(batch, SENTENCES[2])
+        assert caught.value.status == 503
         assert batch.live == {}
         assert not batch.is_alive()
 
@@ -131,4 +136,12 @@ def test_an_engine_that_does_not_start_says_why(folder, monkeypatch):
 
     monkeypatch.setattr(model, "forward", fails)
     with pytest.raises(UnsupportedError, match=r"does not start here: no such instruction$"):
+        Batch(model, tokenizer, CONTEXT)
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", float("nan")), ("temperature", -1.0), ("top_p", 0.0)])
+def test_habits_of_a_model_that_are_none_are_refused_before_anything_is_served(folder, name, value):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    setattr(model.generation_config, name, value)
+    with pytest.raises(CheckpointError, match=f"{name} is {value} in generation_config.json; wanted a number"):
         Batch(model, tokenizer, CONTEXT)

@@ -15,6 +15,7 @@ from diffattn.cli.main import main
 from diffattn.errors import UnsupportedError
 from diffattn.model.trained import Trained, write_trained
 from diffattn.serve import engines, vllm_engine
+from diffattn.serve.hosts import Hosts
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,7 @@ def test_a_folder_that_cannot_be_served_is_one_line(folder, capsys, damage, word
         (["--model-name", " "], ["model_name is empty"]),
         (["--max-context", "1"], ["max_context is 1"]),
         (["--max-context", str(CONTEXT + 1)], [f"max_context is {CONTEXT + 1}", f"{CONTEXT:,}"]),
+        (["--allow-host", "http://a.org"], ["allow_host is 'http://a.org'", "without http://"]),
         (["--port", "65536"], ["port is 65536"]),
         (["--host", "192.0.2.1", "--port", "0"], ["192.0.2.1", "--host"]),
         (["--host", "no such host", "--port", "0"], ["no such host", "--host"]),
@@ -200,12 +202,14 @@ def test_vllm_is_started_with_what_was_asked_and_without_the_key_in_its_argument
     monkeypatch.setenv("VLLM_API_KEY", "old")
     installed(monkeypatch, "vllm")
     notes: list[str] = []
-    engines.serve(folder, port=0, api_key="secret", model_name="mine", max_context=64, on_note=notes.append)
+    engines.serve(folder, port=0, api_key="secret", model_name="mine", max_context=64,
+                  allow_host=["models.example.org"], on_note=notes.append)  # fmt: skip
     (program, command, environment) = started[0]
     assert program == command[0] == sys.executable
     assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
     options = " ".join(command)
-    for option in (f"--model {folder}", f"--served-model-name mine {folder}", "--host 127.0.0.1", "--max-model-len 64"):
+    for option in (f"--model {folder}", f"--served-model-name mine {folder}", "--host 127.0.0.1", "--max-model-len 64",
+                   "--middleware diffattn.serve.vllm_engine.Guard"):  # fmt: skip
         assert option in options
     # vLLM's own choice would round the weights.
     assert "--dtype float32" in options
@@ -213,11 +217,14 @@ def test_vllm_is_started_with_what_was_asked_and_without_the_key_in_its_argument
     assert environment["VLLM_API_KEY"] == "secret"
     assert environment["VLLM_PLUGINS"] == "other,diffattn"
     assert environment["VLLM_NO_USAGE_STATS"] == "1"
+    # vLLM makes its middleware in its own process, from the environment.
+    monkeypatch.setenv(vllm_engine.HOSTS, environment[vllm_engine.HOSTS])
+    assert vllm_engine.Guard(None)._hosts == Hosts.of("127.0.0.1", "127.0.0.1", ["models.example.org"])
     assert notes[-1].startswith("starting vllm ")
     # The port is free for vLLM.
     port = int(command[command.index("--port") + 1])
     socket.create_server(("127.0.0.1", port)).close()
-    assert "VLLM_API_KEY" not in vllm_engine.environment(None)
+    assert "VLLM_API_KEY" not in vllm_engine.environment(None, Hosts(frozenset(), loopback_only=True))
 
 
 def test_the_saved_dtype_is_found_where_config_json_does_not_name_it(folder):

@@ -1,8 +1,10 @@
 import math
 
+import pytest
 import torch
 
-from diffattn.serve.sampling import Sampling, shape_logits
+from diffattn.serve.ranges import GREEDY_BELOW, REQUEST
+from diffattn.serve.sampling import LEAST_LOGPROB, Likelihoods, Sampling, shape_logits
 
 LOGITS = torch.tensor([0.3, -1.2, 2.0, 1.1, -0.4, 0.9])
 
@@ -63,3 +65,50 @@ def test_penalties_and_bias():
     assert torch.allclose(biased - LOGITS, torch.tensor([0, 100.0, 0, 0, 0, -3.0]))
     assert int(biased.argmax()) == 1
     assert not math.isnan(float(shape_logits(LOGITS, Sampling(presence_penalty=2), []).sum()))
+
+
+def test_min_p_leaves_the_tokens_near_the_likeliest():
+    # e^-0.9 is 0.41 and e^-1.1 is 0.33 of the likeliest.
+    two = LOGITS.softmax(0).where(LOGITS >= 1.1, 0)
+    assert_drawn_from(draws(2000, min_p=0.35), two / two.sum())
+    assert torch.equal(draws(50, min_p=1.0).nonzero().flatten(), torch.tensor([2]))
+
+
+def test_a_repetition_penalty_makes_seen_tokens_less_likely_on_both_sides_of_zero():
+    shaped = shape_logits(LOGITS, Sampling(repetition_penalty=2.0, prompt=[1, 1, 2]), [0, 2])
+    assert torch.allclose(shaped, torch.tensor([0.15, -2.4, 1.0, 1.1, -0.4, 0.9]))
+    assert torch.equal(shape_logits(LOGITS, Sampling(repetition_penalty=2.0), []), LOGITS)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e-8, GREEDY_BELOW, 1e-4])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_a_temperature_next_to_nothing_takes_the_likeliest(temperature, scale):
+    for seed in range(20):
+        options = {"top_p": 0.9, "top_k": 3, "min_p": 0.1}
+        sampling = Sampling(temperature=temperature, seed=seed, **options)
+        assert int(shape_logits(LOGITS * scale, sampling, []).argmax()) == 2
+
+
+def test_the_ends_of_all_ranges_together_leave_a_number_to_draw_with():
+    names = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+    for end in ("lowest", "highest"):
+        options = {name: getattr(REQUEST[name], end) for name in names}
+        options |= {"top_p": options["top_p"] or math.ulp(0.0), "top_k": min(options["top_k"], len(LOGITS))}
+        shaped = shape_logits(1e4 * LOGITS, Sampling(**options, prompt=[2, 3]), [1, 1, 5])
+        assert torch.isfinite(shaped).any()
+        assert not torch.isnan(shaped).any()
+
+
+def test_likelihoods_are_those_of_the_unshaped_logits():
+    noted = Likelihoods(2)
+    noted.note(0, LOGITS)
+    # What an evicted answer computes again takes the place of what it was.
+    noted.note(0, LOGITS + 5)
+    noted.note(1, torch.tensor([0.0, -math.inf, 0.0]))
+    logprob, likeliest = noted.take(0, 1)
+    expected = LOGITS.log_softmax(0)
+    assert logprob == pytest.approx(float(expected[1]))
+    assert likeliest == [(2, pytest.approx(float(expected[2]))), (3, pytest.approx(float(expected[3])))]
+    assert noted.take(1, 1)[0] == LEAST_LOGPROB
+    with pytest.raises(KeyError):
+        noted.take(0, 1)

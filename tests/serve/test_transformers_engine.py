@@ -2,6 +2,8 @@
 
 import json
 import signal
+import socket
+import struct
 import threading
 import time
 import urllib.error
@@ -16,13 +18,15 @@ import torch
 from serve.served import CONTEXT, KEY, SENTENCES, Served, running, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from diffattn.serve.openai_request import MOST_ANSWERS
+
 NAME = "tiny"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = write_model(tmp_path_factory.mktemp("served") / NAME, "diff_v1")
-    with running(folder) as served:
+    with running(folder, "--allow-host", "models.example.org", "other.example.org") as served:
         yield served
 
 
@@ -220,7 +224,7 @@ def test_what_a_completion_that_does_not_say_gets(client):
         ({"temperature": -1}, "temperature"),
         ({"top_p": 7}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"n": 3}, "n"),
+        ({"n": 129}, "n"),
         ({"prompt": ""}, "prompt"),
         ({"logit_bias": {"9999": 1}}, "logit_bias"),
         ({"extra_body": {"guided": 1}}, "guided"),
@@ -241,6 +245,136 @@ def test_an_unknown_model_is_not_found(server, client, goes_on):
     assert [model.id for model in client.models.list()] == [NAME]
     # The folder as it was given is a name too.
     assert complete(client, "Once", model=str(server.folder), max_tokens=1).model == NAME
+
+
+def test_a_model_is_described_by_its_name(server, client, goes_on):
+    for name in (NAME, str(server.folder)):
+        status, _, raw = post(server, f"/v1/models/{name}", None)
+        assert (status, json.loads(raw)["id"]) == (200, NAME)
+    assert client.models.retrieve(NAME) == client.models.list().data[0]
+    for name in ("gpt-5", "tiny/", "%ed%a0%bd", "..%2f..", "a" * 3000):
+        status, _, raw = post(server, f"/v1/models/{name}", None)
+        assert (status, json.loads(raw)["error"]["code"]) == (404, "model_not_found")
+    assert post(server, f"/v1/models/{NAME}", None, key=None)[0] == 401
+
+
+def test_clients_get_several_answers_with_probabilities(client):
+    answer = complete(client, list(SENTENCES[:2]), n=2, logprobs=2, max_tokens=5)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert all(len(choice.logprobs.token_logprobs) == 5 for choice in answer.choices)
+    assert answer.usage.completion_tokens == 20
+    chat = talk(client, "Hello", n=2, logprobs=True, top_logprobs=2, max_tokens=5)
+    assert [len(choice.logprobs.content[0].top_logprobs) for choice in chat.choices] == [2, 2]
+    options = {"n": 2, "logprobs": True, "max_tokens": 5, "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = talk(client, "Hello", **options)
+    for index in (0, 1):
+        deltas = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].index == index]
+        assert "".join(delta or "" for delta in deltas) == chat.choices[index].message.content
+    assert (last.choices, last.usage) == ([], chat.usage)
+    extra = {"repetition_penalty": 1.3, "min_p": 0.1, "top_k": 5}
+    assert complete(client, "Once", max_tokens=5, echo=True, extra_body=extra).choices[0].text.startswith("Once")
+
+
+def test_the_most_answers_of_one_request_are_all_given(client, goes_on):
+    prompts = [f"{at}" for at in range(MOST_ANSWERS)]
+    answer = complete(client, prompts, max_tokens=1, logit_bias={"0": -100})
+    assert [choice.index for choice in answer.choices] == list(range(MOST_ANSWERS))
+    assert answer.choices[7].text == complete(client, "7", max_tokens=1, logit_bias={"0": -100}).choices[0].text
+
+
+def test_large_prompts_are_refused_at_once_by_their_bytes_and_others_go_on(server, client, goes_on):
+    expected = complete(client, SENTENCES[0], max_tokens=8)
+    texts = ["a b " * 250_000] * 32 + ["a b " * 7_750_000]
+
+    def refused(text: str) -> int:
+        with pytest.raises(openai.BadRequestError) as caught:
+            (talk if len(text) % 3 else complete)(client, text)
+        assert caught.value.code == "context_length_exceeded"
+        return caught.value.status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = pool.map(refused, texts)
+        assert complete(client, SENTENCES[0], max_tokens=8).choices == expected.choices
+        assert server.health()["status"] == "ok"
+        assert set(answers) == {400}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "tiny", "prompt": "a", "logit_bias": {"' + b"9" * 5000 + b'": 1}}',
+        b'{"model": "tiny", "prompt": "a", "\\ud83e": 1}',
+        b'{"model": "\\ud83e", "prompt": "a"}',
+        b'{"model": "tiny", "prompt": "\\ud83e"}',
+        b'{"model": "tiny", "prompt": "a", "stop": "\\ud83e"}',
+        b'{"model": "tiny", "prompt": "a", "seed": ' + b"9" * 400 + b"}",
+        b'{"model": "tiny", "prompt": "a", "temperature": NaN}',
+        b'{"model": "tiny", "prompt": "a", "temperature": 1e999}',
+        b'{"model": "tiny", "prompt": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"model": "tiny", "prompt": ' + b"[" * 90_000,
+        b'{"model": "tiny", "model": "tiny", "prompt": "a"}',
+        b'{"model": "tiny", "prompt": "a", "n": 0}',
+        b'{"model": "tiny", "prompt": "\xff"}',
+    ],
+    ids=range(13),
+)
+def test_a_body_of_odd_values_is_the_clients_error(server, goes_on, body):
+    status, _, raw = post(server, "/v1/completions", body)
+    assert status in (400, 404)
+    assert len(raw) < 2000
+    assert json.loads(raw)["error"]["type"] == "invalid_request_error"
+    assert "Traceback" not in server.errors()
+
+
+def sent(server: Served, data: bytes) -> socket.socket:
+    host, port = server.address.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.sendall(data)
+    return connection
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_at_any_time_leaves_nothing_in_the_log(server, goes_on, stream, reset):
+    body = json.dumps(
+        {"model": NAME, "prompt": "Once", "max_tokens": 4000, "stream": stream, "logit_bias": {"0": -100}}
+    ).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    whole = head.encode() + body
+    for end in (len(head) // 2, len(head), len(head) + 20, len(whole)):
+        connection = sent(server, whole[:end])
+        if end == len(whole):
+            while not server.health()["requests"]:
+                pass
+        if reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    assert server.becomes_free(3)
+    assert "Traceback" not in server.errors()
+    assert "ERROR" not in server.errors()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ("Host: evil.com\r\n", 403),
+        ("Host: localhost.evil.com\r\n", 403),
+        ("Host: evil.com\r\nX-Forwarded-Host: localhost\r\n", 403),
+        ("Host: user@localhost\r\n", 403),
+        ("", 400),
+        ("Host: localhost\r\nHost: evil.com\r\n", 400),
+        ("Host: localhost\r\nOrigin: http://evil.com\r\n", 403),
+        ("Host: LOCALHOST.:1\r\n", 200),
+        ("Host: models.example.org\r\nOrigin: https://models.example.org\r\n", 200),
+        ("Host: localhost\r\nX-Forwarded-Host: evil.com\r\n", 200),
+    ],
+)
+def test_only_a_page_of_this_machine_or_one_that_is_allowed_may_ask(server, headers, status):
+    with sent(server, f"GET /health HTTP/1.1\r\n{headers}Connection: close\r\n\r\n".encode()) as connection:
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert int(answer.split()[1]) == status
+    assert status != 403 or b'"invalid_request_error"' in answer
 
 
 def post(
@@ -321,6 +455,7 @@ def test_other_variants_are_served_and_a_signal_ends_the_server_with_its_streams
         with pytest.raises(openai.APIError):
             list(stream)
         assert served.process.wait(timeout=20) == status
-        assert time.monotonic() - told < 10
+        assert time.monotonic() - told < 4
         assert "Traceback" not in served.errors()
-        assert served.errors().count("\n") == 1
+        # Behind the line that it serves, nothing.
+        assert "serving 'other'" in served.errors().splitlines()[-1]

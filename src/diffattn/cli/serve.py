@@ -22,6 +22,7 @@ def serve(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     max_context: int | None = None,
+    allow_host: tuple[str, ...] = (),
 ) -> Callable[[], int]:
     """Serve a model over HTTP with OpenAI's interface.
 
@@ -38,6 +39,7 @@ def serve(
         dtype: Number format of the weights; auto: as in the file.
         device: Where to run: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one.
         max_context: Tokens of question and answer together, at most. Default: as many as the model can read.
+        allow_host: Names by which clients may call this machine, beside its own.
     """
 
     def call() -> int:
@@ -55,7 +57,7 @@ def serve(
             serve_folder(
                 folder, engine, host=host, port=port,
                 api_key=os.environ.get("DIFFATTN_API_KEY") if api_key is None else api_key,
-                model_name=model_name, dtype=dtype, device=device, max_context=max_context,
+                model_name=model_name, dtype=dtype, device=device, max_context=max_context, allow_host=allow_host,
                 on_note=note, on_stage=board,
             )  # fmt: skip
         return 0

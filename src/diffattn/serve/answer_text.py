@@ -17,6 +17,8 @@ class Text:
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str]) -> None:
         self.stopped = False
+        # Characters that have come, also those that wait.
+        self.length = 0
         self._decode = decode
         self._stops = stop
         self._tokens: list[int] = []
@@ -31,7 +33,9 @@ class Text:
             return ""
         if token is not None:
             self._tokens.append(token)
-        self._held += self._characters(last)
+        fresh = self._characters(last)
+        self._held += fresh
+        self.length += len(fresh)
         ends = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if ends:
             self.stopped = True

@@ -1,14 +1,12 @@
 """The continuous batch of ``transformers`` with what a server's requests need beyond it.
 
-``CBGenerateManager`` gives every request the options of the first, knows no stop texts, and lets a prompt be longer
-than the model's positions. Here each request has its own options, its text ends before a stop text, and one that
-cannot be served is refused before it enters the batch.
+On its own it gives every request the options of the first, knows no stop texts, and hands out tokens and no text. Here
+each answer has its own options, its text ends before a stop text, and its tokens' probabilities come with it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
 import secrets
@@ -16,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cli.serving.utils import CBGenerateManager, CBStreamer, CBWorkerDeadError, _StreamError
+from transformers.cli.serving.utils import response_events_to_chunks
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from diffattn.errors import UnsupportedError
+from diffattn.errors import CheckpointError, UnsupportedError
 from diffattn.serve.answer_text import Text
 from diffattn.serve.openai_request import Asked, RequestError
-from diffattn.serve.sampling import Sampling, per_request
+from diffattn.serve.ranges import DECODING
+from diffattn.serve.sampling import Likelihoods, Sampling, per_request
 
 # What OpenAI's interface gives where a completion does not say how long it may become.
 COMPLETION_TOKENS = 16
@@ -32,58 +31,110 @@ _CPU_PAGE = 32
 # Keys and values for as many tokens, if a quarter of the free memory holds them.
 _CPU_CACHE_TOKENS = 65_536
 _START_SECONDS = 300
-_STOP_SECONDS = 10
+# For the step that the engine is in; a process that ends need not wait for a longer one.
+_STOP_SECONDS = 1
 # Longer than the engine needs for the step that it is in when a request is cancelled.
 _LATE_SECONDS = 60
 
 
-@dataclass
-class Running:
-    """The options of a request as the handlers of ``transformers`` carry them from the body to the engine.
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer: where its text begins, its log-probability, and the likeliest tokens with theirs."""
 
-    They read ``max_new_tokens`` from it, to tell an answer that was cut off.
+    id: int
+    offset: int
+    logprob: float
+    likeliest: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What has come of one answer: texts (also ``ReasoningText``) and ``ToolCall``, and the tokens that they are."""
+
+    index: int
+    items: list[Any]
+    tokens: list[Token]
+
+
+@dataclass(frozen=True)
+class End:
+    """One answer is whole. ``reason`` is ``"stop"`` or ``"length"``, ``tokens`` how many were generated."""
+
+    index: int
+    reason: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The engine could not go on with an answer; ``status`` is that of HTTP."""
+
+    message: str
+    status: int
+
+
+class Stream:
+    """One answer on its way from the engine to the queue that a client is served from.
+
+    Args:
+        batch: the engine.
+        name: of the answer in the engine.
+        index: of the answer in its request.
+        queue: takes ``Piece``, then ``End``; or ``Failure``.
+        asked: the request.
+        likelihoods: what the engine notes for each token, or None.
+        parser: of reasoning and tool calls, or None for a model whose tokenizer describes none.
     """
 
-    asked: Asked
-    max_new_tokens: int | None
-
-
-class _Stream(CBStreamer):
-    """One answer on its way from the engine to the queue that a client is served from."""
-
-    def __init__(self, batch: Batch, request_id: str, running: Running, parser: Any) -> None:
-        self.queue: asyncio.Queue = asyncio.Queue()
-        tokenizer = batch.tokenizer
-        super().__init__(batch.engine, request_id, tokenizer._tokenizer, asyncio.get_running_loop(), self.queue, parser)
-        self.tokens: list[int] = []
+    def __init__(
+        self,
+        batch: Batch,
+        name: str,
+        index: int,
+        queue: asyncio.Queue[Piece | End | Failure],
+        asked: Asked,
+        likelihoods: Likelihoods | None,
+        parser: Any,
+    ) -> None:
         self.ended = False
         self._batch = batch
-        self._running = running
+        self._name = name
+        self._index = index
+        self._queue = queue
+        self._likelihoods = likelihoods
+        self._parser = parser
+        self._count = 0
+        self._sent = 0
+        # Tokens whose text has not been sent.
+        self._waiting: list[Token] = []
         # A parser of tool calls reads the special tokens too.
         skip = parser is None
-        self._text = Text(lambda ids: tokenizer.decode(ids, skip_special_tokens=skip), running.asked.stop)
+        self._text = Text(lambda ids: batch.tokenizer.decode(ids, skip_special_tokens=skip), asked.stop)
+        if parser is not None:
+            self._put(response_events_to_chunks(parser.initial_events))
 
     def put(self, output: GenerationOutput) -> None:
         """Take what the engine has generated so far; called on the event loop, for each token."""
         if self.ended:
             return
         done = output.is_finished()
-        fresh = output.generated_tokens[len(self.tokens) :]
+        fresh = output.generated_tokens[self._count :]
         for at, token in enumerate(fresh):
-            self.tokens.append(token)
-            self.total_tokens += 1
+            if self._likelihoods is not None:
+                self._waiting.append(Token(token, self._text.length, *self._likelihoods.take(self._count, token)))
+            self._count += 1
             self._send(self._text.feed(token, last=done and at == len(fresh) - 1))
             if self._text.stopped:
                 break
         if output.error is not None:
-            # The handlers write it into JSON as it is.
-            self._put(_StreamError(json.dumps(output.error)[1:-1]))
-            self._end()
+            self._fail(f"the engine failed: {output.error}", 500)
         elif self._text.stopped or done:
-            if self._text.stopped or self.tokens[-1] in self._batch.ends:
-                # So that the handlers say "stop", also where this was the last token that was allowed.
-                self._running.max_new_tokens = None
-            self.end()
+            stopped = self._text.stopped or output.generated_tokens[self._count - 1] in self._batch.ends
+            if self._text.stopped:
+                # Of a token that is cut in two, the front was sent; those behind the cut are no part of the answer.
+                self._waiting = [token for token in self._waiting if token.offset < self._sent]
+            self._put(self._last_events(), flush=True)
+            self._queue.put_nowait(End(self._index, "stop" if stopped else "length", self._count))
             self._end(cancel=not done)
 
     def cancel(self) -> None:
@@ -91,27 +142,41 @@ class _Stream(CBStreamer):
         if not self.ended:
             self._end(cancel=True)
 
+    def stop(self) -> None:
+        """The server is to stop: the client is told so at once, whatever step the engine is in."""
+        if not self.ended:
+            self._fail("the server is stopping", 503)
+
+    def _fail(self, why: str, status: int) -> None:
+        self._queue.put_nowait(Failure(why, status))
+        self._end()
+
     def _send(self, text: str) -> None:
-        if not text:
-            return
+        if text:
+            self._sent += len(text)
+            self._put([text] if self._parser is None else response_events_to_chunks(self._parser.feed(text)))
+
+    def _last_events(self) -> list[Any]:
         if self._parser is None:
-            self._put(text)
-            return
-        from transformers.cli.serving.utils import response_events_to_chunks
+            return []
+        try:
+            return response_events_to_chunks(self._parser.finalize()[1])
+        # The answer ends within a tool call.
+        except (ValueError, RuntimeError):
+            return []
 
-        for item in response_events_to_chunks(self._parser.feed(text)):
-            self._put(item)
-
-    def _put(self, item: Any) -> None:
-        self.queue.put_nowait(item)
+    def _put(self, items: list[Any], *, flush: bool = False) -> None:
+        if items or (flush and self._waiting):
+            self._queue.put_nowait(Piece(self._index, items, self._waiting))
+            self._waiting = []
 
     def _end(self, *, cancel: bool = False) -> None:
         self.ended = True
-        self._batch.forget(self._request_id, cancel=cancel)
+        self._batch.forget(self._name, cancel=cancel)
 
 
-class Batch(CBGenerateManager):
-    """The engine of one model, started and tried, and the requests that are in it.
+class Batch:
+    """The engine of one model, started and tried, and the answers that are in it.
 
     Args:
         model: one that makes one attention call per layer.
@@ -120,17 +185,18 @@ class Batch(CBGenerateManager):
 
     Raises:
         UnsupportedError: an engine that does not start here, with what it says.
+        CheckpointError: a temperature or the like in generation_config.json that is none.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
-        super().__init__()
         self.tokenizer = tokenizer
         self.context = context
+        self.vocabulary = model.get_input_embeddings().num_embeddings
         self.ends = _end_tokens(model, tokenizer)
-        self.live: dict[str, _Stream] = {}
-        self._vocabulary = model.get_input_embeddings().num_embeddings
-        self._defaults = model.generation_config
-        self.engine = self._cb = model.init_continuous_batching(
+        self.live: dict[str, Stream] = {}
+        self.stopping = self._waited = False
+        self._defaults = _defaults(model)
+        self.engine: Any = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1), _engine_config(model, context)
         )
         self.engine.logit_processor = per_request()
@@ -147,98 +213,105 @@ class Batch(CBGenerateManager):
             reason = " ".join(str(fatal).split()) if fatal is not None else "it generates nothing"
             raise UnsupportedError(f"continuous batching of transformers does not start here: {reason}")
 
-    def init_cb(self, model: Any, gen_config: Any) -> None:
-        """Nothing to do: the engine runs already."""
+    def is_alive(self) -> bool:
+        return self.engine.background_thread_status.fatal_error is None
 
-    def generate_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
-    ) -> tuple[asyncio.Queue, CBStreamer]:
-        stream = self._start(inputs["input_ids"], gen_config, request_id, response_parser)
-        return stream.queue, stream
+    def start(
+        self,
+        prompt: list[int],
+        asked: Asked,
+        name: str,
+        queue: asyncio.Queue[Piece | End | Failure],
+        *,
+        index: int = 0,
+        parser: Any = None,
+    ) -> Stream:
+        """Begin one answer: the ``index``-th of its request, of which ``n`` belong to each prompt.
 
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> tuple[str, int, list[int]]:
-        prompt = inputs["input_ids"]
-        stream = self._start(prompt, gen_config, request_id, None)
-        pieces: list[str] = []
-        try:
-            while (item := await stream.queue.get()) is not None:
-                if isinstance(item, _StreamError):
-                    raise RequestError(f"the engine failed: {item.msg}", status=500)
-                pieces.append(item)
-        finally:
-            stream.cancel()
-        return "".join(pieces), len(prompt), stream.tokens
-
-    def stop(self) -> None:
-        """End the engine and every request in it; takes a step of the model at most, and no more a second time."""
-        if self.engine.batch_processor is not None:
-            self.engine.stop(block=True, timeout=_STOP_SECONDS, hard_stop=True)
-
-    def forget(self, request_id: str, *, cancel: bool) -> None:
-        self.live.pop(request_id, None)
-        if cancel:
-            self.engine.cancel_request(request_id)
-            # The engine keeps the way of a cancelled request's output, on which one more token may come.
-            handlers = self.engine.output_router.result_handlers
-            asyncio.get_running_loop().call_later(_LATE_SECONDS, handlers.pop, request_id, None)
-
-    def _start(self, prompt: list[int], running: Running, request_id: str, parser: Any) -> _Stream:
-        self._check_alive(request_id)
-        running.max_new_tokens = self._room(prompt, running.asked)
-        sampling = self._sampling(running.asked)
-        stream = _Stream(self, request_id, running, parser)
+        Raises:
+            RequestError: status 503: an engine that has ended or is about to.
+        """
+        fatal = self.engine.background_thread_status.fatal_error
+        if fatal is not None:
+            raise RequestError(f"the engine has ended: {fatal}", status=503)
+        sampling = self._sampling(prompt, asked, index % asked.n)
+        stream = Stream(self, name, index, queue, asked, sampling.likelihoods, parser)
         # Before the request, whose first token may come at once.
-        self.engine.register_result_handler(request_id, stream.put)
-        self.live[request_id] = stream
+        self.engine.register_result_handler(name, stream.put)
+        self.live[name] = stream
         accepted = self.engine.add_request(
-            prompt, request_id=request_id, max_new_tokens=running.max_new_tokens, streaming=True,
+            prompt, request_id=name, max_new_tokens=self._length(prompt, asked), streaming=True,
             eos_token_id=self.ends, sampling=sampling,
         )  # fmt: skip
         if accepted is None:
             stream.cancel()
-            raise CBWorkerDeadError("the engine is stopping")
+            raise RequestError("the server is stopping", status=503)
         return stream
 
-    def _room(self, prompt: list[int], asked: Asked) -> int:
-        """How many tokens the answer may have."""
-        if not prompt:
-            raise RequestError("the prompt has no tokens; a text to go on from is wanted", param="prompt")
-        if max(prompt) >= self._vocabulary:
-            raise RequestError(f"the prompt has token {max(prompt)}; the model knows {self._vocabulary}", status=500)
+    def request_stop(self) -> None:
+        """End every answer with an error, and the engine after the step that it is in; called on the event loop."""
+        self.stopping = True
+        status = self.engine.background_thread_status
+        status.request_stop(status.HARD_STOP, 0)
+        for stream in list(self.live.values()):
+            stream.stop()
+        # What the engine still has to say, nobody waits for, and the event loop may be gone by then.
+        self.engine.output_router.result_handlers.clear()
+
+    def stop(self) -> None:
+        """End the engine; it is waited for no more a second time."""
+        if not self.stopping:
+            self.request_stop()
+        if self.engine.is_running() and not self._waited:
+            self._waited = True
+            self.engine.join(0.0, _STOP_SECONDS)
+
+    def forget(self, name: str, *, cancel: bool) -> None:
+        self.live.pop(name, None)
+        if cancel:
+            self.engine.cancel_request(name)
+            # The engine keeps the way of a cancelled request's output, on which one more token may come.
+            handlers = self.engine.output_router.result_handlers
+            asyncio.get_running_loop().call_later(_LATE_SECONDS, handlers.pop, name, None)
+
+    def _length(self, prompt: list[int], asked: Asked) -> int:
         room = self.context - len(prompt)
-        wanted = asked.max_tokens
-        if room < 1 or (wanted is not None and wanted > room):
-            more = f" and {wanted:,} more are asked for" if wanted is not None else ""
-            raise RequestError(
-                f"the context is {self.context:,} tokens; the prompt has {len(prompt):,}{more}: shorten the prompt "
-                "or ask for fewer tokens",
-                param="messages" if "messages" in asked.content else "prompt",
-                code="context_length_exceeded",
-            )
-        if wanted is not None:
-            return wanted
-        return room if "messages" in asked.content else min(room, COMPLETION_TOKENS)
+        if asked.max_tokens is not None:
+            return asked.max_tokens
+        return room if asked.is_chat else min(room, COMPLETION_TOKENS)
 
-    def _sampling(self, asked: Asked) -> Sampling:
-        def first(*values: Any) -> Any:
-            return next(value for value in values if value is not None)
-
-        if asked.logit_bias and max(asked.logit_bias) >= self._vocabulary:
-            raise RequestError(
-                f"logit_bias names token {max(asked.logit_bias)}; the model knows {self._vocabulary}",
-                param="logit_bias",
-            )
+    def _sampling(self, prompt: list[int], asked: Asked, nth: int) -> Sampling:
+        given = {name: getattr(asked, name) for name in self._defaults if getattr(asked, name) is not None}
+        chosen = self._defaults | given
+        seed = secrets.randbits(63) if asked.seed is None else asked.seed
         return Sampling(
-            temperature=first(asked.temperature, self._defaults.temperature, 1.0),
-            top_p=first(asked.top_p, self._defaults.top_p, 1.0),
-            top_k=min(first(asked.top_k, self._defaults.top_k, 0), self._vocabulary),
-            seed=first(asked.seed, secrets.randbits(63)),
+            temperature=chosen["temperature"],
+            top_p=chosen["top_p"],
+            top_k=min(chosen["top_k"], self.vocabulary),
+            min_p=asked.min_p,
+            # The n answers to a prompt are n draws.
+            seed=seed + nth,
             frequency_penalty=asked.frequency_penalty,
             presence_penalty=asked.presence_penalty,
+            repetition_penalty=asked.repetition_penalty,
             logit_bias=asked.logit_bias,
+            prompt=prompt if asked.repetition_penalty != 1 else (),
+            likelihoods=None if asked.logprobs is None else Likelihoods(asked.logprobs),
         )
+
+
+def _defaults(model: PreTrainedModel) -> dict[str, Any]:
+    """What a request that does not say gets: the model's own habits, else what OpenAI's interface has."""
+    defaults: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    for name in defaults:
+        own = getattr(model.generation_config, name)
+        try:
+            defaults[name] = defaults[name] if own is None else DECODING[name].read(own)
+        except ValueError as wanted:
+            raise CheckpointError(
+                f"{name} is {own!r} in generation_config.json; wanted {wanted}: correct it there, or leave it out"
+            ) from None
+    return defaults
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from diffattn.config_fields import shown
 from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
 from diffattn.model.trained import read_trained
 from diffattn.progress import OnStage, Stage, unseen
+from diffattn.serve.hosts import Hosts
 
 Engine = Literal["auto", "vllm", "transformers"]
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -40,6 +42,7 @@ def serve(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     max_context: int | None = None,
+    allow_host: Sequence[str] = (),
     on_note: Callable[[str], None] = lambda note: None,
     on_stage: OnStage = unseen,
 ) -> None:
@@ -55,6 +58,7 @@ def serve(
         dtype: of the weights. ``"auto"``: the checkpoint's.
         device: ``"auto"``: the GPU where there is one.
         max_context: tokens that prompt and answer may have together. Default, and at most: the model's positions.
+        allow_host: more names by which clients may call this machine; see :class:`diffattn.serve.hosts.Hosts`.
         on_note: is given what a person should know: which engine, where, what is unsafe.
         on_stage: called with what is done before requests are answered.
 
@@ -67,14 +71,14 @@ def serve(
         folder, engine, host=host, port=port, api_key=api_key, model_name=model_name, max_context=max_context
     )
     where = address(listener)
-    if api_key is None and not is_loopback(host):
-        on_note(f"note: whoever reaches {where} can use this model; --api-key or DIFFATTN_API_KEY asks for a key")
-    common: dict[str, Any] = {"key": api_key, "dtype": dtype, "device": device, "context": context}
-
     running = f"{chosen} {installed_version(chosen)}"
     trained = read_trained(folder)
     about = "" if trained is None else f"; {trained.facts}"
     with listener:
+        hosts = Hosts.of(listener.getsockname()[0], host, allow_host)
+        if api_key is None and not is_loopback(host):
+            on_note(f"note: whoever reaches {where} can use this model; --api-key or DIFFATTN_API_KEY asks for a key")
+        common: dict[str, Any] = {"key": api_key, "hosts": hosts, "dtype": dtype, "device": device, "context": context}
         if chosen == "vllm":
             from diffattn.serve import vllm_engine
 
@@ -112,7 +116,9 @@ def prepare(
         raise ConfigError("model_name is empty; wanted the name that clients ask for: leave it out for the folder's")
     context = check_folder(folder, max_context)
     whole = Path(folder).resolve()
-    names = tuple(dict.fromkeys((model_name or whole.name, str(folder), str(whole))))
+    # A folder's name may be bytes that are no text, which no answer can hold.
+    own = os.fsencode(whole.name).decode("utf-8", "replace")
+    names = tuple(dict.fromkeys((model_name or own, str(folder), str(whole))))
     return chosen, names, listen(host, port), context
 
 

@@ -7,33 +7,44 @@ refused. Source: OpenAI's API reference, "Create completion" and "Create chat co
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffattn.files import parse_json
+from diffattn.serve.ranges import REQUEST
+
 # Fields that change nothing of the text.
 _WITHOUT_EFFECT = {
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store",
-    "stream_options", "user",
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user",
 }  # fmt: skip
 # Fields of which only these values are served.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "logprobs": (False,),
     "modalities": (["text"],),
-    "n": (1,),
     "response_format": ({"type": "text"},),
     "tool_choice": ("auto", "none"),
 }
 _OTHERS = {
-    "frequency_penalty", "logit_bias", "max_tokens", "model", "presence_penalty", "seed", "stop", "stream",
-    "temperature", "top_k", "top_p",
+    "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "min_p", "model", "n", "presence_penalty",
+    "repetition_penalty", "seed", "stop", "stream", "stream_options", "temperature", "top_k", "top_p",
 }  # fmt: skip
-_CHAT = {"chat_template_kwargs", "max_completion_tokens", "messages", "tools"}
-_COMPLETION = {"prompt"}
+_CHAT = {"chat_template_kwargs", "max_completion_tokens", "messages", "tools", "top_logprobs"}
+_COMPLETION = {"best_of", "echo", "prompt"}
+# Why, and what to do, for fields that clients know of and that are not served.
+_REASONS = {
+    "suffix": "the model continues a text and fills no gap",
+    "top_logprobs": "a completion asks for them with logprobs, a number",
+}
 _MOST_STOPS = 16
+# Of one request: its prompts times n.
+MOST_ANSWERS = 1024
+# The parser of JSON lets no other thread run until it is done: so many lists, objects and commas take it 0.1 s.
+_MOST_LISTS = 20_000
+_MOST_VALUES = 500_000
+# What is smaller is parsed at once in any case.
+_SMALL_BODY = 2**15
+# The longest token id that any vocabulary has.
+_MOST_DIGITS = 10
 # Arguments of apply_chat_template, of which the handler gives some; a client's own template could run for ever.
 _NO_TEMPLATE_VARIABLES = {
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents",
@@ -47,13 +58,15 @@ class RequestError(Exception):
     """An answer that is an error: its HTTP status, and OpenAI's ``message``, ``param`` and ``code``."""
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        # What a client sent may be half a surrogate pair, which no answer can hold.
+        message = _sendable(" ".join(message.split()))
         super().__init__(message)
         self.status = status
         self.body = {
             "error": {
                 "message": message,
                 "type": "invalid_request_error" if status < 500 else "server_error",
-                "param": param,
+                "param": None if param is None else _sendable(param),
                 "code": code,
             }
         }
@@ -63,33 +76,58 @@ class RequestError(Exception):
 class Asked:
     """A request whose every field has been checked. None: not given, so the model's or the interface's default.
 
+    The numbers are of the ranges in ``diffattn.serve.ranges.REQUEST``.
+
     Args:
         model: the name that the client gave.
         stream: whether the text is sent as it comes.
-        content: ``{"prompt": text}``, or ``messages`` with ``tools`` and ``chat_template_kwargs`` where given.
-        max_tokens: of the answer, from 1.
-        stop: texts before which the answer ends.
-        temperature: 0 takes the likeliest token, at most 2.
-        top_p: draw from the likeliest tokens that together have this probability, above 0, to 1.
+        content: ``{"prompt": text}``, or a list of texts, of token ids, or of lists of token ids in its place; or
+            ``messages`` with ``tools`` and ``chat_template_kwargs`` where given.
+        max_tokens: of each answer.
+        n: answers to each prompt.
+        stop: texts before which an answer ends.
+        temperature: 0 takes the likeliest token.
+        top_p: draw from the likeliest tokens that together have this probability.
         top_k: draw from this many likeliest tokens; 0: all.
+        min_p: draw from the tokens that have at least this part of the likeliest one's probability.
         seed: of the draws; the same request with the same seed has the same answer.
-        frequency_penalty: taken from a token's logit for each time that the answer holds it, −2 to 2.
+        frequency_penalty: taken from a token's logit for each time that the answer holds it.
         presence_penalty: the same, once.
-        logit_bias: added to the logits of these token ids, −100 to 100.
+        repetition_penalty: divides the logits above 0 of tokens in the prompt and the answer; multiplies the others.
+        logit_bias: added to the logits of these token ids.
+        logprobs: how many of the likeliest tokens are given for each token of the answer, beside the one taken.
+        echo: whether the prompt is put in front of the answer.
+        usage: whether a stream ends with the counts of tokens: in a chunk of their own where True.
     """
 
     model: str
     stream: bool
     content: dict[str, Any]
     max_tokens: int | None = None
+    n: int = 1
     stop: tuple[str, ...] = ()
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float = 0.0
     seed: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    echo: bool = False
+    usage: bool | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        return "messages" in self.content
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Of a completion, each a text or token ids."""
+        given = self.content["prompt"]
+        return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
 def read(raw: bytes, *, chat: bool) -> Asked:
@@ -101,63 +139,104 @@ def read(raw: bytes, *, chat: bool) -> Asked:
     >>> read(b'{"model": "m", "prompt": "Once", "max_tokens": 3}', chat=False).max_tokens
     3
     """
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is no JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise RequestError(f"the body is a JSON {type(body).__name__}; a JSON object is wanted")
+    body = _object(raw)
     # OpenAI's clients send null for what is not given.
     body = {name: value for name, value in body.items() if value is not None}
     known = _OTHERS | _WITHOUT_EFFECT | _ONLY.keys() | (_CHAT if chat else _COMPLETION)
     for name, value in body.items():
         if name not in known:
-            raise RequestError(f"the field {name[:80]!r} is not served here", param=name[:80])
+            why = _REASONS.get(name)
+            raise RequestError(
+                f"the field {name[:80]!r} is not served here{f': {why}' if why else ''}", param=name[:80]
+            )
         if name in _ONLY and not any(type(value) is type(only) and value == only for only in _ONLY[name]):
             raise _wrong(name, value, " or ".join(json.dumps(only) for only in _ONLY[name]))
     model = body.get("model")
     if not isinstance(model, str):
         raise _wrong("model", model, "the name of the model, as /v1/models lists it")
-    longest = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-    number, integer = _reader(body, float), _reader(body, int)
-    return Asked(
+    content = _chat_content(body) if chat else {"prompt": _prompt(body)}
+    asked = Asked(
         model=model,
         stream=_flag(body, "stream"),
-        content=_chat_content(body) if chat else {"prompt": _prompt(body)},
-        max_tokens=integer(longest, 1, math.inf),
+        content=content,
+        max_tokens=_number(body, "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"),
+        n=_number(body, "n") or 1,
         stop=_stop(body),
-        temperature=number("temperature", 0, 2),
-        # The smallest float above 0: no token is as likely as that, and the likeliest is always kept.
-        top_p=number("top_p", math.ulp(0.0), 1),
-        top_k=integer("top_k", 0, math.inf),
-        seed=integer("seed", -(2**63), 2**63 - 1),
-        frequency_penalty=number("frequency_penalty", -2, 2) or 0.0,
-        presence_penalty=number("presence_penalty", -2, 2) or 0.0,
+        temperature=_number(body, "temperature"),
+        top_p=_number(body, "top_p"),
+        top_k=_number(body, "top_k"),
+        min_p=_number(body, "min_p") or 0.0,
+        seed=_number(body, "seed"),
+        frequency_penalty=_number(body, "frequency_penalty") or 0.0,
+        presence_penalty=_number(body, "presence_penalty") or 0.0,
+        repetition_penalty=_number(body, "repetition_penalty") or 1.0,
         logit_bias=_logit_bias(body),
+        logprobs=_chat_logprobs(body) if chat else _number(body, "logprobs"),
+        echo=_flag(body, "echo"),
+        usage=_usage(body),
     )
+    best_of = _number(body, "best_of")
+    if best_of not in (None, asked.n):
+        raise _wrong("best_of", best_of, f"{asked.n}, as many as n: ask for n answers with logprobs and take the best")
+    if asked.echo and asked.logprobs is not None:
+        raise RequestError(
+            "echo and logprobs are asked for together; the engine gives probabilities of the answer's tokens and not "
+            "of the prompt's: leave one of the two out",
+            param="echo",
+        )
+    answers = asked.n if chat else asked.n * len(asked.prompts)
+    if answers > MOST_ANSWERS:
+        raise RequestError(
+            f"{answers:,} answers are asked for, one for each prompt and n; wanted at most {MOST_ANSWERS:,}: send "
+            "several requests",
+            param="n" if chat else "prompt",
+        )
+    return asked
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        text = raw.decode("utf-8-sig")
+        if len(raw) > _SMALL_BODY:
+            _check_size(raw)
+        body = parse_json(text, unique=True)
+    except ValueError as error:
+        raise RequestError(f"the body is no JSON that can be read: {error}") from None
+    if not isinstance(body, dict):
+        raise RequestError(f"the body is a JSON {type(body).__name__}; a JSON object is wanted")
+    return body
+
+
+def _check_size(raw: bytes) -> None:
+    """Raise a ``ValueError`` for more values than are parsed while the server's other threads wait."""
+    plain = raw.replace(rb"\\", b"").replace(rb"\"", b"")
+    if plain.count(b'"') > 2 * _MOST_VALUES:
+        raise ValueError(f"it has more than {_MOST_VALUES:,} texts")
+    outside = b"".join(plain.split(b'"')[::2])
+    if outside.count(b"[") + outside.count(b"{") > _MOST_LISTS:
+        raise ValueError(f"it has more than {_MOST_LISTS:,} lists and objects")
+    if outside.count(b",") > _MOST_VALUES:
+        raise ValueError(f"it has more than {_MOST_VALUES:,} values")
 
 
 def _wrong(param: str, value: object, wanted: str) -> RequestError:
-    given = repr(value)
-    return RequestError(f"{param} is {given if len(given) <= 80 else given[:80] + ' …'}; wanted {wanted}", param=param)
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring = 3, 80
+    return RequestError(f"{param} is {short.repr(value)}; wanted {wanted}", param=param)
 
 
-def _reader(body: dict[str, Any], kind: type) -> Callable[[str, float, float], Any]:
-    def number(name: str, least: float, most: float) -> Any:
-        value = body.get(name)
-        if value is None:
-            return None
-        # JSON's true is no number, and 3.0 is one for every client that knows only floats.
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and not whole):
-            value = None
-        if value is None or not least <= value <= most:
-            what = "a whole number" if kind is int else "a number"
-            limits = f"from {max(least, 0) if least < 1e-9 < most else least:g}"
-            raise _wrong(name, body[name], f"{what} {limits}" + (f" to {most:g}" if most < math.inf else ""))
-        return kind(value)
+def _sendable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
-    return number
+
+def _number(body: dict[str, Any], name: str) -> Any:
+    value = body.get(name)
+    if value is None:
+        return None
+    try:
+        return REQUEST[name].read(value)
+    except ValueError as wanted:
+        raise _wrong(name, value, str(wanted)) from None
 
 
 def _flag(body: dict[str, Any], name: str) -> bool:
@@ -167,7 +246,12 @@ def _flag(body: dict[str, Any], name: str) -> bool:
     return value
 
 
-def _text(value: str, param: str) -> str:
+def check_text(value: str, param: str) -> str:
+    """The text, unless it holds half a surrogate pair, which is no character.
+
+    Raises:
+        RequestError: status 400.
+    """
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -175,13 +259,27 @@ def _text(value: str, param: str) -> str:
     return value
 
 
-def _prompt(body: dict[str, Any]) -> str:
+def _prompt(body: dict[str, Any]) -> Any:
     prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
-        prompt = prompt[0]
-    if not isinstance(prompt, str):
-        raise _wrong("prompt", prompt, "one text; send a request for each where there are several")
-    return _text(prompt, "prompt")
+    wanted = "a text, a list of texts, a list of token ids, or a list of lists of token ids"
+    if isinstance(prompt, list) and prompt and not _are_ids(prompt):
+        for each in prompt:
+            # All of one kind, none empty, since each gets an answer of its own.
+            if type(each) is not type(prompt[0]) or not (isinstance(each, str) or _are_ids(each)):
+                raise _wrong("prompt", prompt, wanted)
+    elif not prompt or not (isinstance(prompt, str) or _are_ids(prompt)):
+        raise _wrong("prompt", prompt, wanted)
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    for text in texts:
+        if isinstance(text, str):
+            check_text(text, "prompt")
+    # One text is the same in a list and alone.
+    return texts[0] if len(texts) == 1 and isinstance(texts[0], str) else prompt
+
+
+def _are_ids(values: Any) -> bool:
+    # True and False are of another type than int.
+    return isinstance(values, list) and bool(values) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _stop(body: dict[str, Any]) -> tuple[str, ...]:
@@ -189,21 +287,44 @@ def _stop(body: dict[str, Any]) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or len(stops) > _MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise _wrong("stop", stop, f"a text or up to {_MOST_STOPS} of them, none empty")
-    return tuple(stops)
+    return tuple(check_text(stop, "stop") for stop in stops)
 
 
 def _logit_bias(body: dict[str, Any]) -> dict[int, float]:
     given = body.get("logit_bias", {})
-    wanted = "token ids with numbers from -100 to 100"
+    wanted = f"token ids, each with {REQUEST['logit_bias']}"
     if not isinstance(given, dict):
         raise _wrong("logit_bias", given, wanted)
     bias: dict[int, float] = {}
     for token, value in given.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and -100 <= value <= 100
-        if not (token.isascii() and token.isdecimal() and number):
+        if not (token.isascii() and token.isdecimal() and len(token) <= _MOST_DIGITS):
             raise _wrong("logit_bias", given, wanted)
-        bias[int(token)] = float(value)
+        try:
+            bias[int(token)] = REQUEST["logit_bias"].read(value)
+        except ValueError:
+            raise _wrong("logit_bias", given, wanted) from None
     return bias
+
+
+def _chat_logprobs(body: dict[str, Any]) -> int | None:
+    """A chat asks with two fields for what a completion asks with one."""
+    top = _number(body, "top_logprobs")
+    if _flag(body, "logprobs"):
+        return top or 0
+    if top is not None:
+        raise _wrong("top_logprobs", top, "it beside logprobs, true")
+    return None
+
+
+def _usage(body: dict[str, Any]) -> bool | None:
+    options = body.get("stream_options", {})
+    known = {"include_usage", "include_obfuscation"}
+    if not isinstance(options, dict) or not known.issuperset(options):
+        raise _wrong("stream_options", options, "include_usage, true or false")
+    usage = options.get("include_usage")
+    if usage is not None and not isinstance(usage, bool):
+        raise _wrong("stream_options", options, "include_usage, true or false")
+    return usage
 
 
 def _chat_content(body: dict[str, Any]) -> dict[str, Any]:
@@ -234,7 +355,7 @@ def _message(message: Any, at: int) -> dict[str, Any]:
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise _wrong(f"{where}.content", part, 'parts of type "text": the model reads nothing else')
-        _text(part["text"], where)
+        check_text(part["text"], where)
     calls = message.get("tool_calls")
     if calls is None:
         if message.get("content") is None:
@@ -245,9 +366,8 @@ def _message(message: Any, at: int) -> dict[str, Any]:
         function = call.get("function") if isinstance(call, dict) else None
         arguments = function.get("arguments") if isinstance(function, dict) else None
         try:
-            read = json.loads(arguments) if isinstance(arguments, str) else arguments
-            sound = isinstance(read, dict)
-        except (ValueError, RecursionError):
+            sound = isinstance(parse_json(arguments) if isinstance(arguments, str) else arguments, dict)
+        except ValueError:
             sound = False
         if not sound:
             raise _wrong(f"{where}.tool_calls", call, "calls of a function with arguments that are a JSON object")

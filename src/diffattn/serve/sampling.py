@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -20,20 +21,79 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
 )
-from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from diffattn.serve.ranges import GREEDY_BELOW
+
+# What OpenAI's interface says where a token is less likely than this, since JSON has no infinity.
+LEAST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """As of ``openai_request.Asked``, with every default filled in."""
+    """As of ``openai_request.Asked``, with every default filled in.
+
+    Args:
+        prompt: the ids of the prompt, of which ``repetition_penalty`` has to know.
+        likelihoods: where the model's own probabilities are noted for each token, or None.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    prompt: Sequence[int] = ()
+    likelihoods: Likelihoods | None = None
+
+    @property
+    def draws(self) -> bool:
+        return self.temperature >= GREEDY_BELOW
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next token is the likeliest, whatever came before."""
+        penalties = self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1
+        return not (self.draws or penalties or self.logit_bias)
+
+    @cached_property
+    def prompt_tokens(self) -> Tensor:
+        """Each token of the prompt once, int64 ``(tokens,)``."""
+        return torch.tensor(self.prompt, dtype=torch.long).unique()
+
+
+class Likelihoods:
+    """The logarithms of the model's own probabilities for the tokens of one answer, before any option shapes them.
+
+    The engine's thread notes a place of the answer before it gives the token there, and the server takes it then.
+
+    Args:
+        top: how many of the likeliest tokens are wanted beside the one that was taken.
+    """
+
+    def __init__(self, top: int) -> None:
+        self._top = top
+        self._places: dict[int, tuple[Tensor, list[tuple[int, float]]]] = {}
+
+    def note(self, place: int, logits: Tensor) -> None:
+        """Logits ``(V,)`` of the token at ``place`` of the answer."""
+        logprobs = logits.float().log_softmax(-1).clamp(min=LEAST_LOGPROB)
+        values, tokens = logprobs.topk(min(self._top, len(logprobs)))
+        self._places[place] = logprobs, list(zip(tokens.tolist(), values.tolist(), strict=True))
+
+    def take(self, place: int, token: int) -> tuple[float, list[tuple[int, float]]]:
+        """Of the token that was taken at ``place``, and of the likeliest ones there."""
+        logprobs, likeliest = self._places.pop(place)
+        return float(logprobs[token]), likeliest
 
 
 def shape_logits(logits: Tensor, sampling: Sampling, answer: Sequence[int]) -> Tensor:
@@ -41,16 +101,23 @@ def shape_logits(logits: Tensor, sampling: Sampling, answer: Sequence[int]) -> T
     if sampling.logit_bias:
         tokens = torch.tensor(list(sampling.logit_bias), device=logits.device)
         logits = logits.index_add(0, tokens, logits.new_tensor(list(sampling.logit_bias.values())))
+    if sampling.repetition_penalty != 1:
+        seen = torch.cat([sampling.prompt_tokens, torch.tensor(answer, dtype=torch.long)]).unique().to(logits.device)
+        once = logits[seen]
+        penalty = sampling.repetition_penalty
+        logits = logits.index_copy(0, seen, torch.where(once < 0, once * penalty, once / penalty))
     if answer and (sampling.frequency_penalty or sampling.presence_penalty):
         count = torch.bincount(torch.tensor(answer), minlength=len(logits)).to(logits)
         logits = logits - sampling.frequency_penalty * count - sampling.presence_penalty * (count > 0)
-    if sampling.temperature == 0:
+    if not sampling.draws:
         return logits
     row = (logits / sampling.temperature)[None]
     if sampling.top_k:
         row = TopKLogitsWarper(sampling.top_k)(None, row)
     if sampling.top_p < 1:
         row = TopPLogitsWarper(sampling.top_p)(None, row)
+    if sampling.min_p:
+        row = MinPLogitsWarper(sampling.min_p)(None, row)
     generator = np.random.Generator(np.random.Philox(key=sampling.seed % 2**64, counter=[0, 0, 0, len(answer)]))
     # In float64, which is never 0: minus the logarithm of an exponential is a Gumbel.
     noise = -np.log(generator.standard_exponential(len(logits)))
@@ -77,13 +144,14 @@ class RequestSampling(ContinuousBatchingLogitsProcessor):
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         for row, state in enumerate(self._requests):
             sampling = state.logit_processor_kwargs.get("sampling")
-            if sampling is not None and sampling != _GREEDY:
-                # What an evicted request had answered is part of its new prompt; the output tells them apart.
-                scores[row] = shape_logits(scores[row], sampling, state.to_generation_output().generated_tokens)
+            if sampling is None or (sampling.plain and sampling.likelihoods is None):
+                continue
+            # What an evicted request had answered is part of its new prompt; the output tells them apart.
+            answer = state.to_generation_output().generated_tokens
+            if sampling.likelihoods is not None:
+                sampling.likelihoods.note(len(answer), scores[row])
+            scores[row] = shape_logits(scores[row], sampling, answer)
         return scores
-
-
-_GREEDY = Sampling()
 
 
 def per_request() -> ContinuousBatchingLogitsProcessorList:

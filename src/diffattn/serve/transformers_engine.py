@@ -1,83 +1,49 @@
-"""``transformers serve`` for one model of ours: its handlers and its continuous batch, behind one thin layer.
+"""OpenAI's HTTP interface of one model of ours, over the continuous batch of ``transformers``.
 
-The handlers of ``transformers.cli.serving`` turn chats into prompts and texts into OpenAI's answers and events. They
-load only classes that ``transformers`` itself has, check no key, know no context length and answer a mistake in their
-own ways; so the layer here gives them the model, and refuses what cannot be served before they see it.
+The event loop only waits and passes on: bodies are read up to a bound, and what takes long (JSON, templates, tokens of
+a prompt) runs in two threads, one of which has the small requests for itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hmac
+import os
 import socket
+import sys
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
+from starlette.requests import ClientDisconnect
+from transformers import PreTrainedModel
+from transformers.cli.serving.utils import build_response_parser
 from transformers.utils import logging as transformers_logging
 
 from diffattn.errors import CheckpointError
 from diffattn.model.loading import Device, Dtype, load
-from diffattn.serve import openai_request
-from diffattn.serve.batching import Batch, Running
-from diffattn.serve.openai_request import RequestError
+from diffattn.serve.answers import Answers
+from diffattn.serve.batching import Batch
+from diffattn.serve.hosts import CheckHosts, Hosts
+from diffattn.serve.openai_request import Asked, RequestError
+from diffattn.serve.prompts import LONGEST_BODY, Prompt, Prompts
 
-# Of a request's body. A prompt of a million tokens has a few MB.
-LONGEST_BODY = 32 * 2**20
-# Open answers end at once with an error event; this is for connections that do not take it.
-_SHUTDOWN_SECONDS = 3
-
-
-class _State(GenerationState):
-    """Every request goes into the one batch."""
-
-    def __init__(self, batch: Batch) -> None:
-        super().__init__(continuous_batching=True)
-        self._batch = batch
-
-    def use_continuous_batching(self, model: Any, modality: Any) -> bool:
-        return True
-
-    def get_manager(self, model_id: str, use_cb: bool = False) -> Batch:
-        return self._batch
-
-
-class _OneModel:
-    """What both handlers do here in place of choosing, loading and configuring a model by themselves."""
-
-    def __init__(self, name: str, model: PreTrainedModel, batch: Batch) -> None:
-        super().__init__(ModelManager(device="cpu"), _State(batch))  # type: ignore[call-arg]
-        self._served = (name, model, batch.tokenizer)
-
-    def _validate_request(self, body: dict[str, Any]) -> None:
-        """``openai_request.read`` has."""
-
-    def _resolve_model(self, body: dict[str, Any]) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase]:
-        return self._served
-
-    def _build_generation_config(self, body: dict[str, Any], model_generation_config: Any, use_cb: bool) -> Running:
-        return Running(body["asked"], None)
-
-
-class _Chat(_OneModel, ChatCompletionHandler):
-    pass
-
-
-class _Completion(_OneModel, CompletionHandler):
-    pass
+# Bytes of a body that is read in the thread for small requests, which so never wait for the tokens of a long prompt.
+_SMALL_BODY = 2**16
+# A client reads no answer while it still sends, so what is too long is taken, and thrown away, up to here.
+_LONGEST_SENT = 2 * LONGEST_BODY
+# Open answers end at once with an error; this is for connections that do not take it.
+_SHUTDOWN_SECONDS = 1
+# After which a thread of Python's lets another go on that waits; 5 ms by default.
+_TURN_SECONDS = 0.001
 
 
 class App:
@@ -87,6 +53,7 @@ class App:
         names: under which clients may ask for the model; answers have the first.
         model, batch: the model and the engine that runs it.
         key: that a client has to send, or None.
+        hosts: by which clients may call the server.
         on_ready: called once requests are taken.
     """
 
@@ -96,55 +63,53 @@ class App:
         model: PreTrainedModel,
         batch: Batch,
         key: str | None,
+        hosts: Hosts,
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.names = names
         self.batch = batch
         self.key = key
         self.created = int(time.time())
-        self._chat = _Chat(names[0], model, batch)
-        self._completion = _Completion(names[0], model, batch)
+        self._model = model
+        self._prompts = Prompts(batch.tokenizer, names[0], batch.context, batch.vocabulary)
+        self._small, self._large = ThreadPoolExecutor(1, "small requests"), ThreadPoolExecutor(1, "large requests")
+        # What is being read or answered whole, and is ended when the server is told to stop.
+        self._working: set[asyncio.Future[Any]] = set()
 
         @contextlib.asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             on_ready()
             yield
             batch.stop()
+            for threads in (self._small, self._large):
+                threads.shutdown(wait=False, cancel_futures=True)
 
-        self.app = FastAPI(openapi_url=None, lifespan=lifespan)
+        app = FastAPI(openapi_url=None, lifespan=lifespan)
         routes = APIRouter(prefix="/v1", dependencies=[Depends(self._check_key)])
         routes.add_api_route("/chat/completions", self.chat_completions, methods=["POST"], response_model=None)
         routes.add_api_route("/completions", self.completions, methods=["POST"], response_model=None)
         routes.add_api_route("/models", self.models, methods=["GET"], response_model=None)
-        self.app.include_router(routes)
-        self.app.add_api_route("/health", self.health, methods=["GET"], response_model=None)
-        self.app.add_exception_handler(RequestError, self._refuse)
-        self.app.add_exception_handler(HTTPException, self._refuse)
-        self.app.add_exception_handler(CBWorkerDeadError, self._refuse)
-        self.app.add_exception_handler(Exception, self._refuse)
+        # A folder's path is a name too.
+        routes.add_api_route("/models/{name:path}", self.model, methods=["GET"], response_model=None)
+        app.include_router(routes)
+        app.add_api_route("/health", self.health, methods=["GET"], response_model=None)
+        for error in (RequestError, HTTPException, ClientDisconnect, Exception):
+            app.add_exception_handler(error, self._refuse)
+        self.app = CheckHosts(app, hosts)
 
     async def chat_completions(self, request: Request) -> Response:
-        asked = openai_request.read(await _body(request), chat=True)
-        self._check_model(asked.model)
-        if not self.batch.tokenizer.chat_template:
-            raise RequestError(
-                f"the model {self.names[0]!r} has no chat template: ask /v1/completions, or add a chat_template to its "
-                "tokenizer",
-                param="messages",
-            )
-        try:
-            return await self._answer(request, self._chat, asked)
-        except jinja2.TemplateError as error:
-            raise RequestError(f"the chat template refuses the messages: {error}", param="messages") from error
+        return await self._answer(request, chat=True)
 
     async def completions(self, request: Request) -> Response:
-        asked = openai_request.read(await _body(request), chat=False)
-        self._check_model(asked.model)
-        return await self._answer(request, self._completion, asked)
+        return await self._answer(request, chat=False)
 
     async def models(self) -> Response:
-        served = {"id": self.names[0], "object": "model", "created": self.created, "owned_by": "diffattn"}
-        return JSONResponse({"object": "list", "data": [served | {"max_model_len": self.batch.context}]})
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def model(self, name: str) -> Response:
+        if name not in self.names:
+            raise self._prompts.unknown_model(name)
+        return JSONResponse(self._described())
 
     async def health(self) -> Response:
         """200 while requests are taken, with how many are being answered."""
@@ -152,28 +117,91 @@ class App:
         body = {"status": "ok" if alive else "unhealthy", "requests": len(self.batch.live)}
         return JSONResponse(body, status_code=200 if alive else 503)
 
-    async def _answer(self, request: Request, handler: Any, asked: openai_request.Asked) -> Response:
-        # Never a name that the client chose: two requests of one name would share their keys and values.
-        name = f"{'chatcmpl' if handler is self._chat else 'cmpl'}-{uuid.uuid4().hex}"
-        body = {"asked": asked, "stream": asked.stream, **asked.content}
-        work = asyncio.ensure_future(handler.handle_request(body, name))
-        while not (await asyncio.wait({work}, timeout=0.5))[0]:
-            # Where the answer is streamed, this is the response's own part.
-            if await request.is_disconnected():
-                work.cancel()
-        if work.cancelled():
-            return Response(status_code=499)
-        response = work.result()
-        if isinstance(response, StreamingResponse):
-            response.body_iterator = _events(response.body_iterator)
-        return response
+    def stop(self) -> None:
+        """End everything that is being answered with an error that says why; called on the event loop."""
+        self.batch.request_stop()
+        for work in self._working:
+            work.cancel()
 
-    def _check_model(self, name: str) -> None:
-        if name not in self.names:
-            raise RequestError(
-                f"The model {name[:200]!r} does not exist; this server has {self.names[0]!r}.",
-                status=404, param="model", code="model_not_found",
-            )  # fmt: skip
+    def _described(self) -> dict[str, Any]:
+        return {
+            "id": self.names[0], "object": "model", "created": self.created, "owned_by": "diffattn",
+            "max_model_len": self.batch.context,
+        }  # fmt: skip
+
+    async def _answer(self, request: Request, *, chat: bool) -> Response:
+        raw = await self._while_here(request, self._body(request))
+        threads = self._small if len(raw) <= _SMALL_BODY else self._large
+        asked, prompts, parsers = await self._while_here(
+            request, asyncio.get_running_loop().run_in_executor(threads, self._read, raw, chat), leaves=True
+        )
+        answers = Answers(self.batch, self.names[0], asked, prompts, parsers)
+        if asked.stream:
+            return _Events(answers)
+        # As with every other error, what went wrong is in the body; the client may have left by then.
+        return JSONResponse(await self._while_here(request, answers.whole(), leaves=True))
+
+    async def _while_here(self, request: Request, work: Any, *, leaves: bool = False) -> Any:
+        """The result of ``work``, which is cancelled once the client leaves or the server is to stop.
+
+        Args:
+            leaves: whether to watch for the client, which can only be done once its whole body has come.
+
+        Raises:
+            ClientDisconnect: the client has left.
+            RequestError: status 503: the server stops.
+        """
+        work = asyncio.ensure_future(work)
+        self._working.add(work)
+        if self.batch.stopping:
+            work.cancel()
+        gone = asyncio.ensure_future(_left(request)) if leaves else None
+        try:
+            await asyncio.wait({work, gone} if gone else {work}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return await work
+            raise ClientDisconnect
+        except asyncio.CancelledError:
+            if work.cancelled() and self.batch.stopping:
+                raise RequestError("the server is stopping", status=503) from None
+            raise
+        finally:
+            self._working.discard(work)
+            for task in (work, gone):
+                if task is not None and not task.done():
+                    task.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await task
+
+    def _read(self, raw: bytes, chat: bool) -> tuple[Asked, list[Prompt], list[Any]]:
+        """In a thread of its own: the request, its prompts, and what reads reasoning and tool calls in each answer."""
+        asked, prompts = self._prompts.read(raw, chat=chat, names=self.names)
+        if not chat:
+            return asked, prompts, [None] * (asked.n * len(prompts))
+        (prompt,) = prompts
+        tools = asked.content.get("tools")
+        parsers = [build_response_parser(self.batch.tokenizer, self._model, prompt.ids, tools) for _ in range(asked.n)]
+        return asked, prompts, parsers
+
+    async def _body(self, request: Request) -> bytes:
+        # A page that a browser shows may send any other type to this machine without being asked whether it may.
+        kind = request.headers.get("content-type", "")
+        if kind.partition(";")[0].strip().lower() != "application/json":
+            raise RequestError(f"the content type is {kind[:80]!r}; application/json is wanted", status=415)
+        most = self._prompts.longest_body
+        parts: list[bytes] = []
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size <= most:
+                parts.append(part)
+            else:
+                parts.clear()
+            if size > _LONGEST_SENT:
+                break
+        if size > most:
+            raise self._prompts.too_long(size)
+        return b"".join(parts)
 
     async def _check_key(self, request: Request) -> None:
         if self.key is None:
@@ -186,50 +214,47 @@ class App:
 
     async def _refuse(self, request: Request, error: Exception) -> Response:
         """The answer to every mistake, theirs and ours, in the words of OpenAI's interface."""
+        if isinstance(error, ClientDisconnect):
+            # Nobody reads it.
+            return Response(status_code=499)
         if isinstance(error, HTTPException):
             error = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
-        elif isinstance(error, CBWorkerDeadError):
-            error = RequestError(f"the engine has ended: {error}", status=503)
         elif not isinstance(error, RequestError):
             error = RequestError(f"{type(error).__name__} in the server; its log has more", status=500)
         headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
         return JSONResponse(error.body, status_code=error.status, headers=headers)
 
 
-async def _body(request: Request) -> bytes:
-    # A page that a browser shows may send any other type to this machine without being asked whether it may.
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "application/json":
-        raise RequestError(f"the content type is {kind[:80]!r}; application/json is wanted", status=415)
-    parts: list[bytes] = []
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > LONGEST_BODY:
-            raise RequestError(f"the body is longer than {LONGEST_BODY:,} bytes", status=413)
-        parts.append(part)
-    return b"".join(parts)
+class _Events(StreamingResponse):
+    """Answers as they come, whose places are free once they are sent or the client has left."""
+
+    def __init__(self, answers: Answers) -> None:
+        super().__init__(answers.events(), media_type="text/event-stream")
+        self._answers = answers
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.cancel()
 
 
-async def _events(events: Any) -> AsyncIterator[str]:
-    """The handlers' events, and the mark that OpenAI's clients wait for."""
-    try:
-        async for event in events:
-            yield event
-    finally:
-        await events.aclose()
-    yield "data: [DONE]\n\n"
+async def _left(request: Request) -> None:
+    """Until the client has left; its body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class _Server(uvicorn.Server):
     """One that ends open answers when it is told to stop, in place of waiting for them."""
 
-    batch: Batch
+    def __init__(self, config: uvicorn.Config, app: App) -> None:
+        super().__init__(config)
+        self._app = app
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        status = self.batch.engine.background_thread_status
-        status.request_stop(status.HARD_STOP, 0)
-        super().handle_exit(sig, frame)
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.stop()
+        await super().shutdown(sockets)
 
 
 def serve(
@@ -238,6 +263,7 @@ def serve(
     listener: socket.socket,
     *,
     key: str | None,
+    hosts: Hosts,
     dtype: Dtype,
     device: Device,
     context: int,
@@ -255,17 +281,25 @@ def serve(
             f"the tokenizer in {str(folder)!r} has {len(tokenizer):,} tokens and the model {rows:,}; the model's own "
             "tokenizer is wanted there"
         )
-    # The handlers log every request as a warning.
+    # The engine says a failure to each client.
     transformers_logging.set_verbosity_error()
     batch = Batch(model, tokenizer, context)
     what = f"{model.device.type}, {str(model.dtype).removeprefix('torch.')}"
-    app = App(names, model, batch, key, lambda: on_ready(what)).app
+    app = App(names, model, batch, key, hosts, lambda: on_ready(what))
+    # The engine's thread has to let the event loop go on for each thing that it reads or writes.
+    sys.setswitchinterval(_TURN_SECONDS)
+    # What is loaded now stays; looking through all of it for garbage takes a quarter of a second.
+    gc.collect()
+    gc.freeze()
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_SECONDS, server_header=False
-    )
-    server = _Server(config)
-    server.batch = batch
+        app.app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        server_header=False, proxy_headers=False,
+    )  # fmt: skip
     try:
-        server.run(sockets=[listener])
+        _Server(config, app).run(sockets=[listener])
+    except KeyboardInterrupt:
+        batch.stop()
+        # Python would take its modules apart for a second or more, with nothing left to lose.
+        os._exit(130)
     finally:
         batch.stop()

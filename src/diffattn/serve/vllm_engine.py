@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from diffattn.checkpoint_files import read_config, read_tensors
 from diffattn.errors import UnsupportedError
 from diffattn.model.loading import check_weights
+from diffattn.serve.hosts import CheckHosts, Hosts
 
 PLUGIN = "diffattn"
+# What vLLM's process knows of its hosts: it makes the middleware that it is given a name of by itself.
+HOSTS = "DIFFATTN_SERVE_HOSTS"
+
+
+class Guard(CheckHosts):
+    """vLLM's server takes any Host, and pages of any origin; see ``diffattn.serve.hosts``."""
+
+    def __init__(self, app: Any) -> None:
+        names, loopback_only = json.loads(os.environ[HOSTS])
+        super().__init__(app, Hosts(frozenset(names), loopback_only))
 
 
 def serve(
@@ -21,6 +34,7 @@ def serve(
     listener: socket.socket,
     *,
     key: str | None,
+    hosts: Hosts,
     dtype: str,
     device: str,
     context: int,
@@ -42,7 +56,7 @@ def serve(
     host, port = listener.getsockname()[:2]
     listener.close()
     on_start(dtype)
-    os.execve(sys.executable, command(folder, names, host, port, dtype, context), environment(key))
+    os.execve(sys.executable, command(folder, names, host, port, dtype, context), environment(key, hosts))
 
 
 def command(folder: Path, names: tuple[str, ...], host: str, port: int, dtype: str, context: int) -> list[str]:
@@ -55,15 +69,17 @@ def command(folder: Path, names: tuple[str, ...], host: str, port: int, dtype: s
         "--port", str(port),
         "--dtype", dtype,
         "--max-model-len", str(context),
+        "--middleware", f"{Guard.__module__}.{Guard.__name__}",
     ]  # fmt: skip
 
 
-def environment(key: str | None) -> dict[str, str]:
-    """Of vLLM's server: the key, our plugin where others are chosen by name, and nothing sent anywhere by default."""
+def environment(key: str | None, hosts: Hosts) -> dict[str, str]:
+    """Of vLLM's server: the key, the hosts, our plugin where others are named, and nothing sent anywhere by default."""
     variables = dict(os.environ)
     variables.pop("VLLM_API_KEY", None)
     if key is not None:
         variables["VLLM_API_KEY"] = key
+    variables[HOSTS] = json.dumps([sorted(hosts.names), hosts.loopback_only])
     chosen = variables.get("VLLM_PLUGINS")
     if chosen is not None and PLUGIN not in chosen.split(","):
         variables["VLLM_PLUGINS"] = ",".join(filter(None, (*chosen.split(","), PLUGIN)))

@@ -1,0 +1,154 @@
+"""Who may ask a server from a browser: requests whose ``Host`` or ``Origin`` is another site's are refused.
+
+A page may have its own name resolve to 127.0.0.1 once it is shown (DNS rebinding); the browser then lets it read the
+answers of a server on that machine, for which only the ``Host`` header still has the page's name. An address in place
+of a name cannot be rebound. Source: Fetch standard, "Origin header"; RFC 9110, section 7.2.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from diffattn.errors import ConfigError
+from diffattn.serve.openai_request import RequestError
+
+_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
+_HOST = re.compile(r"(?P<host>\[[^\[\]]*\]|[^:\[\]]*)(?::(?P<port>[0-9]{1,5}))?")
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The names and addresses by which clients may call this server.
+
+    Args:
+        names: in small letters.
+        loopback_only: whether the server listens on this machine alone; else every address is taken, none of which can
+            be rebound.
+    """
+
+    names: frozenset[str]
+    loopback_only: bool
+
+    @classmethod
+    def of(cls, listening: str, host: str, allowed: Iterable[str] = ()) -> Hosts:
+        """For a server that listens at the address ``listening``, as the name or address ``host`` said.
+
+        Args:
+            allowed: more names, of ``--allow-host``.
+
+        Raises:
+            ConfigError: one that is no name and no address.
+        """
+        loopback = ipaddress.ip_address(listening.partition("%")[0]).is_loopback
+        names = {"localhost", host.lower().strip("[]").removesuffix(".")}
+        if not loopback:
+            names.add(socket.gethostname().lower())
+        for name in allowed:
+            plain = _plain(name)
+            if plain is None or ":" in name.rpartition("]")[2]:
+                raise ConfigError(
+                    f"allow_host is {name!r}; wanted the name or the address of a machine, without http:// and "
+                    "without a port, such as models.example.org"
+                )
+            names.add(plain)
+        return cls(frozenset(names), loopback)
+
+    def allows(self, host: str) -> bool:
+        """Whether ``host``, as the header has it, is one of them.
+
+        >>> mine = Hosts(frozenset({"localhost"}), loopback_only=True)
+        >>> [mine.allows(host) for host in ("LOCALHOST:8000", "127.0.0.2", "[::1]:80", "localhost.evil.com", "8.8.8.8")]
+        [True, True, True, False, False]
+        """
+        plain = _plain(host)
+        if plain is None:
+            return False
+        if plain in self.names:
+            return True
+        address = _address(plain)
+        return address is not None and (address.is_loopback or not self.loopback_only)
+
+    def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Headers of a request, their names in small letters, as ASGI has them.
+
+        Raises:
+            RequestError: 400 without exactly one Host; 403 for another site's.
+        """
+        # Latin-1 holds every byte; no name has one beyond ASCII.
+        found = [(name, value.decode("latin-1").strip()) for name, value in headers]
+        hosts = [value for name, value in found if name == b"host"]
+        if len(hosts) != 1:
+            raise RequestError(f"the request has {len(hosts)} Host headers; one is wanted")
+        if not self.allows(hosts[0]):
+            raise RequestError(
+                f"this server is not called {hosts[0][:200]!r}; if that is its name, start it with "
+                "--allow-host and the name",
+                status=403, code="host_not_allowed",
+            )  # fmt: skip
+        for name, origin in found:
+            if name == b"origin" and not self._is_own(origin, hosts[0]):
+                raise RequestError(
+                    f"a page of {origin[:200]!r} may not use this server; if it is yours, start the server with "
+                    "--allow-host and the page's name",
+                    status=403, code="origin_not_allowed",
+                )  # fmt: skip
+
+    def _is_own(self, origin: str, host: str) -> bool:
+        try:
+            page = urlsplit(origin).netloc
+        except ValueError:
+            return False
+        plain = _plain(page)
+        if plain is None:
+            return False
+        address = _address(plain)
+        # A page may be at any address, also where this server is called by any.
+        return plain == _plain(host) or plain in self.names or (address is not None and address.is_loopback)
+
+
+class CheckHosts:
+    """An ASGI application that answers what :class:`Hosts` refuses, and hands the rest to ``app``."""
+
+    def __init__(self, app: Any, hosts: Hosts) -> None:
+        self._app = app
+        self._hosts = hosts
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import JSONResponse
+
+        if scope["type"] == "http":
+            try:
+                self._hosts.check(scope["headers"])
+            except RequestError as error:
+                await JSONResponse(error.body, status_code=error.status)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _plain(host: str) -> str | None:
+    """A host without its port, in small letters, an address in its short form; None for what is no host."""
+    found = _HOST.fullmatch(host)
+    if found is None or int(found["port"] or 0) > 65535:
+        return None
+    # A dot at the end says that a name is whole.
+    name = found["host"].lower().removesuffix(".")
+    if name.startswith("["):
+        name = name[1:-1].partition("%")[0]
+        address = _address(name)
+        return str(address) if address is not None and ":" in name else None
+    return name if _NAME.fullmatch(name) else None
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address

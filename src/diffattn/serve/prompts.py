@@ -1,0 +1,175 @@
+"""A request's prompts as token ids: refused by their bytes where they cannot fit, before anything is spent on them.
+
+What is here runs beside the event loop: the tokenizer of a long text takes seconds, a template may take as long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.cli.serving.utils import BaseHandler, Modality
+
+from diffattn.serve import openai_request
+from diffattn.serve.openai_request import Asked, RequestError, check_text
+
+# What a normaliser makes of a text may be shorter: NFKC turns letters of 4 bytes into letters of 1.
+_NORMALISED = 4
+# Bytes for each token of the context, up to which a text is encoded at once. Prose has 4 or 5 to a token.
+_DENSE = 4
+# Characters of a longer text that are encoded at a time, to see whether the whole is worth it.
+_PIECE = 2**16
+# JSON may write a byte of text with six, as \u0041, and says other things beside the prompts.
+_ESCAPED = 6
+_BESIDE = 2**20
+# Of any request. A prompt of a million tokens has a few MB.
+LONGEST_BODY = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The ids that the engine is given, and the text that ``echo`` gives back: None where it was not asked for."""
+
+    ids: list[int]
+    text: str | None = None
+
+
+class Prompts:
+    """Reads the prompts of one model's requests.
+
+    Args:
+        tokenizer: the model's, a fast one.
+        name: of the model, for errors.
+        context: tokens that prompt and answer may have together.
+        rows: of the model's embedding; a token's id is below it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, context: int, rows: int) -> None:
+        self._tokenizer = tokenizer
+        self._backend: Any = tokenizer.backend_tokenizer
+        # A tokenizer.json may cut off what is too long, which would be a prompt that nobody wrote.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._name = name
+        self._context = context
+        self._rows = rows
+        longest = max(len(token.encode("utf-8", "replace")) for token in tokenizer.get_vocab())
+        self.longest_text = context * longest * (1 if self._backend.normalizer is None else _NORMALISED)
+
+    @property
+    def longest_body(self) -> int:
+        """Bytes of a request whose one prompt may fit; what is longer is not even parsed."""
+        return min(LONGEST_BODY, _ESCAPED * self.longest_text + _BESIDE)
+
+    def read(self, raw: bytes, *, chat: bool, names: tuple[str, ...]) -> tuple[Asked, list[Prompt]]:
+        """The request in a body of JSON, for one of the models ``names``, and its prompts, which all fit.
+
+        Raises:
+            RequestError: what cannot be served, as :func:`openai_request.read`; 404 for another model.
+        """
+        asked = openai_request.read(raw, chat=chat)
+        if asked.model not in names:
+            raise self.unknown_model(asked.model)
+        if chat:
+            prompts = [Prompt(self._encode(self._chat_text(asked), "messages", special=False))]
+        else:
+            prompts = [self._completion(given, asked) for given in asked.prompts]
+        for prompt in prompts:
+            self._check(prompt.ids, asked)
+        if asked.logit_bias and max(asked.logit_bias) >= self._rows:
+            raise RequestError(
+                f"logit_bias names token {max(asked.logit_bias)}; the model knows {self._rows}", param="logit_bias"
+            )
+        return asked, prompts
+
+    def unknown_model(self, name: str) -> RequestError:
+        return RequestError(
+            f"The model {name[:200]!r} does not exist; this server has {self._name!r}.",
+            status=404, param="model", code="model_not_found",
+        )  # fmt: skip
+
+    def too_long(self, size: int) -> RequestError:
+        """The answer to a body of ``size`` bytes, which was not read."""
+        return RequestError(
+            f"the body has {size:,} bytes and more; the context is {self._context:,} tokens, for which "
+            f"{self.longest_body:,} bytes are enough: shorten the prompt, or send several requests",
+            status=413 if size > LONGEST_BODY else 400,
+            code="context_length_exceeded",
+        )
+
+    def _completion(self, given: str | list[int], asked: Asked) -> Prompt:
+        if isinstance(given, str):
+            return Prompt(self._encode(given, "prompt", special=True), given if asked.echo else None)
+        if len(given) <= self._context and max(given) >= self._rows:
+            raise RequestError(
+                f"prompt has the token id {str(max(given))[:20]}; the model knows {self._rows:,}, from 0",
+                param="prompt",
+            )
+        text = self._tokenizer.decode(given, skip_special_tokens=True) if asked.echo else None
+        return Prompt(given, text)
+
+    def _chat_text(self, asked: Asked) -> str:
+        if not self._tokenizer.chat_template:
+            raise RequestError(
+                f"the model {self._name!r} has no chat template: ask /v1/completions, or add a chat_template to its "
+                "tokenizer",
+                param="messages",
+            )
+        content = asked.content
+        try:
+            text: Any = self._tokenizer.apply_chat_template(
+                BaseHandler.get_processor_inputs_from_messages(content["messages"], Modality.LLM),
+                add_generation_prompt=True,
+                tools=content.get("tools"),
+                tokenize=False,
+                **content.get("chat_template_kwargs", {}),
+            )
+        # A template is a program of the model's, which fails in its own ways over what a client gave it.
+        except Exception as error:
+            raise RequestError(
+                f"the chat template refuses the messages: {type(error).__name__}: {str(error)[:500]}", param="messages"
+            ) from error
+        return check_text(text, "messages")
+
+    def _encode(self, text: str, param: str, *, special: bool) -> list[int]:
+        size = len(text.encode())
+        if size > self.longest_text:
+            raise RequestError(
+                f"the context is {self._context:,} tokens and {param} has {size:,} bytes, more than the "
+                f"{self.longest_text:,} that so many tokens can stand for: shorten the prompt",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if size > _DENSE * self._context:
+            count = 0
+            for start in range(0, len(text), _PIECE):
+                count += len(self._ids(text[start : start + _PIECE], special=False))
+                # Where a text is cut, its pieces may have a few tokens more or less than the whole.
+                if count > 2 * self._context:
+                    raise self._no_room(f"more than {self._context:,}", param)
+        return self._ids(text, special=special)
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        # Alone of the tokenizer's ways this one lets other threads run, and keeps no offsets.
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+        return ids
+
+    def _check(self, prompt: list[int], asked: Asked) -> None:
+        param = "messages" if asked.is_chat else "prompt"
+        if not prompt:
+            raise RequestError("the prompt has no tokens; a text to go on from is wanted", param=param)
+        room = self._context - len(prompt)
+        if room < 1 or room < (asked.max_tokens or 0):
+            raise self._no_room(f"{len(prompt):,}", param, asked.max_tokens)
+        if max(prompt) >= self._rows:
+            raise RequestError(f"the prompt has token {max(prompt)}; the model knows {self._rows}", status=500)
+
+    def _no_room(self, count: str, param: str, wanted: int | None = None) -> RequestError:
+        more = f" and {wanted:,} more are asked for" if wanted is not None else ""
+        return RequestError(
+            f"the context is {self._context:,} tokens; the prompt has {count}{more}: shorten the prompt or ask for "
+            "fewer tokens",
+            param=param,
+            code="context_length_exceeded",
+        )
