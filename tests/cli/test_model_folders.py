@@ -1,11 +1,13 @@
 """The folder of a run, a comparison or a ladder where that of a model is wanted: every verb names the model's."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from serve.small_folders import small_folder
+from study.small_comparison import write_shape, write_text
 
 from diffattn.cli.main import main
 
@@ -77,3 +79,18 @@ def test_a_folder_with_a_space_is_named_so_that_the_command_can_be_pasted(capsys
     write("my run", RUN)
     assert main(["generate", "my run", "Oslo"]) == 2
     assert capsys.readouterr().err.endswith("diffattn train --resume --out 'my run'\n")
+
+
+def test_the_command_that_finishes_a_run_does_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    train = ["train", "--shape", write_shape(inputs), "--text", write_text(inputs), "--steps", "2", "--out", "my run"]
+    assert main(train) == 0
+    # As a run that was killed before it wrote its model.
+    shutil.rmtree("my run/model")
+    Path("my run/result.json").unlink()
+    capsys.readouterr()
+    assert main(["generate", "my run", "the"]) == 2
+    command = capsys.readouterr().err.rpartition("finish it with ")[2]
+    assert main(shlex.split(command)[1:]) == 0
+    assert main(["generate", "my run/model", "the", "--max-new-tokens", "2"]) == 0
