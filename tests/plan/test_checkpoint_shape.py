@@ -94,6 +94,37 @@ def test_parameters_are_those_of_the_built_model(tmp_path: Path, kind: str, more
     assert parse_model(str(tmp_path)).built == found.shape
 
 
+def sizes(hidden: int, layers: int, heads: int, groups: int, feed_forward: int, vocabulary: int) -> dict[str, int]:
+    values = (hidden, layers, heads, groups, feed_forward, vocabulary)
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+            "vocab_size")  # fmt: skip
+    return dict(zip(keys, values, strict=True))
+
+
+# What the authors' own files say, and how many parameters their weights have.
+PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "Llama-3.2-1B": ("llama", sizes(2048, 16, 32, 8, 8192, 128_256) | {"head_dim": 64, "tie_word_embeddings": True,
+                     "mlp_bias": False, "pretraining_tp": 1, "is_decoder": True}, 1_235_814_400),
+    "Qwen2.5-0.5B": ("qwen2", sizes(896, 24, 14, 2, 4864, 151_936) | {"tie_word_embeddings": True,
+                     "use_sliding_window": False, "sliding_window": 32_768, "use_mrope": False}, 494_032_768),
+    "Qwen3-0.6B": ("qwen3", sizes(1024, 28, 16, 8, 3072, 151_936) | {"head_dim": 128, "tie_word_embeddings": True,
+                   "sliding_window": None}, 596_049_920),
+    "SmolLM2-135M": ("llama", sizes(576, 30, 9, 3, 1536, 49_152) | {"tie_word_embeddings": True}, 134_515_008),
+    "gemma-2-2b": ("gemma2", sizes(2304, 26, 8, 4, 9216, 256_000) | {"head_dim": 256}, 2_614_341_888),
+    "gemma-3-1b": ("gemma3_text", sizes(1152, 26, 4, 1, 6912, 262_144) | {"head_dim": 256}, 999_885_952),
+    "Mistral-7B": ("mistral", sizes(4096, 32, 32, 8, 14_336, 32_000), 7_241_732_096),
+    "Phi-3-mini": ("phi3", sizes(3072, 32, 32, 32, 8192, 32_064), 3_821_079_552),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_parameters_that_they_have(tmp_path: Path, name: str) -> None:
+    kind, values, expected = PUBLISHED[name]
+    given = values | {"model_type": kind, "architectures": [KINDS[kind].architecture], "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    assert planned(tmp_path) == expected
+
+
 @pytest.mark.parametrize("kind", [kind for kind in OTHERS if kind != "diffllama"])
 @pytest.mark.parametrize("heads", [None, 0])
 def test_what_a_file_does_not_say_is_the_default_of_its_kind(tmp_path: Path, kind: str, heads: int | None) -> None:

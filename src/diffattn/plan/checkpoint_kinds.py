@@ -64,7 +64,7 @@ _FOREIGN = {
     "expert", "experts", "moe", "router", "mamba", "ssm", "conv", "recurrent", "lora", "latent", "vision", "audio",
     "text", "diff", "differential", "lambda", "nextn", "mtp", "decoder", "cross", "quantization", "compression",
 }  # fmt: skip
-_KNOWN = {"lambda_std_dev", "decoder_start_token_id", "cross_attention_hidden_size", "text_config_dict"}
+_KNOWN = {"lambda_std_dev", "is_decoder", "decoder_start_token_id", "cross_attention_hidden_size"}
 
 
 def kind_of(values: Mapping[str, Any], file: str) -> Kind:
