@@ -210,6 +210,22 @@ def test_integer_weights_no_machine_and_two_of_a_kind_still_make_a_page(tmp_path
 
 
 @needs_chromium
+def test_a_page_of_one_model_follows_its_sliders(tmp_path: Path) -> None:
+    moved = {"context": 512, "batch": 2, "precision": "fp32", "machine": "Apple M2"}
+    dom = in_browser(render_plan(plan("diff_v1:3M", **SETTING)), moved, tmp_path)
+    right = plan("diff_v1:3M", **moved)
+    wanted = {row["key"]: row["model"] for row in right["ratios"]}
+    shown = dict(re.findall(r'<tr data-row="(\w+)">.*?data-value="([^"]*)"', dom, flags=re.DOTALL))
+    assert set(shown) == set(wanted)
+    assert {key: float(value) for key, value in shown.items() if value} == pytest.approx(
+        {key: value for key, value in wanted.items() if value is not None}
+    )
+    drawn = dom.split('id="data"')[0]
+    assert drawn.count("<svg role=") == 6
+    assert "NaN" not in drawn
+
+
+@needs_chromium
 def test_page_fits_a_telephone_and_a_desk(pair: tuple[str, str], tmp_path: Path) -> None:
     sizes = measure(render_plan(plan(*pair, **SETTING)), [400, 820, 821, 1400], tmp_path)
     assert [size["window"] for size in sizes] == [400, 820, 821, 1400]
