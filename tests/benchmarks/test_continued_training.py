@@ -66,7 +66,7 @@ def test_rows_of_the_three_models_and_nothing_twice(arguments: list[str], monkey
 def test_a_run_that_was_cut_goes_on(arguments: list[str], monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["continued_training", *arguments, "--seeds", "0", "--attentions", "dex"])
     with monkeypatch.context() as patch:
-        patch.setattr("diffattn.train.run._finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("diffattn.train.run._finish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             benchmark.main()
     assert not Path("rows.jsonl").exists()
