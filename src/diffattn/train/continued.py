@@ -71,9 +71,9 @@ def continue_training(
     """
     source = Path(source)
     config = _read_config(source)
+    tokenizer = _load_tokenizer(source, config.vocab_size)
     # Before data is prepared for it.
     check_weights(source)
-    tokenizer = _load_tokenizer(source, config.vocab_size)
     default = min(config.max_position_embeddings, CONTEXT)
     context = check_context(config.shape(), default if context is None else context, whose="model")
     check_out(out, resume)
