@@ -85,7 +85,10 @@ def test_what_lasts_for_hours_says_so_once_a_minute(wait: Wait, capsys: pytest.C
 def test_a_mistake_that_is_found_at_once_is_one_line_alone(wait: Wait, capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         with Board() as board:
-            board(Stage(module.IMPORTING))
+            board(Stage("importing torch"))
+            wait(15)
+            look(board)
+            board(Stage("importing the server"))
             wait(15)
             look(board)
             board(Stage("reading the text"))

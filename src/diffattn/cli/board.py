@@ -17,7 +17,7 @@ from diffattn.progress import Stage
 
 # How long they wait: while the libraries are imported, before which no mistake in their part can be found; and then.
 IMPORT_SECONDS, HELD_SECONDS = 20.0, 6.0
-IMPORTING = "importing torch and transformers"
+IMPORTING = "importing "
 # Between two lines where nobody looks: at first, and at last, where it lasts for hours.
 SOONEST, LATEST = 10.0, 60.0
 # A stage that is over sooner leaves no line on a terminal.
@@ -71,7 +71,7 @@ class Board:
 
     def importing(self) -> None:
         """Say what is waited for in the first seconds, and have the libraries say nothing themselves."""
-        self(Stage(IMPORTING))
+        self(Stage(f"{IMPORTING}torch and transformers"))
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -151,18 +151,23 @@ class _Plain:
         with self._lock:
             if self._clock is None:
                 self._opened = time.monotonic()
-                self._held_until = self._opened + (IMPORT_SECONDS if name == IMPORTING else HELD_SECONDS)
                 self._clock = threading.Thread(target=self._watch, daemon=True)
                 self._clock.start()
             if name != self._name:
-                if self._name == IMPORTING:
-                    self._held_until = time.monotonic() + HELD_SECONDS
+                self._hold(name)
                 self._name, self._began = name, time.monotonic()
                 if name not in self._seen:
                     self._seen.add(name)
                     self._say(first)
             self._text = text
             self._look()
+
+    def _hold(self, name: str) -> None:
+        """Until when lines are held back, as a stage begins."""
+        if name.startswith(IMPORTING):
+            self._held_until = time.monotonic() + IMPORT_SECONDS
+        elif not self._name or self._name.startswith(IMPORTING):
+            self._held_until = time.monotonic() + HELD_SECONDS
 
     def release(self) -> None:
         """Say what was held back, and hold nothing back any more."""
