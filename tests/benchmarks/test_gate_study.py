@@ -28,6 +28,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_the_page_has_the_tables_of_the_rows():
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    tables = gate_study.tables(read(ROOT / "benchmarks" / "results" / "gated.jsonl"))
+    assert len(tables) > 1
+    for words, table in tables.items():
+        assert f"{words}:\n\n{table}\n" in page
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *more: str) -> list[dict]:
     monkeypatch.setattr(sys, "argv", ["gate_study", *ARGUMENTS, *more])
     gate_study.main()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model.small_models import SHAPE
+from model.small_models import SHAPE, small_model, tokens
 from torch import Tensor
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention, Qwen3NextRotaryEmbedding
@@ -85,3 +85,17 @@ def test_a_gate_starts_as_a_query_does_about_one_half():
     assert gates.mean().item() == pytest.approx(0.5, abs=0.02)
     # The sigmoid of what has a spread of 1.
     assert gates.std().item() == pytest.approx(0.21, abs=0.03)
+
+
+def test_rounding_to_bfloat16_leaves_the_gradient_of_a_gate_where_it_was():
+    model, ids = small_model("gated"), tokens(4, 40)
+    gates = [weight for name, weight in model.named_parameters() if "g_proj" in name]
+    found = []
+    for rounded in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            loss = model(ids, labels=ids).loss
+        found.append(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, gates)]))
+    plain, half = found
+    assert not torch.equal(plain, half)
+    # A bfloat16 is off by 1/512 at most.
+    assert torch.cosine_similarity(plain, half, dim=0).item() > 0.999
