@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import sys
@@ -56,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``diffattn``; the exit status is 0, 2 for a user's mistake, 1 for a run that failed, 130 for Ctrl-C."""
     # Waiting threads that spin lose nearly all speed where other work shares the cores; read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files may hold bytes that are no text, and a terminal may lack characters.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _run(sys.argv[1:] if arguments is None else list(arguments))
     except TrainingError as error:
