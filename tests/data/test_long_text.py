@@ -86,14 +86,12 @@ def _joined(runs) -> list[int]:
 def test_windows_give_the_tokens_of_the_whole_text(name: str) -> None:
     backend = BACKENDS[name]()
     several = 0
-    for kind, text in TEXTS.items():
-        # Ways to cut a text that repeats itself are equally likely to a Unigram model.
-        if name != "Unigram" or kind not in ("one letter", "repeated", "spaces alone"):
-            runs = list(long_ids(backend, text, **SMALL))
-            assert _joined(runs) == backend.encode(text, add_special_tokens=False).ids
-            several += len(runs) > 3
-    # Where a text is one token, there are no windows to join.
-    assert several >= 2
+    for text in TEXTS.values():
+        runs = list(long_ids(backend, text, **SMALL))
+        assert _joined(runs) == backend.encode(text, add_special_tokens=False).ids
+        several += len(runs) > 3
+    # Where a text is one token, or one word of a Unigram model, there are no windows to join.
+    assert several >= (1 if name == "Unigram" else 2)
 
 
 def test_windows_that_were_just_strung_together_would_not_do() -> None:

@@ -8,9 +8,9 @@ and the two are joined in the middle of a long stretch of which both say the sam
     window 1   |a b c d e f g h x|
     window 2         |y e f g h i j k …        joined at f|g
 
-Where they never agree (one token for the whole text, say), the window is made longer, at last as long as the text. What
-a stretch of thousands of characters does not show is not seen: of a letter that is repeated a million times, a Unigram
-model puts what is left over at the end or at the beginning, by the whole length, and a window may choose the other.
+Where they never agree (one token for the whole text, say), the window is made longer, at last as long as the text. A
+Unigram model's windows are joined between words alone: of equally likely ways to cut a word it takes one by rounding
+a sum over all that stands before in the word, however far away.
 """
 
 from __future__ import annotations
@@ -55,14 +55,22 @@ class _Window:
     """A part of a text and its tokens; places in the text are counted from its beginning."""
 
     def __init__(self, backend: Tokenizer, text: str, start: int, size: int) -> None:
+        from tokenizers.models import Unigram
+
         encoding = backend.encode(text[start : start + size], add_special_tokens=False)
         self.start, self.end = start, start + size
         self.ids: list[int] = encoding.ids
+        self._words: list[int | None] | None = encoding.word_ids if isinstance(backend.model, Unigram) else None
         self._ranges: list[tuple[int, int]] = encoding.offsets
 
     def place(self, start: int) -> int:
         """The first token that does not start before a place in the text."""
         return bisect_left(self._ranges, start - self.start, key=lambda found: found[0])
+
+    def may_begin(self, start: int) -> bool:
+        """Whether windows may be joined at a place where a token starts."""
+        place = self.place(start)
+        return self._words is None or place == 0 or self._words[place] != self._words[place - 1]
 
     def starts(self, first: int, end: int) -> list[int]:
         """Where tokens start, from one place in the text up to another."""
@@ -89,4 +97,8 @@ def _joint(before: _Window, behind: _Window, agreed: int) -> int | None:
         else:
             best = max(best, (start - starts[first], first, place))
     length, first, last = best
-    return starts[(first + last) // 2] if length >= agreed else None
+    if length < agreed:
+        return None
+    middle = (first + last) // 2
+    places = sorted(range(first, last), key=lambda place: abs(place - middle))
+    return next((starts[place] for place in places if behind.may_begin(starts[place])), None)
