@@ -142,8 +142,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", DIFF_FUSED])
 def test_masks_that_say_nothing_clear_are_refused_in_one_line(case, implementation):
+    if implementation == DIFF_FUSED and "kernel's own" in case:
+        pytest.skip("this is the form in which generate hands that implementation the mask that it made before")
     model, ids, _ = twins("diff_v1")
     model.set_attn_implementation(implementation)
     mask, sentence = REFUSED[case]
