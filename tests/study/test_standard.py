@@ -110,3 +110,10 @@ def test_what_cannot_run_is_one_line(monkeypatch):
 def test_bad_options_are_one_line(options, words):
     with pytest.raises(ConfigError, match=words):
         StandardOptions(**options)
+
+
+def test_a_model_that_reads_less_than_an_answer_is_named():
+    model = reader("softmax")
+    model.config.max_position_embeddings = 4
+    with pytest.raises(UnsupportedError, match="more tokens than the 4 that the model reads; wanted a model with more"):
+        measure_standard(model, haystack().tokenizer, DOCUMENTS, StandardOptions(limit=2))

@@ -9,6 +9,8 @@ from diffattn.errors import ConfigError
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BITS = (16, 8, 6, 4)
+# Beyond these a study is a slip of the hand: it would take months, or more memory than there is.
+MOST_SAMPLES, MOST_TOGETHER = 1_000_000, 65_536
 
 
 def fitting_length(asked: int | None, positions: int | None, *, most: int = 1024) -> int:
@@ -35,6 +37,20 @@ def fitting_length(asked: int | None, positions: int | None, *, most: int = 1024
     return asked
 
 
+def _bounded(options: object, **most: int) -> None:
+    """Refuse counts with which a study would never end, or not fit into any memory.
+
+    >>> _bounded(NoiseOptions(), samples=10)
+    Traceback (most recent call last):
+    diffattn.errors.ConfigError: samples is 50; wanted at most 10
+    """
+    for name, limit in most.items():
+        value = getattr(options, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number > limit:
+                raise ConfigError(f"{name} is {number}; wanted at most {limit:,}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoiseOptions:
     """What is asked; the fields are the options of ``diffattn eval noise`` and ``noise_by_head``."""
@@ -51,6 +67,7 @@ class NoiseOptions:
     """Number that decides the prompts; models with the same tokenizer get the same ones."""
 
     def __post_init__(self) -> None:
+        _bounded(self, samples=MOST_SAMPLES, batch_size=MOST_TOGETHER)
         if self.samples < 1 or self.batch_size < 1 or not self.depths:
             raise ConfigError(
                 f"samples is {self.samples}, batch_size {self.batch_size}, with {len(self.depths)} depths; wanted at "
@@ -77,6 +94,7 @@ class RetrievalOptions:
     """Number that decides the prompts; models with the same tokenizer get the same ones."""
 
     def __post_init__(self) -> None:
+        _bounded(self, samples=MOST_SAMPLES, batch_size=MOST_TOGETHER)
         if min(self.samples, self.batch_size) < 1 or not (self.depths and self.tasks):
             raise ConfigError(
                 f"samples is {self.samples}, batch_size {self.batch_size}, with "
@@ -106,6 +124,7 @@ class IclOptions:
     """Field of --data that holds the class."""
 
     def __post_init__(self) -> None:
+        _bounded(self, shots=100_000, queries=MOST_SAMPLES, permutations=10_000)
         if not self.shots or min(*self.shots, self.queries, self.permutations) < 1:
             raise ConfigError(
                 f"shots is {self.shots}, queries {self.queries}, permutations {self.permutations}; wanted each at "
@@ -124,6 +143,11 @@ class OutlierOptions:
     batch_size: int = 4
     """Blocks that are read together."""
 
+    def __post_init__(self) -> None:
+        _bounded(self, tokens=10**12, batch_size=MOST_TOGETHER)
+        if self.tokens < 1:
+            raise ConfigError(f"tokens is {self.tokens}; wanted at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LowBitOptions:
@@ -135,6 +159,9 @@ class LowBitOptions:
     """Tokens that are read at once. Default: 1024, or what the models can read where that is less."""
     samples: int = 32
     """How many blocks of --context tokens are read."""
+
+    def __post_init__(self) -> None:
+        _bounded(self, samples=MOST_SAMPLES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +176,9 @@ class LongContextOptions:
     """Tokens that are read at once."""
     rope_base: float | None = None
     """Another base of the rotary frequencies, to read beyond the positions that the model was trained on."""
+
+    def __post_init__(self) -> None:
+        _bounded(self, samples=MOST_SAMPLES, chunk=1_000_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +197,7 @@ class StandardOptions:
     """Number that decides what is drawn."""
 
     def __post_init__(self) -> None:
+        _bounded(self, shots=1000, limit=10**9, batch_size=MOST_TOGETHER)
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"tasks is {' '.join(self.tasks) or 'empty'}; wanted at least one, each once")
         for name, value, least in (

@@ -48,7 +48,7 @@ def fit_scaling(
         size: the column that a file's sizes are in. Default: ``parameters``.
         at: sizes (tokens, where these vary alone) at which models are compared. Default: the smallest, the middle and
             the largest of the points.
-        bootstrap: draws behind the intervals, at least 100. Default: 1000.
+        bootstrap: draws behind the intervals, 100 to 1,000,000. Default: 1000.
         seed: of the draws.
         command: what made the result, to be named in it.
         on_stage: called with how many of the curves are fitted.
@@ -69,8 +69,10 @@ def fit_scaling(
     >>> [round(form["equivalences"][0]["equal"]["value"] / 1e9, 1) for form in result["forms"].values()]
     [10.9, 9.1]
     """
-    if bootstrap < 100:
-        raise ConfigError(f"bootstrap is {bootstrap}; at least 100 draws are wanted for a 95% interval; 1000 is usual")
+    if not 100 <= bootstrap <= 1_000_000:
+        raise ConfigError(
+            f"bootstrap is {bootstrap}; 100 to 1,000,000 draws are wanted for a 95% interval; 1000 is usual"
+        )
     source = str(points) if isinstance(points, str | Path) else "points"
     given = read_points(points, size=size) if isinstance(points, str | Path) else points
     checked, axes = check_points(given)

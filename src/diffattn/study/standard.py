@@ -53,7 +53,8 @@ def measure_standard(
     Raises:
         ConfigError: a task that lm-eval does not know.
         DataError: too little text for an offline task.
-        UnsupportedError: lm-eval is not installed, or a task's data are neither here nor within reach.
+        UnsupportedError: lm-eval is not installed, a task's data are neither here nor within reach, or one of its
+            answers is longer than what the model reads.
 
     Source: ``lm_eval.evaluator.evaluate``.
     """
@@ -86,7 +87,14 @@ def measure_standard(
             batch_size=options.batch_size,
             max_length=positions_of(model.config),
         )
-        found = evaluate(reader, loaded, limit=options.limit, bootstrap_iters=0, log_samples=True)
+        try:
+            found = evaluate(reader, loaded, limit=options.limit, bootstrap_iters=0, log_samples=True)
+        except AssertionError:
+            # What lm-eval makes of an answer that alone is longer than the model reads.
+            raise UnsupportedError(
+                f"an answer of {' or '.join(names)} has more tokens than the {positions_of(model.config)} that the "
+                "model reads; wanted a model with more positions: or choose other --tasks"
+            ) from None
     assert found is not None
     return {name: _metrics(task, found["samples"][name]) for name, task in loaded["tasks"].items()}
 
