@@ -103,7 +103,7 @@ gates: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gate_study --text $(TEXT) --out benchmarks/results/gated.jsonl $(ARGS)
 
 # The models of the study at four learning rates, two seeds each: an hour or two of a GPU, days of two cores. Call it again to go on.
-RATES := $(foreach seed,0 1,$(foreach times,1 2 0.5 4,$(foreach kind,gated softmax diff_v1 diff_v2,$(kind):$(times)::$(seed))))
+RATES := $(foreach seed,0 1,$(foreach times,0.5 1 2 4,$(foreach kind,gated softmax diff_v1 diff_v2,$(kind):$(times)::$(seed))))
 rates: $(READY)
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make rates TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.gate_study --text $(TEXT) --out benchmarks/results/gated.jsonl --runs runs/rates --size 4M $(STUDY_DATA) --cases $(RATES)

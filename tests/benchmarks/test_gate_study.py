@@ -36,6 +36,26 @@ def test_the_page_has_the_tables_of_the_rows():
         assert f"{words}:\n\n{table}\n" in page
 
 
+def test_the_page_has_the_gates_and_the_losses_of_the_rows():
+    rows = [row for row in read(ROOT / "benchmarks" / "results" / "gated.jsonl") if row["context"] == 128]
+    plain = {row["attention"]: row for row in rows if (row["times"], row["start"], row["seed"]) == (1, "as built", 0)}
+    first, *_, last = plain["gated"]["probes"]
+    ratios = [probe["gradients"]["g_proj"] / probe["gradients"]["q_proj"] for probe in plain["gated"]["probes"]]
+    low = {name: min(layer[name] for layer in last["gates"]) for name in last["gates"][0]}
+    high = {name: max(layer[name] for layer in last["gates"]) for name in last["gates"][0]}
+    assert all(abs(layer["mean"] - 0.5) < 0.02 for layer in first["gates"])
+    losses = {kind: [f"{loss:.2f}" for _, loss in row["training_loss"][:3]] for kind, row in plain.items()}
+    said = [
+        f"the means of the four layers are {low['mean']:.2f} to {high['mean']:.2f}",
+        f"{low['below_0.1']:.0%} to {high['below_0.1']:.0%} of the gates are below 0.1",
+        f"the spread over tokens is {low['std_over_tokens']:.2f} to {high['std_over_tokens']:.2f}",
+        f"The gradient of W_g is {min(ratios):.2g} to {max(ratios):.2g} times that of W_Q",
+        f"gated {', '.join(losses['gated'])}, softmax {', '.join(losses['softmax'])}",
+    ]
+    page = " ".join((ROOT / "docs" / "findings.md").read_text(encoding="utf-8").split())
+    assert [words for words in said if words not in page] == []
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *more: str) -> list[dict]:
     monkeypatch.setattr(sys, "argv", ["gate_study", *ARGUMENTS, *more])
     gate_study.main()
