@@ -76,6 +76,17 @@ def test_a_half_written_checkpoint_is_named_and_removed(stopped: Path, capsys: p
     assert partials(stopped) == []
 
 
+def test_one_that_was_killed_before_it_was_marked_is_removed_where_it_is_empty(tmp_path: Path) -> None:
+    """Between the folder and the mark in it is a moment in which a process can be killed."""
+    (tmp_path / "checkpoint-6.a1b2c3d4.partial").mkdir()
+    (tmp_path / "checkpoint-9.a1b2c3d4.partial").mkdir()
+    (tmp_path / "checkpoint-9.a1b2c3d4.partial" / "mine").touch()
+    (tmp_path / "checkpoint-9.partial").mkdir()
+    said = ["skipped checkpoint-6.a1b2c3d4.partial: the run ended while it was being written"]
+    assert checkpoint.last_good(tmp_path) == (None, said)
+    assert sorted(partials(tmp_path)) == ["checkpoint-9.a1b2c3d4.partial", "checkpoint-9.partial"]
+
+
 def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
     for name in ("checkpoint-", "checkpoint-x", "checkpoint-3-mine", "my-checkpoint-3"):
         (tmp_path / name).mkdir()

@@ -15,6 +15,8 @@ from diffattn.sealed import file_facts
 
 MANIFEST = "manifest.json"
 WAY_OUT = "restore the file, or start again with another --out"
+# As `whole_folder` names them.
+_UNMARKED = re.compile(rf"checkpoint-\d+\.\w{{8}}{re.escape(PARTIAL)}")
 # Files of the run that a checkpoint's manifest names too: as long as they were when it was written.
 _OF_THE_RUN = ("../config.json", "../metrics.jsonl")
 
@@ -97,7 +99,7 @@ def last_good(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
     """
     skipped = []
     for partial in folder.glob(f"checkpoint-*{PARTIAL}"):
-        if is_sealed(partial) or remove_unfinished(partial):
+        if is_sealed(partial) or remove_unfinished(partial) or _removed_as_empty(partial):
             skipped.append(f"skipped {partial.name}: the run ended while it was being written")
             shutil.rmtree(partial, ignore_errors=True)
     for step, path in reversed(checkpoints(folder)):
@@ -108,6 +110,17 @@ def last_good(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
         path.rename(aside)
         skipped.append(f"skipped {path.name}: {reason}; it is kept as {aside.name}")
     return None, skipped
+
+
+def _removed_as_empty(partial: Path) -> bool:
+    """Remove what a run left that was killed between making the folder and marking it: nobody else has the run now."""
+    if _UNMARKED.fullmatch(partial.name) is None or partial.is_symlink():
+        return False
+    try:
+        partial.rmdir()
+    except OSError:
+        return False
+    return True
 
 
 def prune(folder: Path, keep: int) -> None:
