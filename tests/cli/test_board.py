@@ -73,6 +73,20 @@ def test_a_stage_that_reports_nothing_is_heard_of_too(wait: Wait, capsys: pytest
         ]
 
 
+def test_a_stage_that_begins_again_as_a_line_is_due_has_not_lasted_yet(
+    wait: Wait, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Board() as board:
+        for name in ("getting ready", "training", "getting ready"):
+            board(Stage(name))
+            wait(0.2)
+            look(board)
+            wait(9.9)
+        board(Stage("training"))
+        look(board)
+    assert not any("µs" in line for line in lines(capsys))
+
+
 def test_what_lasts_for_hours_says_so_once_a_minute(wait: Wait, capsys: pytest.CaptureFixture[str]) -> None:
     with Board() as board:
         board(Stage("waiting"))

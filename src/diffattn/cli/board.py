@@ -200,7 +200,9 @@ class _Plain:
             self.release()
         pause = min(LATEST, max(SOONEST, (now - self._opened) / 10))
         if self._name and now - self._said >= pause:
-            self._say(self._text or f"{self._name}: {seconds(round(now - self._began))} so far")
+            lasted = round(now - self._began)
+            # A stage that was named before may begin again as a line is due.
+            self._say(self._text or (f"{self._name}: {seconds(lasted)} so far" if lasted else self._name))
 
     def _say(self, line: str) -> None:
         if not line:
