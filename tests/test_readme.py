@@ -42,7 +42,7 @@ def test_the_plan_that_it_shows_is_the_plan(capsys: pytest.CaptureFixture[str]) 
     assert command
     assert main(command[1].split()) == 0
     printed = {line.rstrip() for line in capsys.readouterr().err.splitlines()}
-    shown = next(block for block in blocks("text") if "Training peak memory" in block).splitlines()
+    shown = next(block for block in blocks("text") if "Prefill peak memory" in block).splitlines()
     assert len(shown) > 30
     assert [line for line in shown if line not in printed] == []
 

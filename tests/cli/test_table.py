@@ -173,3 +173,12 @@ def test_the_plan_answers_first_and_fits(
     assert answers[-1] < text.index("Training peak memory")
     for sentence in plan("diff_v1:6.8B", "softmax:11B", machine="RTX 3060 12GB", precision="bf16")["sentences"]:
         assert sentence in text
+
+
+def test_the_main_jobs_table_is_one_where_the_seeds_stand_below_their_mean() -> None:
+    lines = shown(compare_rows(comparison(seeds=2)), 80)
+    assert sum("softmax" in line for line in lines) == 1
+    assert all(name in lines[1] for name in ("softmax", "diff_v1", "diff_v2"))
+    loss = next(place for place, line in enumerate(lines) if line.startswith("Validation loss"))
+    assert lines[loss].count("(") == 1  # that of the unit
+    assert lines[loss + 1].count("(") == 3

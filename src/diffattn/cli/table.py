@@ -81,9 +81,28 @@ def _least(column: Sequence[str]) -> int:
     def of(cell: str) -> int:
         return max((cell_len(word) for word in cell.split()), default=0)
 
-    cells = [cell_len(cell) if _is_number(cell) or cell[:1] == " " else of(cell) for cell in column[1:]]
+    cells = [
+        max(map(cell_len, _halves(cell))) if _is_number(cell) or cell[:1] == " " else of(cell) for cell in column[1:]
+    ]
     longest = max(map(cell_len, column))
     return max(of(column[0]), min(longest, _COMFORTABLE) if any(map(_is_words, column[1:])) else 0, *cells, 1)
+
+
+def _halves(cell: str) -> list[str]:
+    """A number and what stands behind it in brackets, between which a line may end; any other cell whole.
+
+    >>> _halves("5.70 (5.67, 5.72)"), _halves("27.3 ms")
+    (['5.70', '(5.67, 5.72)'], ['27.3 ms'])
+    """
+    number, bracket, rest = cell.partition(" (")
+    return [number, f"({rest}"] if bracket and _is_number(cell) else [cell]
+
+
+def _fitted(cell: str, width: int) -> str:
+    if cell_len(cell) <= width:
+        return cell
+    halves = _halves(cell)
+    return "\n".join(halves) if len(halves) > 1 and max(map(cell_len, halves)) <= width else wrapped(cell, width)
 
 
 def _is_words(cell: str) -> bool:
@@ -115,8 +134,7 @@ def _table(rows: Rows, widths: Sequence[int]) -> Table:
         table.add_column(Text(title), justify="right" if numbers else "left", width=widths[place], overflow="fold")
     for row in rows[1:]:
         # As Text, for a str's brackets and colons would be read as markup.
-        cells = zip(row, widths, strict=True)
-        table.add_row(*(Text(cell if cell_len(cell) <= width else wrapped(cell, width)) for cell, width in cells))
+        table.add_row(*(Text(_fitted(cell, width)) for cell, width in zip(row, widths, strict=True)))
     return table
 
 
