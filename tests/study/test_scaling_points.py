@@ -231,3 +231,30 @@ def test_the_verb_prints_writes_and_refuses(tmp_path: Path, capsys: pytest.Captu
     assert said.startswith("diffattn: ")
     assert said.count("\n") == 1
     assert not (tmp_path / "no.html").exists()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Model;Params;Loss",
+        "variant,Model Size,Held-out loss",
+        "Architecture\tsize\tvalidation_loss",
+        "ATTENTION|PARAMS|LOSS",
+    ],
+)
+def test_columns_may_have_the_names_that_people_give_them(header: str, tmp_path: Path) -> None:
+    mark = next(mark for mark in ";,\t|" if mark in header)
+    file = tmp_path / "points.csv"
+    file.write_text(f"{header}\n{mark.join(('softmax', '3B', '3.25'))}\n")
+    (point,) = read_points(file)
+    assert (point.attention, point.size, point.val_loss) == ("softmax", 3e9, 3.25)
+
+
+def test_a_column_of_its_own_name_is_taken_before_one_that_people_call_so(tmp_path: Path) -> None:
+    """Of the training loss beside the held-out one."""
+    file = tmp_path / "points.csv"
+    file.write_text("attention,parameters,loss,val_loss\nsoftmax,3B,2.5,3.25\n")
+    assert read_points(file)[0].val_loss == 3.25
+    file.write_text("attention,parameters,train loss,note\nsoftmax,3B,2.5,x\n")
+    with pytest.raises(DataError, match=r"has no val_loss; .* wanted; it has attention, parameters, train loss, note$"):
+        read_points(file)

@@ -23,6 +23,13 @@ SIZES = ("parameters", "non_embedding_parameters")
 _COUNTS = (*SIZES, "tokens", "seed")
 _NUMBERS = (*_COUNTS, "val_loss")
 _COLUMNS = ("attention", *_NUMBERS)
+# What people call a column, where the file has none of its own name.
+_ALSO = {
+    "attention": ("variant", "model", "architecture"),
+    "val_loss": ("loss", "validation loss", "held-out loss", "eval loss", "test loss"),
+    "parameters": ("params", "model size", "size"),
+    "tokens": ("training tokens", "train tokens"),
+}
 _DELIMITERS = (",", ";", "\t", "|")
 # What a file starts with, by the kinds that are taken for a table.
 _NO_TEXT = {b"PK": "a spreadsheet or another zip archive", b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"%PDF": "PDF"}
@@ -46,8 +53,9 @@ def read_points(source: str | Path, *, size: str = "parameters") -> list[Point]:
         source: a table with a header, its cells between commas, semicolons, tabs or ``|``, or JSON: an object a line,
             an array of objects, or an object whose ``rows`` is one. In UTF-8, or UTF-16 with its mark. Columns:
             ``attention``, ``val_loss`` (nats per token), one or both of ``size``'s name and ``tokens``, and optionally
-            ``seed``; in any case, others are ignored. Numbers may have a decimal comma, marks between thousands, and a
-            unit where they are counts (6.8B). Lines that start with ``#`` are comments.
+            ``seed``; in any case, or as people call them (loss, params, variant), others are ignored. Numbers may have
+            a decimal comma, marks between thousands, and a unit where they are counts (6.8B). Lines that start with
+            ``#`` are comments.
         size: which column is the size, ``parameters`` or ``non_embedding_parameters``. Default: ``parameters``.
 
     Raises:
@@ -154,7 +162,7 @@ def _table(lines: list[tuple[int, str]], name: str) -> list[tuple[str, Mapping[s
     first, title = lines[0]
     if delimiter is None:
         delimiter = max(_DELIMITERS, key=lambda mark: (_known(title, mark), title.count(mark)))
-    header = [_column(cell) for cell in _cells(title, delimiter, f"{name} line {first}")]
+    header = _columns(_cells(title, delimiter, f"{name} line {first}"))
     if double := next((column for column in _COLUMNS if header.count(column) > 1), None):
         raise DataError(f"{name} line {first} names {double} twice; each column once is wanted; rename one")
     rows: list[tuple[str, dict[str, Any]]] = []
@@ -168,7 +176,7 @@ def _table(lines: list[tuple[int, str]], name: str) -> list[tuple[str, Mapping[s
             raise DataError(
                 f"{place} has {len(cells)} cells; {len(header)} are wanted, as in its header: {line.strip()[:60]}{hint}"
             )
-        rows.append((place, {key: cell for key, cell in zip(header, cells, strict=False) if key in _COLUMNS}))
+        rows.append((place, dict(zip(header, cells, strict=False))))
     numbers = [row[key] for _, row in rows for key in _NUMBERS if key in row]
     marks = set(map(writes_decimals, numbers)) - {None}
     comma = marks == {","} if len(marks) == 1 else None
@@ -179,13 +187,22 @@ def _table(lines: list[tuple[int, str]], name: str) -> list[tuple[str, Mapping[s
 
 
 def _known(title: str, mark: str) -> int:
-    return sum(_column(cell.strip(' "')) in _COLUMNS for cell in title.split(mark))
+    return sum(column in _COLUMNS for column in _columns([cell.strip(' "') for cell in title.split(mark)]))
 
 
-def _column(text: Any) -> str:
-    """The name of a column as it is written here, where it is one that is read: in any case, with any marks."""
+def _columns(titles: Iterable[Any]) -> list[str]:
+    """The names of columns as they are written here, where they are read: in any case, with any marks, as people say.
+
+    >>> _columns(["Params", "Loss", "seed", "note"]), _columns(["loss", "val_loss"])
+    (['parameters', 'val_loss', 'seed', 'note'], ['loss', 'val_loss'])
+    """
     names = {plain(name): name for name in _COLUMNS}
-    return names.get(plain(str(text)), str(text).strip())
+    columns = [names.get(plain(str(title)), str(title).strip()) for title in titles]
+    for name, others in _ALSO.items():
+        said = [place for place, column in enumerate(columns) if plain(column) in map(plain, others)]
+        if name not in columns and len(said) == 1:
+            columns[said[0]] = name
+    return columns
 
 
 def _cells(line: str, delimiter: str, place: str) -> list[str]:
@@ -216,7 +233,7 @@ def _json(text: str, lines: list[tuple[int, str]], name: str) -> list[tuple[str,
     for place, row in found:
         if not isinstance(row, dict):
             raise DataError(f"{place} is no JSON object; an object a line is wanted")
-        columns = [_column(key) for key in row]
+        columns = _columns(row)
         if double := next((column for column in _COLUMNS if columns.count(column) > 1), None):
             raise DataError(f"{place} names {double} twice; each once is wanted; rename one")
         rows.append((place, dict(zip(columns, row.values(), strict=True))))
@@ -233,7 +250,11 @@ def _lines(text: str) -> list[tuple[int, str]]:
 def _point(row: Mapping[str, Any], size: str, place: str) -> Point:
     for column in ("attention", "val_loss"):
         if row.get(column) in (None, ""):
-            raise DataError(f"{place} has no {column}; the columns attention, val_loss and {size} or tokens are wanted")
+            found = ", ".join(name for name, cell in row.items() if cell not in (None, "") and name != "decimal_comma")
+            raise DataError(
+                f"{place} has no {column}; the columns attention, val_loss and {size} or tokens are wanted; it has "
+                f"{found[:80] or 'none'}"
+            )
     if not isinstance(row["attention"], str):
         raise DataError(f"{place}: attention is {row['attention']!r}; a name such as softmax is wanted")
     comma = row.get("decimal_comma")
