@@ -45,7 +45,10 @@ esac
 """
     )
     python.chmod(0o755)
-    environment = os.environ | {"MAKEFLAGS": ""}
+    # Not those of the make that runs the tests.
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    }
     return subprocess.run(
         ["make", "setup", f"PYTHON={python}"], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
     )
