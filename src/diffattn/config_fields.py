@@ -42,7 +42,7 @@ def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value is a finite number that a float can hold.
 
     >>> is_number(1e-5), is_number(float("nan")), is_number("1"), is_number(10**400)
@@ -52,6 +52,16 @@ def is_number(value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
         return False
+
+
+def is_count(value: object) -> bool:
+    """A whole number that may stand in a file of ours: 0 or more, of no more than 64 bits."""
+    return is_whole(value) and 0 <= value < 2**63
+
+
+def is_measure(value: object) -> bool:
+    """A finite number that may stand in a file of ours."""
+    return is_number(value) and abs(value) < 1e300
 
 
 def shown(value: object) -> str:
@@ -70,7 +80,8 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:59]} …"
 
 
-def _whole(most: int, least: int = 1, *, optional: bool = False) -> Field:
+def integer(most: int, least: int = 1, *, optional: bool = False) -> Field:
+    """A field that is a whole number from ``least`` (1 or 0) to ``most``."""
     return Field(
         lambda value: is_whole(value) and least <= value <= most,
         "a positive integer" if least else "an integer from 0",
@@ -99,8 +110,8 @@ _FACTORS = Field(
     lambda value: isinstance(value, list | tuple) and bool(value) and all(_FACTOR.allows(each) for each in value),
     "a list of finite numbers above 0",
 )
-_SIZE = _whole(10**7)
-_POSITIONS = _whole(10**9)
+_SIZE = integer(10**7)
+_POSITIONS = integer(10**9)
 _TOKEN = Field(lambda value: is_whole(value) and value >= 0, "the id of a token, from 0, or null", optional=True)
 _TOKENS = Field(
     lambda value: (
@@ -115,13 +126,13 @@ _ROPE = Field(lambda value: isinstance(value, dict), "an object such as {'rope_t
 
 FIELDS: dict[str, Field] = {
     "attention": _one_of(ATTENTIONS),
-    "vocab_size": _whole(10**9),
+    "vocab_size": integer(10**9),
     "hidden_size": _SIZE,
     "intermediate_size": _SIZE,
-    "num_hidden_layers": _whole(10**6),
-    "num_attention_heads": _whole(10**5),
-    "num_key_value_heads": _whole(10**5, optional=True),
-    "head_dim": _whole(10**5, optional=True),
+    "num_hidden_layers": integer(10**6),
+    "num_attention_heads": integer(10**5),
+    "num_key_value_heads": integer(10**5, optional=True),
+    "head_dim": integer(10**5, optional=True),
     "hidden_act": Field(lambda value: isinstance(value, str), "the name of an activation function"),
     "max_position_embeddings": _POSITIONS,
     "initializer_range": _SPREAD,
@@ -160,7 +171,7 @@ FIELDS: dict[str, Field] = {
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "layer_types", "per_layer_config"), _ABSENT),
     "is_encoder_decoder": Field(lambda value: value is False, "false", way_out=_ABSENT.way_out),
     # The library makes a name for each.
-    "num_labels": _whole(10**6, 0, optional=True),
+    "num_labels": integer(10**6, 0, optional=True),
     # A torch.dtype's name begins with the library's.
     "dtype": Field(
         lambda value: value in DTYPES if isinstance(value, str) else str(value).removeprefix("torch.") in DTYPES,
@@ -216,12 +227,12 @@ GENERATION: dict[str, Field] = {
     "temperature": _number("a finite number from 0, or null", lambda value: value >= 0, optional=True),
     "top_p": _number("a number from 0 to 1, or null", lambda value: 0 <= value <= 1, optional=True),
     "min_p": _number("a number from 0 to 1, or null", lambda value: 0 <= value <= 1, optional=True),
-    "top_k": _whole(10**9, 0, optional=True),
+    "top_k": integer(10**9, 0, optional=True),
     "repetition_penalty": _OPTIONAL_FACTOR,
     "length_penalty": _number("a finite number, or null", lambda value: True, optional=True),
-    "max_length": _whole(10**9, 0, optional=True),
-    "max_new_tokens": _whole(10**9, optional=True),
-    "num_beams": _whole(10**5, optional=True),
+    "max_length": integer(10**9, 0, optional=True),
+    "max_new_tokens": integer(10**9, optional=True),
+    "num_beams": integer(10**5, optional=True),
     "do_sample": _FLAG_OR_OWN,
     "use_cache": _FLAG_OR_OWN,
 }

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,33 @@ def shown(path: str | Path) -> str:
     )  # fmt: skip
 
 
+def command(arguments: Iterable[str]) -> str:
+    """A command that a shell takes as it is printed, whatever is in its words.
+
+    >>> print(command(["diffattn", "train", "--out", "my runs/first"]))
+    diffattn train --out 'my runs/first'
+    """
+    return " ".join(map(_quoted, arguments))
+
+
+def _quoted(word: str) -> str:
+    if is_utf8(word):
+        return shlex.quote(word)
+    # Byte by byte, as shells read it.
+    return "$'" + "".join(f"\\x{byte:02x}" for byte in word.encode("utf-8", "surrogateescape")) + "'"
+
+
+def resume_command(verb: str, folder: Path) -> str:
+    """The command by which what a verb wrote into a folder goes on.
+
+    >>> print(resume_command("train", Path("-mine")))
+    diffattn train --resume --out ./-mine
+    """
+    name = str(folder)
+    # A name that looks like an option is none in this form.
+    return command(["diffattn", *verb.split(), "--resume", "--out", f"./{name}" if name.startswith("-") else name])
+
+
 def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
     """What a JSON text holds; whatever is wrong with it is a ValueError.
 
@@ -179,6 +208,15 @@ def read_object(path: Path, *, way_out: str = "check the path") -> dict[str, Any
             f"{str(path)!r} given; a JSON object is wanted; it holds a {type(values).__name__}: {way_out}"
         )
     return values
+
+
+def file_facts(path: Path, size: int | None = None) -> dict[str, int | str]:
+    """Bytes and SHA-256 of a file, or of its first ``size`` bytes."""
+    with path.open("rb") as stream:
+        if size is None:
+            return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        start = stream.read(size)
+    return {"bytes": len(start), "sha256": hashlib.sha256(start).hexdigest()}
 
 
 def sync(path: Path) -> None:

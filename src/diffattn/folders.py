@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffattn.errors import ConfigError
-from diffattn.files import entries, is_utf8, parse_json, unwritable
+from diffattn.files import entries, is_utf8, parse_json, resume_command, unwritable
 
 _CONFIG = "config.json"
 _MODEL = "model"
@@ -104,7 +103,7 @@ def no_model(folder: Path) -> str | None:
         more = f", or that of another of its {len(found)} runs" if len(found) > 1 else ""
         return f"{what}: take {str(found[0])!r}{more}"
     if kind is RUN:
-        return f"{what}; it has none yet: finish it with diffattn train --resume --out {shlex.quote(str(folder))}"
+        return f"{what}; it has none yet: finish it with {resume_command('train', folder)}"
     return f"{what}; none of its runs has finished: finish one first, by the command that started it"
 
 

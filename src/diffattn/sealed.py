@@ -74,15 +74,6 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
             raise
 
 
-def file_facts(path: Path, size: int | None = None) -> dict[str, int | str]:
-    """Bytes and SHA-256 of a file, or of its first ``size`` bytes."""
-    with path.open("rb") as stream:
-        if size is None:
-            return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-        start = stream.read(size)
-    return {"bytes": len(start), "sha256": hashlib.sha256(start).hexdigest()}
-
-
 def _seal_of(content: dict[str, Any]) -> str:
     rest = {key: value for key, value in content.items() if key != SEAL}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -79,6 +79,9 @@ def test_a_folder_with_a_space_is_named_so_that_the_command_can_be_pasted(capsys
     write("my run", RUN)
     assert main(["generate", "my run", "Oslo"]) == 2
     assert capsys.readouterr().err.endswith("diffattn train --resume --out 'my run'\n")
+    write("-mine", RUN)
+    assert main(["generate", "./-mine", "Oslo"]) == 2
+    assert capsys.readouterr().err.endswith("diffattn train --resume --out ./-mine\n")
 
 
 def test_the_command_that_finishes_a_run_does_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from study.small_comparison import write_shape, write_text
 
-from diffattn.cli.arguments import command
 from diffattn.cli.console import print_json
 from diffattn.cli.main import VERBS, main
 from diffattn.cli.options import options_of, parse
 from diffattn.errors import ConfigError
-from diffattn.files import write_json
+from diffattn.files import command, write_json
 from diffattn.files import write_text as write_file
 from diffattn.study.comparison import Comparison
 from diffattn.study.ladder import Ladder

@@ -6,7 +6,7 @@ import pytest
 from serve.small_folders import small_folder
 
 from diffattn.errors import CheckpointError
-from diffattn.model.trained import TRAINING, Trained, read_trained, write_trained
+from diffattn.model.trained import TRAINING, Trained, read_claim, read_trained, write_trained
 
 LITTLE = Trained(
     attention="diff_v1", parameters=3_000_000, vocab_size=4096, steps=30, tokens=15_360, val_loss=7.21, continued=False
@@ -31,6 +31,14 @@ def test_it_says_nothing_of_other_weights(folder: Path, tmp_path: Path) -> None:
     (other / TRAINING).write_bytes((folder / TRAINING).read_bytes())
     assert read_trained(other) is None
     (folder / TRAINING).unlink()
+
+
+def test_what_is_said_is_read_before_a_weight_is(folder: Path, tmp_path: Path) -> None:
+    write_trained(folder, LITTLE)
+    (folder / TRAINING).rename(tmp_path / TRAINING)
+    claim = read_claim(tmp_path)
+    assert claim is not None
+    assert claim.trained == claim.of_weights(folder) == LITTLE
 
 
 def test_only_a_model_that_saw_little_is_excused() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mounted import file_system
 
 from diffattn.errors import UnsupportedError
 from diffattn.machine import cache_folder
@@ -482,18 +483,9 @@ def test_a_kernel_in_a_cache_that_cannot_be_written_is_used(
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
-    """A file system of its own, and a function that mounts it again with other options."""
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root and mount")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield folder, lambda options: subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True) and None
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    """A file system of 16 MB, and a function that mounts it again with other options."""
+    with file_system(tmp_path / "disk", "16m") as mounted:
+        yield mounted
 
 
 def test_a_file_system_that_is_read_only_or_full(

@@ -128,6 +128,7 @@ def test_examples_of_a_data_set_have_the_names_of_their_labels(monkeypatch):
         ('{"text": "a", "label": "x"}\n{"text": "b"}', "line 2 has no 'text' and 'label'"),
         ("[1]", "line 1 has no 'text' and 'label'"),
         ("no json", "line 1 is no JSON"),
+        ("[" * 100_000, "line 1 is no JSON .it is nested too deeply."),
     ],
 )
 def test_a_file_that_is_no_task_is_refused(tmp_path, content, words):

@@ -2,13 +2,12 @@
 
 import errno
 import json
-import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mounted import file_system
 from safetensors import SafetensorError
 from train.small_run import RECIPE, assert_same_run, at, checkpoint_steps, partials, rows, run
 
@@ -65,26 +64,16 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
-    """A file system of 1.4 MB, and a function that gives it another size."""
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root and mount")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", disk], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield disk, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True) and None
-    # An error that is being reported may still hold a file open.
-    subprocess.run(["umount", "--lazy", disk], check=True)
+    """A file system of 1.4 MB, and a function that mounts it again with other options."""
+    with file_system(tmp_path / "disk", "1400k") as mounted:
+        yield mounted
 
 
 @pytest.mark.parametrize("step", [5, 7, 10])
 def test_a_disk_that_is_really_full(
     step: int, small_disk: tuple[Path, Callable[[str], None]], whole: Path, data: PreparedData
 ) -> None:
-    disk, resize = small_disk
+    disk, remount = small_disk
     folder, filler = disk / "run", disk / "filler"
 
     def fill() -> None:
@@ -102,7 +91,7 @@ def test_a_disk_that_is_really_full(
     with pytest.raises(TrainingError, match="the disk is full"):
         run(data, folder, resume=True)
     filler.unlink()
-    resize("8m")
+    remount("size=8m")
     run(data, folder, resume=True)
     assert_same_run(folder, whole)
 

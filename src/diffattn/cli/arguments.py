@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterable
 from contextvars import ContextVar
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.errors import ConfigError
-from diffattn.files import is_utf8
+from diffattn.files import command
 
 _words: ContextVar[list[str] | None] = ContextVar("words", default=None)
 _named: ContextVar[frozenset[str]] = ContextVar("named", default=frozenset())
@@ -42,15 +41,6 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in _named.get()}
 
 
-def command(arguments: Iterable[str]) -> str:
-    """A command that a shell takes as it is printed, whatever is in its words.
-
-    >>> print(command(["diffattn", "train", "--out", "my runs/first"]))
-    diffattn train --out 'my runs/first'
-    """
-    return " ".join(map(_quoted, arguments))
-
-
 def check_given(folder: Path, beside: dict[str, Any], own: dict[str, Any], **names: str) -> None:
     """Raise where an option that was given beside ``--resume`` is not what the run was started with.
 
@@ -79,10 +69,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return ""
     return " " + command(map(str, value if isinstance(value, tuple) else (value,)))
-
-
-def _quoted(word: str) -> str:
-    if is_utf8(word):
-        return shlex.quote(word)
-    # Byte by byte, as shells read it.
-    return "$'" + "".join(f"\\x{byte:02x}" for byte in word.encode("utf-8", "surrogateescape")) + "'"

@@ -10,11 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffattn.cli.arguments import command, command_line
+from diffattn.cli.arguments import command_line
 from diffattn.cli.board import Board
 from diffattn.cli.screen import say
 from diffattn.cli.table import show
 from diffattn.errors import ConfigError
+from diffattn.files import resume_command
 from diffattn.numbers import seconds
 
 if TYPE_CHECKING:
@@ -52,11 +53,7 @@ class Console(Board):
             return f"stopped; what was trained is kept, go on with: {self.command}"
         if not (self.folder / "config.json").exists():
             return f"stopped before anything was trained; start again with: {self.command}"
-        folder = str(self.folder)
-        # A name that looks like an option is none in this form.
-        folder = f"./{folder}" if folder.startswith("-") else folder
-        again = command(["diffattn", *self.verb.split(), "--resume", "--out", folder])
-        return f"stopped; what was trained is kept, go on with: {again}"
+        return f"stopped; what was trained is kept, go on with: {resume_command(self.verb, self.folder)}"
 
     def progress(self, name: str, step: Step, *, first: str | None = None) -> None:
         """The line of one model that is trained."""

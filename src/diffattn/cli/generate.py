@@ -59,11 +59,11 @@ def generate(
         from dataclasses import asdict
 
         from diffattn.cli.board import Board
-        from diffattn.model.trained import read_trained
+        from diffattn.model.trained import read_claim
         from diffattn.numbers import seconds, size
 
         text = _stdin() if prompt == "-" else prompt
-        trained = read_trained(folder)
+        claim = read_claim(folder)
         with Board(keep=False) as board:
             board.importing()
             from diffattn.serve.generation import Decoding, check_prompt
@@ -101,6 +101,8 @@ def generate(
             f"{first}{speed}; {seconds(result.seconds)} in all",
             file=sys.stderr,
         )
+        # All weights are read for it once more, so behind the text.
+        trained = None if claim is None else claim.of_weights(folder)
         if trained is not None:
             print(f"this model: {trained.facts}", file=sys.stderr)
         if trained is not None and trained.advice is not None:

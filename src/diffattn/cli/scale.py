@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from diffattn.cli.arguments import command, command_line
+from diffattn.cli.arguments import command_line
 from diffattn.errors import DataError
+from diffattn.files import command
 
 
 def scale_run(

@@ -8,7 +8,6 @@ The tokens can also be those of a tokenizer that is given, such as a pretrained 
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from diffattn.data.long_text import long_ids
 from diffattn.data.text import SEPARATOR, Document, Split
 from diffattn.errors import ConfigError, DataError
-from diffattn.files import shown
+from diffattn.files import file_facts, parse_json, shown
 from diffattn.progress import OnStage, Stage, unseen
 
 if TYPE_CHECKING:
@@ -334,7 +333,7 @@ def write_token_files(
         files[f"{side}.bin"] = {"dtype": dtype, "count": count}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         facts = files.setdefault(path.relative_to(folder).as_posix(), {})
-        facts |= {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        facts |= file_facts(path)
     manifest = {"format": FORMAT, "digest": digest, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
@@ -358,14 +357,9 @@ def _report(on_stage: OnStage, name: str, total: int, before: int, done: int) ->
 def check_token_files(folder: Path) -> dict[str, Any] | None:
     """Give the manifest of a folder whose every file is as `write_token_files` wrote it, else None."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-        marks = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
-        whole = all((os.path.getsize(folder / name), _sha256(folder / name)) == mark for name, mark in marks.items())
+        manifest: dict[str, Any] = parse_json((folder / "manifest.json").read_bytes())
+        marks = {name: {key: facts[key] for key in ("bytes", "sha256")} for name, facts in manifest["files"].items()}
+        whole = all(file_facts(folder / name) == mark for name, mark in marks.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if whole else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

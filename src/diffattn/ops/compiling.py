@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 from diffattn.errors import UnsupportedError
+from diffattn.files import parse_json
 from diffattn.machine import cache_folder, is_private, temporary_folder
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -62,10 +63,11 @@ _LINKING = {"linux": "-Wl,--no-as-needed", "darwin": "-undefined dynamic_lookup"
 
 @dataclass(frozen=True)
 class Built:
-    """A finished library, the seconds that compiling it took, and whether a wheel brought it."""
+    """A finished library: its compiling seconds, the digest of sources and flags, and whether a wheel brought it."""
 
     path: str
     seconds: float
+    digest: str = ""
     shipped: bool = False
 
 
@@ -148,11 +150,11 @@ def _places() -> list[Path]:
 def read(folder: Path) -> Built | None:
     """The library of a folder as `_build_in` leaves it; None where anything of it is missing or damaged."""
     try:
-        said = json.loads((folder / "build.json").read_text())
+        said = parse_json((folder / "build.json").read_bytes())
         # The loader would touch pages that a truncated file does not have, and the process would end.
         if hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest() != said["sha256"]:
             return None
-        return Built(str(folder / LIBRARY), float(said["seconds"]))
+        return Built(str(folder / LIBRARY), float(said["seconds"]), str(said.get("digest")))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -210,7 +212,7 @@ def _build_in(kernels: Path, recipe: Recipe, log: Path) -> Built:
         os.rename(new, folder)
     log.unlink(missing_ok=True)
     say(f"compiled in {seconds:.0f} s → {folder / LIBRARY}")
-    return Built(str(folder / LIBRARY), seconds)
+    return Built(str(folder / LIBRARY), seconds, recipe.digest)
 
 
 def _writable_folder(keep: bool) -> Path:

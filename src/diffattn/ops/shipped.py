@@ -9,7 +9,6 @@ what the kernel includes and links (docs/kernel.md has the check), so ``+cpu`` a
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +49,6 @@ def _look(recipe: Recipe) -> tuple[Built | None, str | None]:
     built = read(folder)
     if built is None:
         return None, "it is damaged; install diffattn again"
-    if json.loads((folder / "build.json").read_text()).get("digest") != recipe.digest:
+    if built.digest != recipe.digest:
         return None, "the sources or flags have changed since"
     return replace(built, shipped=True), None

@@ -106,12 +106,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _read(values: dict[str, Any], kind: Kind, name: str) -> tuple[ModelShape, str]:
+    check_config(values)
     ours, diffllama = values["model_type"] == OURS, values["model_type"] == "diffllama"
     attention = values.get("attention", "diff_v1") if ours else "softmax"
-    if attention not in (*VARIANTS, "dex"):
-        raise ConfigError(f"attention={attention!r} given; one of {', '.join(VARIANTS)}, dex is wanted; correct it")
     v1, v2 = attention == "diff_v1", attention == "diff_v2"
-    check_config(values)
     for key in _SIZES:
         check_positive_int(key, values[key])
 
@@ -197,11 +195,7 @@ def _extras(
 
 def _dex_heads(values: Mapping[str, Any], shape: ModelShape) -> int:
     chosen = values.get("dex_heads")
-    if chosen is None:
-        return shape.num_layers * shape.num_heads
-    if not isinstance(chosen, list) or not all(isinstance(heads, list) for heads in chosen):
-        raise ConfigError(f"dex_heads={str(chosen)[:60]} given; a list of heads for each layer is wanted; correct it")
-    return sum(map(len, chosen))
+    return shape.num_layers * shape.num_heads if chosen is None else sum(map(len, chosen))
 
 
 def _flag(values: Mapping[str, Any], key: str, default: Any = False) -> Any:

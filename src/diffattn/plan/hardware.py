@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from diffattn.config_fields import is_number
 from diffattn.errors import ConfigError
 from diffattn.files import parse_json
 from diffattn.names import one_of, plain
@@ -81,7 +82,7 @@ class Machine:
 def _check_rate(name: str, key: str, value: object) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _FASTEST:
+    if not is_number(value) or not 0 < value <= _FASTEST:
         raise ConfigError(
             f"machine {name!r} gives {key}={value!r}; a number above 0 (and at most 1e30) is wanted, or null where "
             "it is unknown"

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-from diffattn.config_fields import FIELDS, check
+from diffattn.config_fields import FIELDS, check, integer
 from diffattn.config_fields import VARIANTS as VARIANTS
 from diffattn.errors import ConfigError
 from diffattn.quantities import COUNTS, MOST, whole
@@ -244,12 +244,7 @@ def check_positive_int(key: str, value: object, *, most: int = MOST) -> None:
 
     >>> check_positive_int("context", 1)
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{key}={value!r} given; a positive integer is wanted; write it without quotes or a point")
-    if value > most:
-        # Python itself refuses to write a number of thousands of digits.
-        said = value if value < 10**30 else f"1e{value.bit_length() * 3 // 10}"
-        raise ConfigError(f"{key}={said} given; an integer of at most {most} is wanted; correct it")
+    check({key: integer(most)}, key, value)
 
 
 @dataclass(frozen=True, kw_only=True)

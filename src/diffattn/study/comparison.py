@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffattn.config_fields import is_count, is_measure
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import write_json
 from diffattn.folders import COMPARISON, own_folder
@@ -14,7 +15,6 @@ from diffattn.model.pairing import MATCHES
 from diffattn.names import one_of
 from diffattn.plan.shape import DEFAULT_VARIANTS, VARIANTS, ModelShape
 from diffattn.sealed import SEAL, read_sealed, sealed
-from diffattn.train.callbacks import is_count, is_measure
 from diffattn.train.checkpoint import WAY_OUT
 from diffattn.train.own import lasting
 from diffattn.train.recipe import Recipe

@@ -15,7 +15,6 @@ Source: arXiv 2410.05258v2, section 3.5, Figures 6 and 7 (constrained decoding; 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from diffattn.data.text import load_rows
 from diffattn.data.tokenizer import document_marks
 from diffattn.errors import ConfigError, DataError
+from diffattn.files import parse_json
 from diffattn.model.loading import positions_of
 from diffattn.study.options import IclOptions
 
@@ -106,7 +106,7 @@ def _rows(source: str, label: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield f"{source}: line {number}", json.loads(line)
+                yield f"{source}: line {number}", parse_json(line)
             except ValueError as error:
                 raise DataError(f"{source}: line {number} is no JSON ({error}); an object is wanted on each") from None
 

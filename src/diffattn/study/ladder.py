@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffattn.config_fields import is_count, is_measure
 from diffattn.data.mixture import check_share, with_needles
 from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.data.text import read_corpus
@@ -29,7 +30,7 @@ from diffattn.progress import OnStage, Stage, unseen
 from diffattn.sealed import append_row, unbroken
 from diffattn.study.arms import ARMS, Arm
 from diffattn.study.compare import versions
-from diffattn.train.callbacks import Progress, is_count, is_measure
+from diffattn.train.callbacks import Progress
 from diffattn.train.lock import InUseError
 from diffattn.train.recipe import Recipe
 from diffattn.train.run import train

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import tempfile
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import DynamicCache
 
+from diffattn.checkpoint_files import check_safetensors
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.fused import DIFF_FUSED, serving_backend
@@ -331,11 +330,8 @@ def _save_and_load(model: DiffTransformerForCausalLM, repeats: int) -> tuple[int
         files = sorted(Path(name).glob("*.safetensors"))
         size = 0
         for file in files:
-            with safe_open(file, "pt") as opened:
-                keys = list(opened.keys())
-            with file.open("rb") as raw:
-                header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
-            size += sum(header[key]["data_offsets"][1] - header[key]["data_offsets"][0] for key in keys)
+            places = (entry["data_offsets"] for entry in check_safetensors(file).values())
+            size += sum(end - begin for begin, end in places)
         taken = []
         for _ in range(max(1, repeats)):
             for file in files:

@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from diffattn.config_fields import is_count, is_measure
 from diffattn.errors import TrainingError
 from diffattn.files import explained, parse_json, write_text
 from diffattn.progress import OnStage, Stage
@@ -127,16 +128,6 @@ def _is_row(row: object) -> bool:
     counts = [row.get("step"), row.get("tokens"), row.get("val_blocks", 0)]
     measures = [row.get("seconds"), *(row[name] for name in ("loss", "val_loss", "grad_norm") if name in row)]
     return all(is_count(value) for value in counts) and all(is_measure(value) for value in measures)
-
-
-def is_count(value: object) -> bool:
-    """A whole number that may stand in a file of ours: 0 or more, of no more than 64 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def is_measure(value: object) -> bool:
-    """A finite number that may stand in a file of ours."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 class RunCallback(TrainerCallback):

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.errors import CheckpointError
-from diffattn.files import PARTIAL, parse_json, remove_unfinished, write_json
-from diffattn.sealed import file_facts
+from diffattn.files import PARTIAL, file_facts, parse_json, remove_unfinished, write_json
 
 MANIFEST = "manifest.json"
 WAY_OUT = "restore the file, or start again with another --out"

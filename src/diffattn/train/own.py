@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffattn.config_fields import is_count
 from diffattn.data.text import read_corpus
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.folders import RUN, own_folder
 from diffattn.plan.shape import ModelShape
 from diffattn.sealed import read_sealed
-from diffattn.train.callbacks import is_count
 from diffattn.train.checkpoint import WAY_OUT
 from diffattn.train.recipe import Recipe
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffattn.config_fields import is_measure
 from diffattn.errors import CheckpointError, ConfigError
-from diffattn.sealed import SEAL, file_facts, read_sealed
-from diffattn.train.callbacks import is_measure, parse_metrics, read_metrics, warn
+from diffattn.files import file_facts
+from diffattn.sealed import SEAL, read_sealed
+from diffattn.train.callbacks import parse_metrics, read_metrics, warn
 from diffattn.train.checkpoint import MANIFEST, WAY_OUT, checkpoints, defect, has_run_files, sealed_rows
 
 # Of fields that were added since a run was started, by part of its config.json.

@@ -16,12 +16,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from diffattn.data.packing import PreparedData, ValidationBlocks
 from diffattn.errors import ConfigError
-from diffattn.files import sync, whole_folder, writable_folder, write_json
+from diffattn.files import file_facts, sync, whole_folder, writable_folder, write_json
 from diffattn.folders import RUN, holds_model_of_ours, own_folder
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.trained import Trained, write_trained
 from diffattn.progress import OnStage, Stage, unseen
-from diffattn.sealed import file_facts, sealed
+from diffattn.sealed import sealed
 from diffattn.train.annealing import DexAnnealing
 from diffattn.train.callbacks import Interruption, MetricsFile, Progress, RunCallback, diverged, read_metrics, warn
 from diffattn.train.checkpoint import checkpoints, is_sealed, last_good, prune, seal
