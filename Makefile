@@ -51,7 +51,7 @@ test-vllm: .venv-vllm/ready
 
 # The compiled kernel under AddressSanitizer and UBSan: about a minute.
 asan: $(READY)
-	$(BIN)/python tests/asan_fused_cpu.py
+	$(BIN)/python tests/support/asan_fused_cpu.py
 
 # A wheel with the kernel compiled for each instruction set, in dist/: about a minute and a half.
 wheels: $(READY)

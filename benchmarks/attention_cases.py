@@ -93,7 +93,7 @@ def diffllama(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
 
 
 fused, standard = (partial(diff_attention, backend=name) for name in ("fused_cpu", "standard"))
-FUSED = "tests/ops/test_fused_cpu.py::test_forward_and_gradients"
+FUSED = "tests/ops/cpu/test_operator.py::test_forward_and_gradients"
 STANDARD = "tests/ops/test_standard.py::test_output_and_gradients"
 HERE = "tests/benchmarks/test_attention.py::test_every_case_is_the_definition"
 # Standard calls join the halves of V1's cached keys, which the models never do: no "decode" for the slower forms.

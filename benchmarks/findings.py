@@ -27,13 +27,7 @@ import torch
 
 from benchmarks.rows import Writer, provenance
 from diffattn.data.mixture import STAGES
-from diffattn.report.ablation_table import ablation_rows
-from diffattn.report.study_chart import study_rows, write_study_png
-from diffattn.study.ablation import ablation
-from diffattn.study.arms import ARMS
-from diffattn.study.evaluation import Runs, compared, evaluate
-from diffattn.study.ladder import ROWS, read_rows
-from diffattn.study.options import (
+from diffattn.probes.options import (
     IclOptions,
     LongContextOptions,
     LowBitOptions,
@@ -42,6 +36,12 @@ from diffattn.study.options import (
     RetrievalOptions,
     StandardOptions,
 )
+from diffattn.probes.run import Runs, compared, evaluate
+from diffattn.report.ablation_table import ablation_rows
+from diffattn.report.study_chart import study_rows, write_study_png
+from diffattn.scaling.ablation import ablation
+from diffattn.scaling.arms import ARMS
+from diffattn.scaling.ladder import ROWS, read_rows
 from diffattn.train.callbacks import read_metrics
 
 

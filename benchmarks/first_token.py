@@ -48,7 +48,7 @@ def _torch(arguments: argparse.Namespace) -> tuple[tuple[float, float], int]:
 def _onnx(arguments: argparse.Namespace) -> tuple[tuple[float, float], int]:
     import numpy as np
 
-    from diffattn.serve.onnx_run import OnnxDecoder
+    from diffattn.export.run import OnnxDecoder
 
     imported = time.perf_counter()
     before = _memory()["RssAnon"]

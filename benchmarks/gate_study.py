@@ -36,10 +36,10 @@ from diffattn.data.needles import Haystack
 from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.data.text import read_corpus, split_by_document
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.study.arms import ARMS
-from diffattn.study.ladder import Ladder
-from diffattn.study.options import DEPTHS, RetrievalOptions
-from diffattn.study.retrieval import measure_retrieval
+from diffattn.probes.options import DEPTHS, RetrievalOptions
+from diffattn.probes.retrieval import measure_retrieval
+from diffattn.scaling.arms import ARMS
+from diffattn.scaling.ladder import Ladder
 from diffattn.train.callbacks import Progress, read_metrics
 from diffattn.train.run import train
 

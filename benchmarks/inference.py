@@ -42,8 +42,8 @@ from transformers.utils import logging
 from benchmarks.rows import Writer, in_turns, pairwise, provenance, spread
 from benchmarks.training_step import diffllama, llama, ours
 from diffattn import ModelShape
-from diffattn.serve.onnx_export import export_onnx
-from diffattn.serve.onnx_run import Cache, OnnxDecoder
+from diffattn.export.onnx import export_onnx
+from diffattn.export.run import Cache, OnnxDecoder
 
 # SmolLM2-135M with heads that pair: 12 of width 48 over 4 key/value heads, in place of 9 of 64 over 3.
 SHAPE = ModelShape(
@@ -97,7 +97,7 @@ ENTRIES = (
     ),
     Entry("llama", llama, MODELS + "test_softmax_model_is_llama"),
     Entry("diffllama", diffllama, MODELS + "test_v1_model_without_gain_is_diffllama_with_its_heads_in_another_order"),
-    *(Entry(f"onnx_{attention}", ours(attention), "tests/serve/test_onnx_export.py", onnx=True) for attention in OURS),
+    *(Entry(f"onnx_{attention}", ours(attention), "tests/export/test_onnx.py", onnx=True) for attention in OURS),
 )
 REFERENCES = ("softmax", "llama", "diffllama")
 

@@ -32,19 +32,19 @@ from transformers.utils import logging
 
 from benchmarks.rows import Writer, in_turns, pairwise, provenance, spread
 from diffattn.data.text import read_corpus, split_by_document
+from diffattn.export.graph import save, to_graph
+from diffattn.export.quantize import quantize
+from diffattn.export.run import OnnxDecoder
 from diffattn.model.loading import load_model, load_tokenizer
-from diffattn.serve.onnx_graph import save, to_graph
-from diffattn.serve.onnx_quantize import quantize
-from diffattn.serve.onnx_run import OnnxDecoder
 
-GATE = "tests/serve/test_onnx_export.py::test_logits_are_the_models"
-QUANTIZED_GATE = "tests/serve/test_onnx_quantize.py::test_the_logits_are_those_of_the_rounded_weights"
+GATE = "tests/export/test_onnx.py::test_logits_are_the_models"
+QUANTIZED_GATE = "tests/export/test_quantize.py::test_the_logits_are_those_of_the_rounded_weights"
 Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Form:
-    """One form of the model; the fields after ``bits`` are the arguments of ``diffattn.serve.onnx_quantize``."""
+    """One form of the model; the fields after ``bits`` are the arguments of ``diffattn.export.quantize``."""
 
     name: str
     engine: str

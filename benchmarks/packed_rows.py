@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.rows import Writer, in_turns, pairwise, provenance, spread
-from diffattn.ops import build
-from diffattn.ops.fused_cpu import fused_cpu_diff_attention
+from diffattn.ops.cpu import build
+from diffattn.ops.cpu.operator import fused_cpu_diff_attention
 
 HEADS, WIDTH = 8, 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

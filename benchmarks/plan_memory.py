@@ -25,7 +25,7 @@ from diffattn.plan.cost import match_parameters
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
 from diffattn.plan.shape import ModelShape
 
-GATE = "tests/study/test_measured_plan.py::test_the_measured_rows_are_predicted"
+GATE = "tests/study/test_plan_check.py::test_the_measured_rows_are_predicted"
 PHASES = ("training", "prefill", "decoding")
 
 SHAPES = {
@@ -105,7 +105,7 @@ class Case:
     def measured(self) -> int:
         """Bytes at the peak, of the model itself."""
         # Kept out of the import, so that a test of the rows needs no model.
-        from diffattn.study.measured_plan import Subject
+        from diffattn.study.plan_check import Subject
 
         subject = Subject(
             self.planned(),

@@ -29,15 +29,15 @@ from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.pairing import build_pair
 from diffattn.plan.rule import shape_about
 from diffattn.plan.shape import VARIANTS
-from diffattn.study.noise import span_sums
-from diffattn.study.outliers import measure_outliers
-from diffattn.study.retrieval import answered_rightly
+from diffattn.probes.noise import span_sums
+from diffattn.probes.outliers import measure_outliers
+from diffattn.probes.retrieval import answered_rightly
 
 CONTEXT, BATCH, TOGETHER = 1024, 4, 16
 GATES = {
-    "noise": "tests/study/test_noise.py::test_spans_are_sums_of_the_last_row_of_whole_maps",
-    "outliers": "tests/study/test_outliers.py::test_outliers_are_those_of_all_logits_and_hidden_states_at_once",
-    "retrieval": "tests/study/test_retrieval.py::test_batched_answers_are_those_of_one_at_a_time",
+    "noise": "tests/probes/test_noise.py::test_spans_are_sums_of_the_last_row_of_whole_maps",
+    "outliers": "tests/probes/test_outliers.py::test_outliers_are_those_of_all_logits_and_hidden_states_at_once",
+    "retrieval": "tests/probes/test_retrieval.py::test_batched_answers_are_those_of_one_at_a_time",
 }
 
 

@@ -14,8 +14,8 @@ from diffattn.plan.hardware import MACHINES
 from diffattn.plan.rule import parse_count
 from diffattn.plan.shape import VARIANTS, ModelShape, presets
 from diffattn.quantities import AmbiguousError, read_quantity, short
+from diffattn.scaling.ladder import Ladder
 from diffattn.study.compare import Comparison
-from diffattn.study.ladder import Ladder
 
 
 def test_every_name_is_found_in_any_case_and_without_its_marks() -> None:

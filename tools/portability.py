@@ -1,8 +1,8 @@
 """The kernel through other compilers and on other processors than this machine's: `make portable`.
 
 Each case is a compiler and a processor. The kernel is compiled for the processor's instruction set as on first use, and
-its reference cases (`tests/ops/test_fused_cpu.py`) run on it: on this processor, which PyTorch takes for an older one,
-or under qemu, where the processor of the case is all there is. One JSON line per case; a case whose compiler or
+its reference cases (`tests/ops/cpu/test_operator.py`) run on it: on this processor, which PyTorch takes for an older
+one, or under qemu, where the processor of the case is all there is. One JSON line per case; a case whose compiler or
 emulator is absent is a line too, with what is absent.
 
     apt-get install g++-11 g++-12 clang-14 g++-aarch64-linux-gnu qemu-user debootstrap
@@ -31,10 +31,10 @@ import torch
 
 from benchmarks.rows import Writer, provenance
 from diffattn.errors import UnsupportedError
-from diffattn.ops import compiling
+from diffattn.ops.cpu import compiling
 
 ROOT = Path(__file__).parents[1]
-TESTS = ["tests/ops/test_fused_cpu.py", "-k", "test_forward_and_gradients"]
+TESTS = ["tests/ops/cpu/test_operator.py", "-k", "test_forward_and_gradients"]
 # The last line that pytest prints.
 COUNTS = re.compile(r"^[0-9]+ (?:passed|failed|skipped|deselected|error).* in [0-9.:]+s", re.MULTILINE)
 

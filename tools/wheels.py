@@ -29,7 +29,7 @@ OF_TORCH = ("libtorch_cpu.so", "libc10.so")
 COMPILE = """
 import shutil, sys
 from pathlib import Path
-from diffattn.ops import compiling, shipped
+from diffattn.ops.cpu import compiling, shipped
 build = shipped.torch_build()
 if build is None:
     sys.exit(f"tools.wheels: torch {compiling.torch.__version__} given; wanted a build of PyTorch's own, +cpu or +cu")
@@ -50,7 +50,7 @@ def build(out: Path, interpreters: list[str], instruction_sets: list[str]) -> Pa
         _run("wheel", "unpack", pure, "--dest", work / "unpacked")
         (unpacked,) = (work / "unpacked").iterdir()
         for interpreter in interpreters:
-            command = [interpreter, "-c", COMPILE, unpacked / "diffattn/ops/shipped", *instruction_sets]
+            command = [interpreter, "-c", COMPILE, unpacked / "diffattn/ops/cpu/shipped", *instruction_sets]
             subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
         (facts,) = unpacked.glob("*.dist-info/WHEEL")
         facts.write_text(facts.read_text().replace("Root-Is-Purelib: true", "Root-Is-Purelib: false"))

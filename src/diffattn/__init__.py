@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from diffattn.model.pairing import build_pair as build_pair
     from diffattn.ops.dispatch import diff_attention as diff_attention
     from diffattn.plan.shape import ModelShape as ModelShape
+    from diffattn.probes.lens import lens as lens
+    from diffattn.probes.run import evaluate as evaluate
     from diffattn.study.compare import compare as compare
-    from diffattn.study.evaluation import evaluate as evaluate
-    from diffattn.study.lens import lens as lens
     from diffattn.train.recipe import Recipe as Recipe
     from diffattn.train.run import train as train
 
@@ -33,8 +33,8 @@ _HOME = {
     "build_pair": "model.pairing",
     "compare": "study.compare",
     "diff_attention": "ops.dispatch",
-    "evaluate": "study.evaluation",
-    "lens": "study.lens",
+    "evaluate": "probes.run",
+    "lens": "probes.lens",
     "prepare_data": "data.packing",
     "train": "train.run",
 }

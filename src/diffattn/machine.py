@@ -6,7 +6,9 @@ import os
 import platform
 import stat
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder() -> Path:
@@ -47,3 +49,16 @@ def processor_name() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def versions() -> dict[str, Any]:
+    """What ran, and on what."""
+    import torch
+
+    names = ("diffattn", "torch", "transformers", "accelerate", "tokenizers")
+    return {
+        **{name: version(name) for name in names},
+        "python": platform.python_version(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
+        "threads": torch.get_num_threads(),
+    }

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from study.test_ladder import small, write_text
+from scaling.test_ladder import small, write_text
 
 from benchmarks import findings
-from diffattn.study.evaluation import evaluate
-from diffattn.study.ladder import ROWS, read_rows, run_ladder
-from diffattn.study.options import LongContextOptions, LowBitOptions
+from diffattn.probes.options import LongContextOptions, LowBitOptions
+from diffattn.probes.run import evaluate
+from diffattn.scaling.ladder import ROWS, read_rows, run_ladder
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "findings.md"

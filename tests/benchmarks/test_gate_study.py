@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import gate_study
-from diffattn.study.ladder import Ladder
+from diffattn.scaling.ladder import Ladder
 
 ROOT = Path(__file__).parents[2]
 LADDER = Ladder(sizes=("15k",), tokens="8k", vocab_size=300, context=200, needles=0.9, batch_size=4, dtype="float32")

@@ -1,7 +1,7 @@
 import json
 
 import torch
-from fused_cases import require_kernel
+from support.fused_cases import require_kernel
 
 from benchmarks import packed_rows
 

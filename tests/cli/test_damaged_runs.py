@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from study.small_comparison import write_shape, write_text
+from support.small_comparison import write_shape, write_text
 
 from diffattn.cli.main import main
 from diffattn.train.callbacks import RunCallback

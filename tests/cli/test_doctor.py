@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffattn.cli.main import main
-from diffattn.ops import build, compiling
+from diffattn.ops.cpu import build, compiling
 
 
 @pytest.fixture(autouse=True)

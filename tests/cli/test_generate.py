@@ -6,12 +6,12 @@ import sys
 from dataclasses import replace
 
 import pytest
-from serve.small_folders import small_folder
+from support.small_folders import small_folder
 
 from diffattn.cli.main import main
+from diffattn.generate.decoding import Decoding
+from diffattn.generate.generation import generate
 from diffattn.model.trained import Trained, write_trained
-from diffattn.serve.decoding import Decoding
-from diffattn.serve.generation import generate
 
 PROMPT = "lower löwe"
 NINE = ["--max-new-tokens", "9", "--device", "cpu"]

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from study.small_comparison import write_shape, write_text
+from support.small_comparison import write_shape, write_text
 from transformers import AutoModelForCausalLM
 
 from diffattn.cli.main import main

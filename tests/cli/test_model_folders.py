@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from serve.small_folders import small_folder
-from study.small_comparison import write_shape, write_text
+from support.small_comparison import write_shape, write_text
+from support.small_folders import small_folder
 
 from diffattn.cli.main import main
 

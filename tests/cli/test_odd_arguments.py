@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from study.small_comparison import write_shape, write_text
+from support.small_comparison import write_shape, write_text
 
-from diffattn.cli.console import print_json
 from diffattn.cli.main import VERBS, main
 from diffattn.cli.options import options_of, parse
+from diffattn.cli.terminal.console import print_json
 from diffattn.errors import ConfigError
 from diffattn.files import command, write_json
 from diffattn.files import write_text as write_file
+from diffattn.scaling.ladder import Ladder
 from diffattn.study.comparison import Comparison
-from diffattn.study.ladder import Ladder
 from diffattn.train.recipe import Recipe
 
 ODD = os.fsdecode(b"od\xffd")

@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 
 import pytest
-from study.needle_model import TEXT, haystack, reader
-from study.small_comparison import write_shape
+from support.needle_model import TEXT, haystack, reader
+from support.small_comparison import write_shape
 from tokenizers import normalizers
 
 from diffattn.cli.main import main

@@ -82,7 +82,7 @@ def test_html_is_one_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 def test_measure_puts_both_beside_each_other(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import diffattn.study.measured_plan as measured
+    import diffattn.study.plan_check as measured
 
     asked: dict[str, Any] = {}
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study.small_comparison import write_shape, write_text
+from support.small_comparison import write_shape, write_text
 
 from diffattn.cli.main import VERBS, main
 from diffattn.cli.options import options_of
+from diffattn.probes import run as evaluation
 from diffattn.sealed import sealed
-from diffattn.study import evaluation
 from diffattn.train.callbacks import RunCallback
 
 SOURCES = Path(__file__).parents[2] / "src" / "diffattn"

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from study.small_comparison import write_shape, write_text
+from support.small_comparison import write_shape, write_text
 
 from diffattn.cli.main import main
 from diffattn.train.callbacks import RunCallback
@@ -223,7 +223,7 @@ def test_a_model_that_is_trained_on_goes_on_with_its_source(
 
 def test_a_run_of_an_earlier_version_goes_on_with_what_it_kept(capsys: pytest.CaptureFixture[str]) -> None:
     """It has no seals, and no options beside its recipe."""
-    from train.small_run import without_seals
+    from support.small_run import without_seals
 
     assert main(start("train", "whole")) == 0
     cut(4, start("train", "out"), capsys)

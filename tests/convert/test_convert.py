@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.small_folders import EXTRA, SIZES, logits, make_folder
-from model.small_models import ROUNDING
 from safetensors.torch import load_file, save_file
+from support.llama_folders import EXTRA, SIZES, logits, make_folder
+from support.small_models import ROUNDING
 
 from diffattn.cli.main import main
 from diffattn.convert.convert import DIRECTIONS, OBVIOUS, TARGETS, Conversion, convert

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from convert.reference_layers import causal_maps
-from model.small_models import SHAPE, assert_same_logits, small_model, tokens
+from support.reference_layers import causal_maps
+from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DiffLlamaConfig, DiffLlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb

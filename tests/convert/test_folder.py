@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.small_folders import logits, make_folder
 from safetensors.torch import load_file, save_file
+from support.llama_folders import logits, make_folder
 
 from diffattn.convert import folder as folder_module
 from diffattn.convert.convert import convert

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from model.small_models import assert_same_logits
+from support.small_models import assert_same_logits
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,

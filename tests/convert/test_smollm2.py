@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.smollm2 import smollm2
 from safetensors.torch import load_file
+from support.smollm2 import smollm2
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 

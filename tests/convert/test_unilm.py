@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from convert.reference_layers import ReferenceDecoder, reference_decoder
-from model.small_models import small_model, tokens
+from support.reference_layers import ReferenceDecoder, reference_decoder
+from support.small_models import small_model, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 import torch
-from comparison import compare
-from model.paper_layers import (
+from support.comparison import compare
+from support.paper_layers import (
     KNOWN_WRONG,
     PaperGated,
     PaperLinearV2,
@@ -15,7 +15,7 @@ from model.paper_layers import (
     PaperV1WithoutNorm,
     PaperV2,
 )
-from model.small_models import SHAPE, small_model, tokens
+from support.small_models import SHAPE, small_model, tokens
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

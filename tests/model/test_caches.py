@@ -1,6 +1,6 @@
 import pytest
 import torch
-from model.small_models import SHAPE, assert_same_logits, small_model, tokens
+from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from transformers import DynamicCache, StaticCache
 
 from diffattn.model.configuration import DiffTransformerConfig

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from model.small_models import SHAPE, assert_same_logits, small_model, tokens
+from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from transformers import StaticCache
 
 from diffattn.plan.shape import DEFAULT_VARIANTS

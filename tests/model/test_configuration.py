@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from model.small_models import SHAPE, small_model, tokens
+from support.small_models import SHAPE, small_model, tokens
 
 from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig, lambda_init_schedule

@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
-from model.small_models import SHAPE, assert_same_logits, small_model, tokens
 from scipy import stats
+from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, QuantizedCache
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import compare
-from fused_cases import needs_the_kernel, require_kernel
-from model.small_models import small_model, tokens
+from support.comparison import compare
+from support.fused_cases import needs_the_kernel, require_kernel
+from support.small_models import small_model, tokens
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap

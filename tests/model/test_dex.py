@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model.small_models import SHAPE, assert_same_logits, small_model, tokens
+from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 
 from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig, lambda_init_schedule

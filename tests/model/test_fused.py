@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 import torch
-from comparison import compare
-from fused_cases import needs_kernel, needs_the_kernel
-from model.kernel_calls import recorded_calls
-from model.small_models import SHAPE, assert_same_logits, small_model, tokens
+from support.comparison import compare
+from support.fused_cases import needs_kernel, needs_the_kernel
+from support.kernel_calls import recorded_calls
+from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -21,8 +21,8 @@ from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.fused import DIFF_FUSED, diff_fused_attention, diff_fused_mask
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.ops import build
-from diffattn.study.maps import attention_maps
+from diffattn.ops.cpu import build
+from diffattn.probes.maps import attention_maps
 
 DIFFERENTIAL = ("diff_v1", "diff_v2")
 SHAPES = {

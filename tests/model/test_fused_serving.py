@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from fused_cases import needs_the_kernel
-from model.kernel_calls import recorded_calls
-from model.small_models import SHAPE, assert_same_logits, small_model, tokens
+from support.fused_cases import needs_the_kernel
+from support.kernel_calls import recorded_calls
+from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
 from diffattn.model.fused import DIFF_FUSED

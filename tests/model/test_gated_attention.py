@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model.small_models import SHAPE, small_model, tokens
+from support.small_models import SHAPE, small_model, tokens
 from torch import Tensor
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention, Qwen3NextRotaryEmbedding

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from comparison import compare
-from model.small_models import small_model, tokens
+from support.comparison import compare
+from support.small_models import small_model, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from diffattn.ops import build, half
+from diffattn.ops import half
+from diffattn.ops.cpu import build
 
 HALVES = (torch.bfloat16, torch.float16)
 VARIANTS = ("softmax", "diff_v1", "diff_v2", "dex", "gated")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model.small_models import tokens
 from safetensors.torch import load_file, save_file
-from serve.small_folders import TOKENS, small_folder, small_tokenizer
+from support.small_folders import TOKENS, small_folder, small_tokenizer
+from support.small_models import tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diffattn.errors import CheckpointError, ConfigError, UnsupportedError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model.packed_cases import (
+from support.packed_cases import (
     IMPLEMENTATIONS,
     LENGTH,
     PADDED,
@@ -18,7 +18,7 @@ from model.packed_cases import (
     twins,
     visible_of,
 )
-from model.small_models import SHAPE, assert_same_logits, small_model, tokens
+from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from torch import Tensor
 
 from diffattn.errors import ConfigError

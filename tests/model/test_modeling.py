@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from model.small_models import SHAPE, assert_same_logits, small_model, tokens
+from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from diffattn.model.configuration import DiffTransformerConfig

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fused_cases import needs_the_kernel
-from model.kernel_calls import recorded_calls
-from model.packed_cases import (
+from support.fused_cases import needs_the_kernel
+from support.kernel_calls import recorded_calls
+from support.packed_cases import (
     ATTENTIONS,
     IMPLEMENTATIONS,
     LENGTH,
@@ -22,7 +22,7 @@ from model.packed_cases import (
     spans,
     twins,
 )
-from model.small_models import SHAPE, assert_same_logits, small_model, tokens
+from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 

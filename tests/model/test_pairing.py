@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from model.small_models import SHAPE, assert_same_logits, tokens
+from support.small_models import SHAPE, assert_same_logits, tokens
 
 from diffattn.errors import ConfigError
 from diffattn.model.modeling import DiffTransformerForCausalLM

@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 import pytest
-from model.small_models import small_model, tokens
+from support.small_models import small_model, tokens
 
 import diffattn
 from diffattn.plan.shape import DEFAULT_VARIANTS

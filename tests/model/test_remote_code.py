@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from model.small_models import assert_same_logits, small_model, tokens
 from safetensors.torch import load_file
+from support.small_models import assert_same_logits, small_model, tokens
 from transformers import AutoModelForCausalLM
 
 import diffattn
@@ -143,7 +143,7 @@ SOURCE = """
 import os
 import diffattn.model.fused
 from diffattn.errors import ConfigError, DataError as Wrong
-from diffattn.ops import build
+from diffattn.ops.cpu import build
 from diffattn.plan.shape import (
     ModelShape,
     VARIANTS,

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from model.small_models import SHAPE, small_model, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.small_models import SHAPE, small_model, tokens
 from transformers import AutoModelForCausalLM
 
 import diffattn  # noqa: F401 - registers the model with the Auto classes

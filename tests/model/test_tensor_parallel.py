@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from model.small_models import SHAPE, assert_same_logits, small_model, tokens
 from packaging.version import Version
 from safetensors.torch import load_file
+from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
-from diffattn.ops import fused_cpu
+from diffattn.ops.cpu import operator as fused_cpu
 
 RANKS = 2
 MODELS = {

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from model.small_models import SHAPE
+from support.small_models import SHAPE
 
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM

@@ -3,7 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from serve.small_folders import small_folder
+from support.small_folders import small_folder
 
 from diffattn.errors import CheckpointError
 from diffattn.model.trained import TRAINING, Trained, read_claim, read_trained, write_trained

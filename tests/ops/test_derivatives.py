@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import Inputs, compare, make_inputs
-from fused_cases import needs_the_kernel, padded, require_kernel
-from known_wrong import KNOWN_WRONG
+from support.comparison import Inputs, compare, make_inputs
+from support.fused_cases import needs_the_kernel, padded, require_kernel
+from support.known_wrong import KNOWN_WRONG
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
 from diffattn.errors import UnsupportedError
-from diffattn.ops import fused_cpu, fused_cpu_derivatives
+from diffattn.ops.cpu import derivatives as fused_cpu_derivatives
+from diffattn.ops.cpu import operator as fused_cpu
 from diffattn.ops.dispatch import diff_attention
 from diffattn.ops.reference import diff_attention_reference
 

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comparison import forward_and_gradients, make_inputs
-from fused_cases import needs_the_kernel, require_kernel
+from support.comparison import forward_and_gradients, make_inputs
+from support.fused_cases import needs_the_kernel, require_kernel
 from torch import Tensor
 
 from diffattn.errors import ConfigError, UnsupportedError
-from diffattn.ops import build, dispatch, fused_cpu
+from diffattn.ops import dispatch
+from diffattn.ops.cpu import build
+from diffattn.ops.cpu import operator as fused_cpu
 from diffattn.ops.dispatch import BACKENDS, Backend, diff_attention
 from diffattn.ops.reference import diff_attention_reference
 from diffattn.ops.standard import standard_diff_attention

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import compare, make_inputs
+from support.comparison import compare, make_inputs
 from torch import Tensor
 
 from diffattn.ops import half

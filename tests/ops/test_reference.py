@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from comparison import Inputs, make_inputs
+from support.comparison import Inputs, make_inputs
 from torch import Tensor
 
 from diffattn.ops.reference import diff_attention_reference, softmax_attention_reference, visible_keys

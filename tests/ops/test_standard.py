@@ -8,10 +8,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Inputs, compare_forward_and_gradients, forward_and_gradients, make_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from known_wrong import KNOWN_WRONG, assert_rejects_known_wrong
+from support.comparison import Inputs, compare_forward_and_gradients, forward_and_gradients, make_inputs
+from support.known_wrong import KNOWN_WRONG, assert_rejects_known_wrong
 from torch import Tensor
 
 from diffattn.ops.reference import diff_attention_reference

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report.synthetic_comparison import comparison, head_maps, loss_curves
+from support.synthetic_comparison import comparison, head_maps, loss_curves
 
 from diffattn.errors import DataError
 from diffattn.report.compare_page import render_compare, render_picture

@@ -1,9 +1,9 @@
 import math
 
 import pytest
-from report.synthetic_comparison import comparison
+from support.synthetic_comparison import comparison
 
-from diffattn.numbers import count, exact, flops, loss, seconds, signed, size
+from diffattn.humanize import count, exact, flops, loss, seconds, signed, size
 from diffattn.report.format import MEASURES, cell, compare_rows
 
 

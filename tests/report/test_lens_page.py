@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from report.browser import CHROMIUM, needs_chromium
-from study.needle_model import haystack, reader
+from support.browser import CHROMIUM, needs_chromium
+from support.needle_model import haystack, reader
 
 from diffattn.cli.main import main
 from diffattn.errors import CheckpointError, ConfigError, DataError
 from diffattn.model.loading import load
+from diffattn.probes import lens as lens_module
+from diffattn.probes.lens import lens
+from diffattn.probes.maps import attention_maps
 from diffattn.report.lens_page import render_lens, write_lens_pngs
-from diffattn.study import lens as lens_module
-from diffattn.study.lens import lens
-from diffattn.study.maps import attention_maps
 
 TEXT = "Line 3 is about rain. The magic number of Lima is 48219. Line 4 is about <b>old</b> wine. What is it? It is"
 ANSWER = "48219"

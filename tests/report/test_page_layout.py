@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report.browser import CHROMIUM, needs_chromium
-from report.synthetic_comparison import comparison, head_maps, loss_curves
+from support.browser import CHROMIUM, needs_chromium
+from support.synthetic_comparison import comparison, head_maps, loss_curves
 
 from diffattn.report.compare_page import render_compare
 

@@ -14,10 +14,10 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from report.browser import CHROMIUM, needs_chromium
 from report.test_page_layout import measure
+from support.browser import CHROMIUM, needs_chromium
 
-from diffattn import numbers as written
+from diffattn import humanize as written
 from diffattn.plan.activations import resolve
 from diffattn.plan.answer import plan
 from diffattn.plan.precision import Precision

@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-from report.browser import needs_chromium
 from report.test_page_layout import measure
+from support.browser import needs_chromium
 
 from diffattn.report.scaling_page import equivalence_rows, number_rows, render_scaling
-from diffattn.study.scaling import fit_scaling
+from diffattn.scaling.fit import fit_scaling
 
 
 @pytest.fixture(scope="module")

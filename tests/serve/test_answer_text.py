@@ -1,5 +1,5 @@
 import pytest
-from serve.served import SENTENCES
+from support.served import SENTENCES
 
 from diffattn.data.tokenizer import train_tokenizer
 from diffattn.serve.answer_text import Text

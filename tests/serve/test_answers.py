@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from serve.served import SENTENCES, TEMPLATE, write_model
+from support.served import SENTENCES, TEMPLATE, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffattn.serve.answer_text import Text

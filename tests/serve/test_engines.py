@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from serve.served import CONTEXT, write_model
-from serve.small_folders import small_folder
+from support.served import CONTEXT, write_model
+from support.small_folders import small_folder
 
 from diffattn.cli.main import main
 from diffattn.errors import UnsupportedError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve.served import SENTENCES, write_model
+from support.served import SENTENCES, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffattn.serve import transformers_engine

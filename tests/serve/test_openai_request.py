@@ -5,9 +5,9 @@ import math
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from diffattn.model.decoding_ranges import REQUEST, Range
 from diffattn.serve import openai_request
 from diffattn.serve.openai_request import RequestError, read
-from diffattn.serve.ranges import REQUEST, Range
 
 
 def completion(**fields) -> bytes:

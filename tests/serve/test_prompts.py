@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from serve.served import SENTENCES, TEMPLATE
+from support.served import SENTENCES, TEMPLATE
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 

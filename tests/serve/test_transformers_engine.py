@@ -15,7 +15,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from serve.served import CONTEXT, KEY, SENTENCES, Served, running, write_model
+from support.served import CONTEXT, KEY, SENTENCES, Served, running, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffattn.serve.openai_request import MOST_ANSWERS

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from study.small_comparison import write_shape, write_text
+from support.small_comparison import write_shape, write_text
 
 from diffattn.errors import ConfigError, DataError
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.ops import build
+from diffattn.ops.cpu import build
 from diffattn.plan.cost import flops_per_token
 from diffattn.study import compare as module
 from diffattn.study.compare import Comparison, compare
@@ -134,7 +134,7 @@ def test_minutes_decide_the_steps(tmp_path: Path) -> None:
 
 
 def test_maps_of_the_page_are_the_models_own(tmp_path: Path) -> None:
-    from diffattn.study.maps import attention_maps
+    from diffattn.probes.maps import attention_maps
 
     compare(options(tmp_path, seeds=1, steps=2), out=tmp_path / "out")
     ids = torch.arange(5, 17)[None]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train.small_run import StoppedError, at, checkpoint_steps, prepare, run, stop
+from support.small_run import StoppedError, at, checkpoint_steps, prepare, run, stop
 
 from diffattn.data.packing import PreparedData
 

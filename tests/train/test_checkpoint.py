@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from train.small_run import RECIPE, assert_same_run, checkpoint_steps, partials, run
+from support.small_run import RECIPE, assert_same_run, checkpoint_steps, partials, run
 
 from diffattn.data.packing import PreparedData
 from diffattn.train import checkpoint

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from train.small_run import (
+from support.small_run import (
     RECIPE,
     SHAPE,
     StoppedError,
@@ -22,6 +21,7 @@ from train.small_run import (
     stop,
     without_seals,
 )
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from diffattn.cli.main import main

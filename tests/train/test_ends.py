@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from train.small_run import RECIPE, StoppedError, assert_same_run, at, checkpoint_steps, rows, run, small_model, stop
+from support.small_run import RECIPE, StoppedError, assert_same_run, at, checkpoint_steps, rows, run, small_model, stop
 
 from diffattn.data.packing import PreparedData
 from diffattn.errors import CheckpointError, ConfigError, TrainingError

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mounted import file_system
 from safetensors import SafetensorError
-from train.small_run import RECIPE, assert_same_run, at, checkpoint_steps, partials, rows, run
+from support.mounted import file_system
+from support.small_run import RECIPE, assert_same_run, at, checkpoint_steps, partials, rows, run
 
 from diffattn import files
 from diffattn.data.packing import PreparedData

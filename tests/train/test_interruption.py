@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train.small_run import RECIPE, assert_same_run, at, checkpoint_steps, rows, run
+from support.small_run import RECIPE, assert_same_run, at, checkpoint_steps, rows, run
 
 from diffattn.data.packing import PreparedData
 from diffattn.train import run as running

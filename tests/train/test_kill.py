@@ -12,8 +12,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from train.killed_run import POINTS, run_slowly, run_until
-from train.small_run import RECIPE, assert_same_run, rows, run
+from support.killed_run import POINTS, run_slowly, run_until
+from support.small_run import RECIPE, assert_same_run, rows, run
 
 from diffattn.data.packing import PreparedData
 

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from train.small_run import assert_same_run, at, run
+from support.small_run import assert_same_run, at, run
 
 from diffattn.data.packing import PreparedData
 from diffattn.errors import ConfigError

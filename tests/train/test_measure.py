@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train.small_run import RECIPE, small_model
+from support.small_run import RECIPE, small_model
 
 from diffattn.data.packing import PreparedData
 from diffattn.train.measure import measure_load, measure_step, peak_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from train.small_run import CONTEXT, RECIPE, StoppedError, assert_same_run, at, rows, run, small_model, stop
+from support.small_run import CONTEXT, RECIPE, StoppedError, assert_same_run, at, rows, run, small_model, stop
 
 from diffattn.data.packing import PreparedData, TrainingOrder, ValidationBlocks
 from diffattn.model.modeling import DiffTransformerForCausalLM

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train.small_run import (
+from support.small_run import (
     StoppedError,
     assert_same_run,
     at,

@@ -55,15 +55,15 @@ def ablation(
     """
 
     def call() -> int:
-        from diffattn.cli.console import Console, print_json
+        from diffattn.cli.terminal.console import Console, print_json
         from diffattn.files import check_files
 
         with Console("eval ablation", out, resume=True, kept="rows") as console:
             console.importing()
             from diffattn.report.ablation_table import ablation_rows, write_ablation_png
-            from diffattn.study.ablation import ablation as of_rows
-            from diffattn.study.arms import ARMS
-            from diffattn.study.ladder import Ladder, run_ladder
+            from diffattn.scaling.ablation import ablation as of_rows
+            from diffattn.scaling.arms import ARMS
+            from diffattn.scaling.ladder import Ladder, run_ladder
 
             ladder = Ladder(
                 sizes=(size,), tokens=tokens, variants=arms or tuple(ARMS), seeds=seeds, text=text,

@@ -65,7 +65,7 @@ def compare(
     values = dict(locals())
 
     def call() -> int:
-        from diffattn.cli.console import Console, print_json
+        from diffattn.cli.terminal.console import Console, print_json
 
         with Console("compare", out, resume=resume) as console:
             console.importing()

@@ -44,8 +44,8 @@ def convert(
     def call() -> int:
         from dataclasses import asdict
 
-        from diffattn.cli.board import Board
-        from diffattn.numbers import size
+        from diffattn.cli.terminal.board import Board
+        from diffattn.humanize import size
 
         given = {"noise": noise, "noise_std": noise_std, "seed": seed, "heads": _heads(dex_heads)}
         options = {name: value for name, value in given.items() if value is not None}
@@ -63,7 +63,7 @@ def convert(
         for note in result.notes:
             print(f"note: {note}", file=sys.stderr)
         if json:
-            from diffattn.cli.console import print_json
+            from diffattn.cli.terminal.console import print_json
 
             facts = asdict(result)
             print_json({"from": facts.pop("source"), "to": facts.pop("target")} | facts)

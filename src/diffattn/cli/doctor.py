@@ -19,9 +19,9 @@ def doctor(*, build: bool = False, json: bool = False) -> Callable[[], int]:
     """
 
     def call() -> int:
-        from diffattn.cli.board import Board
-        from diffattn.cli.console import print_json
-        from diffattn.cli.screen import screen, wrapped
+        from diffattn.cli.terminal.board import Board
+        from diffattn.cli.terminal.console import print_json
+        from diffattn.cli.terminal.screen import screen, wrapped
         from diffattn.errors import UnsupportedError
         from diffattn.progress import Stage
 
@@ -29,7 +29,7 @@ def doctor(*, build: bool = False, json: bool = False) -> Callable[[], int]:
         with Board(keep=False) as board:
             board.importing()
             from diffattn.model.doctor import examine
-            from diffattn.ops.build import compile_kernel
+            from diffattn.ops.cpu.build import compile_kernel
 
             if build:
                 board(Stage("compiling the kernel"))

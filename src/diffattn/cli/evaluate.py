@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from diffattn.study.options import OPTIONS
+from diffattn.probes.options import OPTIONS
 
 DESCRIPTIONS = {
     "retrieval": "How often a model finds numbers hidden in a long text.",
@@ -37,14 +37,14 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
         json: bool = False,
     ) -> Callable[[], int]:
         def call() -> int:
-            from diffattn.cli.console import Console, print_json
+            from diffattn.cli.terminal.console import Console, print_json
             from diffattn.files import check_files
 
             check_files(png=png)
             with Console(f"eval {study}", Path(), resume=False, kept="nothing" if keep is None else "rows") as console:
                 console.importing()
+                from diffattn.probes.run import evaluate
                 from diffattn.report.study_chart import study_rows, write_study_png
-                from diffattn.study.evaluation import evaluate
 
                 result = evaluate(
                     study, models, options, text=text, text_column=field, lossy_tokenizer=lossy_tokenizer,

@@ -40,16 +40,16 @@ def export(
     def call() -> int:
         from dataclasses import asdict
 
-        from diffattn.cli.board import Board
+        from diffattn.cli.terminal.board import Board
         from diffattn.errors import ConfigError
-        from diffattn.numbers import size
+        from diffattn.humanize import size
 
         if not onnx:
             raise ConfigError("no format named; wanted --onnx: see diffattn export --help")
         with Board() as board:
             board.importing()
-            from diffattn.serve.onnx_check import OnnxCheckError
-            from diffattn.serve.onnx_export import export_onnx
+            from diffattn.export.check import OnnxCheckError
+            from diffattn.export.onnx import export_onnx
 
             try:
                 done = export_onnx(
@@ -63,7 +63,7 @@ def export(
             board.note(line)
         board.note(f"{done.folder}: {size(done.file_bytes)}, {done.attention}, {done.seconds:.0f} s")
         if json:
-            from diffattn.cli.console import print_json
+            from diffattn.cli.terminal.console import print_json
 
             print_json(asdict(done) | {"folder": str(done.folder)})
         return 0

@@ -58,16 +58,16 @@ def generate(
     def call() -> int:
         from dataclasses import asdict
 
-        from diffattn.cli.board import Board
+        from diffattn.cli.terminal.board import Board
+        from diffattn.humanize import seconds, size
         from diffattn.model.trained import read_claim
-        from diffattn.numbers import seconds, size
 
         text = _stdin() if prompt == "-" else prompt
         claim = read_claim(folder)
         with Board(keep=False) as board:
             board.importing()
-            from diffattn.serve.generation import Decoding, check_prompt
-            from diffattn.serve.generation import generate as run
+            from diffattn.generate.generation import Decoding, check_prompt
+            from diffattn.generate.generation import generate as run
 
             def write(piece: str) -> None:
                 board.close()
@@ -84,7 +84,7 @@ def generate(
                 on_stage=board,
             )  # fmt: skip
         if json:
-            from diffattn.cli.console import print_json
+            from diffattn.cli.terminal.console import print_json
 
             print_json(asdict(result))
         else:

@@ -46,16 +46,16 @@ def lens(
 
     def call() -> int:
         from diffattn.cli.arguments import command_line
-        from diffattn.cli.board import Board
-        from diffattn.cli.console import print_json
+        from diffattn.cli.terminal.board import Board
+        from diffattn.cli.terminal.console import print_json
         from diffattn.files import check_files, write_text
 
         check_files(html=html, png=png)
         with Board(keep=False) as board:
             board.importing()
+            from diffattn.probes.lens import lens as read
+            from diffattn.probes.lens import names_of
             from diffattn.report.lens_page import lens_pngs, render_lens, write_lens_pngs
-            from diffattn.study.lens import lens as read
-            from diffattn.study.lens import names_of
 
             for picture in lens_pngs(names_of(models), png) if png is not None else ():
                 check_files(html=html, png=picture)

@@ -70,11 +70,11 @@ def plan(
 
     def call() -> int:
         from diffattn.cli.arguments import command_line
-        from diffattn.cli.console import print_json
-        from diffattn.cli.screen import say
-        from diffattn.cli.table import show
+        from diffattn.cli.terminal.console import print_json
+        from diffattn.cli.terminal.screen import say
+        from diffattn.cli.terminal.table import show
         from diffattn.files import check_files, write_text
-        from diffattn.numbers import size
+        from diffattn.humanize import size
         from diffattn.plan import answer, tables
         from diffattn.plan import sweep as along
 
@@ -144,11 +144,11 @@ def _measured(
             f"--measure given with dtypes of single parts; a precision by name is what can be built; leave out the "
             f"others, as in --precision {precision}"
         )
-    from diffattn.cli.board import Board
+    from diffattn.cli.terminal.board import Board
 
     with Board(keep=False) as board:
         board.importing()
-        from diffattn.study.measured_plan import measure_plan
+        from diffattn.study.plan_check import measure_plan
 
         place |= {"precision": precision}
         return measure_plan(model.built.plain(), model.attention, **place, on_stage=board)

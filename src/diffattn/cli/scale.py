@@ -64,12 +64,12 @@ def scale_run(
     """
 
     def call() -> int:
-        from diffattn.cli.console import Console, print_json
+        from diffattn.cli.terminal.console import Console, print_json
 
         with Console("scale run", out, resume=True, kept="rows") as console:
             console.importing()
-            from diffattn.study.ladder import Ladder, run_ladder
-            from diffattn.study.scaling import fit_scaling
+            from diffattn.scaling.fit import fit_scaling
+            from diffattn.scaling.ladder import Ladder, run_ladder
 
             ladder = Ladder(
                 sizes=sizes, tokens=tokens, variants=variants, seeds=seeds, text=text, text_column=text_column,
@@ -123,9 +123,9 @@ def scale_fit(
     """
 
     def call() -> int:
-        from diffattn.cli.board import Board
-        from diffattn.cli.console import print_json
-        from diffattn.cli.table import show
+        from diffattn.cli.terminal.board import Board
+        from diffattn.cli.terminal.console import print_json
+        from diffattn.cli.terminal.table import show
         from diffattn.files import check_files, write_text
         from diffattn.plan.rule import parse_count
 
@@ -133,7 +133,7 @@ def scale_fit(
         sizes = [parse_count(count) for count in at]
         with Board(keep=False) as board:
             from diffattn.report.scaling_page import equivalence_rows, number_rows, render_scaling, write_scaling_png
-            from diffattn.study.scaling import fit_scaling
+            from diffattn.scaling.fit import fit_scaling
 
             result = fit_scaling(
                 points, size=size, at=sizes, bootstrap=bootstrap, seed=seed, command=command_line(), on_stage=board

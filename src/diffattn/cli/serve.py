@@ -43,7 +43,7 @@ def serve(
     """
 
     def call() -> int:
-        from diffattn.cli.board import Board
+        from diffattn.cli.terminal.board import Board
 
         with Board(keep=False) as board:
             board.importing()

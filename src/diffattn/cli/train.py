@@ -14,7 +14,7 @@ from diffattn.cli.arguments import check_given, given
 from diffattn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from diffattn.cli.console import Console
+    from diffattn.cli.terminal.console import Console
     from diffattn.train.own import Own
     from diffattn.train.record import TrainResult
 
@@ -86,7 +86,7 @@ def train(
     values = dict(locals())
 
     def call() -> int:
-        from diffattn.cli.console import Console, print_json
+        from diffattn.cli.terminal.console import Console, print_json
 
         with Console("train", out, resume=resume) as console:
             console.importing()

@@ -14,7 +14,7 @@ from diffattn.files import unwritable
 from diffattn.machine import processor_name
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.ops.build import DTYPES, status
+from diffattn.ops.cpu.build import DTYPES, status
 from diffattn.ops.dispatch import BACKENDS
 
 

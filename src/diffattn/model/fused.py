@@ -39,7 +39,8 @@ from transformers.utils.import_utils import is_tracing
 from diffattn.model.attention import RMSNormPerHead
 from diffattn.model.configuration import DIFF_FUSED
 from diffattn.model.masks import PackedCausal, is_compact
-from diffattn.ops import build, fused_cpu
+from diffattn.ops.cpu import build
+from diffattn.ops.cpu import operator as fused_cpu
 from diffattn.ops.derivatives import through_sdpa
 from diffattn.ops.half import attention_inputs
 from diffattn.ops.reference import visible_keys

@@ -15,7 +15,7 @@ from diffattn.checkpoint_files import weights_digest
 from diffattn.config_fields import is_count, is_measure
 from diffattn.errors import CheckpointError
 from diffattn.files import read_object, write_json
-from diffattn.numbers import count
+from diffattn.humanize import count
 
 TRAINING = "training.json"
 ENOUGH = 20

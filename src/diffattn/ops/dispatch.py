@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffattn.errors import ConfigError, UnsupportedError
-from diffattn.ops import fused_cpu
+from diffattn.ops.cpu import operator as fused_cpu
 from diffattn.ops.reference import diff_attention_reference
 from diffattn.ops.standard import standard_diff_attention
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from diffattn.checkpoint_files import folder_name
 from diffattn.errors import ConfigError
 from diffattn.names import one_of
-from diffattn.plan.checkpoint_shape import read_checkpoint
+from diffattn.plan.checkpoints.shape import read_checkpoint
 from diffattn.plan.cost import match_parameters
 from diffattn.plan.rule import parse_count, shape_about
 from diffattn.plan.shape import VARIANTS, ModelShape, find_preset, presets

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffattn.numbers import count, seconds, size
+from diffattn.humanize import count, seconds, size
 from diffattn.plan.activations import ONE_MAP
 from diffattn.plan.estimate import inference_peak
 from diffattn.plan.hardware import MACHINES, GiB

@@ -212,7 +212,7 @@ class ModelShape:
         if text not in _presets():
             if text.endswith(".json") or os.path.isdir(text):
                 # That file reads shapes, so it imports this one.
-                from diffattn.plan.checkpoint_shape import read_checkpoint
+                from diffattn.plan.checkpoints.shape import read_checkpoint
 
                 return read_checkpoint(text).shape.plain()
             if text.endswith(".toml") or os.path.isfile(text):

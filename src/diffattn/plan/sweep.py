@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from diffattn.errors import ConfigError
+from diffattn.humanize import count, size
 from diffattn.names import one_of
-from diffattn.numbers import count, size
 from diffattn.plan.activations import find_backend
 from diffattn.plan.answer import named
 from diffattn.plan.cost import count_parameters, match_parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffattn.numbers import count, flops, seconds, size
+from diffattn.humanize import count, flops, seconds, size
 from diffattn.plan.precision import PRECISIONS, Precision
 
 WRITE = {"size": size, "count": count, "flops": flops, "seconds": seconds}

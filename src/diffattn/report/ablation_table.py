@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffattn.numbers import MISSING, count, loss, signed
+from diffattn.humanize import MISSING, count, loss, signed
 from diffattn.report import charts
 from diffattn.report.difference_chart import difference_figure, interval_text
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffattn.numbers import exact, signed
+from diffattn.humanize import exact, signed
 from diffattn.report import charts
 from diffattn.report.curve_chart import curve_alt, curve_caption, curve_figure, names_of
 from diffattn.report.difference_chart import (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffattn.numbers import count, loss
+from diffattn.humanize import count, loss
 from diffattn.report import charts
 
 if TYPE_CHECKING:

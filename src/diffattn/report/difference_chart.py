@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from diffattn.numbers import signed
+from diffattn.humanize import signed
 from diffattn.report import charts
 from diffattn.report.format import BASELINE
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from diffattn.numbers import count, exact, flops, loss, seconds, size, whole
+from diffattn.humanize import count, exact, flops, loss, seconds, size, whole
 
 BASELINE = "softmax"
 

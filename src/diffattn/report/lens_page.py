@@ -12,7 +12,7 @@ from diffattn.report.page import render_scripted
 
 
 def render_lens(result: Mapping[str, Any]) -> str:
-    """One self-contained HTML page of what :func:`diffattn.study.lens.lens` returned."""
+    """One self-contained HTML page of what :func:`diffattn.probes.lens.lens` returned."""
     return render_scripted(
         "lens.html",
         "lens.js",

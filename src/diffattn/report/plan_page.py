@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from diffattn import numbers as written
+from diffattn import humanize as written
 from diffattn.plan import memory
 from diffattn.plan.activations import resolve
 from diffattn.plan.answer import backends_of

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffattn.numbers import MISSING, count
+from diffattn.humanize import MISSING, count
 from diffattn.report import charts
 from diffattn.report.format import BASELINE
 from diffattn.report.page import render

@@ -18,9 +18,9 @@ from transformers.cli.serving.utils import response_events_to_chunks
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from diffattn.errors import CheckpointError, UnsupportedError
+from diffattn.model.decoding_ranges import DECODING
 from diffattn.serve.answer_text import Text
 from diffattn.serve.openai_request import Asked, RequestError
-from diffattn.serve.ranges import DECODING
 from diffattn.serve.sampling import Likelihoods, Sampling, per_request
 
 # What OpenAI's interface gives where a completion does not say how long it may become.

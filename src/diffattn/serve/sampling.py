@@ -28,7 +28,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from diffattn.serve.ranges import GREEDY_BELOW
+from diffattn.model.decoding_ranges import GREEDY_BELOW
 
 # What OpenAI's interface says where a token is less likely than this, since JSON has no infinity.
 LEAST_LOGPROB = -9999.0

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +19,17 @@ from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.errors import ConfigError
 from diffattn.files import write_json, write_text
 from diffattn.folders import COMPARISON, own_folder
-from diffattn.machine import processor_name
+from diffattn.intervals import pairs
+from diffattn.machine import versions
 from diffattn.model.fused import serving_backend
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.pairing import build_pair, pair_config
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token
 from diffattn.plan.shape import ModelShape
+from diffattn.probes.maps import attention_maps, token_labels
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.report.compare_page import render_compare, render_picture
 from diffattn.study.comparison import Comparison, Stored
-from diffattn.study.maps import attention_maps, token_labels
-from diffattn.study.statistics import pairs
 from diffattn.train.callbacks import Progress, read_metrics
 from diffattn.train.measure import StepCost, measure_load, measure_step
 from diffattn.train.own import same_shape, same_text
@@ -275,17 +273,6 @@ def _result(
         "data": data.facts,
         "seeds": list(range(study.options.seeds)),
         "command": command,
-    }
-
-
-def versions() -> dict[str, Any]:
-    """What ran, and on what."""
-    names = ("diffattn", "torch", "transformers", "accelerate", "tokenizers")
-    return {
-        **{name: version(name) for name in names},
-        "python": platform.python_version(),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
-        "threads": torch.get_num_threads(),
     }
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from comparison import NAMES, Inputs, make_inputs
+from support.comparison import NAMES, Inputs, make_inputs
 from torch import Tensor
 
 from benchmarks.bare import bare_module

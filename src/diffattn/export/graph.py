@@ -1,0 +1,225 @@
+"""One of our models as an ONNX graph, with or without a key/value cache, for batches and lengths of any size.
+
+The graph holds what the model does under the standard call, one ``Attention`` node of opset 23 per layer, grouped as
+the call is, so that no key is repeated and no operator of our own is needed:
+
+    in     input_ids (B, T), attention_mask (B, P + T), position_ids (B, T), all int64,
+           past_key_values.N.key and .value (B, G, P, W) of each layer N, float32; P may be 0
+    out    logits (B, T, V), present.N.key and .value (B, G, P + T, W), float32
+
+These are the names that optimum and transformers.js use. Without a cache there is no past and no present. The mask is
+computed from its inputs: no length is written down. λ of V1, its norm's scale and DEX's λ·W_D are constants by then.
+
+Shape suffixes as in ``diffattn.model.attention``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from diffattn.errors import UnsupportedError
+from diffattn.export.run import DATA_FILE, MODEL_FILE, PAST, PRESENT, require
+from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.modeling import DiffTransformerForCausalLM
+
+# The first with Attention and RMSNormalization.
+OPSET = 23
+GROUPED = "onnx_grouped"
+BATCH, NEW, EARLIER = "batch_size", "sequence_length", "past_sequence_length"
+# What a protobuf message may hold is 2 GiB; the graph itself is far below the difference.
+LARGEST_FILE = 2_000_000_000
+
+
+class FlatDecoder(nn.Module):
+    """Our model with the cache as a flat list of tensors, which a graph can have as inputs and outputs."""
+
+    def __init__(self, model: DiffTransformerForCausalLM, *, cache: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.cache = cache
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> Any:
+        """Logits, then key 0, value 0, key 1, ... of all tokens; logits alone without a cache."""
+        cache = DynamicCache(list(zip(past[0::2], past[1::2], strict=True))) if self.cache else None
+        # A row is one sequence. From positions the model would look for several, by operators that ONNX lacks.
+        x = self.model.model.embed_tokens(input_ids)
+        mask = create_causal_mask(self.model.config, x, attention_mask, cache)
+        given = {"inputs_embeds": x, "attention_mask": mask, "position_ids": position_ids}
+        if cache is None:
+            return self.model(**given, use_cache=False).logits
+        logits = self.model(**given, past_key_values=cache, use_cache=True).logits
+        return logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The standard call whose key heads serve groups of query heads as they are: ``sdpa`` repeats them on the CPU."""
+    assert attention_mask is not None
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return output.transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(GROUPED, grouped_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, sdpa_mask)
+
+
+def to_graph(model: DiffTransformerForCausalLM, *, cache: bool = True) -> Any:
+    """The model as an ``onnx_ir.Model`` of opset 23 in float32; names and shapes are in the module's docstring.
+
+    Raises:
+        UnsupportedError: rotary positions whose frequencies depend on the length, or a missing package of the extra.
+    """
+    require("onnx", "onnxscript")
+    from onnxscript.optimizer import optimize_ir
+
+    config = model.config
+    kind = config.rope_parameters["rope_type"]
+    if "dynamic" in kind or kind == "longrope":
+        raise UnsupportedError(
+            f"rope_type is {kind!r}, whose frequencies depend on the length; wanted fixed ones, which a graph can "
+            "hold: default, linear, llama3 or yarn"
+        )
+    # No two sizes are equal, and none is 0 or 1: what the tracer takes for equal or fixed is so.
+    B, T, P = 2, 3, 5
+    past_names = [f"{PAST}.{i}.{kind}" for i in range(config.num_hidden_layers) for kind in ("key", "value")]
+    if not cache:
+        past_names, P = [], 0
+    past = tuple(torch.zeros(B, config.num_key_value_heads, P, config.head_dim) for _ in past_names)
+    ids, mask, positions = (torch.ones(B, size, dtype=torch.long) for size in (T, P + T, T))
+    batch, new, earlier = (torch.export.Dim(name) for name in (BATCH, NEW, EARLIER))
+    shapes = ({0: batch, 1: new}, {0: batch, 1: torch.export.Dim.AUTO if cache else new}, {0: batch, 1: new})
+    before = config._attn_implementation
+    model.set_attn_implementation(GROUPED)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                FlatDecoder(model, cache=cache).eval(),
+                (ids, mask, positions, *past),
+                input_names=["input_ids", "attention_mask", "position_ids", *past_names],
+                output_names=["logits", *(name.replace(PAST, PRESENT) for name in past_names)],
+                dynamic_shapes=(*shapes, tuple({0: batch, 2: earlier} for _ in past)) if past else shapes,
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )  # fmt: skip
+    finally:
+        model.set_attn_implementation(before)
+    assert program is not None
+    graph = program.model
+    _name_weights(graph)
+    # The one matrix with two uses left is a tied embedding's, of which the optimizer would make a transposed copy.
+    optimize_ir(graph, should_fold=lambda node: False if node.op_type == "Transpose" else None)
+    _describe(graph, config, cache)
+    return graph
+
+
+def save(graph: Any, folder: Path) -> None:
+    """Write ``model.onnx``; weights that one file cannot hold go into ``model.onnx.data`` beside it."""
+    import onnx_ir
+
+    for name in (MODEL_FILE, DATA_FILE):
+        (folder / name).unlink(missing_ok=True)
+    onnx_ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE if weight_bytes(graph) > LARGEST_FILE else None)
+
+
+def weight_bytes(graph: Any) -> int:
+    """Bytes of all constants of the graph."""
+    return sum(value.const_value.nbytes for value in graph.graph.initializers.values())
+
+
+def _name_weights(graph: Any) -> None:
+    """Names as in the checkpoint; matrices of products transposed, as ``MatMul`` and its quantised form take them."""
+    import onnx_ir
+
+    weights = graph.graph.initializers
+    for old in list(weights):
+        name = old.removeprefix("model.")
+        weights[old].name = (
+            "model.embed_tokens.weight" if name == "lm_head.weight" and _is_table(weights[old]) else name
+        )
+    for node in list(graph.graph):
+        if node.op_type != "Transpose" or not node.inputs[0].is_initializer() or len(node.inputs[0].uses()) > 1:
+            continue
+        weight = node.inputs[0]
+        rows, columns = weight.shape
+        # Made when it is written: the weights of a large model are in memory once.
+        weight.const_value = onnx_ir.LazyTensor(
+            functools.partial(_transposed, weight.const_value),
+            dtype=weight.dtype,
+            shape=onnx_ir.Shape((columns, rows)),
+            name=weight.name,
+        )
+        weight.shape = onnx_ir.Shape((columns, rows))
+        node.outputs[0].replace_all_uses_with(weight)
+        graph.graph.remove(node, safe=True)
+    for node in graph.graph:
+        if node.op_type == "MatMul":
+            node.name = (node.inputs[1].name if node.inputs[1].is_initializer() else "lm_head").removesuffix(".weight")
+
+
+def _transposed(tensor: Any) -> Any:
+    import onnx_ir
+
+    return onnx_ir.tensor(tensor.numpy().T.copy(), name=tensor.name)
+
+
+def _is_table(weight: Any) -> bool:
+    return any(node.op_type == "Gather" for node, _ in weight.uses())
+
+
+def _describe(graph: Any, config: DiffTransformerConfig, cache: bool) -> None:
+    """The name of the one length that the tracer has invented one for, and what made the file; no paths of ours."""
+    import onnx_ir
+
+    version = importlib.metadata.version("diffattn")
+    if cache:
+        mask = next(value for value in graph.graph.inputs if value.name == "attention_mask")
+        mask.shape = onnx_ir.Shape((BATCH, f"{EARLIER} + {NEW}"))
+    for node in graph.graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    graph.graph.metadata_props.clear()
+    graph.metadata_props.clear()
+    graph.metadata_props.update(diffattn=version, attention=config.attention)
+    graph.producer_name, graph.producer_version = "diffattn", version
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says of its workings: packages that it does not need, lengths that are equal."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "# The axis name", UserWarning)
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(before)

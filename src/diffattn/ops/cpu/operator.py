@@ -1,0 +1,225 @@
+"""Differential attention on CPU in one compiled kernel that subtracts the maps before the product with the values.
+
+    output = P v,  P = A1 − λ ∘ A2,  A1 = softmax(scale · q1 k1ᵀ),  A2 = softmax(scale · q2 k2ᵀ)
+
+    forward   saves the largest score of each row of both maps, and 1 / the sum of its exponentials, and neither map:
+              float32 (4, B, H, T)
+    backward  dP = d_out vᵀ,  D1 = rowsum(A1 ∘ dP),  D2 = rowsum(A2 ∘ dP),
+              dS1 = scale · A1 ∘ (dP − D1),  dS2 = −scale · λ ∘ A2 ∘ (dP − D2),
+              d_q1 = dS1 k1,  d_k1 = dS1ᵀ q1,  d_q2 = dS2 k2,  d_k2 = dS2ᵀ q2,  d_v = Pᵀ d_out,  d_lam = −D2
+
+Per query, key and output head that is 4D + 2Dv forward and 10D + 5Dv backward multiply-adds: what softmax attention
+costs whose values are as wide as both halves of D, where one standard call costs twice as much. `csrc/` holds the
+kernel, docs/kernel.md its blocking and its measured limits.
+
+Shape letters: B batch, T queries, S keys, H output heads, G key/value groups, D width of q and k, Dv width of v.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffattn.ops import derivatives
+from diffattn.ops.cpu import build
+from diffattn.ops.cpu import derivatives as fused_cpu_derivatives
+from diffattn.ops.reference import as_lam
+
+DTYPES = build.DTYPES
+MAX_WIDTH = 256
+# Queries of a call that is split over its keys, as csrc/ops.cpp has it.
+DECODING_QUERIES = 8
+
+# `queries` int32 (2, B, S) is the mask in O(S): query t sees key s where queries[0, b, s] <= t < queries[1, b, s].
+# Without it every query sees every key, or with `causal` those up to S − T + t. `k2` is None where both maps share
+# their keys.
+_INPUTS = "Tensor q1, Tensor k1, Tensor q2, Tensor? k2, Tensor v, Tensor lam, Tensor? queries"
+torch.library.define("diffattn::fused_cpu", f"({_INPUTS}, bool causal, float scale) -> (Tensor, Tensor)")
+torch.library.define(
+    "diffattn::fused_cpu_decoding",
+    "(Tensor query, Tensor key, Tensor value, Tensor lam, Tensor? queries, float scale, Tensor? gain, "
+    "float norm_scale, float? eps) -> Tensor",
+)
+torch.library.define(
+    "diffattn::fused_cpu_backward",
+    f"(Tensor d_output, {_INPUTS}, Tensor rows, bool causal, float scale) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def unsupported(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor | float,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_padding: Tensor | None = None,
+) -> str | None:
+    """None where the kernel serves this call of `diff_attention`, else one sentence that says why it does not.
+
+    The first call that gets as far as asking for the kernel compiles it (see `diffattn.ops.cpu.build`).
+    """
+    if q1.device.type != "cpu":
+        return f"fused_cpu: {q1.device.type} inputs are not supported; it serves cpu"
+    if not q1.dtype == k1.dtype == q2.dtype == k2.dtype == v.dtype:
+        return "fused_cpu: inputs of several dtypes are not supported; cast them to one"
+    if v.dtype not in DTYPES:
+        served = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        return f"fused_cpu: {str(v.dtype).removeprefix('torch.')} inputs are not supported; it serves {served}"
+    if max(q1.shape[-1], v.shape[-1]) > MAX_WIDTH:
+        return f"fused_cpu: heads of {max(q1.shape[-1], v.shape[-1])} are not supported; it serves widths up to 256"
+    if derivatives.forward_mode(q1, k1, q2, k2, v, lam):
+        return fused_cpu_derivatives.NO_FORWARD_MODE
+    return build.unavailable(v.dtype)
+
+
+def fused_cpu_diff_attention(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor | float,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_padding: Tensor | None = None,
+    queries: Tensor | None = None,
+    formulas: bool = True,
+) -> Tensor:
+    """Differential attention through the compiled kernel, for calls to which `unsupported` answers None.
+
+    Arguments and result are those of `diffattn.ops.dispatch.diff_attention`, which also checks them. Passing the same
+    tensor object as k1 and k2 reads the keys once. `queries`, int32 (2, B, S), replaces `causal` and `key_padding`:
+    query t sees key s where ``queries[0, b, s] <= t < queries[1, b, s]``. The kernel has no second derivative; without
+    `formulas` on tensors in its place, which hold both maps, one that is taken raises `UnsupportedError`.
+    """
+    B, T, H, D = q1.shape
+    scale = 1.0 / math.sqrt(D) if scale is None else scale
+    if queries is None and key_padding is not None:
+        queries = seeing_queries(T, k1.shape[1], causal, key_padding)
+    lam = as_lam(lam, v).expand(B, T, H)
+    second = None if k2 is k1 else k2
+    width = v.shape[-1]
+    if v.dtype == torch.bfloat16:
+        # Its products take pairs along the inner dimension.
+        q1, k1, q2, v = (_even(x) for x in (q1, k1, q2, v))
+        second = None if second is None else _even(second)
+    # A compiled graph has no second derivatives.
+    with nullcontext() if formulas or torch.compiler.is_compiling() else fused_cpu_derivatives.without_formulas():
+        output, _ = torch.ops.diffattn.fused_cpu(q1, k1, q2, second, v, lam, queries, causal, scale)
+    return output[..., :width]
+
+
+def decodes(query: Tensor, value: Tensor) -> bool:
+    """Whether `fused_cpu_decoding` serves a call, of those to which `unsupported` answers None.
+
+    Not where a graph is traced: it would hold for few queries only. Nor in forward mode or within `torch.func`: the
+    operator has no derivatives and cannot be batched.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or derivatives.transformed():
+        return False
+    even = value.dtype != torch.bfloat16 or (query.shape[-1] % 2 == 0 and value.shape[-1] % 2 == 0)
+    return even and query.shape[2] <= DECODING_QUERIES
+
+
+def fused_cpu_decoding(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lam: Tensor,
+    *,
+    scale: float | None = None,
+    queries: Tensor | None = None,
+    gain: Tensor | None = None,
+    norm_scale: float = 1.0,
+    eps: float | None = None,
+) -> Tensor:
+    """Differential attention of up to 8 queries as a layer calls it, with the norm behind it; no gradients.
+
+    Args:
+        query: (B, 2H, T, D), pairs of heads adjacent.
+        key: (B, G, S, 2D) for the keys of both maps side by side, (B, G, S, D) where they share them.
+        value: (B, G, S, Dv).
+        lam: λ in float32, broadcastable to (B, T, H).
+        scale, queries: as in `fused_cpu_diff_attention`; causal without the latter.
+        gain: (Dv,), ones where it is None.
+        norm_scale, eps: the output is ``norm_scale · gain · y / sqrt(mean(y²) + eps)``, or y where eps is None.
+
+    Returns:
+        (B, T, H, Dv) in the inputs' dtype, rounded once.
+    """
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return torch.ops.diffattn.fused_cpu_decoding(query, key, value, lam, queries, scale, gain, norm_scale, eps)
+
+
+def _even(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 1)) if x.shape[-1] % 2 else x
+
+
+def seeing_queries(queries: int, keys: int, causal: bool, key_padding: Tensor) -> Tensor:
+    """int32 (2, B, S): the first query that sees each key, and the first behind it that does not.
+
+    No query sees a padding key, whose range is empty.
+
+    >>> seeing_queries(2, 4, True, torch.tensor([[True, False, False, False]])).tolist()
+    [[[0, 0, 0, 1]], [[0, 2, 2, 2]]]
+    """
+    position = torch.arange(keys, dtype=torch.int32, device=key_padding.device)
+    first = (position - (keys - queries)).clamp(min=0) if causal else torch.zeros_like(position)
+    return torch.stack([first.expand_as(key_padding), (~key_padding).to(torch.int32) * queries])
+
+
+@torch.library.register_fake("diffattn::fused_cpu")
+def _(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor | None,
+    v: Tensor,
+    lam: Tensor,
+    queries: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q1.shape
+    return v.new_empty(B, T, H, v.shape[-1]), v.new_empty(4, B, H, T, dtype=torch.float32)
+
+
+@torch.library.register_fake("diffattn::fused_cpu_decoding")
+def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    B, N, T, _ = query.shape
+    return value.new_empty(B, T, N // 2, value.shape[-1])
+
+
+@torch.library.register_fake("diffattn::fused_cpu_backward")
+def _(
+    d_output: Tensor,
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor | None,
+    v: Tensor,
+    lam: Tensor,
+    queries: Tensor | None,
+    rows: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q = q1.new_empty(q1.shape)
+    # A group's gradients lie together.
+    k, d_v = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (k1, v))
+    d_k2 = k1.new_empty(0) if k2 is None else torch.empty_like(k)
+    return q, k, torch.empty_like(q), d_k2, d_v, lam.new_empty(lam.shape)
+
+
+fused_cpu_derivatives.register()

@@ -1,0 +1,258 @@
+"""The shape of a checkpoint, read from its ``config.json``: ours, and Llama-like ones of ``transformers``.
+
+Where the weights lie beside it, the headers of their files say how many numbers there are, and the two must agree.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffattn.checkpoint_files import INDEX, WEIGHTS, read_tensors, weight_files
+from diffattn.config_fields import check_config
+from diffattn.errors import CheckpointError, ConfigError
+from diffattn.files import parse_json
+from diffattn.folders import no_model
+from diffattn.plan.checkpoints.kinds import OURS, Kind, kind_of
+from diffattn.plan.cost import count_parameters
+from diffattn.plan.shape import VARIANTS, BuiltShape, ModelShape, check_positive_int
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+# Buffers among the weights: older versions saved those of rotary positions, and DEX has how far it is annealed.
+_BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\.annealed$")
+
+
+class Checkpoint(NamedTuple):
+    """What a planner knows of a checkpoint."""
+
+    shape: ModelShape
+    """The softmax Transformer that it replaces, with the checkpoint's own feed-forward width; a ``BuiltShape`` where it
+    has parameters beside those of a shape, or layers that see a window of tokens alone."""
+    attention: str
+    """A name in ``VARIANTS``; softmax where it is DEX, which is fitted to such a model."""
+    left_out: dict[str, int]
+    """Numbers in the files of the weights that no model of its type reads, by what they are."""
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """The softmax Transformer that a checkpoint replaces, its variant, and what of its files no plan holds.
+
+    Heads in the file are those of the one attention call; the shape's are the softmax model's:
+
+    ================= =========================== =========================== ===========
+    variant           n                           G                           d
+    ================= =========================== =========================== ===========
+    softmax, dex      num_attention_heads         num_key_value_heads         head_dim
+    gated             num_attention_heads         num_key_value_heads         head_dim
+    diff_v1           num_attention_heads         2 · num_key_value_heads     head_dim / 2
+    diff_v2           num_attention_heads / 2     num_key_value_heads         head_dim
+    diffllama, as V1  num_attention_heads         num_key_value_heads         head_dim
+    ================= =========================== =========================== ===========
+
+    Args:
+        path: the folder of a checkpoint, or its ``config.json``.
+
+    Returns:
+        A :class:`Checkpoint`; its shape is named after the folder.
+
+    Raises:
+        ConfigError: no readable JSON object there, a missing or impossible field, a ``model_type`` that is not in
+            ``KINDS`` or has parts that a plan has not, or weights of another number of parameters.
+        CheckpointError: weights that are damaged.
+
+    Source: ``diffattn.model.configuration.DiffTransformerConfig``; the configurations of ``transformers``.
+
+    >>> read_checkpoint("absent")
+    Traceback (most recent call last):
+    diffattn.errors.ConfigError: 'absent' given; a folder with a config.json is wanted; there is none: check the path
+    """
+    file = Path(path)
+    if file.suffix != ".json":
+        file = file / "config.json"
+    try:
+        values = parse_json(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            no_model(file.parent)
+            or f"{str(path)!r} given; a folder with a config.json is wanted; there is none: check the path"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{str(file)!r} given; a readable config.json is wanted; it says: {reason}") from None
+    if isinstance(values, dict) and "model_type" not in values and (line := no_model(file.parent)):
+        raise ConfigError(line)
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{str(file)!r} given; a decoder's config.json is wanted, with {', '.join(_SIZES)}; it lacks no JSON "
+            f"object: it holds a {type(values).__name__}"
+        )
+    if "model_type" in values:
+        kind_of(values, str(file))
+    if missing := [key for key in _SIZES if key not in values]:
+        raise ConfigError(
+            f"{str(file)!r} given; a decoder's config.json is wanted, with {', '.join(_SIZES)}; it lacks "
+            f"{', '.join(missing)}: write the shape as a .toml file"
+        )
+    kind = kind_of(values, str(file))
+    try:
+        shape, attention = _read(values, kind, file.resolve().parent.name)
+    except ConfigError as error:
+        raise ConfigError(f"{str(file)!r}: {error}") from None
+    return Checkpoint(shape, attention, _hold_against_weights(shape, attention, file))
+
+
+def _read(values: dict[str, Any], kind: Kind, name: str) -> tuple[ModelShape, str]:
+    check_config(values)
+    ours, diffllama = values["model_type"] == OURS, values["model_type"] == "diffllama"
+    attention = values.get("attention", "diff_v1") if ours else "softmax"
+    v1, v2 = attention == "diff_v1", attention == "diff_v2"
+    for key in _SIZES:
+        check_positive_int(key, values[key])
+
+    heads = values["num_attention_heads"]
+    groups, width = values.get("num_key_value_heads", kind.kv_heads), values.get("head_dim", kind.head_dim)
+    if groups is None:
+        groups = heads // 2 if v1 or v2 else heads
+    check_positive_int("num_key_value_heads", groups)
+    if width is not None:
+        check_positive_int("head_dim", width)
+    if v1 and width is not None and width % 2:
+        raise ConfigError(f"head_dim={width} given; an even width is wanted, because diff_v1 cuts it into two heads")
+    if v2 and heads % 2:
+        raise ConfigError(f"num_attention_heads={heads} given; an even number is wanted, because diff_v2 pairs them")
+    shape = ModelShape(
+        hidden_size=values["hidden_size"],
+        num_layers=values["num_hidden_layers"],
+        num_heads=heads // (2 if v2 else 1),
+        num_kv_heads=groups * (2 if v1 else 1),
+        # Where it is missing, d = D / n for every variant.
+        head_dim=None if width is None else width // (2 if v1 else 1),  # type: ignore[arg-type]
+        intermediate_size=values["intermediate_size"],
+        vocab_size=values["vocab_size"],
+        tie_word_embeddings=values.get("tie_word_embeddings", kind.tied),
+        max_position_embeddings=values.get("max_position_embeddings", 2048),
+        rope_theta=_rope_theta(values),
+        name=name,
+        source="config.json",
+    )
+    # DiffLlama's file has the softmax model's own heads, which it pairs.
+    attention = "diff_v1" if diffllama else attention
+    planned = "softmax" if attention == "dex" else attention
+    shape.check_variant(planned)
+    extras = tuple(one for one in _extras(values, kind, shape, attention, ours=ours) if one[2])
+    window = _window(values, kind, shape.num_layers)
+    built = BuiltShape(**vars(shape), extras=extras, window=window) if extras or window else shape
+    return built, planned
+
+
+def _rope_theta(values: Mapping[str, Any]) -> Any:
+    """The base in the older or the newer layout; Gemma 3 has two, and that of the layers which see everything is it."""
+    given = values.get("rope_theta")
+    rope = values.get("rope_parameters")
+    if given is None and isinstance(rope, dict):
+        whole = rope.get("full_attention")
+        given = (whole if isinstance(whole, dict) else rope).get("rope_theta")
+    return 10000.0 if given is None else given
+
+
+def _extras(
+    values: Mapping[str, Any], kind: Kind, shape: ModelShape, attention: str, *, ours: bool
+) -> list[tuple[str, str, int]]:
+    """What a shape does not say: the part of ``Parameters``, what it is, how many of all layers."""
+    L, D, F, n, G, d = (
+        shape.num_layers, shape.hidden_size, shape.intermediate_size, shape.num_heads, shape.num_kv_heads,
+        shape.head_dim,
+    )  # fmt: skip
+    switch = _flag(values, "attention_bias") if ours or kind.bias == "switch" else False
+    bias = switch or kind.bias == "qkv"
+    output_bias = _flag(values, "attention_output_bias") if ours else switch
+    queries = n * d * (2 if attention == "diff_v2" else 1)
+    found = [("attention", "biases", L * (bias * (queries + 2 * G * d) + output_bias * D))]
+    if ours or kind.mlp_bias:
+        found.append(("feed_forward", "biases", L * _flag(values, "mlp_bias") * (2 * F + D)))
+    normed = 0
+    if kind.qk_norm != "none" or (ours and _flag(values, "qk_norm")):
+        normed = n * d + G * d if kind.qk_norm == "all heads" else 2 * d
+    found.append(("norms", "norms of queries and keys", L * normed))
+    found.append(("norms", "further norms", L * kind.further_norms * D))
+    if attention in VARIANTS:
+        chosen: dict[str, Any] = {
+            "subln_affine": _flag(values, "subln_affine", True) if ours else attention != "diff_v1",
+            "head_norm": _flag(values, "head_norm", None) if ours else None,
+            "lambda_form": values.get("lambda_form", "sigmoid") if ours else "sigmoid",
+        }
+        plain = count_parameters(shape, attention).total
+        switches = count_parameters(shape, attention, **chosen).total - plain
+        found.append(("attention", "the norm of heads and λ", switches))
+    else:
+        found.append(("attention", "DEX", _dex_heads(values, shape) * (d**2 + 1)))
+    return found
+
+
+def _dex_heads(values: Mapping[str, Any], shape: ModelShape) -> int:
+    chosen = values.get("dex_heads")
+    return shape.num_layers * shape.num_heads if chosen is None else sum(map(len, chosen))
+
+
+def _flag(values: Mapping[str, Any], key: str, default: Any = False) -> Any:
+    value = values.get(key, default)
+    if value is not default and not isinstance(value, bool):
+        raise ConfigError(f"{key}={value!r} given; a truth value is wanted; use true or false")
+    return value
+
+
+def _window(values: Mapping[str, Any], kind: Kind, layers: int) -> tuple[int, int] | None:
+    """How many layers look back over how many tokens alone."""
+    width = values.get("sliding_window", kind.window_width)
+    if kind.window == "none" or width is None:
+        return None
+    if kind.window in ("late", "unrotated") and not _flag(values, "use_sliding_window"):
+        return None
+    check_positive_int("sliding_window", width)
+    named, unrotated = values.get("layer_types"), values.get("no_rope_layers")
+    if kind.window == "all":
+        count = layers
+    elif isinstance(named, list):
+        count = named.count("sliding_attention")
+    elif kind.window == "late":
+        first = values.get("max_window_layers", 28)
+        check_positive_int("max_window_layers", 1 if first == 0 else first)
+        count = max(0, layers - first)
+    elif kind.window == "unrotated" and isinstance(unrotated, list):
+        count = unrotated.count(0)
+    else:
+        key = "no_rope_layer_interval" if kind.window == "unrotated" else "sliding_window_pattern"
+        every = 4 if kind.window == "unrotated" else kind.window
+        every = every if kind.window == 2 else values.get(key, every)
+        check_positive_int(key, every)
+        # Gemma's layers look back over a window but for every n-th; SmolLM3's unrotated ones are every n-th.
+        count = layers // every if kind.window == "unrotated" else layers - layers // every
+    return (count, width) if count else None
+
+
+def _hold_against_weights(shape: ModelShape, attention: str, file: Path) -> dict[str, int]:
+    """Compare the count with the headers of the weights, where all of them are there; what in them is not counted."""
+    folder = file.parent
+    if file.name != "config.json" or not any(os.path.isfile(folder / name) for name in (WEIGHTS, INDEX)):
+        return {}
+    try:
+        weight_files(folder)
+    except CheckpointError:
+        # Part of a large model is enough to plan it.
+        return {}
+    sizes = {name: math.prod(entry["shape"]) for name, entry in read_tensors(folder).items()}
+    left_out = {
+        "buffers": sum(map(sizes.pop, filter(_BUFFERS.search, list(sizes)))),
+        "a copy of the tied embedding": sizes.pop("lm_head.weight", 0) if shape.tie_word_embeddings else 0,
+    }
+    counted, held = count_parameters(shape, attention).total, sum(sizes.values())
+    if held != counted:
+        raise ConfigError(
+            f"{str(file)!r} says {counted:,} parameters and the weights beside it are {held:,}; two that agree are "
+            "wanted: the file is of another model, or the model has parts that it does not say"
+        )
+    return {what: number for what, number in left_out.items() if number}
