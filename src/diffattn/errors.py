@@ -1,8 +1,32 @@
-"""The errors that a user can meet. Each message is one line: what was given, what was wanted, the way out."""
+"""The errors that a user can meet. Each message is one line of one form: ``GIVEN; wanted WANTED: WAY OUT``."""
+
+from __future__ import annotations
+
+from typing import Self
 
 
 class DiffattnError(Exception):
-    """Base of every error that this package raises on purpose; the command line prints it as one line."""
+    """Base of every error that this package raises on purpose; the command line prints it as one line.
+
+    Args:
+        given: what was given or found, such as ``head_dim is 3``.
+        wanted: what is wanted instead, such as ``an even number``.
+        way_out: what the reader can do, such as ``set head_dim=64``.
+
+    >>> print(ConfigError("head_dim is 3", "an even number", "set head_dim=64"))
+    head_dim is 3; wanted an even number: set head_dim=64
+    """
+
+    def __init__(self, given: str, wanted: str | None = None, way_out: str | None = None) -> None:
+        super().__init__(*(part for part in (given, wanted, way_out) if part is not None))
+        self.given, self.wanted, self.way_out = given, wanted, way_out
+
+    def __str__(self) -> str:
+        return self.given if self.wanted is None else f"{self.given}; wanted {self.wanted}: {self.way_out}"
+
+    def at(self, where: str) -> Self:
+        """Returns the same error with the name of the file or part in front: ``WHERE: GIVEN; wanted …``."""
+        return type(self)(f"{where}: {self.given}", self.wanted, self.way_out)
 
 
 class ConfigError(DiffattnError, ValueError):
