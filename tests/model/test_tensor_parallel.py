@@ -55,7 +55,7 @@ def ran(tmp_path_factory) -> Path:
         "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}",
-               str(TESTS / "model" / "tensor_parallel_worker.py"), str(models), str(out)]  # fmt: skip
+               str(TESTS / "support" / "tensor_parallel_worker.py"), str(models), str(out)]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return out

@@ -118,8 +118,8 @@ def test_ctrl_c_ends_a_process_in_two_seconds(text: Path, data: PreparedData, tm
     tests, folder = Path(__file__).parents[1], tmp_path / "run"
     script = (
         "from pathlib import Path\n"
-        "from train.killed_run import run_slowly\n"
-        "from train.small_run import *\n"
+        "from support.killed_run import run_slowly\n"
+        "from support.small_run import *\n"
         f"run_slowly(Path({str(text)!r}), Path({str(folder)!r}), Recipe(**{recipe.to_dict()!r}), pause=0.1)"
     )
     process = subprocess.Popen(

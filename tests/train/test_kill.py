@@ -24,7 +24,7 @@ LONG = dataclasses.replace(RECIPE, steps=60, evaluations=13, checkpoints=25)
 def processes() -> ForkServerContext:
     """Processes that are forked from one that has imported what they need, and has trained nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.killed_run"])
+    context.set_forkserver_preload(["support.killed_run"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         # That process looks for the modules before it is told this one's path.
