@@ -7,15 +7,14 @@ before anything is computed with it, so that all of them are refused alike, in o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from diffattn.errors import ConfigError
+from diffattn.variants import ATTENTIONS, DEFAULT
 
 OURS = "diff_transformer"
-VARIANTS = ("softmax", "diff_v1", "diff_v2", "gated")
-ATTENTIONS = (*VARIANTS, "dex")
 LAMBDA_FORMS = ("sigmoid", "linear", "one")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -95,7 +94,7 @@ def _number(wanted: str, allows: Callable[[float], bool], *, optional: bool = Fa
     return Field(lambda value: is_number(value) and allows(value), wanted, optional)
 
 
-def _one_of(names: tuple[str, ...]) -> Field:
+def _one_of(names: Iterable[str]) -> Field:
     return Field(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
 
 
@@ -314,7 +313,7 @@ def check_config(values: Mapping[str, Any]) -> None:
         check(FIELDS, name, value)
     rope = values.get("rope_parameters")
     if rope and is_whole(values.get("head_dim")):
-        check_rope(rope, values["head_dim"] // (2 if values.get("attention", "diff_v1") == "diff_v1" else 1))
+        check_rope(rope, values["head_dim"] // ATTENTIONS[values.get("attention", DEFAULT)].join)
     if is_whole(values.get("vocab_size")):
         check_ids(values, values["vocab_size"])
 

@@ -11,7 +11,7 @@ from diffattn.errors import CheckpointError, ConfigError
 from diffattn.generate.decoding import Decoding
 from diffattn.generate.generation import continue_text, generate
 from diffattn.model.decoding_ranges import DECODING
-from diffattn.plan.shape import DEFAULT_VARIANTS
+from diffattn.variants import DEFAULT_VARIANTS
 
 PROMPT = "lower löwe"
 TEMPLATE = "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}[reply]"

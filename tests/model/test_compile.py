@@ -5,7 +5,7 @@ import torch
 from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from transformers import StaticCache
 
-from diffattn.plan.shape import DEFAULT_VARIANTS
+from diffattn.variants import DEFAULT_VARIANTS
 
 # The compiler's own modules meet what this version of torch has retired.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

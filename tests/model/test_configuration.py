@@ -126,11 +126,11 @@ def test_rotary_frequencies_are_those_of_the_replaced_softmax_transformer(scaled
 
 SMALL = {"attention": "diff_v1", "hidden_size": 60, "num_attention_heads": 6}
 WRONG = [
-    ({"attention": "gated", "head_norm": True}, ["head_norm is True", "'gated'", "leave it out"]),
-    ({"attention": "dex", "head_norm": True}, ["head_norm is True", "'dex'", "leave it out"]),
+    ({"attention": "gated", "head_norm": True}, ["head_norm=True", "'gated'", "leave it out"]),
+    ({"attention": "dex", "head_norm": True}, ["head_norm=True", "'dex'", "leave it out"]),
     ({"attention": "diff_v2", "lambda_form": "tanh"}, ["lambda_form='tanh' given", "sigmoid, linear, one"]),
-    ({"lambda_form": "one"}, ["lambda_form is 'one'", "wanted diff_v2", "leave it out"]),
-    ({"attention": "softmax", "pairs_share_group": False}, ["pairs_share_group is False", "wanted diff_v2"]),
+    ({"lambda_form": "one"}, ["lambda_form='one'", "wanted diff_v2", "leave it out"]),
+    ({"attention": "softmax", "pairs_share_group": False}, ["pairs_share_group=False", "wanted diff_v2"]),
     (
         {"attention": "diff_v2", "num_key_value_heads": 1, "pairs_share_group": False},
         ["num_key_value_heads 1", "wanted 2 or more"],

@@ -10,7 +10,7 @@ from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, QuantizedCache
 
-from diffattn.plan.shape import DEFAULT_VARIANTS
+from diffattn.variants import DEFAULT_VARIANTS
 
 # Few enough tokens to look at every text of some tokens.
 FEW = dataclasses.replace(SHAPE, vocab_size=11, num_layers=2)

@@ -5,7 +5,7 @@ import pytest
 from support.small_models import small_model, tokens
 
 import diffattn
-from diffattn.plan.shape import DEFAULT_VARIANTS
+from diffattn.variants import DEFAULT_VARIANTS
 
 LOAD = """
 import sys

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffattn.config_fields import ATTENTIONS, shown
+from diffattn.config_fields import shown
 from diffattn.convert import diffllama, llama, unilm
 from diffattn.convert.folder import check_destination, check_loads, read_folder, write_folder
 from diffattn.convert.layout import EMBEDDING
 from diffattn.convert.reading import LLAMA_LIKE, OURS
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.progress import OnStage, Stage, unseen
+from diffattn.variants import ATTENTIONS, DEFAULT
 
 Config = dict[str, Any]
 TARGETS = ("softmax", "diff_v1", "diff_v2", "dex", "diffllama", "reference", "llama")
@@ -199,7 +200,7 @@ def kind_of(config: Mapping[str, Any]) -> str:
     kind = config.get("model_type")
     if kind == OURS:
         # As the configuration class reads it: what is not written is the default.
-        attention = config.get("attention", "diff_v1")
+        attention = config.get("attention", DEFAULT)
         if not isinstance(attention, str) or attention not in ATTENTIONS:
             raise ConfigError(
                 f"attention is {shown(attention)}; wanted one of {', '.join(ATTENTIONS)}: correct config.json"

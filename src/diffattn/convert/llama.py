@@ -38,6 +38,7 @@ from diffattn.convert.reading import (
 )
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.variants import BASELINE
 
 NOISE = ("copy", "perturbed")
 
@@ -169,7 +170,7 @@ def fold_dex(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
         ConfigError, CheckpointError: as :func:`to_softmax`.
     """
     ours = our_config(config)
-    if ours.attention != "dex":
+    if not ours.record.chosen_heads:
         raise UnsupportedError(f"attention is {ours.attention!r}; wanted a 'dex' model, whose subtraction is linear")
     weights = dict(tensors)
     check_tensors(ours, weights)
@@ -205,15 +206,15 @@ def to_llama(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
         ConfigError, CheckpointError: as :func:`to_softmax`.
     """
     ours = our_config(config)
-    if ours.attention == "dex":
+    if ours.record.chosen_heads:
         raise UnsupportedError(
             "attention is 'dex'; wanted a softmax model, because Llama subtracts nothing: fold W_D into W_O first"
         )
-    if ours.attention == "gated":
+    if ours.record.gated:
         raise UnsupportedError(
             "attention is 'gated'; wanted a softmax model, because Llama has no gate: keep it as diff_transformer"
         )
-    if ours.attention != "softmax":
+    if ours.attention != BASELINE:
         raise UnsupportedError(
             f"attention is {ours.attention!r}; wanted a softmax model, because Llama has one softmax map per head and "
             "no parameters can make it the difference of two: keep it as diff_transformer"

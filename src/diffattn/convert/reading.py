@@ -17,6 +17,7 @@ from diffattn.convert.layout import EMBEDDING, HEAD, check_shapes, no_model, our
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.variants import BASELINE
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -53,7 +54,7 @@ def softmax_config(config: Mapping[str, Any]) -> DiffTransformerConfig:
     kind = config.get("model_type")
     if kind == OURS:
         ours = our_config(config)
-        if ours.attention != "softmax":
+        if ours.attention != BASELINE:
             raise UnsupportedError(f"attention is {ours.attention!r}; wanted a softmax model to start from")
         if ours.switches():
             raise UnsupportedError(f"the model has {ours.switches()}; wanted a plain softmax model to start from")

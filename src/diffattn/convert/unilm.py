@@ -42,6 +42,8 @@ from diffattn.plan.shape import check_positive_int
 
 REFERENCE = "diff_transformer_reference"
 FORMS = ("flash", "flash_2", "eager")
+# The authors' two modules, and our variants that compute what they do.
+_ATTENTIONS = {1: "diff_v1", 2: "diff_v2"}
 _REQUIRED = ("version", "vocab_size", "embed_dim", "intermediate_size", "num_hidden_layers", "num_heads")
 # Fields of one name and meaning in both configurations, with the same defaults.
 _SHARED = (
@@ -88,7 +90,7 @@ def from_reference(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         fields["subln_affine"] = any(name.endswith("subln.weight") for name in tensors)
     fields |= {
         "model_type": OURS,
-        "attention": "diff_v1" if v1 else "diff_v2",
+        "attention": _ATTENTIONS[config["version"]],
         "hidden_size": config["embed_dim"],
         "num_attention_heads": 2 * heads,
         "num_key_value_heads": groups,
@@ -130,8 +132,9 @@ def to_reference(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tu
     names = _their_names(ours)
     weights = {names.get(name, name): tensor for name, tensor in weights.items()}
     known = ours.to_dict()
-    made: Config = {"model_type": REFERENCE, "version": 1 if ours.attention == "diff_v1" else 2}
-    if ours.attention == "diff_v1":
+    v1 = ours.attention == _ATTENTIONS[1]
+    made: Config = {"model_type": REFERENCE, "version": 1 if v1 else 2}
+    if v1:
         made |= {"form": "flash", "lambda_std": ours.lambda_std, "subln_eps": ours.subln_eps}
     else:
         made["head_dim"] = ours.head_dim
@@ -200,10 +203,10 @@ def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def _check_sayable(ours: DiffTransformerConfig) -> None:
-    v1 = ours.attention == "diff_v1"
+    v1 = ours.attention == _ATTENTIONS[1]
     filled = ours.num_attention_heads * ours.rope_width
     for sayable, what, wanted in (
-        (ours.subtracts_maps, f"attention is {ours.attention!r}", "diff_v1 or diff_v2"),
+        (ours.attention in _ATTENTIONS.values(), f"attention is {ours.attention!r}", "diff_v1 or diff_v2"),
         (not (ours.attention_bias or ours.attention_output_bias or ours.mlp_bias), "the model has biases", "none"),
         (not ours.qk_norm, "qk_norm is True", "no norm of queries and keys"),
         (not ours.switches(), f"the model has {ours.switches()}", "the variant as published"),
@@ -221,7 +224,7 @@ def _check_sayable(ours: DiffTransformerConfig) -> None:
 
 def _their_names(ours: DiffTransformerConfig) -> dict[str, str]:
     """Their name of each tensor that has another name here."""
-    if ours.attention == "diff_v2":
+    if ours.attention == _ATTENTIONS[2]:
         return {}
     names = {}
     for layer in range(ours.num_hidden_layers):

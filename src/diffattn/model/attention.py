@@ -106,7 +106,7 @@ class SoftmaxAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // groups
         self.scaling = self.width**-0.5
         self.is_causal = True
-        outputs = (config.num_attention_heads // (1 if config.attention != "diff_v2" else 2)) * self.width
+        outputs = config.num_attention_heads // config.record.query_factor * self.width
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.width, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=bias)

@@ -10,11 +10,10 @@ from transformers import PreTrainedConfig
 from diffattn.config_fields import FIELDS, check, check_ids, check_rope, shown
 from diffattn.errors import ConfigError
 from diffattn.plan.shape import ModelShape
+from diffattn.variants import ATTENTIONS, DEFAULT, Heads, OwnTensor, Variant
 
 # The attention function that subtracts the maps itself; ``diffattn.model.fused`` registers it.
 DIFF_FUSED = "diff_fused"
-# Of V2 as published.
-_V2_SWITCHES = {"lambda_form": "sigmoid", "pairs_share_group": True}
 
 
 def lambda_init_schedule(layer: int) -> float:
@@ -89,7 +88,7 @@ class DiffTransformerConfig(PreTrainedConfig):
     model_type = "diff_transformer"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
-    attention: str = "diff_v1"
+    attention: str = DEFAULT
     vocab_size: int = 100288
     hidden_size: int = 2048
     intermediate_size: int = 5461
@@ -128,14 +127,16 @@ class DiffTransformerConfig(PreTrainedConfig):
         # Before the library makes something of them.
         for name, value in kwargs.items():
             check(FIELDS, name, value)
-        v1 = self.attention == "diff_v1"
+        variant = self.record
+        # How many heads of the call, or halves of them, stand for one head of the softmax Transformer.
+        parts = variant.query_factor * variant.join
         if self.subtracts_maps and self.num_attention_heads % 2:
             raise ConfigError(
                 f"num_attention_heads is {self.num_attention_heads}; {self.attention} pairs query heads, "
                 "so the one attention call needs an even number: choose one more or one less"
             )
         if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads // (2 if self.subtracts_maps else 1)
+            self.num_key_value_heads = self.num_attention_heads // parts
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ConfigError(
@@ -144,7 +145,7 @@ class DiffTransformerConfig(PreTrainedConfig):
                 )
             # n heads of width D / n are replaced; the one call has 2n of them under V2 and width 2d under V1.
             width = self.hidden_size // self.num_attention_heads
-            self.head_dim = 2 * width if self.subtracts_maps else width
+            self.head_dim = parts * width
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads is {self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads}; "
@@ -161,7 +162,7 @@ class DiffTransformerConfig(PreTrainedConfig):
         if self.rope_width % 2:
             raise ConfigError(
                 f"head_dim is {self.head_dim}; rotary positions turn pairs of channels"
-                f"{' of each half head' if v1 else ''}: choose a multiple of {4 if v1 else 2}"
+                f"{' of each half head' if variant.join > 1 else ''}: choose a multiple of {2 * variant.join}"
             )
         self._check_switches()
         self._check_dex_heads()
@@ -174,38 +175,50 @@ class DiffTransformerConfig(PreTrainedConfig):
         check_ids(vars(self), self.vocab_size)
 
     def _check_switches(self) -> None:
-        if self.head_norm and self.attention in ("dex", "gated"):
+        if self.head_norm and not self.record.takes_norm:
+            *most, last = (name for name, record in ATTENTIONS.items() if record.takes_norm)
             raise ConfigError(
-                f"head_norm is True and attention {self.attention!r}; wanted softmax, diff_v1 or diff_v2: leave it out"
+                f"head_norm=True with attention={self.attention!r}", f"{', '.join(most)} or {last}", "leave it out"
             )
-        for name, plain in _V2_SWITCHES.items():
-            if self.attention != "diff_v2" and getattr(self, name) != plain:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r} and attention {self.attention!r}; wanted diff_v2: leave it out"
-                )
+        for owner in ATTENTIONS.values():
+            for name, published in owner.switches.items():
+                if owner.name != self.attention and getattr(self, name) != published:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} with attention={self.attention!r}", owner.name, "leave it out"
+                    )
         if not self.pairs_share_group and self.num_key_value_heads == 1:
             raise ConfigError(
                 "pairs_share_group is False and num_key_value_heads 1; wanted 2 or more, or both maps of a head share "
                 "the one there is: set num_key_value_heads"
             )
 
+    @property
+    def record(self) -> Variant:
+        """The record of the variant, which says everything that does not depend on sizes."""
+        return ATTENTIONS[self.attention]
+
+    def own_tensors(self) -> list[OwnTensor]:
+        """Lists the tensors that a layer of this model has and softmax attention has not, without the norm's gain."""
+        return [tensor for tensor in self.record.tensors if tensor.exists(vars(self))]
+
     def switches(self) -> dict[str, Any]:
         """The fields by which this model computes something else than its variant as published."""
-        found = {name: getattr(self, name) for name, plain in _V2_SWITCHES.items() if getattr(self, name) != plain}
-        if self.normalizes_heads != (self.attention == "diff_v1"):
+        published = self.record.switches
+        found = {name: getattr(self, name) for name, plain in published.items() if getattr(self, name) != plain}
+        if self.normalizes_heads != self.record.norm:
             found["head_norm"] = self.head_norm
         return found
 
     @property
     def normalizes_heads(self) -> bool:
         """Whether each output head passes an RMSNorm."""
-        return self.attention == "diff_v1" if self.head_norm is None else self.head_norm
+        return self.record.norm if self.head_norm is None else self.head_norm
 
     def _check_dex_heads(self) -> None:
         if self.dex_heads is None:
             return
         known = range(self.num_attention_heads)
-        if self.attention != "dex":
+        if not self.record.chosen_heads:
             raise ConfigError(
                 f"dex_heads is given and attention is {self.attention!r}; wanted attention 'dex': leave out dex_heads"
             )
@@ -228,7 +241,7 @@ class DiffTransformerConfig(PreTrainedConfig):
     @property
     def subtracts_maps(self) -> bool:
         """Whether query heads come in pairs, one for the signal and one for the noise: V1 and V2."""
-        return self.attention in ("diff_v1", "diff_v2")
+        return self.record.maps > 1
 
     @property
     def has_map_diff(self) -> bool:
@@ -241,11 +254,9 @@ class DiffTransformerConfig(PreTrainedConfig):
         λ vectors, gains and DEX are on every rank, where they meet that rank's heads alone: their gradients are summed.
         """
         attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
-        if self.attention == "diff_v2" and self.lambda_form != "one":
-            attention["lambda_proj"] = "colwise"
-        if self.attention == "gated":
-            attention["g_proj"] = "colwise"
-        shared = {"diff_v1": ["lam"], "dex": ["dex"]}.get(self.attention, [])
+        own = {tensor.name.split(".")[0]: tensor.split for tensor in self.own_tensors()}
+        attention |= {module: "colwise" for module, split in own.items() if split}
+        shared = [module for module, split in own.items() if not split]
         if self.normalizes_heads and self.subln_affine:
             shared.append("subln")
         if self.qk_norm:
@@ -279,7 +290,7 @@ class DiffTransformerConfig(PreTrainedConfig):
     def rope_width(self) -> int:
         """Channels that rotary positions turn together: d, the width of one of the replaced softmax heads."""
         assert self.head_dim is not None
-        return self.head_dim // 2 if self.attention == "diff_v1" else self.head_dim
+        return self.head_dim // self.record.join
 
     def layer_lambda_init(self, layer: int) -> float:
         """λ_init of a layer (from 0): the schedule, or the constant ``lambda_init``."""
@@ -292,26 +303,18 @@ class DiffTransformerConfig(PreTrainedConfig):
         ``initializer_range`` is hidden_size^(−1/2), which is the usual 0.02 at the paper's widths. V1 needs it at small
         ones: its norm lifts whatever attention gives to unit size, and drowns embeddings that start at 0.02.
         """
-        shape.check_variant("softmax" if attention == "dex" else attention)
-        n, groups, width = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        assert groups is not None
-        assert width is not None
-        heads = {
-            "softmax": (n, groups, width),
-            "dex": (n, groups, width),
-            "gated": (n, groups, width),
-            "diff_v1": (n, groups // 2, 2 * width),
-            "diff_v2": (2 * n, groups, width),
-        }[attention]
+        variant = ATTENTIONS.get(attention)
+        shape.check_variant(attention if variant is None or variant.fitted_to is None else variant.fitted_to)
+        heads = ATTENTIONS[attention].heads(shape)
         fields: dict[str, Any] = {
             "attention": attention,
             "vocab_size": shape.vocab_size,
             "hidden_size": shape.hidden_size,
             "intermediate_size": shape.intermediate_size,
             "num_hidden_layers": shape.num_layers,
-            "num_attention_heads": heads[0],
-            "num_key_value_heads": heads[1],
-            "head_dim": heads[2],
+            "num_attention_heads": heads.queries,
+            "num_key_value_heads": heads.groups,
+            "head_dim": heads.width,
             "max_position_embeddings": shape.max_position_embeddings,
             "initializer_range": round(shape.hidden_size**-0.5, 4),
             "tie_word_embeddings": shape.tie_word_embeddings,
@@ -325,14 +328,15 @@ class DiffTransformerConfig(PreTrainedConfig):
         A shape has no biases, no norm of queries and keys and no DEX: what these add is not in it.
         """
         assert self.num_key_value_heads is not None
+        assert self.head_dim is not None
         assert self.rope_parameters is not None
-        v1, v2 = self.attention == "diff_v1", self.attention == "diff_v2"
+        replaced = self.record.replaced(Heads(self.num_attention_heads, self.num_key_value_heads, self.head_dim))
         return ModelShape(
             hidden_size=self.hidden_size,
             num_layers=self.num_hidden_layers,
-            num_heads=self.num_attention_heads // (2 if v2 else 1),
-            num_kv_heads=self.num_key_value_heads * (2 if v1 else 1),
-            head_dim=self.rope_width,
+            num_heads=replaced.queries,
+            num_kv_heads=replaced.groups,
+            head_dim=replaced.width,
             intermediate_size=self.intermediate_size,
             vocab_size=self.vocab_size,
             tie_word_embeddings=self.tie_word_embeddings,

@@ -45,7 +45,7 @@ from diffattn.ops.derivatives import through_sdpa
 from diffattn.ops.half import attention_inputs
 from diffattn.ops.reference import visible_keys
 from diffattn.ops.standard import open_dead_rows, pad_queries, subtract
-from diffattn.plan.activations import ONE_MAP
+from diffattn.variants import ATTENTIONS
 
 
 def diff_fused_attention(
@@ -121,7 +121,7 @@ def serving_backend(attention: str, device: str, dtype: torch.dtype) -> str:
 
     ``dtype`` is that of queries, keys and values, under autocast that of the products. Compiles the kernel if need be.
     """
-    fused = attention not in ONE_MAP and device == "cpu" and dtype in fused_cpu.DTYPES
+    fused = ATTENTIONS[attention].maps > 1 and device == "cpu" and dtype in fused_cpu.DTYPES
     return "fused" if fused and build.unavailable(dtype) is None else "standard"
 
 

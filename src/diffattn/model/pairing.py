@@ -13,6 +13,7 @@ from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.plan.cost import Parameters, count_parameters, match_parameters
 from diffattn.plan.shape import ModelShape
+from diffattn.variants import BASELINE
 
 MATCHES = ("parameters", "shape")
 # What makes a variant of a variant: the twin is the plain softmax model.
@@ -92,7 +93,7 @@ def build_pair(shape: ModelShape, attention: str, *, seed: int = 0, match: str =
     """
     model_config = pair_config(shape, attention, match=match, **config)
     plain = {name: value for name, value in config.items() if name not in _SWITCHES}
-    twin = _build(DiffTransformerConfig.from_shape(shape, "softmax", **plain), seed)
+    twin = _build(DiffTransformerConfig.from_shape(shape, BASELINE, **plain), seed)
     own = int.from_bytes(hashlib.sha256(f"{attention}/{seed}".encode()).digest()[:7])
     model = _build(model_config, own)
     twin_state = twin.state_dict()

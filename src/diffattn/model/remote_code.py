@@ -27,6 +27,7 @@ _SHIPPED = {
     "diffattn.ops.reference": "diff_reference",
     "diffattn.plan.shape": "diff_shape",
     "diffattn.config_fields": "diff_config_fields",
+    "diffattn.variants": "diff_variants",
     "diffattn.quantities": "diff_quantities",
     "diffattn.errors": "diff_errors",
 }

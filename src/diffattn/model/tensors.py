@@ -24,16 +24,18 @@ def tensor_shapes(config: DiffTransformerConfig) -> dict[str, tuple[int, ...]]:
     >>> len(shapes), shapes["model.layers.23.mlp.down_proj.weight"]
     (338, (2048, 5461))
     """
-    hidden, vocabulary = config.hidden_size, config.vocab_size
+    assert config.head_dim is not None
+    hidden, vocabulary, width = config.hidden_size, config.vocab_size, config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         shapes |= {prefix + name: shape for name, shape in _of_layer(config).items()}
-        heads = len(config.layer_dex_heads(layer)) if config.attention == "dex" else 0
-        if heads:
-            width = config.rope_width
-            dex = {"weight": (heads, width, width), "lam": (heads,), "annealed": ()}
-            shapes |= {f"{prefix}self_attn.dex.{name}": shape for name, shape in dex.items()}
+        heads = config.num_attention_heads // config.record.maps
+        if config.record.chosen_heads:
+            heads = len(config.layer_dex_heads(layer))
+        # A layer of which no head was chosen has none of them.
+        for own in config.own_tensors() if heads else ():
+            shapes[f"{prefix}self_attn.{own.name}"] = own.shape(D=hidden, d=config.rope_width, H=heads, V=width)
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (vocabulary, hidden)
@@ -41,12 +43,12 @@ def tensor_shapes(config: DiffTransformerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _of_layer(config: DiffTransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Of any layer, without DEX, which differs from one to the next."""
+    """Returns the tensors that every layer has, without those of the variant's own."""
     assert config.head_dim is not None
     assert config.num_key_value_heads is not None
     hidden, inner, width = config.hidden_size, config.intermediate_size, config.rope_width
     queries, keys = config.num_attention_heads * width, config.num_key_value_heads * config.head_dim
-    outputs = queries // 2 if config.attention == "diff_v2" else queries
+    outputs = queries // config.record.query_factor
     linear = {
         "self_attn.q_proj": (queries, hidden, config.attention_bias),
         "self_attn.k_proj": (keys, hidden, config.attention_bias),
@@ -56,17 +58,11 @@ def _of_layer(config: DiffTransformerConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (inner, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, inner, config.mlp_bias),
     }
-    if config.attention == "gated":
-        linear["self_attn.g_proj"] = (queries, hidden, False)
-    if config.attention == "diff_v2" and config.lambda_form != "one":
-        linear["self_attn.lambda_proj"] = (config.num_attention_heads // 2, hidden, False)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (rows, columns, bias) in linear.items():
         shapes[f"{name}.weight"] = (rows, columns)
         if bias:
             shapes[f"{name}.bias"] = (rows,)
-    if config.attention == "diff_v1":
-        shapes |= {f"self_attn.lam.lambda_{name}": (width,) for name in ("q1", "k1", "q2", "k2")}
     if config.normalizes_heads and config.subln_affine:
         shapes["self_attn.subln.weight"] = (config.head_dim,)
     if config.qk_norm:

@@ -16,12 +16,10 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from diffattn.config_fields import FIELDS, check, integer
-from diffattn.config_fields import VARIANTS as VARIANTS
 from diffattn.errors import ConfigError
 from diffattn.quantities import COUNTS, MOST, whole
+from diffattn.variants import VARIANTS as VARIANTS
 
-# What a pair is about: the others are trained where they are asked for.
-DEFAULT_VARIANTS = VARIANTS[:3]
 # What a number of a shape is called in a configuration.
 _FIELDS = {
     "hidden_size": "hidden_size", "intermediate_size": "intermediate_size", "num_layers": "num_hidden_layers",

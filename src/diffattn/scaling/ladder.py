@@ -26,7 +26,7 @@ from diffattn.model.pairing import MATCHES, parameters_of
 from diffattn.names import one_of
 from diffattn.plan.cost import count_parameters, flops_per_token
 from diffattn.plan.rule import parse_count, shape_about
-from diffattn.plan.shape import DEFAULT_VARIANTS, ModelShape
+from diffattn.plan.shape import ModelShape
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.scaling.arms import ARMS, Arm
 from diffattn.sealed import append_row, unbroken
@@ -35,6 +35,7 @@ from diffattn.train.lock import InUseError
 from diffattn.train.recipe import Recipe
 from diffattn.train.run import train
 from diffattn.train.single import new_folder
+from diffattn.variants import DEFAULT_VARIANTS
 
 ROWS = "rows.jsonl"
 _KEY = ("attention", "seed", "hidden_size", "num_layers", "num_heads", "vocab_size", "context", "tokens",

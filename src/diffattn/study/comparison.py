@@ -13,11 +13,12 @@ from diffattn.files import write_json
 from diffattn.folders import COMPARISON, own_folder
 from diffattn.model.pairing import MATCHES
 from diffattn.names import one_of
-from diffattn.plan.shape import DEFAULT_VARIANTS, VARIANTS, ModelShape
+from diffattn.plan.shape import ModelShape
 from diffattn.sealed import SEAL, read_sealed, sealed
 from diffattn.train.checkpoint import WAY_OUT
 from diffattn.train.own import lasting
 from diffattn.train.recipe import Recipe
+from diffattn.variants import DEFAULT_VARIANTS, VARIANTS
 
 
 @dataclass(frozen=True, kw_only=True)

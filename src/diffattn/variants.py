@@ -1,0 +1,321 @@
+"""The record of each attention variant: the one place that says what a variant is, for every room that asks.
+
+A new variant is a record here and a layer in ``model/attention.py``. Letters: D is the hidden size, n, G and d are the
+query heads, the key/value heads and the width of the softmax Transformer that is replaced, H counts the output heads of
+a layer (the rows of λ) and V is the width of one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, NamedTuple, Protocol
+
+Axis = Literal["D", "d", "H", "V", "HV"]
+Units = tuple[int, int]
+
+
+class Sizes(Protocol):
+    """The numbers that a variant needs of the softmax Transformer that it replaces; a ``ModelShape`` has them."""
+
+    @property
+    def hidden_size(self) -> int:
+        """The width D of the residual stream."""
+
+    @property
+    def num_heads(self) -> int:
+        """The query heads n."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """The key/value heads G."""
+
+    @property
+    def head_dim(self) -> int:
+        """The width d of a head."""
+
+
+class Heads(NamedTuple):
+    """The heads of one attention call: of the call that a variant makes, or of the softmax call that it replaces."""
+
+    queries: int
+    groups: int
+    width: int
+
+
+class Look(NamedTuple):
+    """How charts draw a variant: either its colour or its line and mark alone tell it from the others.
+
+    Attributes:
+        colour: on a light page, as ``#rrggbb``; Okabe and Ito's set, safe for the colour-blind.
+        dark_colour: the same hue on a dark page.
+        dash: lengths of the line's strokes and gaps in pixels; empty for a solid line.
+        mark: the shape of a point, by Vega's names.
+    """
+
+    colour: str
+    dark_colour: str
+    dash: tuple[float, ...]
+    mark: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTensor:
+    """A tensor that each layer of a variant has and softmax attention has not.
+
+    Attributes:
+        name: its name below ``self_attn.`` in a checkpoint.
+        axes: the letters of its shape; ``HV`` is H·V. A tensor that ends in D is a matrix that reads hidden states.
+        split: whether tensor parallelism gives each rank a part of its rows; otherwise every rank holds all of it.
+        float32: whether it stays float32 when the model around it is cast.
+        trained: whether it is a parameter; otherwise it is a buffer.
+        unless: a field of the configuration and the value with which a model does without the tensor.
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    split: bool = False
+    float32: bool = False
+    trained: bool = True
+    unless: tuple[str, str] | None = None
+
+    def shape(self, *, D: int, d: int, H: int, V: int) -> tuple[int, ...]:
+        """Returns its shape, with H the output heads that have it."""
+        sizes: dict[Axis, int] = {"D": D, "d": d, "H": H, "V": V, "HV": H * V}
+        return tuple(sizes[axis] for axis in self.axes)
+
+    def exists(self, switches: Mapping[str, object]) -> bool:
+        """Tells whether a model with these fields in its configuration has the tensor."""
+        return self.unless is None or switches.get(self.unless[0]) != self.unless[1]
+
+    @property
+    def reads_hidden_states(self) -> bool:
+        """True where the hidden states are multiplied by it."""
+        return self.axes[-1:] == ("D",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What distinguishes a variant from softmax attention.
+
+    Attributes:
+        name: the value of the configuration's field ``attention``.
+        title: its name for a reader.
+        source: the paper or post that defines it.
+        summary: what it changes, as the list of a ladder's arms says it.
+        query_factor: query heads of the one call for each softmax head.
+        join: softmax heads that lie side by side in one head of the call's keys and values, and in an output head.
+        maps: softmax maps of one output head; where they are two, query head 2i + 1 makes the one that is subtracted.
+        weights: what its output heads are combined with: nothing, one λ per layer, one λ per token and head, or a gate
+            per token and channel.
+        subtracts: what is subtracted, in words; empty where nothing is.
+        norm: whether each output head passes an RMSNorm, unless the configuration's ``head_norm`` says otherwise.
+        takes_norm: whether ``head_norm=True`` is possible.
+        narrower: whether a matched pair gives it a narrower feed-forward network, because its parameters are more.
+        fitted_to: the variant whose pretrained models it is fitted to, and whose plan is its own; None for a variant
+            that is trained from its start.
+        chosen_heads: whether ``dex_heads`` of the configuration says which heads have its own tensors.
+        switches: the fields of the configuration that it alone has, with their published values.
+        tensors: the tensors of its own.
+        flops: for each backend that it has, FLOPs of attention per query-key pair and pair of softmax heads, in units
+            of d: products as wide as queries and keys, and products as wide as values. A product of width w costs 2w.
+        look: how charts draw it.
+    """
+
+    name: str
+    title: str
+    source: str
+    summary: str
+    query_factor: int = 1
+    join: int = 1
+    maps: int = 1
+    weights: Literal["none", "layer", "head", "channel"] = "none"
+    subtracts: str = ""
+    norm: bool = False
+    takes_norm: bool = True
+    narrower: bool = False
+    fitted_to: str | None = None
+    chosen_heads: bool = False
+    switches: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    tensors: tuple[OwnTensor, ...] = ()
+    flops: Mapping[str, Units]
+    look: Look
+
+    def heads(self, shape: Sizes) -> Heads:
+        """Returns the heads of the one call, as every engine and tensor parallelism see them.
+
+        Its result has one row per query head, as wide as the call's values.
+        """
+        return Heads(self.query_factor * shape.num_heads, shape.num_kv_heads // self.join, self.join * shape.head_dim)
+
+    def replaced(self, call: Heads) -> Heads:
+        """Returns n, G and d of the softmax Transformer whose variant makes this call: the inverse of ``heads``."""
+        return Heads(call.queries // self.query_factor, call.groups * self.join, call.width // self.join)
+
+    def output_heads(self, shape: Sizes) -> int:
+        """Returns H, the output heads of a layer."""
+        return self.heads(shape).queries // self.maps
+
+    def query_width(self, shape: Sizes) -> int:
+        """Returns the rows of the query projection, which are the widths of all queries before any padding."""
+        return self.query_factor * shape.num_heads * shape.head_dim
+
+    @property
+    def pads_queries(self) -> bool:
+        """True where the standard call's queries are half zeros, so that each one meets its own half of a key."""
+        return self.join > 1
+
+    @property
+    def gated(self) -> bool:
+        """True where the call's result is multiplied by a gate."""
+        return self.weights == "channel"
+
+    @property
+    def readers(self) -> int:
+        """The number of products that read the normed input of attention: those of q, k and v, and its own."""
+        return 3 + sum(tensor.reads_hidden_states for tensor in self.tensors)
+
+    @property
+    def own_parameters(self) -> int:
+        """The number of parameter tensors that a layer has and softmax attention has not."""
+        return sum(tensor.trained for tensor in self.tensors) + self.norm
+
+    def matrix_parameters(self, shape: Sizes, **switches: object) -> int:
+        """Counts what a layer has beyond softmax attention in products with the hidden states.
+
+        Args:
+            shape: the sizes of the softmax Transformer.
+            switches: fields of the configuration that are not as published, such as ``lambda_form``.
+        """
+        matrices = [tensor for tensor in self.tensors if tensor.reads_hidden_states]
+        queries = (self.query_factor - 1) * shape.num_heads * shape.head_dim * shape.hidden_size
+        return queries + self._count(shape, matrices, switches)
+
+    def small_parameters(
+        self, shape: Sizes, *, head_norm: bool | None = None, subln_affine: bool = True, **switches: object
+    ) -> int:
+        """Counts what a layer has beyond softmax attention beside those matrices: λ vectors and the gain of its norm.
+
+        Autocast leaves these as they are.
+
+        Args:
+            shape: the sizes of the softmax Transformer.
+            head_norm: whether output heads pass a norm; None for the variant's own.
+            subln_affine: whether that norm has a gain.
+            switches: further fields of the configuration that are not as published.
+        """
+        others = [tensor for tensor in self.tensors if tensor.trained and not tensor.reads_hidden_states]
+        gain = (self.norm if head_norm is None else head_norm) and subln_affine
+        return self._count(shape, others, switches) + (self.heads(shape).width if gain else 0)
+
+    def float32_parameters(self, shape: Sizes) -> int:
+        """Counts the parameters of a layer that stay float32 whatever the dtype of the model is."""
+        return self._count(shape, [tensor for tensor in self.tensors if tensor.trained and tensor.float32], {})
+
+    def _count(self, shape: Sizes, tensors: list[OwnTensor], switches: Mapping[str, object]) -> int:
+        D, d, H, V = shape.hidden_size, shape.head_dim, self.output_heads(shape), self.heads(shape).width
+        there = [tensor for tensor in tensors if tensor.exists(switches)]
+        return sum(math.prod(tensor.shape(D=D, d=d, H=H, V=V)) for tensor in there)
+
+
+# One map costs the same in every backend, since nothing is subtracted.
+_ONE_MAP: Mapping[str, Units] = MappingProxyType(
+    dict.fromkeys(("definition", "fused", "standard", "two_calls", "four_calls", "materialised"), (4, 4))
+)
+
+_RECORDS = (
+    Variant(
+        name="softmax",
+        title="softmax attention",
+        source="arXiv 1706.03762",
+        summary="the Transformer that is replaced",
+        flops=_ONE_MAP,
+        look=Look("#222222", "#e6e9ed", (), "circle"),
+    ),
+    Variant(
+        name="diff_v1",
+        title="Differential attention V1",
+        source="arXiv 2410.05258",
+        summary="differential attention V1",
+        join=2,
+        maps=2,
+        weights="layer",
+        subtracts="λ times the map of the second head of each pair",
+        norm=True,
+        tensors=tuple(
+            OwnTensor(name=f"lam.lambda_{which}", axes=("d",), float32=True) for which in ("q1", "k1", "q2", "k2")
+        ),
+        # By the definition two maps of width d, and one product of their difference with V of width 2d; the standard
+        # call pads q to [q1, 0] and [0, q2], so that every width is 2d.
+        flops=MappingProxyType(
+            {
+                "definition": (4, 4),
+                "fused": (4, 4),
+                "standard": (8, 8),
+                "two_calls": (4, 8),
+                "four_calls": (8, 8),
+                "materialised": (4, 4),
+            }
+        ),
+        look=Look("#0072B2", "#56b4e9", (5, 2), "square"),
+    ),
+    Variant(
+        name="diff_v2",
+        title="Differential attention V2",
+        source='"Differential Transformer V2", 20 January 2026',
+        summary="differential attention V2, a narrower feed-forward network",
+        query_factor=2,
+        maps=2,
+        weights="head",
+        subtracts="sigmoid(λ) times the map of the second query of each head",
+        narrower=True,
+        switches=MappingProxyType({"lambda_form": "sigmoid", "pairs_share_group": True}),
+        tensors=(OwnTensor(name="lambda_proj.weight", axes=("H", "D"), split=True, unless=("lambda_form", "one")),),
+        # By the definition four maps of width d, and two products of a difference with V of width d. It is one call by
+        # nature, so it has no form of several calls.
+        flops=MappingProxyType({"definition": (8, 4), "fused": (8, 4), "standard": (8, 8), "materialised": (8, 4)}),
+        look=Look("#D55E00", "#ff9e4a", (6, 2, 1.5, 2), "triangle-up"),
+    ),
+    Variant(
+        name="gated",
+        title="gated attention",
+        source="arXiv 2505.06708",
+        summary="sigmoid(x W_g) ⊙ attention, a narrower feed-forward network",
+        weights="channel",
+        takes_norm=False,
+        narrower=True,
+        tensors=(OwnTensor(name="g_proj.weight", axes=("HV", "D"), split=True),),
+        flops=_ONE_MAP,
+        look=Look("#009E73", "#3ddba4", (1.5, 1.5), "triangle-down"),
+    ),
+    Variant(
+        name="dex",
+        title="DEX",
+        source="arXiv 2505.16333",
+        summary="a pretrained softmax model that learns to subtract a projection of its heads' outputs",
+        subtracts="λ times a projection of the head's own output",
+        takes_norm=False,
+        fitted_to="softmax",
+        chosen_heads=True,
+        tensors=(
+            OwnTensor(name="dex.weight", axes=("H", "d", "d"), float32=True),
+            OwnTensor(name="dex.lam", axes=("H",), float32=True),
+            OwnTensor(name="dex.annealed", axes=(), float32=True, trained=False),
+        ),
+        flops=_ONE_MAP,
+        look=Look("#6a3d9a", "#c9a6f0", (9, 3), "diamond"),
+    ),
+)
+
+ATTENTIONS: dict[str, Variant] = {record.name: record for record in _RECORDS}
+"""Every variant by its name."""
+VARIANTS: dict[str, Variant] = {name: record for name, record in ATTENTIONS.items() if record.fitted_to is None}
+"""The variants that a shape can be planned and trained as, in the order in which they are shown."""
+BASELINE = "softmax"
+"""The variant that the others replace: the twin of every pair."""
+DEFAULT = "diff_v1"
+"""The variant that is meant where none is named."""
+DEFAULT_VARIANTS = (BASELINE, DEFAULT, "diff_v2")
+"""The variants that a comparison trains unless others are asked for."""
