@@ -1,6 +1,7 @@
 """Differential Transformers, each next to the softmax Transformer that it replaces.
 
-Names load on first use; ``AutoModelForCausalLM`` knows the models once this package is imported.
+Names load on first use; ``AutoModelForCausalLM`` knows the models once this package is imported. No public name is that
+of a room: importing ``diffattn.train`` makes ``diffattn.train`` the package, so the function is ``train_model``.
 """
 
 from importlib import import_module
@@ -9,34 +10,68 @@ from typing import TYPE_CHECKING, Any
 from diffattn.model.registration import register
 
 if TYPE_CHECKING:
+    from diffattn.convert.convert import convert as _convert
     from diffattn.data.packing import prepare_data as prepare_data
+    from diffattn.export.onnx import export_onnx as export_onnx
+    from diffattn.export.run import OnnxDecoder as OnnxDecoder
+    from diffattn.generate.decoding import Decoding as Decoding
+    from diffattn.generate.generation import generate as _generate
     from diffattn.model.configuration import DiffTransformerConfig as DiffTransformerConfig
+    from diffattn.model.loading import load as load
     from diffattn.model.modeling import DiffTransformerForCausalLM as DiffTransformerForCausalLM
     from diffattn.model.modeling import DiffTransformerModel as DiffTransformerModel
     from diffattn.model.pairing import build_pair as build_pair
     from diffattn.ops.dispatch import diff_attention as diff_attention
+    from diffattn.plan.answer import plan as _plan
     from diffattn.plan.shape import ModelShape as ModelShape
     from diffattn.probes.lens import lens as lens
     from diffattn.probes.run import evaluate as evaluate
+    from diffattn.scaling.ablation import ablation as ablation
+    from diffattn.scaling.fit import fit_scaling as fit_scaling
+    from diffattn.scaling.ladder import Ladder as Ladder
+    from diffattn.scaling.ladder import run_ladder as run_ladder
+    from diffattn.scaling.points import read_points as read_points
+    from diffattn.serve.engines import serve as _serve
     from diffattn.study.compare import compare as compare
+    from diffattn.study.comparison import Comparison as Comparison
+    from diffattn.study.measured_machine import measure_machine as measure_machine
+    from diffattn.study.plan_check import measure_plan as measure_plan
     from diffattn.train.recipe import Recipe as Recipe
-    from diffattn.train.run import train as train
+    from diffattn.train.run import train as _train
+
+    convert_checkpoint, generate_text, plan_pair, serve_model, train_model = _convert, _generate, _plan, _serve, _train
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "DiffTransformerConfig": "model.configuration",
-    "DiffTransformerForCausalLM": "model.modeling",
-    "DiffTransformerModel": "model.modeling",
-    "ModelShape": "plan.shape",
-    "Recipe": "train.recipe",
-    "build_pair": "model.pairing",
-    "compare": "study.compare",
-    "diff_attention": "ops.dispatch",
-    "evaluate": "probes.run",
-    "lens": "probes.lens",
-    "prepare_data": "data.packing",
-    "train": "train.run",
+    "Comparison": "study.comparison:Comparison",
+    "Decoding": "generate.decoding:Decoding",
+    "DiffTransformerConfig": "model.configuration:DiffTransformerConfig",
+    "DiffTransformerForCausalLM": "model.modeling:DiffTransformerForCausalLM",
+    "DiffTransformerModel": "model.modeling:DiffTransformerModel",
+    "Ladder": "scaling.ladder:Ladder",
+    "ModelShape": "plan.shape:ModelShape",
+    "OnnxDecoder": "export.run:OnnxDecoder",
+    "Recipe": "train.recipe:Recipe",
+    "ablation": "scaling.ablation:ablation",
+    "build_pair": "model.pairing:build_pair",
+    "compare": "study.compare:compare",
+    "convert_checkpoint": "convert.convert:convert",
+    "diff_attention": "ops.dispatch:diff_attention",
+    "evaluate": "probes.run:evaluate",
+    "export_onnx": "export.onnx:export_onnx",
+    "fit_scaling": "scaling.fit:fit_scaling",
+    "generate_text": "generate.generation:generate",
+    "lens": "probes.lens:lens",
+    "load": "model.loading:load",
+    "measure_machine": "study.measured_machine:measure_machine",
+    "measure_plan": "study.plan_check:measure_plan",
+    "plan_pair": "plan.answer:plan",
+    "prepare_data": "data.packing:prepare_data",
+    "read_points": "scaling.points:read_points",
+    "run_ladder": "scaling.ladder:run_ladder",
+    "serve_model": "serve.engines:serve",
+    "train_model": "train.run:train",
 }
 __all__ = list(_HOME)
 
@@ -44,7 +79,8 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'diffattn' has no attribute {name!r}")
-    return getattr(import_module(f"diffattn.{_HOME[name]}"), name)
+    module, attribute = _HOME[name].split(":")
+    return getattr(import_module(f"diffattn.{module}"), attribute)
 
 
 register()
