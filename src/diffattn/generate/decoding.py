@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from transformers import GenerationConfig, PreTrainedModel
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.decoding_ranges import DECODING, GREEDY_BELOW
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
 CACHES = ("dynamic", "static", "quantized")
 Cache = Literal["dynamic", "static", "quantized"]
-# Of 4-bit keys and values that share one scale, at most.
+# The most 4-bit keys and values that share one scale.
 _LONGEST_GROUP = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How the next token is chosen, and where keys and values wait for it.
-
-    Args:
-        max_new_tokens: where to stop if no end-of-text token comes first, from 1. Default: 128.
-        temperature: the logits are divided by it and a token is drawn; 0 takes the likeliest token, and so does less
-            than ``ranges.GREEDY_BELOW``. Default: 0.
-        top_p: draw from the likeliest tokens that together have this probability, above 0, to 1. Default: 1, all.
-        top_k: draw from this many likeliest tokens. Default: 0, all.
-        min_p: draw from the tokens that have at least this part of the likeliest one's probability. Default: 0, all.
-        repetition_penalty: divides the logits above 0 of tokens that the text has already, and multiplies the others.
-            Default: 1, none.
-        seed: of the draws. Default: 0.
-        num_beams: texts that are kept, the likeliest of which is the result. Default: 1.
-        cache: ``"dynamic"`` grows; ``"static"`` is as long as the text may become, for which a GPU's step is
-            compiled; ``"quantized"`` holds the prompt and all but the last 128 tokens in 4 bits (needs optimum-quanto).
-            Default: dynamic.
+    """The choice of the next token, and of where keys and values are kept.
 
     Raises:
         ConfigError: a value out of its range, or options that exclude each other.
@@ -43,14 +29,25 @@ class Decoding:
     """
 
     max_new_tokens: int = 128
+    """Tokens to write at most; an end-of-text token ends the text sooner."""
     temperature: float = 0.0
+    """Number that the logits are divided by before a token is drawn. 0 always takes the likeliest token; the higher,
+    the freer the text."""
     top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability, 0 to 1."""
     top_k: int = 0
+    """Draw from this many of the likeliest tokens; 0 means all."""
     min_p: float = 0.0
+    """Draw from the tokens that have at least this part of the likeliest one's probability, 0 to 1."""
     repetition_penalty: float = 1.0
+    """Factor that makes tokens less likely which the text has already; 1 changes nothing."""
     seed: int = 0
+    """Random seed for the tokens that are drawn."""
     num_beams: int = 1
+    """Texts that are kept at a time; the likeliest of them is printed, once it is whole."""
     cache: Cache = "dynamic"
+    """Place of keys and values of earlier tokens. dynamic: it grows. static: as long as the text may become, at once.
+    quantized: all but the last 128 tokens in 4 bits each (needs optimum-quanto)."""
 
     def __post_init__(self) -> None:
         for name, wanted in DECODING.items():
@@ -58,20 +55,22 @@ class Decoding:
             try:
                 object.__setattr__(self, name, wanted.read(value))
             except ValueError:
-                raise ConfigError(f"{name} is {value!r}; wanted {wanted}") from None
+                raise ConfigError(f"{name} is {value!r}", str(wanted), f"change {_option(name)}") from None
         if self.cache not in CACHES:
-            raise ConfigError(f"cache is {self.cache!r}; wanted one of {', '.join(CACHES)}")
+            raise ConfigError(f"cache is {self.cache!r}", f"one of {', '.join(CACHES)}", "change --cache")
         filters = {"top_p": 1, "top_k": 0, "min_p": 0}
         given = next((name for name, all_of_them in filters.items() if getattr(self, name) != all_of_them), None)
         if self.temperature == 0 and given is not None:
             raise ConfigError(
-                f"{given} is {getattr(self, given)} and temperature 0, which always takes the likeliest token; wanted "
-                f"a temperature above 0 to draw with: add a temperature of 1, or leave {given} out"
+                f"{given} is {getattr(self, given)} and temperature is 0, which always takes the likeliest token",
+                "a temperature above 0 to draw with",
+                f"add --temperature 1, or leave {_option(given)} out",
             )
         if self.temperature and self.num_beams > 1:
             raise ConfigError(
-                f"num_beams is {self.num_beams} and temperature {self.temperature}; beams look for the likeliest text "
-                "and draw nothing: leave one of the two out"
+                f"num_beams is {self.num_beams} and temperature is {self.temperature}",
+                "one of them, since beams look for the likeliest text and draw nothing",
+                "leave --num-beams or --temperature out",
             )
 
     @property
@@ -80,22 +79,29 @@ class Decoding:
 
 
 def check_assisted(decoding: Decoding) -> None:
-    """Raise a ``ConfigError`` for options that an assistant cannot work with."""
+    """Raises a ``ConfigError`` for options that an assistant cannot work with."""
     for given, what in ((decoding.num_beams > 1, f"num_beams is {decoding.num_beams}"),
                         (decoding.cache != "dynamic", f"cache is {decoding.cache!r}")):  # fmt: skip
         if given:
             raise ConfigError(
-                f"{what} beside an assistant, whose refused drafts are taken back out of one text's growing cache; "
-                "leave one of the two out"
+                f"{what} beside an assistant",
+                "one text at a time with a cache that grows, from which tokens that the model refuses are taken out",
+                f"leave --assistant or {_option(what.split()[0])} out",
             )
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def generation_config(model: PreTrainedModel, decoding: Decoding, ends: int | list[int] | None) -> GenerationConfig:
-    """The options as ``generate`` of ``transformers`` takes them; ``ends`` are the ids that end a text.
+    """Returns the options as ``generate`` of ``transformers`` takes them; ``ends`` are the ids that end a text.
 
     Raises:
         UnsupportedError: a quantised cache without the package that quantises.
     """
+    from transformers import GenerationConfig
+
     # A cache by name excludes the one that an assistant's drafts are kept in, and dynamic is what no name gives.
     options: dict[str, Any] = {} if decoding.cache == "dynamic" else {"cache_implementation": decoding.cache}
     if decoding.draws:
@@ -106,7 +112,9 @@ def generation_config(model: PreTrainedModel, decoding: Decoding, ends: int | li
         from transformers.utils import is_optimum_quanto_available
 
         if not is_optimum_quanto_available():
-            raise UnsupportedError("cache is 'quantized', which needs optimum-quanto: pip install optimum-quanto")
+            raise UnsupportedError(
+                "cache is 'quantized'", "the package optimum-quanto", "pip install 'diffattn[quantized-cache]'"
+            )
         options["cache_config"] = {"backend": "quanto", "nbits": 4, "q_group_size": _group_size(model)}
     pad = model.generation_config.pad_token_id
     if pad is None and ends is not None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from diffattn.errors import ConfigError
-from diffattn.ops.half import multiplies
 
 DTYPES = ("auto", "float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
 MOST = 10**9
-"""Of every count: more steps than anybody trains, and few enough that their products are exact everywhere."""
+"""The largest count: more steps than anybody trains, and few enough that their products are exact everywhere."""
+# Fields that have no option of the command line: they are the same in every run that it starts.
+_NO_OPTION: Mapping[str, object] = {"option": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,47 +23,50 @@ class Recipe:
     """The settings of one training run; the same recipe trains every variant of a pair.
 
     AdamW with a linear warmup, a linear decay to zero and clipped gradients, as in arXiv 2410.05258, appendix D; the
-    learning rate and batch are those of small models.
+    learning rate and batch are those of small models. The file imports torch only where the machine is asked, so that
+    the command line can read the fields without it.
 
     >>> Recipe(steps=10).tokens_per_step(context=256)
     1024
     """
 
     steps: int = 300
-    """Optimizer steps."""
+    """Number of updates of the weights (optimizer steps)."""
     batch_size: int = 4
-    """Blocks of ``context`` tokens in one forward pass."""
+    """Blocks of ``context`` tokens in each forward pass."""
     gradient_accumulation: int = 1
-    """Forward passes per optimizer step."""
+    """Forward passes in each step."""
     learning_rate: float = 2e-3
-    """Peak of the schedule."""
+    """Highest learning rate of the run."""
     warmup_fraction: float = 0.05
-    """Share of the steps in which the learning rate rises; at least one step is left to the decay."""
+    """Share of the steps, 0 to 1, in which the learning rate rises; at least one step is left to the decay."""
     weight_decay: float = 0.1
-    """Of matrices; the gains of norms and the λ vectors are not decayed."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    max_grad_norm: float = 1.0
+    """Weight decay of the optimizer, AdamW. It acts on matrices, and not on the gains of norms or the λ vectors."""
+    beta1: float = field(default=0.9, metadata=_NO_OPTION)
+    """Decay rate of AdamW's mean of the gradients."""
+    beta2: float = field(default=0.95, metadata=_NO_OPTION)
+    """Decay rate of AdamW's mean of the squared gradients."""
+    max_grad_norm: float = field(default=1.0, metadata=_NO_OPTION)
     """Gradients are scaled down to this norm; 0 turns clipping off."""
     seed: int = 0
-    """Of the initial values and of the order of the training blocks."""
-    dtype: str = "auto"
-    """``float32``, ``bfloat16`` (autocast over float32 weights), or ``auto``: bfloat16 where the machine multiplies it
-    in hardware, else float32."""
-    device: str = "auto"
-    """``cpu``, ``cuda``, or ``auto``: cuda where there is one."""
-    attn_implementation: str = "auto"
+    """Random seed for the initial values and for the order of the text."""
+    dtype: str = field(default="auto", metadata={"choices": DTYPES})
+    """Number format of the matrix products; the weights stay float32. auto: bfloat16 where the machine multiplies it
+    fast, else float32."""
+    device: str = field(default="auto", metadata={"choices": DEVICES})
+    """Device to train on: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one."""
+    attn_implementation: str = field(default="auto", metadata=_NO_OPTION)
     """The attention function of ``transformers`` that serves the layer's one call; ``auto`` leaves the model's own:
     ``diff_fused`` in a differential model, ``sdpa`` in a softmax one, unless it was built with another."""
     evaluations: int = 4
-    """Times that the held-out loss is measured while training, at equal distances."""
-    evaluation_blocks: int = 128
+    """Times that the held-out loss is measured over the run, at equal distances."""
+    evaluation_blocks: int = field(default=128, metadata=_NO_OPTION)
     """Held-out blocks of each of those measurements; the last one, after training, takes all."""
     anneal_fraction: float = 0.5
-    """DEX alone: share of the steps in which λ moves from the schedule by depth to what is learned."""
+    """Share of the steps, 0 to 1, in which the λ of a DEX model moves to its learned value."""
     checkpoints: int = 4
-    """Times that a checkpoint is written while training."""
-    keep_checkpoints: int = 2
+    """Checkpoints that are written over the run."""
+    keep_checkpoints: int = field(default=2, metadata=_NO_OPTION)
     """Checkpoints that are kept; older ones are removed."""
 
     def __post_init__(self) -> None:
@@ -82,13 +86,13 @@ class Recipe:
         for name in ("beta1", "beta2"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "0 or more, below 1")
         _check("dtype", self.dtype, self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
-        _check("device", self.device, self.device in ("auto", "cpu", "cuda"), "one of auto, cpu, cuda")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device is 'cuda'; this machine or this build of torch has none: use --device cpu")
+        _check("device", self.device, self.device in DEVICES, f"one of {', '.join(DEVICES)}")
+        if self.device == "cuda" and not _has_cuda():
+            raise ConfigError("device is 'cuda'", "a GPU that this build of torch can use", "pass --device cpu")
 
     def resolved(self) -> Recipe:
-        """The same recipe with ``auto`` replaced by what this machine does best."""
-        device = self.device if self.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        """Returns the recipe with ``auto`` replaced by what this machine does best."""
+        device = self.device if self.device != "auto" else ("cuda" if _has_cuda() else "cpu")
         dtype = self.dtype if self.dtype != "auto" else ("bfloat16" if fast_bfloat16(device) else "float32")
         return dataclasses.replace(self, device=device, dtype=dtype)
 
@@ -102,12 +106,22 @@ class Recipe:
 
 
 def fast_bfloat16(device: str) -> bool:
-    """Whether the machine multiplies bfloat16 in hardware: CUDA with bfloat16, or a CPU with AMX or AVX512-BF16."""
+    """Says if the machine multiplies bfloat16 in hardware: CUDA with bfloat16, or a CPU with AMX or AVX512-BF16."""
+    import torch
+
+    from diffattn.ops.half import multiplies
+
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
     return multiplies(torch.bfloat16)
 
 
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _check(name: str, given: object, good: bool, wanted: str) -> None:
     if not good:
-        raise ConfigError(f"{name} is {given!r}; wanted {wanted}: change --{name.replace('_', '-')}")
+        raise ConfigError(f"{name} is {given!r}", wanted, f"change --{name.replace('_', '-')}")
