@@ -80,7 +80,7 @@ def test_a_gate_starts_as_a_query_does_about_one_half():
         assert attention.g_proj.bias is None
         # 7,320 values each: an estimate of their spread is off by 1%.
         assert attention.g_proj.weight.std().item() == pytest.approx(attention.q_proj.weight.std().item(), rel=0.1)
-        opened.append(attention.lam_of(torch.nn.functional.rms_norm(hidden().float(), (SHAPE.hidden_size,))))
+        opened.append(attention.combining_weights(torch.nn.functional.rms_norm(hidden().float(), (SHAPE.hidden_size,))))
     gates = torch.stack(opened)
     assert gates.mean().item() == pytest.approx(0.5, abs=0.02)
     # The sigmoid of what has a spread of 1.

@@ -51,7 +51,7 @@ def eager_maps(model, ids) -> list[dict[str, torch.Tensor]]:
     model.set_attn_implementation("eager")
     with torch.no_grad():
         weights = [weights[0] for weights in model(ids, output_attentions=True).attentions]
-        lams = [layer.lam_of(x) for layer, x in zip(layers, inputs, strict=True)]
+        lams = [layer.combining_weights(x) for layer, x in zip(layers, inputs, strict=True)]
     for hook in hooks:
         hook.remove()
     if not model.config.subtracts_maps:

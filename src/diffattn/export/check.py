@@ -31,6 +31,7 @@ from transformers.cache_utils import DynamicCache
 
 from diffattn.errors import ConfigError, DiffattnError
 from diffattn.export.run import Ids, OnnxDecoder
+from diffattn.model.implementation import attention_implementation
 from diffattn.model.modeling import DiffTransformerForCausalLM
 
 # Of the largest distance of torch's float32 from float64, over all logits compared; 0.9 to 1.5 is usual.
@@ -138,7 +139,7 @@ class Expected:
             raise ConfigError(f"the model is {model.dtype}; wanted float32, as the exported one is: load it as float32")
         prompts = _prompts(model.config.vocab_size, tokenizer)
         cases = _cases(model, prompts)
-        with _standard_call(model):
+        with attention_implementation(model, "sdpa"):
             logits = [_torch_logits(model, *case) for case in cases]
             return cls(prompts, cases, logits, _greedy(model, *_padded(prompts)))
 
@@ -156,7 +157,7 @@ def check_float32(model: DiffTransformerForCausalLM, path: str | Path, expected:
     """
     expected = expected or Expected.of(model)
     decoder = OnnxDecoder(path)
-    with _standard_call(model):
+    with attention_implementation(model, "sdpa"):
         try:
             exact = [_torch_logits(model.double(), *case) for case in expected.cases]
         finally:
@@ -186,7 +187,7 @@ def check_quantized(
     """The report ``float32`` of the graph before it was quantised, with what its quantised form at ``path`` does."""
     expected = expected or Expected.of(model)
     decoder = OnnxDecoder(path)
-    with _standard_call(model), _rounded_weights(model, bits, block_size):
+    with attention_implementation(model, "sdpa"), _rounded_weights(model, bits, block_size):
         rounded = np.concatenate([_torch_logits(model, *case) for case in expected.cases])
     wanted = np.concatenate(expected.logits)
     actual = np.concatenate([_onnx_logits(decoder, *case) for case in expected.cases])
@@ -202,17 +203,6 @@ def check_quantized(
             identical_texts=_identical(decoder, expected),
         ),
     )
-
-
-@contextlib.contextmanager
-def _standard_call(model: DiffTransformerForCausalLM) -> Iterator[None]:
-    """What every transformers model runs, and what the graph holds."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 @contextlib.contextmanager

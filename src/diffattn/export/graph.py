@@ -34,6 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from diffattn.errors import UnsupportedError
 from diffattn.export.run import DATA_FILE, MODEL_FILE, PAST, PRESENT, require
 from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.implementation import attention_implementation
 from diffattn.model.modeling import DiffTransformerForCausalLM
 
 # The first with Attention and RMSNormalization.
@@ -112,23 +113,18 @@ def to_graph(model: DiffTransformerForCausalLM, *, cache: bool = True) -> Any:
     ids, mask, positions = (torch.ones(B, size, dtype=torch.long) for size in (T, P + T, T))
     batch, new, earlier = (torch.export.Dim(name) for name in (BATCH, NEW, EARLIER))
     shapes = ({0: batch, 1: new}, {0: batch, 1: torch.export.Dim.AUTO if cache else new}, {0: batch, 1: new})
-    before = config._attn_implementation
-    model.set_attn_implementation(GROUPED)
-    try:
-        with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                FlatDecoder(model, cache=cache).eval(),
-                (ids, mask, positions, *past),
-                input_names=["input_ids", "attention_mask", "position_ids", *past_names],
-                output_names=["logits", *(name.replace(PAST, PRESENT) for name in past_names)],
-                dynamic_shapes=(*shapes, tuple({0: batch, 2: earlier} for _ in past)) if past else shapes,
-                opset_version=OPSET,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-            )  # fmt: skip
-    finally:
-        model.set_attn_implementation(before)
+    with attention_implementation(model, GROUPED), _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            FlatDecoder(model, cache=cache).eval(),
+            (ids, mask, positions, *past),
+            input_names=["input_ids", "attention_mask", "position_ids", *past_names],
+            output_names=["logits", *(name.replace(PAST, PRESENT) for name in past_names)],
+            dynamic_shapes=(*shapes, tuple({0: batch, 2: earlier} for _ in past)) if past else shapes,
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
     assert program is not None
     graph = program.model
     _name_weights(graph)

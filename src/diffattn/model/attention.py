@@ -123,7 +123,7 @@ class SoftmaxAttention(nn.Module):
             self.q_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
 
-    def lam_of(self, x_BTD: Tensor) -> Tensor | None:
+    def combining_weights(self, x_BTD: Tensor) -> Tensor | None:
         """What the heads are combined with: λ in float32, broadcastable to (B, T, H), or a gate (B, T, H, d)."""
         return None
 
@@ -132,7 +132,7 @@ class SoftmaxAttention(nn.Module):
         q, k, v = self.q_proj(x_BTD).view(heads), self.k_proj(x_BTD).view(heads), self.v_proj(x_BTD)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v, self.lam_of(x_BTD)
+        return q, k, v, self.combining_weights(x_BTD)
 
     def position(
         self, q_BTnd: Tensor, k_BTgd: Tensor, rope: tuple[Tensor, Tensor], fused: bool
@@ -208,7 +208,7 @@ class DiffV1Attention(DifferentialAttention):
         super().__init__(config, layer_idx)
         self.lam = DifferentialLambda(self.width, config.layer_lambda_init(layer_idx))
 
-    def lam_of(self, x_BTD: Tensor) -> Tensor:
+    def combining_weights(self, x_BTD: Tensor) -> Tensor:
         return self.lam()
 
     def position(
@@ -236,7 +236,7 @@ class DiffV2Attention(DifferentialAttention):
         raw = self.lambda_proj(x_BTD).float()
         return torch.sigmoid(raw) if self.config.lambda_form == "sigmoid" else raw
 
-    def lam_of(self, x_BTD: Tensor) -> Tensor:
+    def combining_weights(self, x_BTD: Tensor) -> Tensor:
         return self.lam(x_BTD)
 
     def combine(self, o_BTNW: Tensor, lam: Tensor | None) -> Tensor:
@@ -255,7 +255,7 @@ class GatedAttention(SoftmaxAttention):
         super().__init__(config, layer_idx)
         self.g_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.width, bias=False)
 
-    def lam_of(self, x_BTD: Tensor) -> Tensor:
+    def combining_weights(self, x_BTD: Tensor) -> Tensor:
         return torch.sigmoid(self.g_proj(x_BTD)).unflatten(-1, (-1, self.width))
 
     def combine(self, o_BTNW: Tensor, lam: Tensor | None) -> Tensor:

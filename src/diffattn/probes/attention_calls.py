@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffattn.errors import UnsupportedError
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
+from diffattn.model.implementation import attention_implementation
 from diffattn.model.masks import is_compact
 
 # Numbers of a block of rows of all heads, about: 64 MiB in float32.
@@ -162,7 +163,6 @@ def served_by(model: PreTrainedModel, serve: Serve) -> Iterator[None]:
     if ours and not model.config.pairs_share_group:
         raise UnsupportedError(_cannot(model, "both maps of a head meet values of their own, so there is no map_diff"))
     implementation = DIFF_FUSED if differential else "sdpa"
-    before = model.config._attn_implementation
     called: list[int] = []
     plain = ALL_ATTENTION_FUNCTIONS[implementation]
 
@@ -177,16 +177,15 @@ def served_by(model: PreTrainedModel, serve: Serve) -> Iterator[None]:
         norm = options.get("norm")
         return (output if norm is None else norm(output, norm.scale)).to(value.dtype), None
 
-    try:
-        model.set_attn_implementation(implementation)
-    except ValueError as error:
-        raise UnsupportedError(_cannot(model, str(error).split(". ")[0])) from None
-    ALL_ATTENTION_FUNCTIONS[implementation] = shown
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(attention_implementation(model, implementation))
+        except ValueError as error:
+            raise UnsupportedError(_cannot(model, str(error).split(". ")[0])) from None
+        ALL_ATTENTION_FUNCTIONS[implementation] = shown
+        # Below it the library's own function of this name is still there.
+        stack.callback(ALL_ATTENTION_FUNCTIONS.__delitem__, implementation)
         yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[implementation]
-        model.set_attn_implementation(before)
     if not called:
         raise UnsupportedError(_cannot(model, "it does not use the attention interface of transformers"))
 

@@ -22,6 +22,7 @@ from diffattn.checkpoint_files import check_safetensors
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.fused import DIFF_FUSED, serving_backend
+from diffattn.model.implementation import attention_implementation
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.plan.activations import ONE_MAP
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token
@@ -173,13 +174,9 @@ class Subject:
         ``FlopCounterMode`` knows no CPU flash kernel, so the call runs as two plain products per head, which it counts
         over all T × T pairs, masked ones included.
         """
-        before = self.model.config._attn_implementation
-        self.model.eval().set_attn_implementation("sdpa")
-        try:
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                self.model(self.ids, use_cache=False)
-        finally:
-            self.model.set_attn_implementation(before)
+        standard = attention_implementation(self.model.eval(), "sdpa")
+        with standard, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            self.model(self.ids, use_cache=False)
         return int(counter.get_total_flops())
 
 
