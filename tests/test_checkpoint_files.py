@@ -89,9 +89,9 @@ def test_one_file_or_those_of_an_index(file, tmp_path):
 WRONG_INDICES = {
     "no JSON object": ([], "has no weight_map"),
     "a missing file": ({"a": "three.safetensors"}, r"names three\.safetensors, which is not there \(1 of 1 files"),
-    "a file elsewhere": ({"a": "../model.safetensors"}, "a file beside it is wanted"),
-    "an absolute path": ({"a": "/etc/passwd"}, "a file beside it is wanted"),
-    "no name": ({"a": 3}, "a file beside it is wanted"),
+    "a file elsewhere": ({"a": "../model.safetensors"}, "wanted a file beside it"),
+    "an absolute path": ({"a": "/etc/passwd"}, "wanted a file beside it"),
+    "no name": ({"a": 3}, "wanted a file beside it"),
     "a tensor that its file lacks": ({"a": "two.safetensors", "z": "two.safetensors"}, "holds z, which it does not"),
 }
 
@@ -115,6 +115,6 @@ def test_a_tensor_in_two_files_is_refused(file, tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", b"\xff\xfe"], ids=repr)
 def test_a_config_that_is_no_object_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(CheckpointError, match=r"config\.json' given; a (readable )?JSON") as caught:
+    with pytest.raises(CheckpointError, match=r"config\.json' is damaged: it (holds|is no JSON)") as caught:
         read_config(tmp_path)
     assert "\n" not in str(caught.value)

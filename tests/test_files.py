@@ -21,18 +21,21 @@ def test_many_at_once_find_that_a_folder_can_be_written(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"cannot write to .*/file/out: Not a directory; choose another folder"):
+    with pytest.raises(
+        ConfigError,
+        match=r"cannot write to .*/file/out \(Not a directory\); wanted a folder that can",
+    ):
         writable_folder(tmp_path / "file" / "out")
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "it says: Expecting value"),
-        (b"\xff\xfe{}", "it says: "),
-        (b"[" * 100_000, "it says: it is nested too deeply"),
-        (b'{"a": ' * 100_000, "it says: it is nested too deeply"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "it says: Exceeds the limit"),
+        (b"", "it is no JSON (Expecting value"),
+        (b"\xff\xfe{}", "it is no JSON ("),
+        (b"[" * 100_000, "it is no JSON (it is nested too deeply)"),
+        (b'{"a": ' * 100_000, "it is no JSON (it is nested too deeply)"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "it is no JSON (Exceeds the limit"),
         (b"[]", "it holds a list"),
         (b"null", "it holds a NoneType"),
     ],
@@ -52,7 +55,7 @@ def test_a_whole_folder_takes_the_place_of_nothing_but_an_empty_one(tmp_path: Pa
     full = tmp_path / "full"
     full.mkdir()
     (full / "a").write_text("mine")
-    with pytest.raises(ConfigError, match="holds what diffattn did not write, and it stays"), whole_folder(full) as new:
+    with pytest.raises(ConfigError, match="holds files that diffattn did not write"), whole_folder(full) as new:
         (new / "b").write_text("ours")
     assert [(path.name, path.read_text()) for path in full.iterdir()] == [("a", "mine")]
     with whole_folder(full, replaces=lambda folder: True) as new:

@@ -1,8 +1,8 @@
-"""The files of a checkpoint folder, read and checked without reading a weight: ``config.json`` and safetensors.
+"""Reads and checks the files of a checkpoint folder without reading a weight: ``config.json`` and safetensors.
 
-A safetensors file is 8 bytes for the length of its header, the header (JSON: name, dtype, shape, place of each tensor),
-then the tensors one after another. So a header and the size of the file say whether it is whole. No pickle is ever
-opened. Source: the format's description at https://github.com/huggingface/safetensors.
+A safetensors file is 8 bytes for the length of its header, the header (JSON: name, dtype, shape and position of each
+tensor), then the tensors one after another. So the header and the size of the file show whether the file is whole. No
+pickle is ever opened. Source: the format's description at https://github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from diffattn.config_fields import check_config, is_whole, shown
+from diffattn.config_fields import Config, check_config, is_whole, shown
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import is_utf8, parse_json, read_object
 from diffattn.folders import no_model
@@ -23,10 +23,10 @@ from diffattn.folders import no_model
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# A tokenizer has one of these.
+# Every tokenizer has at least one of these files.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
-# What is no weight, and means the same whatever the weights are.
+# Files without weights, which mean the same whatever the weights are.
 _COMPANIONS = (
     *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
     "chat_template.jinja", "chat_template.json", "generation_config.json",
@@ -39,55 +39,69 @@ _BITS = {
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-# Of types of floating-point numbers: the integer type of their width, and the bits that are all ones in an infinity or
-# a NaN (of F8_E4M3 in a NaN alone).
+# For each type of floating-point number: the integer type of its width, and the bits that are all ones in an infinity
+# or a NaN (in F8_E4M3 only in a NaN).
 _EXPONENTS = {
     "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF0000000000000),
     "F8_E5M2": ("<u1", 0x7C), "F8_E4M3": ("<u1", 0x7F),
 }  # fmt: skip
-# Read at once: what a core's cache holds.
+# Bytes that are read at once: as many as a core's cache holds.
 _CHUNK = 1 << 19
 # The format's own limit.
 _LONGEST_HEADER = 100_000_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The ``config.json`` of a checkpoint folder.
+class HeaderEntry(TypedDict):
+    """The facts of one tensor in the header of a safetensors file."""
+
+    dtype: str
+    """The type of its numbers, as the format names it, such as ``"BF16"``."""
+    shape: list[int]
+    data_offsets: list[int]
+    """Its first byte and the byte after its last, counted from the end of the header."""
+
+
+class TensorEntry(HeaderEntry):
+    """The facts of one tensor of a checkpoint, with the file that holds it."""
+
+    file: Path
+
+
+def read_config(folder: str | Path) -> Config:
+    """Reads the ``config.json`` of a checkpoint folder.
 
     Raises:
         CheckpointError: no such folder, no config.json in it, or one that is not a JSON object; or the folder of a run,
-            which holds its model in a folder.
+            whose model lies in a folder inside it.
 
     >>> read_config("absent")
     Traceback (most recent call last):
-    diffattn.errors.CheckpointError: 'absent' given; the folder of a checkpoint is wanted; there is none: check the path
+    diffattn.errors.CheckpointError: there is no folder 'absent'; wanted the folder of a checkpoint: check the path
     """
     folder = Path(folder)
     if not folder.is_dir():
-        what = "it is a file" if folder.is_file() else "there is none"
-        raise CheckpointError(f"{str(folder)!r} given; the folder of a checkpoint is wanted; {what}: check the path")
-    # A ladder's folder has no config.json.
-    config = _read_object(folder / CONFIG, "") if (folder / CONFIG).is_file() else {}
-    if "model_type" not in config and (line := no_model(folder)):
-        raise CheckpointError(line)
-    return config or _read_object(
-        folder / CONFIG, f"{str(folder)!r} holds no {CONFIG}; the folder of a checkpoint is wanted"
-    )
+        what = f"{str(folder)!r} is a file" if folder.is_file() else f"there is no folder {str(folder)!r}"
+        raise CheckpointError(what, "the folder of a checkpoint", "check the path")
+    # The folder of a ladder has no config.json.
+    config = _read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if "model_type" not in config and (error := no_model(folder, CheckpointError)):
+        raise error
+    return config or _read_object(folder / CONFIG)
 
 
-def checked_config(folder: str | Path) -> dict[str, Any]:
-    """:func:`read_config` whose fields are each known to be possible.
+def checked_config(folder: str | Path) -> Config:
+    """Reads the ``config.json`` of a checkpoint folder and checks that each of its fields is possible.
 
     Raises:
-        CheckpointError: as :func:`read_config`.
-        ConfigError: a field that cannot be, of ours or of another library's model.
+        CheckpointError: the same as :func:`read_config`.
+        ConfigError: a field with an impossible value, of our model or of another library's.
     """
     values = read_config(folder)
     try:
         check_config(values)
     except ConfigError as error:
-        raise ConfigError(f"{str(Path(folder) / CONFIG)!r}: {error}") from None
+        raise error.at(repr(str(Path(folder) / CONFIG))) from None
     return values
 
 
@@ -99,15 +113,15 @@ def companions(folder: str | Path) -> list[Path]:
 
 
 def copy_companions(files: Iterable[Path], folder: Path) -> None:
-    """Copy what :func:`companions` found, as it is, into a folder that exists."""
+    """Copies the files that :func:`companions` found, unchanged, into a folder that exists."""
     for path in files:
-        place = folder / _TEMPLATES if path.parent.name == _TEMPLATES else folder
-        place.mkdir(exist_ok=True)
-        shutil.copyfile(path, place / path.name)
+        target = folder / _TEMPLATES if path.parent.name == _TEMPLATES else folder
+        target.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / path.name)
 
 
 def weights_digest(folder: str | Path) -> str:
-    """SHA-256 of the weights, file by file; errors as of :func:`weight_files`."""
+    """Returns the SHA-256 of the weights, file by file; raises the errors of :func:`weight_files`."""
     whole = hashlib.sha256()
     for path in weight_files(folder):
         with path.open("rb") as file:
@@ -125,8 +139,9 @@ def weight_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not is_utf8(str(folder)):
         raise CheckpointError(
-            f"{str(folder)!r} given; a folder whose path is UTF-8 is wanted, since weights cannot be read from "
-            "another: rename it"
+            f"the path {str(folder)!r} is not UTF-8",
+            "a folder whose path is UTF-8, since weights cannot be read from another",
+            "rename it",
         )
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -135,26 +150,28 @@ def weight_files(folder: str | Path) -> list[Path]:
         if pickles:
             raise CheckpointError(
                 f"{str(folder)!r} holds its weights in {pickles[0]}, a pickle, which can run any program and is never "
-                "loaded; safetensors is wanted: save it again with save_pretrained of a recent transformers"
+                "loaded",
+                "weights in safetensors",
+                "save the model again with save_pretrained of a recent transformers",
             )
         raise CheckpointError(
-            f"{str(folder)!r} holds no {WEIGHTS} and no {INDEX}; the weights are wanted beside {CONFIG}"
+            f"{str(folder)!r} holds no {WEIGHTS} and no {INDEX}",
+            f"the weights beside {CONFIG}",
+            "copy or download the whole checkpoint",
         )
-    # A list, since what a file holds need not be hashable.
-    names = list(_weight_map(folder).values())
-    if foreign := [name for name in names if not _is_beside(name)]:
-        raise CheckpointError(f"{str(folder / INDEX)!r} names the file {shown(foreign[0])}; a file beside it is wanted")
-    names = sorted(set(names))
+    names = sorted(set(_weight_map(folder).values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(
             f"{str(folder / INDEX)!r} names {missing[0]}, which is not there ({len(missing)} of {len(names)} files are "
-            "missing); the whole checkpoint is wanted: copy or download it again"
+            "missing)",
+            "the whole checkpoint",
+            "copy or download it again",
         )
     return [folder / name for name in names]
 
 
 def folder_name(folder: str | Path) -> str:
-    """What a checkpoint is called: the folder of a run's model is ``model``, so its run tells more.
+    """The name of a checkpoint: the name of its folder, or that of the run whose folder ``model`` it is.
 
     >>> folder_name("runs/v1-seed0/model"), folder_name("SmolLM2-135M")
     ('v1-seed0', 'SmolLM2-135M')
@@ -163,38 +180,41 @@ def folder_name(folder: str | Path) -> str:
     return path.parent.name if path.name == "model" else path.name
 
 
-def read_tensors(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """What a checkpoint holds, from the headers of its files, which are checked by :func:`check_safetensors`.
+def read_tensors(folder: str | Path) -> dict[str, TensorEntry]:
+    """Reads the names and facts of a checkpoint's tensors from the headers of its files, which it checks.
 
     Returns:
-        For each tensor's name its ``dtype`` (as the format names it), ``shape``, ``data_offsets``, and ``file``.
+        The facts of each tensor by its name.
 
     Raises:
-        CheckpointError: as :func:`weight_files` and :func:`check_safetensors`; or a tensor that the index names and its
-            file lacks, or that two files hold.
+        CheckpointError: the same as :func:`weight_files` and :func:`check_safetensors`; or a tensor that the index
+            names and its file lacks, or that two files hold.
     """
     folder = Path(folder)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, TensorEntry] = {}
     files = weight_files(folder)
     for path in files:
         for name, entry in check_safetensors(path).items():
             if name in found:
                 raise CheckpointError(
-                    f"{str(path)!r} and {found[name]['file'].name} both hold {printable(name)}; one is wanted"
+                    f"{str(path)!r} and {found[name]['file'].name} both hold {printable(name)}",
+                    "each tensor in one file",
+                    "copy or download the checkpoint again",
                 )
-            found[name] = entry | {"file": path}
+            found[name] = {**entry, "file": path}
     if files != [folder / WEIGHTS]:
         for name, file in _weight_map(folder).items():
             if name not in found or found[name]["file"].name != file:
                 raise CheckpointError(
-                    f"{str(folder / INDEX)!r} says that {file} holds {printable(name)}, which it does not; files of "
-                    "one checkpoint are wanted: copy or download it again"
+                    f"{str(folder / INDEX)!r} says that {file} holds {printable(name)}, which it does not",
+                    "files of one checkpoint",
+                    "copy or download them again",
                 )
     return found
 
 
 def printable(name: str) -> str:
-    """A name as it can stand in a message; a file can call a tensor anything.
+    """Returns a name in a form that can stand in a message; a file can give a tensor any name.
 
     >>> printable("model.norm.weight"), printable("a\\nb")
     ('model.norm.weight', "'a\\\\nb'")
@@ -202,14 +222,14 @@ def printable(name: str) -> str:
     return name if name.isprintable() and len(name) <= 100 else shown(name)
 
 
-def check_finite(entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise unless every floating-point number of a checkpoint is finite; reads each file once, from begin to end.
+def check_finite(entries: Mapping[str, TensorEntry]) -> None:
+    """Raises unless every floating-point number of a checkpoint is finite; reads each file once, from begin to end.
 
-    The files are read and not mapped, so that this takes half a megabyte whatever their size. What was read stays in
-    the system's cache of files, from which a model is then mapped.
+    The files are read and not mapped, so this takes half a megabyte of memory whatever their size. The system keeps
+    what was read in its cache of files, from which a model is then mapped.
 
     Args:
-        entries: what :func:`read_tensors` gave.
+        entries: the result of :func:`read_tensors`.
 
     Raises:
         CheckpointError: a NaN or an infinity; the message names the first tensor in the order of the files.
@@ -236,19 +256,20 @@ def check_finite(entries: Mapping[str, Mapping[str, Any]]) -> None:
                     numbers &= numbers.dtype.type(bits)
                     if int(numbers.max()) == bits:
                         raise CheckpointError(
-                            f"{str(path)!r} holds a NaN or an infinity in {printable(name)}; finite weights are "
-                            "wanted, since such a model answers nothing: take an earlier checkpoint, or copy it again"
+                            f"{str(path)!r} holds a NaN or an infinity in {printable(name)}",
+                            "finite weights, since such a model answers nothing",
+                            "take an earlier checkpoint, or copy it again",
                         )
                     begin += count
 
 
-def check_safetensors(path: str | Path) -> dict[str, dict[str, Any]]:
-    """The header of a safetensors file, once it is known to describe the file to its last byte.
+def check_safetensors(path: str | Path) -> dict[str, HeaderEntry]:
+    """Reads the header of a safetensors file and checks that it describes the file to its last byte.
 
-    Reads the header only, so it takes as long for 100 GB as for 100 kB; what the weights' values are it cannot say.
+    Only the header is read, so this takes as long for 100 GB as for 100 kB; it does not look at the weights' values.
 
     Returns:
-        For each tensor's name its ``dtype``, ``shape`` and ``data_offsets``, without ``__metadata__``.
+        The facts of each tensor by its name, without ``__metadata__``.
 
     Raises:
         CheckpointError: a file that is cut off or longer than its header says, or a header that is none.
@@ -266,7 +287,7 @@ def check_safetensors(path: str | Path) -> dict[str, dict[str, Any]]:
             raw = file.read(length)
     except OSError as error:
         raise CheckpointError(
-            f"{str(path)!r} cannot be read: {error.strerror}; check the path and its rights"
+            f"{str(path)!r} cannot be read ({error.strerror})", "a readable file", "check the path and its permissions"
         ) from None
     try:
         header = parse_json(raw)
@@ -276,7 +297,7 @@ def check_safetensors(path: str | Path) -> dict[str, dict[str, Any]]:
         raise _damaged(path, "its header is no JSON object")
     header.pop("__metadata__", None)
     end = 0
-    for begin, stop in sorted(_places(path, header)):
+    for begin, stop in sorted(_ranges(path, header)):
         if begin != end:
             raise _damaged(path, f"bytes {min(begin, end):,} to {max(begin, end):,} belong to no tensor, or to two")
         end = stop
@@ -285,7 +306,8 @@ def check_safetensors(path: str | Path) -> dict[str, dict[str, Any]]:
     return header
 
 
-def _places(path: Path, header: dict[str, Any]) -> Iterable[tuple[int, int]]:
+def _ranges(path: Path, header: dict[str, Any]) -> Iterable[tuple[int, int]]:
+    """The first byte of each tensor and the byte after its last, for a header that may hold anything."""
     for name, entry in header.items():
         try:
             begin, end = entry["data_offsets"]
@@ -295,7 +317,7 @@ def _places(path: Path, header: dict[str, Any]) -> Iterable[tuple[int, int]]:
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            raise _damaged(path, f"what its header says of {printable(name)} cannot be")
+            raise _damaged(path, f"its header has impossible facts about {printable(name)}")
         yield begin, end
 
 
@@ -303,18 +325,28 @@ def _is_beside(name: object) -> bool:
     return isinstance(name, str) and Path(name).name == name and name.isprintable() and len(name) < 200
 
 
-def _weight_map(folder: Path) -> dict[str, Any]:
-    weights = _read_object(folder / INDEX, f"{str(folder)!r} holds no {INDEX}").get("weight_map")
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The file of each tensor by the tensor's name, as the index of a checkpoint says it."""
+    file = folder / INDEX
+    weights = _read_object(file).get("weight_map")
     if not isinstance(weights, dict) or not weights:
-        raise CheckpointError(f"{str(folder / INDEX)!r} has no weight_map; the file of each tensor is wanted there")
+        raise CheckpointError(
+            f"{str(file)!r} has no weight_map", "the file of each tensor in it", "copy or download it again"
+        )
+    if foreign := [name for name in weights.values() if not _is_beside(name)]:
+        raise CheckpointError(
+            f"{str(file)!r} names the file {shown(foreign[0])}", "a file beside it", "copy or download it again"
+        )
     return weights
 
 
-def _read_object(file: Path, absent: str) -> dict[str, Any]:
+def _read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise CheckpointError(f"{absent}: check the path")
+        raise CheckpointError(
+            f"{str(file.parent)!r} holds no {file.name}", "the folder of a whole checkpoint", "check the path"
+        )
     return read_object(file, way_out="copy or download it again")
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{str(path)!r} is damaged: {what}; the whole file is wanted: copy or download it again")
+    return CheckpointError(f"{str(path)!r} is damaged: {what}", "the whole file", "copy or download it again")

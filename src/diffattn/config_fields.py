@@ -1,7 +1,7 @@
-"""What each field of a model's ``config.json`` may be: one table, for configurations that are made, read or planned.
+"""The values that each field of a model's ``config.json`` may have, in one table for all that make, read or plan one.
 
 A file can hold anything: a NaN, a size in quotes, a number that would take years to build. Each field is looked up here
-before anything is computed with it, so that all of them are refused alike, in one line.
+before anything is computed with it, so that every impossible value is refused in the same form, in one line.
 """
 
 from __future__ import annotations
@@ -17,23 +17,28 @@ from diffattn.variants import ATTENTIONS, DEFAULT
 OURS = "diff_transformer"
 LAMBDA_FORMS = ("sigmoid", "linear", "one")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# The content of a config.json, of our model or of another library's: it may hold anything.
+Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Field:
-    """What a field may be: a test of a value, and how it is said to a person."""
+    """The values that a field may have: a test of a value, and the words for it in an error."""
 
     allows: Callable[[Any], bool]
+    """Returns whether a value is allowed."""
     wanted: str
+    """The allowed values in words, for an error."""
     optional: bool = False
-    """Whether null (None) stands for a default."""
+    """True where null (None) is allowed and means the default."""
     way_out: str = "correct it"
+    """The last part of an error: what the reader can do."""
     most: int | None = None
-    """The largest integer, where there is a largest."""
+    """The largest allowed integer, if there is one."""
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a value is an integer; True is none here, nor is 4.0.
+    """Returns whether a value is an integer; True and 4.0 are not.
 
     >>> is_whole(4), is_whole(4.0), is_whole(True), is_whole("4")
     (True, False, False, False)
@@ -42,7 +47,7 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a value is a finite number that a float can hold.
+    """Returns whether a value is a finite number that a float can hold.
 
     >>> is_number(1e-5), is_number(float("nan")), is_number("1"), is_number(10**400)
     (True, False, False, False)
@@ -54,17 +59,17 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 
 def is_count(value: object) -> bool:
-    """A whole number that may stand in a file of ours: 0 or more, of no more than 64 bits."""
+    """Returns whether a value is a count as our files hold them: a whole number from 0 that 64 bits can hold."""
     return is_whole(value) and 0 <= value < 2**63
 
 
 def is_measure(value: object) -> bool:
-    """A finite number that may stand in a file of ours."""
+    """Returns whether a value is a measured number as our files hold them: finite, and far from the largest float."""
     return is_number(value) and abs(value) < 1e300
 
 
 def shown(value: object) -> str:
-    """A value of any kind as a few words on one line.
+    """Returns a value of any kind as a few words on one line.
 
     >>> shown("a\\nb"), shown([1] * 999)
     ("'a\\\\nb'", '[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 …')
@@ -79,8 +84,17 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:59]} …"
 
 
+def dtype_name(dtype: object) -> str:
+    """The name of a ``torch.dtype`` without the library's in front; torch itself is not needed for it.
+
+    >>> dtype_name("torch.bfloat16")
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 def integer(most: int, least: int = 1, *, optional: bool = False) -> Field:
-    """A field that is a whole number from ``least`` (1 or 0) to ``most``."""
+    """Returns a field that is a whole number from ``least`` (1 or 0) to ``most``."""
     return Field(
         lambda value: is_whole(value) and least <= value <= most,
         "a positive integer" if least else "an integer from 0",
@@ -100,10 +114,10 @@ def _one_of(names: Iterable[str]) -> Field:
 
 _FLAG = Field(lambda value: isinstance(value, bool), "true or false")
 _FLAG_OR_OWN = Field(_FLAG.allows, "true, false or null", optional=True)
-# float32 knows no ε below, and one above hides what it stands beside.
+# float32 cannot hold a smaller ε, and a larger one hides the number that it is added to.
 _EPSILON = _number("a finite number above 0 (1e-37 to 1)", lambda value: 1e-37 <= value <= 1)
 _SPREAD = _number("a finite number from 0 to 100", lambda value: 0 <= value <= 100)
-# What float32 can hold, and its reciprocal.
+# float32 can hold these numbers and their reciprocals.
 _FACTOR = _number("a finite number above 0 (1e-30 to 1e30)", lambda value: 1e-30 <= value <= 1e30)
 _FACTORS = Field(
     lambda value: isinstance(value, list | tuple) and bool(value) and all(_FACTOR.allows(each) for each in value),
@@ -119,7 +133,7 @@ _TOKENS = Field(
     "the id of a token, from 0, a list of such ids, or null",
     optional=True,
 )
-# What the library reads of any configuration, and a decoder of ours does not have.
+# Fields that the library reads from every configuration and that no decoder of ours has.
 _ABSENT = Field(lambda value: False, "null", optional=True, way_out="leave it out, since no model of ours has it")
 _ROPE = Field(lambda value: isinstance(value, dict), "an object such as {'rope_type': 'default'}, or null", True)
 
@@ -169,11 +183,11 @@ FIELDS: dict[str, Field] = {
     ),
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "layer_types", "per_layer_config"), _ABSENT),
     "is_encoder_decoder": Field(lambda value: value is False, "false", way_out=_ABSENT.way_out),
-    # The library makes a name for each.
+    # The library makes a name for each label, so a huge number would fill the memory.
     "num_labels": integer(10**6, 0, optional=True),
-    # A torch.dtype's name begins with the library's.
+    # The value may be a torch.dtype, whose name begins with the library's.
     "dtype": Field(
-        lambda value: value in DTYPES if isinstance(value, str) else str(value).removeprefix("torch.") in DTYPES,
+        lambda value: value in DTYPES if isinstance(value, str) else dtype_name(value) in DTYPES,
         f"one of {', '.join(DTYPES)}, or null",
         optional=True,
     ),
@@ -182,7 +196,7 @@ _LONG_SCALE = Field(
     lambda value: is_number(value) and 0 <= value < 1e30, "a finite number from 0, or null", optional=True
 )
 _OPTIONAL_FACTOR = Field(_FACTOR.allows, "a finite number above 0 (1e-30 to 1e30), or null", optional=True)
-# Of rope_parameters: what is read of each, and what must be there.
+# The fields of rope_parameters, and below it, for each type, those that must be there.
 _ROPE_FIELDS: dict[str, Field] = {
     "rope_theta": _FACTOR,
     "factor": _FACTOR,
@@ -207,7 +221,7 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
-# Of the configurations of other libraries: their names of what is named above.
+# The names that configurations of other libraries have for the fields above.
 _OTHER_NAMES = {
     "hidden_size": ("n_embd", "d_model"),
     "intermediate_size": ("n_inner", "d_ff", "ffn_dim"),
@@ -238,11 +252,17 @@ GENERATION: dict[str, Field] = {
 
 
 def check(fields: Mapping[str, Field], name: str, value: object, *, called: str | None = None) -> None:
-    """Raise a ``ConfigError`` unless the value is one that the field may have; fields that are unknown may be anything.
+    """Raises a ``ConfigError`` unless the field may have the value; an unknown field may have any.
+
+    Args:
+        fields: the table of fields.
+        name: the field's name in the table.
+        value: the value to check.
+        called: the field's name in an error. Default: ``name``.
 
     >>> check(FIELDS, "rms_norm_eps", float("nan"))
     Traceback (most recent call last):
-    diffattn.errors.ConfigError: rms_norm_eps=nan given; a finite number above 0 (1e-37 to 1) is wanted; correct it
+    diffattn.errors.ConfigError: rms_norm_eps=nan; wanted a finite number above 0 (1e-37 to 1): correct it
     """
     field = fields.get(name)
     if field is None or (value is None and field.optional) or field.allows(value):
@@ -250,61 +270,68 @@ def check(fields: Mapping[str, Field], name: str, value: object, *, called: str 
     wanted, way_out = field.wanted, field.way_out
     if field.most is not None and is_whole(value) and value > field.most:
         wanted, way_out = f"an integer of at most {field.most}", "correct it"
-    raise ConfigError(f"{called or name}={shown(value)} given; {wanted} is wanted; {way_out}")
+    raise ConfigError(f"{called or name}={shown(value)}", wanted, way_out)
 
 
-def check_rope(rope: Mapping[str, Any], width: int) -> None:
-    """Raise a ``ConfigError`` unless rotary positions have a known type, all that it needs, and numbers that turn.
+def check_rope(rope: Config, width: int) -> None:
+    """Raises a ``ConfigError`` unless rotary positions have a known type, all fields that it needs, and usable numbers.
 
     Args:
-        rope: ``rope_parameters``; what is not there and not needed has the library's default.
-        width: channels d of a head, all of which are turned.
+        rope: ``rope_parameters``; a field that is missing and not needed has the library's default.
+        width: the width d of a head, all of whose channels are rotated.
     """
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        raise ConfigError(f"rope_type is {shown(kind)}; one of {', '.join(ROPE_TYPES)} is wanted: correct it")
+        raise ConfigError(f"rope_type is {shown(kind)}", f"one of {', '.join(ROPE_TYPES)}", "correct it")
     for name in ROPE_TYPES[kind]:
         if name not in rope:
-            raise ConfigError(f"rope_parameters of rope_type {kind} lack {name}, which is wanted: add it")
+            raise ConfigError(f"rope_parameters of rope_type {kind} lack {name}", "that field", f"add {name}")
     for name, value in rope.items():
         check(_ROPE_FIELDS, name, value, called=f"rope_parameters: {name}")
     share = rope.get("partial_rotary_factor")
     if share is not None and not (is_number(share) and share == 1):
-        raise ConfigError(f"partial_rotary_factor is {shown(share)}; 1 is wanted, since whole heads are turned here")
+        raise ConfigError(
+            f"partial_rotary_factor is {shown(share)}", "1, since our models rotate whole heads", "choose another model"
+        )
     if rope.get("mrope_section"):
-        raise ConfigError("rope_parameters have mrope_section, for pictures; positions of text alone are wanted")
+        raise ConfigError(
+            "rope_parameters have mrope_section, for pictures", "positions of text alone", "choose a model of text"
+        )
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ConfigError(
-            f"high_freq_factor of rope_parameters is {rope['high_freq_factor']}; a number above low_freq_factor, "
-            f"{rope['low_freq_factor']}, is wanted: correct it"
+            f"high_freq_factor of rope_parameters is {rope['high_freq_factor']}",
+            f"a number above low_freq_factor, {rope['low_freq_factor']}",
+            "correct it",
         )
     if kind == "longrope":
         for name in ROPE_TYPES[kind]:
             if len(rope[name]) != width // 2:
                 raise ConfigError(
-                    f"{name} of rope_parameters has {len(rope[name])} numbers; {width // 2} are wanted, one for each "
-                    "pair of channels of a head: correct it"
+                    f"{name} of rope_parameters has {len(rope[name])} numbers",
+                    f"{width // 2}, one for each pair of channels of a head",
+                    "correct it",
                 )
 
 
 def check_ids(values: Mapping[str, Any], rows: int) -> None:
-    """Raise a ``ConfigError`` unless every id of a special token is a row of the embedding."""
+    """Raises a ``ConfigError`` unless every id of a special token is a row of the embedding."""
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         given = values.get(name)
         for index in given if isinstance(given, list) else [given]:
             if index is not None and index >= rows:
                 raise ConfigError(
-                    f"{name} is {shown(given)}; ids from 0 to {rows - 1:,} are wanted, the rows of the vocabulary: "
-                    "correct it"
+                    f"{name} is {shown(given)}",
+                    f"ids from 0 to {rows - 1:,}, the rows of the vocabulary",
+                    "correct it",
                 )
 
 
-def check_config(values: Mapping[str, Any]) -> None:
-    """Raise a ``ConfigError`` for a field of a ``config.json`` that cannot be, of ours or of another library's model.
+def check_config(values: Config) -> None:
+    """Raises a ``ConfigError`` for an impossible field of a ``config.json``, of our model or of another library's.
 
     >>> check_config({"model_type": "llama", "rms_norm_eps": -1})
     Traceback (most recent call last):
-    diffattn.errors.ConfigError: rms_norm_eps=-1 given; a finite number above 0 (1e-37 to 1) is wanted; correct it
+    diffattn.errors.ConfigError: rms_norm_eps=-1; wanted a finite number above 0 (1e-37 to 1): correct it
     """
     if values.get("model_type") != OURS:
         check_foreign(values)
@@ -318,11 +345,11 @@ def check_config(values: Mapping[str, Any]) -> None:
         check_ids(values, values["vocab_size"])
 
 
-def check_foreign(values: Mapping[str, Any]) -> None:
-    """Raise a ``ConfigError`` for sizes, ε and rotary positions that no decoder of any architecture can have.
+def check_foreign(values: Config) -> None:
+    """Raises a ``ConfigError`` for sizes, ε and rotary positions that no decoder of any architecture can have.
 
-    What an architecture has besides is known to its own class. Lists (a size for each layer) and nulls are left to it,
-    and a size may be 0, where it stands for a part that is not there.
+    The architecture's own class checks the other fields, lists (such as a size for each layer) and nulls. A size may be
+    0, for a part that the model does not have.
 
     Args:
         values: the ``config.json`` of another library's model.
@@ -331,7 +358,7 @@ def check_foreign(values: Mapping[str, Any]) -> None:
     for ours, others in _OTHER_NAMES.items():
         names |= dict.fromkeys((ours, *others), ours)
     for name, value in values.items():
-        # As the library writes a number that JSON has not.
+        # The library writes a NaN or an infinity, which JSON does not have, as such an object.
         if isinstance(value, dict) and "__float__" in value:
             value = float("nan")
         absent = name not in ("rope_theta", *_OTHER_NAMES["rms_norm_eps"]) and is_whole(value) and value == 0
@@ -345,7 +372,7 @@ def check_foreign(values: Mapping[str, Any]) -> None:
 
 
 def _check_foreign_rope(rope: object) -> None:
-    # Some have one for each kind of layer.
+    # Some architectures have rotary positions for each kind of layer.
     for name, value in rope.items() if isinstance(rope, dict) else ():
         if isinstance(value, dict):
             _check_foreign_rope(value)
@@ -353,8 +380,8 @@ def _check_foreign_rope(rope: object) -> None:
             check(_ROPE_FIELDS, name, value, called=f"rope_parameters: {name}")
 
 
-def layers_of(values: Mapping[str, Any]) -> int:
-    """How many layers a ``config.json`` of any architecture asks for, as far as it says so; 0 where it does not.
+def layers_of(values: Config) -> int:
+    """The number of layers in a ``config.json`` of any architecture; 0 where the file does not say it.
 
     >>> layers_of({"n_layer": 12}), layers_of({"text_config": {"num_hidden_layers": 3}}), layers_of({})
     (12, 3, 0)

@@ -5,6 +5,20 @@ from __future__ import annotations
 from typing import Self
 
 
+def one_line(words: object, most: int | None = None) -> str:
+    """Returns the text of an error, or of anything else, on one line: that of another library may have many.
+
+    Args:
+        words: an exception, which is named by its class where it has no text, or a text.
+        most: characters that are kept. Default: all.
+
+    >>> one_line(ValueError("one\\n  two")), one_line(KeyError())
+    ('one two', 'KeyError')
+    """
+    text = " ".join(str(words).split())
+    return text[:most] if text or not isinstance(words, BaseException) else type(words).__name__
+
+
 class DiffattnError(Exception):
     """Base of every error that this package raises on purpose; the command line prints it as one line.
 

@@ -1,7 +1,8 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, then renamed.
+"""Writes files and folders that are whole or not there: first under another name, flushed to the disk, then renamed.
 
-What is half-written lies in a folder ``NAME.….partial`` beside its place, with a mark in it that the process which
-writes it has locked. So what a killed process left is known from what another lives on, and both from a person's own.
+A half-written file lies in a folder ``NAME.….partial`` beside its final path. A mark in that folder is locked by the
+process that writes it. So what a killed process left differs from what a living process writes, and both from a user's
+own files.
 """
 
 from __future__ import annotations
@@ -19,36 +20,40 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from diffattn.errors import CheckpointError, ConfigError, TrainingError
+from diffattn.errors import CheckpointError, ConfigError, TrainingError, one_line
 
 PARTIAL = ".partial"
-# Lies in every half-written folder, and in no other.
+# The file that lies in every half-written folder, and in no other.
 _MARK = ".being-written-by-diffattn"
-# With which the names of files begin that are gone again at once.
+# The beginning of the names of files that are removed again at once.
 _PROBE = ".diffattn-"
 LOCK = ".in-use-by-diffattn"
-"""In the folder of a run, while a process has it; one that a killed process left locks nothing."""
-# What systems put into folders by themselves.
+"""The lock file in the folder of a run that a process trains in; one that a killed process left locks nothing."""
+# Files that operating systems put into folders by themselves.
 _SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
-# What stands near the beginning of each page and picture of ours, the name of the program that made it.
+# The name of the program, which stands near the beginning of each page and picture that it writes.
 GENERATOR = "diffattn"
 _OUR_FILES = (f'<meta name="generator" content="{GENERATOR}">'.encode(), f"Software\0{GENERATOR}".encode())
-# What torch.save makes of a write that fails, which leaves no number.
+# The texts by which torch.save reports a failed write; it leaves no error number.
 _TORCH_WRITE_FAILED = ("file write failed", "basic_ios::clear: iostream error")
 
 
 def writable_folder(path: Path) -> Path:
-    """Make the folder, or say in one line why nothing can be written there."""
+    """Makes the folder; raises a ``ConfigError`` where nothing can be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         _probe(path)
     except OSError as error:
-        raise ConfigError(f"cannot write to {path}: {error.strerror}; choose another folder with --out") from error
+        raise ConfigError(
+            f"cannot write to {path} ({error.strerror})",
+            "a folder that can be written",
+            "choose another folder with --out",
+        ) from error
     return path
 
 
 def unwritable(path: Path) -> str | None:
-    """Why a folder cannot be written or made, in the system's words, or None where it can; nothing is made."""
+    """Returns the system's reason why a folder cannot be written or made, or None where it can; makes nothing."""
     try:
         nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
         _probe(nearest)
@@ -58,56 +63,58 @@ def unwritable(path: Path) -> str | None:
 
 
 def _probe(folder: Path) -> None:
-    # Of a name of its own, if any: processes that share a folder ask at once, and each looks at what it holds.
+    # The name is new, if the file has one at all: processes that share a folder do this at the same time.
     with tempfile.TemporaryFile(dir=folder, prefix=_PROBE, suffix=PARTIAL):
         pass
 
 
 def entries(folder: Path) -> list[str]:
-    """What a folder holds, sorted by name, without what the system puts there, our lock and what we half wrote."""
+    """The names in a folder, sorted, without the system's files, our lock and what we half wrote."""
     hidden = _SYSTEM | {LOCK}
     return sorted(path.name for path in folder.iterdir() if path.name not in hidden and not is_unfinished(path))
 
 
 def check_files(**files: Path | None) -> None:
-    """Raise unless pages and pictures may be written there: new files, empty ones, or some that we wrote.
+    """Raises unless pages and pictures may be written to these paths: new files, empty ones, or some that we wrote.
 
     Args:
-        files: by the option that gave them, such as ``html=Path("page.html")``; None where it was not given.
+        files: the paths by the option that gave them, such as ``html=Path("page.html")``; None for no option.
 
     Raises:
-        ConfigError: a folder, another's file, a place where nothing can be written, or one file for two.
+        ConfigError: a folder, a file that diffattn did not write, a path that cannot be written, or one path twice.
     """
     given = {name: path for name, path in files.items() if path is not None}
     for name, path in given.items():
         _check_file(path, f"--{name}")
     if len({os.path.realpath(path) for path in given.values()}) < len(given):
         names = " and ".join(f"--{name}" for name in given)
-        raise ConfigError(f"{names} both name {str(path)!r}; a file for each is wanted: choose another name")
+        raise ConfigError(f"{names} both name {str(path)!r}", "a file for each", "choose another name for one of them")
 
 
 def _check_file(path: Path, option: str) -> None:
-    given = f"{option} {str(path)!r} given"
+    given = f"{option} {str(path)!r}"
     try:
         if path.is_dir():
-            raise ConfigError(f"{given}; the name of a file is wanted; it is a folder: put a name behind it")
+            raise ConfigError(f"{given} is a folder", "the name of a file", "add a name to it")
         # A device or a pipe holds nothing that could be lost.
         if path.is_file() and path.stat().st_size:
             with path.open("rb") as file:
                 beginning = file.read(4096)
             if not any(mark in beginning for mark in _OUR_FILES):
                 raise ConfigError(
-                    f"{given}; a new file is wanted, or one that diffattn wrote; there is another file: choose another "
-                    "name, or move it away"
+                    f"{given} is a file that diffattn did not write",
+                    "a new file, or one that diffattn wrote",
+                    "choose another name, or move the file away",
                 )
+        reason = unwritable(Path(os.path.realpath(path)).parent)
     except OSError as error:
-        raise ConfigError(f"{given}; a file that can be written is wanted; the system says: {error.strerror}") from None
-    if reason := unwritable(Path(os.path.realpath(path)).parent):
-        raise ConfigError(f"{given}; a file that can be written is wanted; the system says: {reason}")
+        reason = error.strerror or str(error)
+    if reason:
+        raise ConfigError(f"{given} cannot be written ({reason})", "a file that can be written", "choose another path")
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name of a file is text; of others, Python makes characters that cannot be written.
+    """Returns whether the name of a file is UTF-8; Python holds another as characters that cannot be written.
 
     >>> is_utf8("model"), is_utf8(os.fsdecode(bytes([255])))
     (True, False)
@@ -120,14 +127,14 @@ def is_utf8(name: str) -> bool:
 
 
 def shown(path: str | Path) -> str:
-    r"""A path as it can be printed in one line: bytes that are no UTF-8 and signs that cannot be seen are escaped.
+    r"""Returns a path that can be printed in one line: bytes that are no UTF-8 and invisible characters are escaped.
 
     >>> print(shown("caf\udce9\n.txt"))
     caf\xe9\n.txt
     """
     return "".join(
         sign if sign.isprintable()
-        # What stands in a name for a byte that is no UTF-8.
+        # Python's character for a byte of a name that is no UTF-8.
         else f"\\x{ord(sign) - 0xDC00:02x}" if "\udc80" <= sign <= "\udcff"
         else sign.encode("unicode_escape").decode("ascii")
         for sign in str(path)
@@ -135,7 +142,7 @@ def shown(path: str | Path) -> str:
 
 
 def command(arguments: Iterable[str]) -> str:
-    """A command that a shell takes as it is printed, whatever is in its words.
+    """Returns a command in a form that can be copied into a shell, whatever characters its words hold.
 
     >>> print(command(["diffattn", "train", "--out", "my runs/first"]))
     diffattn train --out 'my runs/first'
@@ -146,26 +153,27 @@ def command(arguments: Iterable[str]) -> str:
 def _quoted(word: str) -> str:
     if is_utf8(word):
         return shlex.quote(word)
-    # Byte by byte, as shells read it.
+    # Shells read $'…' byte by byte.
     return "$'" + "".join(f"\\x{byte:02x}" for byte in word.encode("utf-8", "surrogateescape")) + "'"
 
 
 def resume_command(verb: str, folder: Path) -> str:
-    """The command by which what a verb wrote into a folder goes on.
+    """The command that continues what a verb began in a folder.
 
     >>> print(resume_command("train", Path("-mine")))
     diffattn train --resume --out ./-mine
     """
     name = str(folder)
-    # A name that looks like an option is none in this form.
+    # A name that begins with a dash would be read as an option.
     return command(["diffattn", *verb.split(), "--resume", "--out", f"./{name}" if name.startswith("-") else name])
 
 
 def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
-    """What a JSON text holds; whatever is wrong with it is a ValueError.
+    """Returns the content of a JSON text; every fault in it is a ``ValueError``.
 
     Args:
-        unique: refuse an object that has one name twice, of which Python takes the last.
+        text: the text, or its bytes in UTF-8.
+        unique: refuse an object that has one name twice, of which Python would take the last.
 
     Raises:
         ValueError: no JSON, no UTF-8, nested too deeply, or a number of thousands of digits.
@@ -189,29 +197,34 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_object(path: Path, *, way_out: str = "check the path") -> dict[str, Any]:
-    """The JSON object that a file holds.
+def read_object(path: Path, *, way_out: str) -> dict[str, Any]:
+    """Reads the JSON object that a file of ours, or of a checkpoint, holds.
+
+    Args:
+        path: the file.
+        way_out: the last part of an error: what the reader can do.
 
     Raises:
-        CheckpointError: no such file, one that cannot be read, or one that holds something else; ``way_out`` is the end
-            of the message.
+        CheckpointError: no such file, one that cannot be read, or one that holds something else.
     """
     try:
         values = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except OSError as error:
         raise CheckpointError(
-            f"{str(path)!r} given; a readable JSON file is wanted; it says: {reason}: {way_out}"
+            f"{str(path)!r} cannot be read ({error.strerror})", "a file with a JSON object", way_out
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged: it is no JSON ({one_line(error)})", "a file with a JSON object", way_out
         ) from None
     if not isinstance(values, dict):
-        raise CheckpointError(
-            f"{str(path)!r} given; a JSON object is wanted; it holds a {type(values).__name__}: {way_out}"
-        )
+        what = f"it holds a {type(values).__name__}"
+        raise CheckpointError(f"{str(path)!r} is damaged: {what}", "a file with a JSON object", way_out)
     return values
 
 
 def file_facts(path: Path, size: int | None = None) -> dict[str, int | str]:
-    """Bytes and SHA-256 of a file, or of its first ``size`` bytes."""
+    """The number of bytes and the SHA-256 of a file, or of its first ``size`` bytes."""
     with path.open("rb") as stream:
         if size is None:
             return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
@@ -220,7 +233,7 @@ def file_facts(path: Path, size: int | None = None) -> dict[str, int | str]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or the entries of a folder to the disk."""
+    """Flushes a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -229,21 +242,21 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace ``path`` by ``content`` as JSON, in one step."""
+    """Replaces ``path`` by ``content`` as JSON, in one step."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``, in one step."""
-    # Of a file name that is no UTF-8, Python makes characters that no file can hold; JSON reads them back as they were.
+    """Replaces ``path`` by ``text``, in one step."""
+    # The text may hold a file name that is no UTF-8, whose characters no file can hold; JSON reads the escapes back.
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``, in one step; where it is a link, what it points to. Makes its folder."""
+    """Replaces ``path``, or what it points to if it is a link, by ``content`` in one step; makes its folder."""
     with explained(path):
         if path.exists() and not path.is_file():
-            # A device or a pipe, whose place no file can take.
+            # A device or a pipe cannot be replaced by a file.
             path.write_bytes(content)
             return
         target = Path(os.path.realpath(path))
@@ -257,14 +270,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: Path, *, replaces: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path]:
-    """Yield a folder to fill; it appears as ``path`` when the block ends well, and not at all otherwise.
+    """Yields a folder to fill; it appears as ``path`` if the block ends without an error, and not at all otherwise.
 
     Args:
-        path: where nothing is, or an empty folder. Where it is a link, the folder that it points to.
-        replaces: whether a folder that holds something may be deleted for the new one; no other is.
+        path: a path where nothing is, or an empty folder, or a link to such a folder.
+        replaces: returns whether a folder that holds something may be deleted for the new one. Default: never.
 
     Raises:
-        ConfigError: at the end of the block, where ``path`` holds something.
+        ConfigError: at the end of the block, if ``path`` holds something that may not be deleted.
         TrainingError: the disk is full.
     """
     with explained(path):
@@ -278,7 +291,9 @@ def whole_folder(path: Path, *, replaces: Callable[[Path], bool] = lambda folder
                 sync(file)
             if target.exists():
                 if entries(target) and not replaces(target):
-                    raise ConfigError(f"{path} holds what diffattn did not write, and it stays; move it away")
+                    raise ConfigError(
+                        f"{path} holds files that diffattn did not write", "a new or an empty folder", "move them away"
+                    )
                 os.rename(target, old)
             os.rename(new, target)
             for name in _SYSTEM & set(os.listdir(old)) if old.exists() else ():
@@ -288,7 +303,7 @@ def whole_folder(path: Path, *, replaces: Callable[[Path], bool] = lambda folder
 
 @contextlib.contextmanager
 def _apart(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` to prepare it in; what killed processes left of theirs is removed."""
+    """Yields a folder beside ``path`` to prepare it in; removes those that killed processes left."""
     import filelock
 
     for left in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL}"):
@@ -296,7 +311,7 @@ def _apart(path: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=PARTIAL, dir=path.parent))
     try:
         with contextlib.ExitStack() as held:
-            # A file system may know no locks; then nothing says that a process lives, and nothing of its is removed.
+            # On a file system without locks nothing shows that a process lives, so nothing is ever removed there.
             with contextlib.suppress(NotImplementedError):
                 held.enter_context(filelock.FileLock(scratch / _MARK))
             yield scratch
@@ -305,14 +320,14 @@ def _apart(path: Path) -> Iterator[Path]:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a path is a half-written folder of this program's, or a file of its own that is gone again at once."""
+    """Returns whether a path is a half-written folder of this program, or a file that it removes again at once."""
     if not path.name.endswith(PARTIAL) or path.is_symlink():
         return False
     return path.name.startswith(_PROBE) or (path / _MARK).is_file()
 
 
 def remove_unfinished(path: Path) -> bool:
-    """Remove a half-written folder that no living process writes; whether that was done."""
+    """Removes a half-written folder that no living process writes; returns whether it did so."""
     import filelock
 
     if not is_unfinished(path):
@@ -328,7 +343,7 @@ def remove_unfinished(path: Path) -> bool:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn a full disk, however the writing library reports it, into one line."""
+    """Turns a full disk, however the writing library reports it, into a ``TrainingError``."""
     try:
         yield
     except Exception as error:
@@ -336,13 +351,14 @@ def explained(path: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(path.parent).free
         raise TrainingError(
-            f"the disk is full: could not write {path} ({free:,} bytes are free); what was saved before is kept: "
-            "free some space and run it again, or continue with --resume"
+            f"the disk is full: could not write {path} ({free:,} bytes are free)",
+            "more free space",
+            "free some space and run it again, or continue with --resume; what was saved before is kept",
         ) from error
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error stands for a full disk or quota; safetensors and torch.save hide the number in their text."""
+    """Returns whether an error means a full disk or quota; safetensors and torch.save hide its number in their text."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     seen: BaseException | None = error
     while seen is not None:

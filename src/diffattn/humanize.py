@@ -1,4 +1,4 @@
-"""Numbers for people: three significant digits, a prefix, words for what is not finite."""
+"""Writes numbers for people: three significant digits, a prefix, and words for numbers that are not finite."""
 
 import functools
 import math
@@ -8,7 +8,7 @@ MISSING = "–"
 
 
 def _number(value: float, scale: float) -> str:
-    """Three significant digits; fewer where the shorter number is exact."""
+    """Returns the number with three significant digits, or fewer if the shorter number is exact."""
     scaled = value / scale
     if scaled == round(scaled, 0 if abs(scaled) >= 100 else 1):
         return f"{scaled:.1f}".removesuffix(".0")
@@ -16,14 +16,14 @@ def _number(value: float, scale: float) -> str:
 
 
 def _digits(scaled: float) -> int:
-    # 9.999 prints as 10.0, so the size is that of the rounded number.
+    # 9.999 prints as 10.0, so the rounded number decides.
     if abs(round(scaled, 1)) >= 100:
         return 0
     return 1 if abs(round(scaled, 2)) >= 10 else 2
 
 
 def _scaled(value: float, base: float, prefixes: Sequence[str]) -> tuple[str, str]:
-    """The number and its prefix, so that what is printed stays below `base`: 999,999 is 1 M, not 1000 k."""
+    """Returns the number and its prefix so that the number stays below ``base``: 999,999 is 1 M, not 1000 k."""
     scale = 1.0
     for prefix in prefixes[:-1]:
         scaled = abs(value) / scale
@@ -34,7 +34,7 @@ def _scaled(value: float, base: float, prefixes: Sequence[str]) -> tuple[str, st
 
 
 def _or_words(finite: Callable[[float], str]) -> Callable[[float | None], str]:
-    """The formatter, with words for what is not a finite number."""
+    """Returns the formatter with words added for numbers that are not finite."""
 
     @functools.wraps(finite)
     def written(value: float | None) -> str:
@@ -51,7 +51,7 @@ def _or_words(finite: Callable[[float], str]) -> Callable[[float | None], str]:
 
 @_or_words
 def count(value: float) -> str:
-    """A count in thousands, millions, billions.
+    """Returns a count in thousands, millions, billions.
 
     >>> count(3_021_312), count(812), count(999_999)
     ('3.02 M', '812', '1.00 M')
@@ -61,7 +61,7 @@ def count(value: float) -> str:
 
 @_or_words
 def size(value: float) -> str:
-    """Bytes, in powers of 1024.
+    """Returns a number of bytes in powers of 1024.
 
     >>> size(1228.8), size(812), size(12_130_000)
     ('1.2 KiB', '812 B', '11.6 MiB')
@@ -71,7 +71,7 @@ def size(value: float) -> str:
 
 @_or_words
 def flops(value: float) -> str:
-    """Floating-point operations, in powers of 1000.
+    """Returns a number of floating-point operations in powers of 1000.
 
     >>> flops(12_345_678)
     '12.3 MFLOP'
@@ -81,7 +81,7 @@ def flops(value: float) -> str:
 
 @_or_words
 def seconds(value: float) -> str:
-    """A duration.
+    """Returns a duration in a unit that fits its length.
 
     >>> seconds(0.0351), seconds(3.21), seconds(125), seconds(3720)
     ('35.1 ms', '3.21 s', '2 min 05 s', '1 h 02 min')
@@ -96,7 +96,7 @@ def seconds(value: float) -> str:
 
 @_or_words
 def loss(value: float) -> str:
-    """A loss or another quality, to four decimals.
+    """Returns a loss, or another measured quality, with four decimals.
 
     >>> loss(3.41234)
     '3.4123'
@@ -106,7 +106,7 @@ def loss(value: float) -> str:
 
 @_or_words
 def signed(value: float) -> str:
-    """A difference with its sign; never rounded to zero, for the sign of an interval's end matters.
+    """Returns a difference with its sign; it is never rounded to zero, since the sign of an interval's end matters.
 
     >>> signed(0.0123), signed(-0.5), signed(-0.00001), signed(0.0)
     ('+0.0123', '−0.5000', '−1.0e-05', '0.0000')
@@ -119,7 +119,7 @@ def signed(value: float) -> str:
 
 @_or_words
 def whole(value: float) -> str:
-    """A number that is read as it is.
+    """Returns a number with every digit, or words where it is not finite.
 
     >>> whole(5461)
     '5,461'
@@ -129,7 +129,7 @@ def whole(value: float) -> str:
 
 @_or_words
 def exact(value: float) -> str:
-    """Every digit, for a tooltip.
+    """Returns a finite number with every digit, such as for a tooltip.
 
     >>> exact(3021312), exact(0.1)
     ('3,021,312', '0.1')

@@ -10,7 +10,7 @@ from scipy import stats
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and its 95% interval by Student's t; of one value there is none.
+    """The mean and its 95% interval by Student's t; a single value has no interval.
 
     >>> interval([1.0])
     {'mean': 1.0, 'low': None, 'high': None}
@@ -24,9 +24,9 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, float | None]:
-    """Mean of ``values − baseline``, pair by pair, with its 95% interval by Student's t.
+    """The mean of ``values − baseline``, pair by pair, with its 95% interval by Student's t.
 
-    The i-th entries share a seed: initial values and order of the data. One pair has no interval (``None``).
+    The i-th entries share a seed: initial values and order of the data. A single pair has no interval (``None``).
 
     >>> paired_difference([1.0, 2.0, 3.0], [1.5, 2.5, 3.5])
     {'mean': -0.5, 'low': -0.5, 'high': -0.5}
@@ -35,13 +35,13 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dic
 
 
 def verdict(name: str, difference: dict[str, float | None], *, seeds: int, surplus: float) -> str:
-    """One plain sentence: "lower", "higher" or "no difference seen".
+    """Returns one plain sentence: "lower", "higher" or "no difference seen".
 
     Args:
         name: the variant.
-        difference: from :func:`paired_difference`, in nats per token; negative is better.
-        seeds: the pairs behind it.
-        surplus: parameters of the variant over those of its twin, minus 1.
+        difference: the result of :func:`paired_difference`, in nats per token; negative is better.
+        seeds: the number of pairs.
+        surplus: the variant's parameters divided by its baseline's, minus 1.
 
     >>> verdict("diff_v2", {"mean": 0.01, "low": -0.02, "high": 0.04}, seeds=2, surplus=0.0)
     'diff_v2: no difference seen in held-out loss (mean +0.0100, 95% interval -0.0200 to +0.0400, 2 seeds).'
@@ -61,7 +61,7 @@ def verdict(name: str, difference: dict[str, float | None], *, seeds: int, surpl
 
 
 def pairs(variants: dict[str, dict[str, Any]], baseline: str = "softmax") -> dict[str, dict[str, Any]]:
-    """Every variant against its softmax twin: difference, verdict and ratio of parameters."""
+    """Compares every variant with the softmax baseline: difference, verdict and ratio of parameters."""
     if baseline not in variants:
         return {}
     result = {}

@@ -1,4 +1,4 @@
-"""What this machine is called, and where diffattn keeps what it can make again."""
+"""The name of this machine, its versions, and the folders for files that diffattn can make again."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 
 def cache_folder() -> Path:
-    """``$DIFFATTN_CACHE``, else ``$XDG_CACHE_HOME/diffattn``, else ``~/.cache/diffattn``; it need not exist.
+    """The cache folder: ``$DIFFATTN_CACHE``, else ``$XDG_CACHE_HOME/diffattn``, else ``~/.cache/diffattn``.
 
-    For a user without a home it is :func:`temporary_folder`.
+    It need not exist. For a user without a home it is :func:`temporary_folder`.
     """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     path = Path(os.path.expanduser(os.environ.get("DIFFATTN_CACHE") or Path(base) / "diffattn"))
@@ -22,13 +22,13 @@ def cache_folder() -> Path:
 
 
 def temporary_folder() -> Path:
-    """``diffattn-UID`` in the system's temporary folder, for where the cache folder cannot be written."""
+    """The folder ``diffattn-UID`` in the system's temporary folder, used where the cache folder cannot be written."""
     user = os.getuid() if hasattr(os, "getuid") else "user"
     return Path(tempfile.gettempdir()) / f"diffattn-{user}"
 
 
 def is_private(folder: Path) -> bool:
-    """Whether no other user of this machine can write into a folder or put another in its place; a link is not."""
+    """Returns whether no other user of this machine can write into a folder or replace it; a link is never private."""
     if not hasattr(os, "getuid"):
         return False
     try:
@@ -38,12 +38,12 @@ def is_private(folder: Path) -> bool:
     others = stat.S_IWGRP | stat.S_IWOTH
     if not stat.S_ISDIR(own.st_mode) or own.st_uid != os.getuid() or own.st_mode & others:
         return False
-    # Of a folder that all may write into, none but the owner of an entry may rename it where this bit is set.
+    # In a folder that everybody may write into, this bit lets only the owner of an entry rename it.
     return above.st_uid in (0, os.getuid()) and (not above.st_mode & others or bool(above.st_mode & stat.S_ISVTX))
 
 
 def processor_name() -> str:
-    """As the system prints it, else the architecture."""
+    """The processor's name as the system prints it, or else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -52,7 +52,7 @@ def processor_name() -> str:
 
 
 def versions() -> dict[str, Any]:
-    """What ran, and on what."""
+    """The versions of the libraries and the machine that a result was measured with."""
     import torch
 
     names = ("diffattn", "torch", "transformers", "accelerate", "tokenizers")

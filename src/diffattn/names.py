@@ -1,4 +1,4 @@
-"""A name as people write it: in any case, without its spaces and marks, or by a part that only one name has."""
+"""Finds a name as people write it: in any case, without its spaces and marks, or by a part that only one name has."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def one_of(
     also: Mapping[str, str] | None = None,
     way_out: str = "",
 ) -> str:
-    """The name that a text means.
+    """Returns the name that a text means.
 
     A text means a name that it equals without regard to case, spaces and marks. Where there is none, it means the one
     name in which it stands from the start of a word on; such a part has a letter and two characters, or three.
 
     Args:
-        text: what was written.
-        names: what there is, in the order in which an error lists it.
-        given: how an error says what was written. Default: the text in quotes.
+        text: the text that a person wrote.
+        names: the known names, in the order in which an error lists them.
+        given: the first part of an error: what was written, and where. Default: the text in quotes.
         also: further spellings, and the name that each stands for. Default: none.
-        way_out: the end of an error. Default: empty.
+        way_out: more words for the last part of an error. Default: empty.
 
     Raises:
         ConfigError: no name, or a part that several names have, which are listed.
@@ -40,19 +40,19 @@ def one_of(
     wanted = plain(str(text))
     if wanted in spelled:
         return spelled[wanted]
-    said = f"{text!r} given" if given is None else given
+    said = repr(text) if given is None else given
     found = [name for name in names if _is_part(wanted, name)]
     if len(found) == 1:
         return found[0]
     if found:
-        raise ConfigError(f"{said}; one name is wanted, and {' and '.join(found)} fit: write one of them in full")
+        raise ConfigError(said, "one name", f"{' and '.join(found)} fit, so write one of them in full{way_out}")
     near = difflib.get_close_matches(wanted, spelled, n=1)
-    meant = f"; did you mean {spelled[near[0]]}?" if near else ""
-    raise ConfigError(f"{said}; a known name is wanted: use one of {', '.join(names)}{meant}{way_out}")
+    meant = f"did you mean {spelled[near[0]]}?" if near else "choose one of these"
+    raise ConfigError(said, f"one of {', '.join(names)}", f"{meant}{way_out}")
 
 
 def plain(text: str) -> str:
-    """Letters and digits alone, without case.
+    """Returns the letters and digits of a text, without case.
 
     >>> plain("RTX 3060 12GB")
     'rtx306012gb'
@@ -64,4 +64,4 @@ def _is_part(wanted: str, name: str) -> bool:
     if len(wanted) < (2 if any(letter.isalpha() for letter in wanted) else 3):
         return False
     words = re.findall(r"[^\W_]+", name.casefold())
-    return any("".join(words[place:]).startswith(wanted) for place in range(len(words)))
+    return any("".join(words[start:]).startswith(wanted) for start in range(len(words)))

@@ -1,4 +1,4 @@
-"""How work that takes long says what it does: stages, handed to a callback; the library itself prints nothing."""
+"""The stages that long work reports to a callback, so that the library itself prints nothing."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stage:
-    """What is being done, and how much of it is done.
+    """A stage of long work, and how much of it is done.
 
     A stage begins with the first report of its name and ends with the first report of another one. Further reports of
-    the same name say how far it is.
-
-    Fields: `name`, for a person, such as `"training the tokenizer"`; `done` of `total`, in any unit; `total` None where
-    nobody knows how much there is.
+    the same name say how much is done.
     """
 
     name: str
+    """The work in words, such as ``training the tokenizer``."""
     done: int = 0
+    """The part that is done, in the unit of ``total``."""
     total: int | None = None
+    """The whole work in any unit; None where it is not known."""
 
 
 OnStage = Callable[[Stage], None]
 
 
 def unseen(stage: Stage) -> None:
-    """The default of every `on_stage`: nobody looks."""
+    """Does nothing; it is the default of every ``on_stage``."""
 
 
 def counted(on_stage: OnStage, name: str) -> Callable[[int, int], None]:
-    """A callback of two numbers, done and in all, that reports them as one stage.
+    """Returns a callback that takes two numbers, done and in all, and reports them as one stage.
 
     >>> counted(print, "reading text")(1, 4)
     Stage(name='reading text', done=1, total=4)

@@ -1,4 +1,4 @@
-"""Numbers as people write them: 6.8B, 6,8B, 1_000, 6,837,000,000, 8 GiB."""
+"""Reads numbers as people write them: 6.8B, 6,8B, 1_000, 6,837,000,000, 8 GiB."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from decimal import Decimal
 
 from diffattn.errors import ConfigError
 
-# Whatever is counted here is below; beyond it a number is a slip, and products of several no longer fit a float.
+# Every count that makes sense is smaller; a larger one is a typing error, and products of several do not fit a float.
 MOST = 10**18
-# What stands behind a count.
+# The letters that may follow a count.
 COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _LONGEST = 60
 _SPACES = " \u00a0\u2009\u202f"
 
 
 class AmbiguousError(ValueError):
-    """A comma that may stand before decimals or between thousands."""
+    """A number with a comma that may stand before decimals or between thousands."""
 
 
 def read_quantity(text: str, *, decimal_comma: bool | None = None) -> tuple[Decimal, str] | None:
-    """A number of at least 0 and the unit behind it, in lower case; None: the text is none.
+    """Returns a number of at least 0 and the unit after it in lower case, or None if the text is no number.
 
-    Decimals stand behind a point or a comma; groups of three digits may be apart by commas, points, spaces, apostrophes
-    or underscores. What a single comma before three digits is has to be said; so is a single point before three digits,
-    which stands between thousands where the comma stands before decimals, and before decimals otherwise.
+    Decimals follow a point or a comma; groups of three digits may be separated by commas, points, spaces, apostrophes
+    or underscores. A single comma before three digits is ambiguous, so the caller has to say what it is. A single point
+    before three digits separates thousands if the comma stands before decimals, and stands before decimals otherwise.
 
     Args:
-        text: such as ``"6,837,000,000"`` or ``"8 GiB"``.
-        decimal_comma: whether a comma stands before decimals. Default: not known.
+        text: a text such as ``"6,837,000,000"`` or ``"8 GiB"``.
+        decimal_comma: True if a comma stands before decimals, False if between thousands. Default: not known.
 
     Raises:
-        AmbiguousError: such a comma where it is not known.
+        AmbiguousError: a comma that may be either, where ``decimal_comma`` is not known.
 
     >>> [str(read_quantity(text)[0]) for text in ("6,8B", "1_000", "6.837.000,5", "1e3")]
     ['6.8', '1000', '6837000.5', '1E+3']
@@ -49,7 +49,7 @@ def read_quantity(text: str, *, decimal_comma: bool | None = None) -> tuple[Deci
 
 
 def _digits(text: str, decimal_comma: bool | None) -> str | None:
-    """The same number with a decimal point and nothing between thousands; None: the marks make no sense."""
+    """Returns the number with a decimal point and nothing between thousands, or None if its marks make no sense."""
     text = re.sub(f"[{_SPACES}]", " ", re.sub(r"(?<=[0-9])_(?=[0-9])", "", text))
     if "_" in text:
         return None
@@ -78,7 +78,7 @@ def _digits(text: str, decimal_comma: bool | None) -> str | None:
 
 
 def writes_decimals(text: str) -> str | None:
-    """``","`` or ``"."``: what this number certainly has before its decimals; None: it has none, or it is not certain.
+    """Returns the mark that certainly stands before this number's decimals, ``","`` or ``"."``, or None.
 
     >>> [writes_decimals(text) for text in ("3,41", "3.41", "6,837.5", "6,837,000", "1,234", "12")]
     [',', '.', '.', '.', None, None]
@@ -101,23 +101,23 @@ def _grouped(text: str, mark: str) -> bool:
 
 
 def whole(text: str | int | float, scales: dict[str, int], *, most: int = MOST) -> int | None:
-    """A whole number from 1 to ``most`` with one of these units behind it; None: the text is none.
+    """Returns a whole number from 1 to ``most`` with one of these units after it, or None if the text is none.
 
     Raises:
-        ConfigError: a comma that may be a decimal one or stand between thousands.
+        ConfigError: a comma that may stand before decimals or between thousands.
 
     >>> whole("1.5k", {"": 1, "k": 1024}), whole("0.5", {"": 1}), whole("4x", {"": 1})
     (1536, None, None)
     """
     text = str(text)
-    # A count without a unit is whole, so its comma can only stand between thousands.
+    # A count without a unit is a whole number, so its comma can only stand between thousands.
     bare = re.search("[a-z]", text, re.I) is None
     try:
         found = read_quantity(text, decimal_comma=False if bare else None)
     except AmbiguousError as error:
         unit = re.search(r"\s*[a-z].*", text, re.I)
         words = " or ".join(word + (unit[0].strip() if unit else "") for word in str(error).split()[1::2])
-        raise ConfigError(f"{short(text)} given; a clear number is wanted: write {words}") from None
+        raise ConfigError(f"{short(text)} can be read as two numbers", "a clear number", f"write {words}") from None
     if found is None or found[1] not in scales:
         return None
     value = found[0] * scales[found[1]]
@@ -125,7 +125,7 @@ def whole(text: str | int | float, scales: dict[str, int], *, most: int = MOST) 
 
 
 def short(text: object) -> str:
-    """What was given, in quotes, cut where it is long.
+    """Returns a text in quotes, cut off if it is long.
 
     >>> short("9" * 400)
     "'999999999999999999999999999999999999...'"

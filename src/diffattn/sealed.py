@@ -1,7 +1,7 @@
-"""Files that say by themselves whether anybody changed them: JSON with a seal, and digests of files.
+"""JSON objects with a seal, by which a file shows whether anybody changed it after it was written.
 
 A seal is the SHA-256 of everything else in the object, so a number that was edited, or a line that a disk lost, is
-noticed before it is believed. It is no signature: who writes a new seal can write a new number too.
+noticed before it is used. A seal is no signature: whoever can change a number can write a new seal too.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.errors import CheckpointError
-from diffattn.files import explained, parse_json
+from diffattn.files import explained, read_object
 
 SEAL = "seal"
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """The object with its seal.
+    """Returns the object with its seal.
 
     >>> unbroken(sealed({"val_loss": 4.5})), unbroken(sealed({"val_loss": 4.5}) | {"val_loss": 3.5})
     (True, False)
@@ -29,30 +29,28 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def unbroken(content: dict[str, Any]) -> bool:
-    """Whether the object is as it was sealed; one without a seal is."""
+    """Returns whether the object is as it was sealed; an object without a seal counts as unbroken."""
     return SEAL not in content or content[SEAL] == _seal_of(content)
 
 
 def read_sealed(path: Path, *, way_out: str) -> dict[str, Any]:
-    """The JSON object in a file; ``SEAL in`` it says whether it has a seal, as all have that this version writes.
+    """Reads the JSON object in a file and checks its seal; ``SEAL in content`` tells whether it has one.
 
     Raises:
-        CheckpointError: no JSON object, or one that was changed since it was sealed; ``way_out`` ends the message.
+        CheckpointError: no JSON object, or one that was changed after it was sealed; its last part is ``way_out``.
     """
-    try:
-        content = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} is damaged ({reason}); {way_out}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged (it holds a {type(content).__name__}, not an object); {way_out}")
+    content = read_object(path, way_out=way_out)
     if not unbroken(content):
-        raise CheckpointError(f"{path} was changed after it was written: its seal does not fit the rest; {way_out}")
+        raise CheckpointError(
+            f"{path} was changed after it was written: its seal does not fit the rest",
+            "the file as it was written",
+            way_out,
+        )
     return content
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append a row with its seal to a file of JSON lines, to which other processes may append too.
+    """Appends a row with its seal to a file of JSON lines, to which other processes may append at the same time.
 
     Raises:
         TrainingError: the disk is full; the file is as it was.
@@ -61,10 +59,10 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
-        # A line that was cut, or edited, may lack its end.
+        # The last line may lack its end, if it was cut off or edited.
         start = b"" if file.read(1) in (b"", b"\n") else b"\n"
         try:
-            # The disk may take a part of it only.
+            # The disk may take only a part of it.
             left = start + json.dumps(sealed(row)).encode() + b"\n"
             while left:
                 left = left[file.write(left) :]

@@ -68,7 +68,7 @@ def test_json_is_one_object_and_a_dash_reads_stdin(folder, text, capsys, monkeyp
 
 
 MISTAKES = {
-    "no folder": (["absent", PROMPT], "'absent' given; the folder of a checkpoint is wanted"),
+    "no folder": (["absent", PROMPT], "there is no folder 'absent'; wanted the folder of a checkpoint"),
     "no prompt": (["FOLDER", ""], "the prompt is empty"),
     "cold": (["FOLDER", PROMPT, "--temperature", "-1"], "temperature is -1.0"),
     "not a number": (["FOLDER", PROMPT, "--temperature", "nan"], "a finite number is wanted"),

@@ -61,18 +61,23 @@ def refused(command: str, capsys: pytest.CaptureFixture[str], **places: object) 
 def test_a_folder_of_runs_is_not_a_models(verb: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write("run", RUN)
     line = refused(VERBS[verb], capsys, folder="run", model=model)
-    assert "'run' is the folder of a run; a model's is wanted; it has none yet: finish it with diffattn train" in line
+    assert (
+        "'run' is the folder of a run, which has no model yet; wanted the folder of a model: finish it with diff"
+        in line
+    )
     shutil.copytree(model, "run/model")
     line = refused(VERBS[verb], capsys, folder="run", model=model)
-    assert line == "diffattn: 'run' is the folder of a run; a model's is wanted: take 'run/model'\n"
+    assert line == "diffattn: 'run' is the folder of a run; wanted the folder of a model: take 'run/model'\n"
     for folder, files, what in (("compared", COMPARISON, "a comparison"), ("ladder", LADDER, "a ladder")):
         write(folder, files)
         line = refused(VERBS[verb], capsys, folder=folder, model=model)
-        assert f"'{folder}' is the folder of {what}; a model's is wanted; none of its runs has finished" in line
+        assert (
+            f"'{folder}' is the folder of {what}, none of whose runs has finished; wanted the folder of a model" in line
+        )
         write(f"{folder}/diff_v1-seed0", RUN)
         shutil.copytree(model, f"{folder}/diff_v1-seed0/model")
         line = refused(VERBS[verb], capsys, folder=folder, model=model)
-        assert f"a model's is wanted: take '{folder}/diff_v1-seed0/model'\n" in line
+        assert f"wanted the folder of a model: take '{folder}/diff_v1-seed0/model'\n" in line
 
 
 def test_a_folder_with_a_space_is_named_so_that_the_command_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ def test_a_folder_that_models_cannot_be_written_to_is_refused_at_once(
 ) -> None:
     assert main([*verb.split(), "--out", ODD]) == 2
     said = capsys.readouterr().err
-    assert "a folder whose whole path is UTF-8 is wanted" in said
+    assert "wanted a folder whose whole path is UTF-8" in said
     assert "od\\udcffd" in said
     assert said.count("\n") == 1
     assert not Path(ODD).exists()

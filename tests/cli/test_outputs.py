@@ -132,7 +132,7 @@ def test_an_option_without_a_name_is_the_folder_one_stands_in(
     files(Path(), {"notes.txt": "mine"})
     for out, name in (("", "."), (".", "."), ("/", "/")):
         line = refused(INTO_A_FOLDER[verb], capsys, out=out, **places)
-        assert f"'{name}' given" in line or f": {name} holds no" in line
+        assert f"'{name}' is not empty" in line or f": {name} holds no" in line
 
 
 @pytest.mark.parametrize("verb", INTO_A_FILE)
@@ -142,14 +142,16 @@ def test_a_file_of_anothers_is_refused(verb: str, places: dict[str, str], capsys
     for content in ("<html><body>mine</body></html>", "mine" * 5000, "\n"):
         Path("page").write_text(content)
         line = refused(command, capsys, out="page", **places)
-        assert f"{option} 'page' given; a new file is wanted, or one that diffattn wrote" in line
+        assert f"{option} 'page' is a file that diffattn did not write; wanted a new file" in line
     Path("link").symlink_to("page")
     Path("folder").mkdir()
     assert "choose another name" in refused(command, capsys, out="link", **places)
-    assert "it is a folder" in refused(command, capsys, out="folder", **places)
-    assert "it is a folder" in refused(command, capsys, out="", **places)
-    assert f"{option} 'page/below' given" in refused(command, capsys, out="page/below", **places)
-    assert f"{option} '/proc/absent/page' given" in refused(command, capsys, out="/proc/absent/page", **places)
+    assert " is a folder; wanted the name of a file" in refused(command, capsys, out="folder", **places)
+    assert " is a folder; wanted the name of a file" in refused(command, capsys, out="", **places)
+    assert f"{option} 'page/below' cannot be written" in refused(command, capsys, out="page/below", **places)
+    assert f"{option} '/proc/absent/page' cannot be written" in refused(
+        command, capsys, out="/proc/absent/page", **places
+    )
 
 
 def test_one_file_for_two_is_refused(places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +167,7 @@ def test_the_second_picture_of_a_lens_is_looked_at_too(
     os.symlink(places["model"], "other")
     Path("maps-other.png").write_text("mine")
     command = "lens {model} other --text {word} --html page --png maps.png"
-    assert "'maps-other.png' given; a new file is wanted" in refused(command, capsys, **places)
+    assert "'maps-other.png' is a file that diffattn did not write" in refused(command, capsys, **places)
 
 
 WRITTEN = {
@@ -217,10 +219,12 @@ def test_a_run_is_started_in_an_empty_folder_and_goes_on_in_its_own(
     capsys.readouterr()
     # A run is neither a comparison nor a ladder nor the place of a checkpoint, nor where it goes on by itself.
     for verb in ("compare", "compare --resume", "scale run", "eval ablation", "convert", "export", "eval noise"):
-        assert ", of a run; choose another" in refused(INTO_A_FOLDER[verb], capsys, out="out", **places)
+        assert ", of a run; wanted a new or an empty" in refused(INTO_A_FOLDER[verb], capsys, out="out", **places)
     line = refused("train --from out/model --text {text} --out out", capsys, **places)
     assert "out holds a run already" in line
-    assert "'out/model' given" in refused("train --from out/model --text {text} --out out/model", capsys, **places)
+    assert "'out/model' is not empty" in refused(
+        "train --from out/model --text {text} --out out/model", capsys, **places
+    )
     assert "lies inside it" in refused("convert out/model out/model --to diffllama", capsys, **places)
     assert "it holds 'config.json'" in refused("export out/model --onnx --out out/model", capsys, **places)
 

@@ -126,7 +126,7 @@ def test_measure_puts_both_beside_each_other(
         (("--sweep", "length=1:2"), "sweep 'length=1:2' given"),
         (("--against", "softmax:nope"), "size 'nope' given"),
         (("--tp", "5"), "tp=5 given"),
-        (("--fsdp", "0"), "fsdp=0 given"),
+        (("--fsdp", "0"), "fsdp=0"),
         (("--sweep", "context=4k"), "sweep 'context=4k' given"),
         (("--fits", "8 bananas"), "memory '8 bananas' given"),
         (("--fits", "1MiB"), "more is wanted"),

@@ -126,18 +126,24 @@ def test_a_source_without_a_tokenizer_is_converted_with_a_note(tmp_path: Path) -
     ("kind", "target", "options", "error", "words"),
     [
         ("diff_v1", None, {}, ConfigError, "no obvious target; wanted --to diffllama or reference"),
-        ("diff_v1", "diff_v1", {}, UnsupportedError, "a diff_v1 model already: nothing to do"),
-        ("diff_v1", "diff_v2", {}, UnsupportedError, "from diff_v1 to diff_v2 there is no exact conversion"),
+        ("diff_v1", "diff_v1", {}, UnsupportedError, "a diff_v1 model already"),
+        ("diff_v1", "diff_v2", {}, UnsupportedError, "no exact conversion from diff_v1 to diff_v2"),
         ("diff_v1", "softmax", {}, UnsupportedError, "wanted one to diffllama or reference"),
-        ("diffllama", "diffllama", {}, UnsupportedError, "nothing to do"),
+        ("diffllama", "diffllama", {}, UnsupportedError, "model already"),
         ("diffllama", "diff_v2", {}, UnsupportedError, "wanted one to diff_v1"),
-        ("reference V1", "reference", {}, UnsupportedError, "nothing to do"),
+        ("reference V1", "reference", {}, UnsupportedError, "model already"),
         ("reference V1", "diff_v2", {}, UnsupportedError, "wanted one to diff_v1"),
-        ("llama", "llama", {}, UnsupportedError, "nothing to do"),
+        ("llama", "llama", {}, UnsupportedError, "model already"),
         ("llama", "diff_v1", {}, UnsupportedError, "wanted one to softmax, diff_v2 or dex"),
         ("diffllama", "v1", {}, ConfigError, "to is 'v1'; wanted one of softmax"),
-        ("diffllama", "diff_v1", {"noise": "copy"}, ConfigError, "noise is given; from diffllama to diff_v1 takes no"),
-        ("llama", "dex", {"seed": 0}, ConfigError, "takes heads alone"),
+        (
+            "diffllama",
+            "diff_v1",
+            {"noise": "copy"},
+            ConfigError,
+            "option noise .* to diff_v1; wanted no option",
+        ),
+        ("llama", "dex", {"seed": 0}, ConfigError, "wanted only heads"),
     ],
 )
 def test_no_direction_is_guessed(kind, target, options, error, words, tmp_path: Path) -> None:
@@ -185,7 +191,7 @@ def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -
     name = "model.layers.1.self_attn.o_proj.weight"
     weights[name][0, 1] = value
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"holds a NaN or an infinity in {name}; finite weights are wanted"):
+    with pytest.raises(CheckpointError, match=rf"holds a NaN or an infinity in {name}"):
         convert(source, tmp_path / "made")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -99,14 +99,17 @@ REFUSED = {
     "garbage header": (garbage_header, "is damaged: its header is no JSON object"),
     "tampered header": (tampered_header, "is damaged: .*belong to no tensor, or to two"),
     "empty file": (empty_weights, "is damaged: it has no header"),
-    "pickle": (pickle("pytorch_model.bin"), r"pytorch_model\.bin, a pickle.*never loaded; safetensors is wanted"),
+    "pickle": (
+        pickle("pytorch_model.bin"),
+        r"pytorch_model\.bin, a pickle.*never loaded; wanted weights in safe",
+    ),
     "pt": (pickle("model.pt"), r"model\.pt, a pickle"),
     "pth": (pickle("consolidated.00.pth"), "a pickle"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"holds no {WEIGHTS}"),
     "no config": (no_config, r"holds no config\.json"),
-    "config no JSON": (config("{"), "a readable JSON file is wanted"),
-    "config no object": (config("[1]"), "a JSON object is wanted; it holds a list"),
-    "config not UTF-8": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{}") and None, "JSON file"),
+    "config no JSON": (config("{"), "is damaged: it is no JSON"),
+    "config no object": (config("[1]"), "it holds a list; wanted a file with a JSON object"),
+    "config not UTF-8": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{}") and None, "it is no JSON"),
     "a tensor missing": (lacking, r"lack model\.layers\.1\.self_attn\.lambda_k1; wanted the \d+ tensors"),
     "a tensor too many": (one_more, r"hold model\.layers\.0\.extra, for which the model has no place"),
     "another shape": (another_shape, r"q_proj\.weight is 110×61; wanted 120×61"),
@@ -128,10 +131,10 @@ def test_a_damaged_source_is_one_line_and_nothing_is_written(
 
 
 def test_a_source_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="there is none: check the path"):
+    with pytest.raises(CheckpointError, match="there is no folder"):
         convert(tmp_path / "absent", tmp_path / "made")
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="it is a file"):
+    with pytest.raises(CheckpointError, match=r"file' is a file"):
         convert(tmp_path / "file", tmp_path / "made")
 
 
@@ -200,7 +203,7 @@ def test_more_chat_templates_are_taken_along(tmp_path: Path) -> None:
         ("link", "lies inside it"),
         (".", "is not empty"),
         ("full", "is not empty"),
-        ("full/file", "it is a file"),
+        ("full/file", "file' is a file"),
         ("full/file/made", "Not a directory"),
     ],
 )

@@ -171,11 +171,11 @@ def test_lambda_that_float32_cannot_hold_is_refused() -> None:
     [
         ({"version": 3}, ConfigError, "version is 3"),
         ({"version": True}, ConfigError, "version is True"),
-        ({"num_kv_head": 2}, ConfigError, "has num_kv_head, which is not known"),
+        ({"num_kv_head": 2}, ConfigError, "has num_kv_head, which no reference model"),
         ({"form": None}, ConfigError, "form is None"),
         ({"num_kv_heads": 4}, ConfigError, "wanted a divisor of 6"),
         ({"num_kv_heads": [2]}, ConfigError, "num_kv_heads"),
-        ({"decoder_kv_attention_heads": 2}, ConfigError, "which are one thing"),
+        ({"decoder_kv_attention_heads": 2}, ConfigError, "which mean the same"),
         ({"embed_dim": 121}, ConfigError, "multiple of 12"),
         ({"embed_dim": "120"}, ConfigError, "embed_dim"),
         ({"head_dim": 20}, ConfigError, "head_dim is 20"),
@@ -200,7 +200,7 @@ def test_a_v2_module_needs_the_width_of_its_heads_and_no_form() -> None:
     weights = reference_decoder(V2).state_dict()
     with pytest.raises(ConfigError, match="lacks head_dim"):
         from_reference(V2 | {"head_dim": None}, weights)
-    with pytest.raises(ConfigError, match="has form, which is not known of a reference model of version 2"):
+    with pytest.raises(ConfigError, match="has form, which no reference model of version 2 has"):
         from_reference(V2 | {"form": "flash"}, weights)
 
 

@@ -126,11 +126,11 @@ def test_rotary_frequencies_are_those_of_the_replaced_softmax_transformer(scaled
 
 SMALL = {"attention": "diff_v1", "hidden_size": 60, "num_attention_heads": 6}
 WRONG = [
-    ({"attention": "gated", "head_norm": True}, ["head_norm=True", "'gated'", "leave it out"]),
-    ({"attention": "dex", "head_norm": True}, ["head_norm=True", "'dex'", "leave it out"]),
-    ({"attention": "diff_v2", "lambda_form": "tanh"}, ["lambda_form='tanh' given", "sigmoid, linear, one"]),
-    ({"lambda_form": "one"}, ["lambda_form='one'", "wanted diff_v2", "leave it out"]),
-    ({"attention": "softmax", "pairs_share_group": False}, ["pairs_share_group=False", "wanted diff_v2"]),
+    ({"attention": "gated", "head_norm": True}, ["head_norm is True", "'gated'", "leave it out"]),
+    ({"attention": "dex", "head_norm": True}, ["head_norm is True", "'dex'", "leave it out"]),
+    ({"attention": "diff_v2", "lambda_form": "tanh"}, ["lambda_form='tanh'", "sigmoid, linear, one"]),
+    ({"lambda_form": "one"}, ["lambda_form is 'one'", "wanted diff_v2", "leave it out"]),
+    ({"attention": "softmax", "pairs_share_group": False}, ["pairs_share_group is False", "wanted diff_v2"]),
     (
         {"attention": "diff_v2", "num_key_value_heads": 1, "pairs_share_group": False},
         ["num_key_value_heads 1", "wanted 2 or more"],
@@ -158,9 +158,9 @@ WRONG = [
     ({"head_dim": 6}, ["head_dim is 6", "multiple of 4"]),
     ({"attention": "softmax", "head_dim": 5}, ["head_dim is 5", "multiple of 2"]),
     ({"hidden_size": 61}, ["hidden_size is 61", "num_attention_heads 6", "set head_dim"]),
-    ({"lambda_init": 1.0}, ["lambda_init=1.0 given", "below 1", "leave it out"]),
-    ({"lambda_init": "0.8"}, ["lambda_init='0.8' given", "a number"]),
-    ({"lambda_init": float("nan")}, ["lambda_init=nan given", "a number"]),
+    ({"lambda_init": 1.0}, ["lambda_init=1.0", "below 1", "leave it out"]),
+    ({"lambda_init": "0.8"}, ["lambda_init='0.8'", "a number"]),
+    ({"lambda_init": float("nan")}, ["lambda_init=nan", "a number"]),
 ]
 
 

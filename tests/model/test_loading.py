@@ -97,7 +97,7 @@ def another_head_width(tensors):
 
 DAMAGES = {
     "no config": (lambda f: (f / "config.json").unlink(), CheckpointError, r"holds no config\.json"),
-    "a run's folder": (a_run, CheckpointError, "is the folder of a run; a model's is wanted: take '.*/model'"),
+    "a run's folder": (a_run, CheckpointError, "is the folder of a run; wanted the folder of a model: take '.*/model'"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), CheckpointError, r"holds no model\.safetensors"),
     "only a pickle": (only_a_pickle, CheckpointError, r"pytorch_model\.bin, a pickle, which .* is never loaded"),
     "cut weights": (cut, CheckpointError, "is damaged: it has"),
@@ -181,9 +181,7 @@ def test_code_that_a_folder_brings_is_not_run(tmp_path):
 
 
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"config\.json' given; the folder of a checkpoint is wanted; it is a file"
-    ):
+    with pytest.raises(CheckpointError, match=r"config\.json' is a file; wanted the folder of a checkpoint"):
         load(small_folder(tmp_path) / "config.json")
 
 

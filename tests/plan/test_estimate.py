@@ -189,7 +189,7 @@ def test_a_pair_stays_on_one_rank() -> None:
         ({"batch": True}, "batch=True"),
         ({"fsdp": 0}, "fsdp=0"),
         ({"tp": 3}, "tp=3"),
-        ({"precision": "fp8"}, f"use one of {', '.join(PRECISIONS)}"),
+        ({"precision": "fp8"}, f"wanted one of {', '.join(PRECISIONS)}"),
         ({"backend": "flash"}, "backend='flash'"),
     ],
 )

@@ -198,8 +198,8 @@ def test_users_mistakes_are_one_line():
     good = {"batch": 1, "context": 8, "precision": "fp32", "backend": "standard"}
     for memory in (training_memory, prefill_memory, decoding_memory, moments):
         for change, words in (
-            ({"batch": 0}, "batch=0 given"),
-            ({"context": True}, "context=True given"),
+            ({"batch": 0}, "batch=0;"),
+            ({"context": True}, "context=True;"),
             ({"precision": "fp8"}, "precision='fp8' given"),
             ({"backend": "flash"}, "backend='flash' given"),
         ):

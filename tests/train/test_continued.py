@@ -268,7 +268,7 @@ def damaged(name: str, folder: Path) -> None:
         ("no tokenizer.json", CheckpointError, ["holds no tokenizer", "tokenizer.json is wanted beside the weights"]),
         ("no model.safetensors", CheckpointError, ["holds no model.safetensors"]),
         ("another model", ConfigError, ["holds a llama model", "diffattn convert", "--from"]),
-        ("an unknown attention", ConfigError, ["attention='diff_v9' given"]),
+        ("an unknown attention", ConfigError, ["attention='diff_v9'"]),
         ("fewer rows", ConfigError, ["ids up to 299, the model 299 rows"]),
         ("other widths", CheckpointError, ["do not fit config.json", "mlp"]),
         ("a layer more", CheckpointError, ["lack model.layers.2."]),

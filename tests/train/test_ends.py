@@ -46,8 +46,11 @@ def test_a_folder_that_cannot_be_written(data: PreparedData, tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "run"
     for folder, words in [
-        (tmp_path / "file", "a new or an empty folder is wanted; it is a file: choose another with --out"),
-        (below, f"cannot write to {below}: Not a directory; choose another folder with --out"),
+        (tmp_path / "file", "is a file; wanted a new or an empty folder: choose another folder with --out"),
+        (
+            below,
+            rf"cannot write to {below} \(Not a directory\); wanted a folder that can be written",
+        ),
     ]:
         with pytest.raises(ConfigError, match=words):
             run(data, folder)
@@ -71,7 +74,7 @@ def test_an_attention_function_that_is_not_there_is_refused_and_eager_is_used(
     ("damage", "words"),
     [
         (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl ends before step 6 of the checkpoint"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json. is damaged"),
     ],
 )
 def test_files_of_a_run_that_were_damaged(

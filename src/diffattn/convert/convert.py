@@ -1,4 +1,4 @@
-"""Convert a checkpoint folder into another: one table of directions, each a pure function of a file's contents."""
+"""The conversion of a checkpoint folder into another: a table of directions, each a pure function of what is in it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from diffattn.config_fields import shown
+from diffattn.config_fields import Config, dtype_name, shown
 from diffattn.convert import diffllama, llama, unilm
 from diffattn.convert.folder import check_destination, check_loads, read_folder, write_folder
-from diffattn.convert.layout import EMBEDDING
+from diffattn.convert.layout import EMBEDDING, Tensors
 from diffattn.convert.reading import LLAMA_LIKE, OURS
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.variants import ATTENTIONS, DEFAULT
 
-Config = dict[str, Any]
 TARGETS = ("softmax", "diff_v1", "diff_v2", "dex", "diffllama", "reference", "llama")
 _BITS = "every weight is kept bit for bit"
 
@@ -35,7 +33,7 @@ class Direction:
         options: those that the function takes.
     """
 
-    function: Callable[..., tuple[Config, dict[str, Tensor]]]
+    function: Callable[..., tuple[Config, Tensors]]
     changed: str
     exact: str
     options: tuple[str, ...] = ()
@@ -82,22 +80,22 @@ DIRECTIONS: dict[tuple[str, str], Direction] = {
         llama.fold_dex, "W_D folded into W_O", "the same function but for the rounding of the new W_O"
     ),
 }
-# Where a kind has one obvious target. Our own models are a start for several, so theirs has to be said.
+# The target of a kind that has one obvious target. Our own models can become several, so a user has to name one.
 OBVIOUS = {"diffllama": "diff_v1", "reference V1": "diff_v1", "reference V2": "diff_v2", "llama": "softmax"}
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What :func:`convert` did.
+    """The outcome of :func:`convert`.
 
     Attributes:
         source: kind of the source, such as ``"diffllama"`` or ``"diff_v1"``; of Llama-like models their model_type.
         target: kind that was written.
-        folder: where.
-        parameters: of the result; a tied output head counts once.
-        source_parameters: of the source.
-        bytes: of the result's weights.
-        dtype: of the result's embeddings.
+        folder: the folder that was written.
+        parameters: the number of parameters of the result; a tied output head counts once.
+        source_parameters: the number of parameters of the source.
+        bytes: the bytes of the result's weights.
+        dtype: the number format of the result's embeddings, such as ``"float32"``.
         same_function: whether the result computes what the source does, but for rounding.
         changed: what was done to the weights.
         exact: how near the result is to the source.
@@ -126,7 +124,7 @@ def convert(
     on_stage: OnStage = unseen,
     **options: Any,
 ) -> Conversion:
-    """Convert the checkpoint folder ``src`` into the new folder ``dst``, lossless or refused.
+    """Converts the checkpoint folder ``src`` into the new folder ``dst``, without loss or not at all.
 
     ==================== ======================= =======================================
     source               targets                 by
@@ -142,10 +140,10 @@ def convert(
 
     Args:
         src: a folder as ``save_pretrained`` writes it, or a reference folder (``docs/convert.md``).
-        dst: a folder that is new or empty. It appears whole or not at all. A tokenizer and a generation_config are
-            taken along.
+        dst: a folder that is new or empty. It appears whole or not at all. The source's tokenizer and
+            ``generation_config.json`` are copied into it.
         to: one of ``TARGETS``; ``None`` for the obvious one, which our own models do not have.
-        max_shard_size: of one file of weights.
+        max_shard_size: the largest size of one file of weights, in bytes or as ``"5GB"``.
         on_stage: called with what is being done.
         options: to diff_v2 ``noise``, ``noise_std`` and ``seed`` of :func:`diffattn.convert.llama.to_diff_v2`; to dex
             ``heads``, for every layer the heads that subtract, or one list for all layers.
@@ -156,7 +154,7 @@ def convert(
         ConfigError: an unknown target or option, a configuration that is no model, or a ``dst`` that holds something.
     """
     if to is not None and to not in TARGETS:
-        raise ConfigError(f"to is {to!r}; wanted one of {', '.join(TARGETS)}")
+        raise ConfigError(f"to is {to!r}", f"one of {', '.join(TARGETS)}", "name one of these with --to")
     on_stage(Stage("reading the weights"))
     checkpoint = read_folder(src)
     destination = check_destination(src, dst)
@@ -168,8 +166,8 @@ def convert(
     on_stage(Stage("converting the weights"))
     config, tensors = direction.function(checkpoint.config, checkpoint.tensors, **options)
     if config["model_type"] != unilm.REFERENCE:
-        # Without it, the library takes the dtype of the tensor that it finds first.
-        config.setdefault("dtype", _name(tensors[EMBEDDING].dtype))
+        # Without this field, the library takes the dtype of the tensor that it finds first.
+        config.setdefault("dtype", dtype_name(tensors[EMBEDDING].dtype))
         on_stage(Stage("checking that the result is a whole model"))
         check_loads(config, tensors)
     on_stage(Stage("writing the weights"))
@@ -183,7 +181,7 @@ def convert(
         parameters=_count(tensors),
         source_parameters=_count(checkpoint.tensors),
         bytes=size,
-        dtype=_name(tensors[EMBEDDING].dtype),
+        dtype=dtype_name(tensors[EMBEDDING].dtype),
         same_function=same,
         changed=direction.changed,
         exact=direction.exact if same else "not the same function: noise moved the second map, as was asked",
@@ -191,7 +189,7 @@ def convert(
     )
 
 
-def kind_of(config: Mapping[str, Any]) -> str:
+def kind_of(config: Config) -> str:
     """The kind of a source by its ``config.json``: a key of ``DIRECTIONS``.
 
     >>> kind_of({"model_type": "qwen2"}), kind_of({"model_type": "diff_transformer", "attention": "diff_v2"})
@@ -199,11 +197,11 @@ def kind_of(config: Mapping[str, Any]) -> str:
     """
     kind = config.get("model_type")
     if kind == OURS:
-        # As the configuration class reads it: what is not written is the default.
+        # A missing field means the default, as it does to the configuration class.
         attention = config.get("attention", DEFAULT)
         if not isinstance(attention, str) or attention not in ATTENTIONS:
             raise ConfigError(
-                f"attention is {shown(attention)}; wanted one of {', '.join(ATTENTIONS)}: correct config.json"
+                f"attention is {shown(attention)}", f"one of {', '.join(ATTENTIONS)}", "correct config.json"
             )
         return str(attention)
     if kind == unilm.REFERENCE:
@@ -213,31 +211,38 @@ def kind_of(config: Mapping[str, Any]) -> str:
     if kind == "diffllama":
         return kind
     raise UnsupportedError(
-        f"model_type is {kind!r}; wanted one of {', '.join((OURS, 'diffllama', unilm.REFERENCE, *LLAMA_LIKE))}: no "
-        "conversion of another architecture is known to be exact"
+        f"model_type is {kind!r}",
+        f"one of {', '.join((OURS, 'diffllama', unilm.REFERENCE, *LLAMA_LIKE))}",
+        "choose such a model, since no exact conversion of another architecture is known",
     )
 
 
-def _direction(kind: str, target: str | None, options: Mapping[str, Any]) -> Direction:
+def _direction(kind: str, target: str | None, options: Mapping[str, object]) -> Direction:
     targets = [end for start, end in DIRECTIONS if start == kind]
     if target is None and targets:
-        raise ConfigError(f"the source is a {kind} model, which has no obvious target; wanted --to {_or(targets)}")
+        raise ConfigError(
+            f"the source is a {kind} model, which has no obvious target",
+            f"--to {_or(targets)}",
+            f"pass --to {targets[0]}, for example",
+        )
     if target == kind or (target == "reference" and kind.startswith("reference")):
-        raise UnsupportedError(f"the source is a {kind} model already: nothing to do")
+        raise UnsupportedError(f"the source is a {kind} model already", "another target", "use it as it is")
     direction = DIRECTIONS.get((kind, str(target)))
     if direction is None:
         ways = f"one to {_or(targets)}" if targets else f"a source of {', '.join(sorted({s for s, _ in DIRECTIONS}))}"
         raise UnsupportedError(
-            f"from {kind} to {target} there is no exact conversion; wanted {ways}: take that, or two steps"
+            f"there is no exact conversion from {kind} to {target}", ways, "choose that, or convert in two steps"
         )
     if unknown := sorted(set(options) - set(direction.options)):
-        takes = f"{', '.join(direction.options)} alone" if direction.options else "no option"
-        raise ConfigError(f"{unknown[0]} is given; from {kind} to {target} takes {takes}: leave it out")
+        takes = f"only {', '.join(direction.options)}" if direction.options else "no option"
+        raise ConfigError(
+            f"option {unknown[0]} for the conversion from {kind} to {target}", takes, f"leave {unknown[0]} out"
+        )
     return direction
 
 
-def _heads_of_layers(heads: Any, config: Mapping[str, Any]) -> list[list[int]]:
-    """One list for each layer, where one for all of them was given."""
+def _heads_of_layers(heads: Any, config: Config) -> list[list[int]]:
+    """Returns a list of heads for each layer, also where one list was given for all layers."""
     heads = list(heads)
     if all(isinstance(head, int) for head in heads):
         layers = config.get("num_hidden_layers")
@@ -245,7 +250,7 @@ def _heads_of_layers(heads: Any, config: Mapping[str, Any]) -> list[list[int]]:
     return heads
 
 
-def _notes(source: Mapping[str, Any], made: Mapping[str, Any], has_tokenizer: bool) -> tuple[str, ...]:
+def _notes(source: Config, made: Config, has_tokenizer: bool) -> tuple[str, ...]:
     notes = []
     if source["model_type"] == "diffllama" and (source.get("num_key_value_heads") or 0) % 2:
         before = source["num_key_value_heads"]
@@ -255,7 +260,7 @@ def _notes(source: Mapping[str, Any], made: Mapping[str, Any], has_tokenizer: bo
     if made["model_type"] == "diffllama":
         notes.append("λ is written in float32; transformers casts diffllama's to the model's dtype when it loads it")
     if not has_tokenizer:
-        notes.append("the source has no tokenizer: diffattn generate wants one beside the weights")
+        notes.append("the source has no tokenizer: diffattn generate needs one beside the weights")
     return tuple(notes)
 
 
@@ -265,7 +270,3 @@ def _or(names: list[str]) -> str:
 
 def _count(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""``diffllama`` of ``transformers`` and our V1, one into the other.
+"""The conversions between ``diffllama`` of ``transformers`` and our V1, in both directions.
 
 Both compute V1 (arXiv 2410.05258) and differ in the order of heads, of which there are n for queries and G for keys and
 values, all of width d:
@@ -19,14 +19,15 @@ Output heads have one order, so W_O stays. Source: ``transformers/models/difflla
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DiffLlamaConfig
 
+from diffattn.config_fields import Config
 from diffattn.convert.layout import (
     LAMBDAS,
+    Tensors,
     check_shapes,
     float32_exactly,
     halves_to_pairs,
@@ -37,8 +38,6 @@ from diffattn.convert.layout import (
 )
 from diffattn.convert.reading import (
     SHARED,
-    Config,
-    Tensors,
     check_activation,
     check_tensors,
     in_both_spellings,
@@ -54,8 +53,8 @@ from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
 
 
-def to_diff_v1(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
-    """A ``diffllama`` checkpoint as our V1 model: the same function, every weight kept bit for bit in another place.
+def to_diff_v1(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
+    """Returns a ``diffllama`` checkpoint as our V1 model: the same function, with every weight's bits in another order.
 
     An odd number of key/value heads pairs heads that belong to different query groups. Then each of them is written
     twice, which is the same function with 2G of them, and a cache of twice the size. (Release 5.23 no longer runs such
@@ -63,7 +62,7 @@ def to_diff_v1(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
 
     Args:
         config: a ``config.json`` of ``diffllama``, in either spelling of its rotary positions. Dropout is an option of
-            training, and left out.
+            training, so it is left out.
         tensors: its weights by name, such as ``model.layers.0.self_attn.q_proj.weight`` (n·d, D).
 
     Returns:
@@ -76,14 +75,20 @@ def to_diff_v1(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
         CheckpointError: tensors are missing, unknown, or of another shape.
     """
     if config.get("model_type") != DiffLlamaConfig.model_type:
-        raise UnsupportedError(f"model_type is {config.get('model_type')!r}; wanted {DiffLlamaConfig.model_type}")
+        raise UnsupportedError(
+            f"model_type is {config.get('model_type')!r}", DiffLlamaConfig.model_type, "choose a diffllama checkpoint"
+        )
     source = parsed(DiffLlamaConfig, config)
     check_activation(source)
     heads, groups, width = source.num_attention_heads, source.num_key_value_heads, source.head_dim
     if heads % 2:
-        raise UnsupportedError(f"num_attention_heads is {heads}; wanted an even number, because heads are paired")
+        raise UnsupportedError(
+            f"num_attention_heads is {heads}", "an even number, since heads are paired", "choose another checkpoint"
+        )
     if groups < 1 or heads % groups:
-        raise ConfigError(f"num_key_value_heads is {groups}; wanted a divisor of num_attention_heads, {heads}")
+        raise ConfigError(
+            f"num_key_value_heads is {groups}", f"a divisor of num_attention_heads, {heads}", "correct config.json"
+        )
     with naming_the_file():
         ours = DiffTransformerConfig(
             **shared_fields(source)
@@ -116,11 +121,11 @@ def to_diff_v1(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
     return ours.to_diff_dict(), weights
 
 
-def to_diffllama(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
-    """Our V1 model as a ``diffllama`` checkpoint: the same function, every weight kept bit for bit in another place.
+def to_diffllama(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
+    """Returns our V1 model as a ``diffllama`` checkpoint: the same function, with every weight's bits in another order.
 
-    ``diffllama`` has no gain in the norm of its heads. One whose values are all powers of two is multiplied into W_O,
-    which rounds nothing; any other is refused.
+    ``diffllama`` has no gain in the norm of its heads. A gain whose values are all powers of two is multiplied into
+    W_O, which rounds nothing; any other is refused.
 
     Args:
         config: a ``config.json`` of :class:`DiffTransformerForCausalLM` with attention ``"diff_v1"``.
@@ -131,13 +136,13 @@ def to_diffllama(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tu
         as float32, which ``transformers`` casts to the model's dtype when it loads them.
 
     Raises:
-        UnsupportedError: what ``diffllama`` cannot say: another variant, a constant λ_init, norms of queries and keys,
-            biases of a part of the projections, an ε of its own in the norm of the heads, or a gain there that cannot
-            be multiplied into W_O exactly.
+        UnsupportedError: what ``diffllama`` cannot express: another variant, a constant λ_init, norms of queries and
+            keys, biases in only some projections, another ε in the norm of the heads than elsewhere, or a gain there
+            that cannot be multiplied into W_O exactly.
         ConfigError, CheckpointError: as :func:`to_diff_v1`.
     """
     ours = our_config(config)
-    _check_sayable(ours)
+    _check_expressible(ours)
     weights = dict(tensors)
     resolve_tie(ours, weights)
     check_tensors(ours, weights)
@@ -163,21 +168,17 @@ def to_diffllama(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tu
     return in_both_spellings(parsed(DiffLlamaConfig, fields).to_diff_dict(), rope), weights
 
 
-def _check_sayable(ours: DiffTransformerConfig) -> None:
+def _check_expressible(ours: DiffTransformerConfig) -> None:
     biases = (ours.attention_bias, ours.attention_output_bias, ours.mlp_bias)
-    for sayable, what, wanted in (
-        (ours.attention == "diff_v1", f"attention is {ours.attention!r}", "'diff_v1', the only one that it has"),
-        (
-            ours.lambda_init is None,
-            f"lambda_init is {ours.lambda_init}",
-            "the schedule by depth",
-        ),
+    for expressible, given, wanted in (
+        (ours.attention == "diff_v1", f"attention is {ours.attention!r}", "'diff_v1', the only one that diffllama has"),
+        (ours.lambda_init is None, f"lambda_init is {ours.lambda_init}", "the schedule by depth"),
         (not ours.qk_norm, "qk_norm is True", "no norm of queries and keys"),
         (not ours.switches(), f"the model has {ours.switches()}", "the variant as published"),
         (
             biases in ((False, False, False), (True, True, False)),
             f"attention_bias is {biases[0]}, attention_output_bias {biases[1]}, mlp_bias {biases[2]}",
-            "biases in all four projections of attention or in none, and no others",
+            "biases in all four projections of attention or in none, and nowhere else",
         ),
         (
             ours.subln_eps == ours.rms_norm_eps,
@@ -185,12 +186,12 @@ def _check_sayable(ours: DiffTransformerConfig) -> None:
             "one ε for all norms",
         ),
     ):
-        if not sayable:
-            raise UnsupportedError(f"{what}; diffllama wants {wanted}: keep it as diff_transformer")
+        if not expressible:
+            raise UnsupportedError(given, f"{wanted}, as diffllama is built", "keep the model as diff_transformer")
 
 
 def _shapes(ours: DiffTransformerConfig, tensors: Mapping[str, Tensor], rows: int) -> dict[str, tuple[int, ...]]:
-    """What a ``diffllama`` checkpoint holds that becomes ``ours``; its keys and values have that many rows."""
+    """The shapes of a ``diffllama`` checkpoint that becomes ``ours``; its keys and values have ``rows`` rows each."""
     shapes = {name.replace(".lam.", "."): shape for name, shape in our_shapes(ours, tensors).items()}
     for prefix in _attentions(ours):
         for name in _present(shapes, prefix, ("k_proj", "v_proj")):
@@ -202,21 +203,21 @@ def _attentions(ours: DiffTransformerConfig) -> list[str]:
     return [f"model.layers.{layer}.self_attn." for layer in range(ours.num_hidden_layers)]
 
 
-def _present(weights: Mapping[str, Any], prefix: str, projections: tuple[str, ...]) -> list[str]:
+def _present(weights: Mapping[str, object], prefix: str, projections: tuple[str, ...]) -> list[str]:
     names = (f"{prefix}{projection}.{kind}" for projection in projections for kind in ("weight", "bias"))
     return [name for name in names if name in weights]
 
 
 def _with_gain(name: str, output: Tensor, gain: Tensor) -> Tensor:
-    """W_O (D, n/2 · 2d) whose columns took over the gain (2d,) of every head's norm."""
+    """Returns W_O (D, n/2 · 2d) with the gain (2d,) of every head's norm multiplied into its columns."""
     columns = gain.to(output.dtype).repeat(output.shape[1] // len(gain))
     folded = output * columns
     powers = torch.frexp(gain.float()).mantissa.abs() == 0.5
     # A product below or above what the dtype holds would be rounded too.
     if not powers.all() or not same_values(folded / columns, output):
         raise UnsupportedError(
-            f"the norm of the heads before {name} has a gain that is not made of powers of two; diffllama has none, "
-            "and multiplying this one into W_O would round it: keep the model as diff_transformer, or train it with "
-            "subln_affine=False"
+            f"the norm of the heads before {name} has a gain that is not made of powers of two",
+            "no gain, or one that W_O can take without rounding, since diffllama has none",
+            "keep the model as diff_transformer, or train it with subln_affine=False",
         )
     return folded

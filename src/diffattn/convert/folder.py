@@ -1,4 +1,4 @@
-"""A checkpoint folder read without a copy of its weights, and one written whole.
+"""Reads a checkpoint folder without a copy of its weights, and writes one that is whole or not there.
 
 A folder is what ``save_pretrained`` of ``transformers`` writes: ``config.json``, ``model.safetensors`` or an index with
 its shards, and the files of a tokenizer. No pickle is opened and no program of the folder's is run.
@@ -10,7 +10,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
@@ -27,20 +26,24 @@ from diffattn.checkpoint_files import (
     read_config,
     read_tensors,
 )
-from diffattn.convert.layout import check_shapes, shapes_of
-from diffattn.errors import CheckpointError, ConfigError
+from diffattn.config_fields import Config
+from diffattn.convert.layout import Tensors, check_shapes, shapes_of
+from diffattn.errors import CheckpointError, ConfigError, one_line
 from diffattn.files import whole_folder, write_json
 from diffattn.folders import own_folder
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds. ``tensors`` are mapped from its files: they take memory only as they are read."""
+    """The content of a checkpoint folder."""
 
     folder: Path
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
+    config: Config
+    """The content of ``config.json``."""
+    tensors: Tensors
+    """The weights by name, mapped from the files: they take memory only as they are read."""
     copied: tuple[Path, ...]
+    """The files that a conversion copies as they are, such as those of the tokenizer."""
 
     @property
     def has_tokenizer(self) -> bool:
@@ -48,7 +51,7 @@ class Checkpoint:
 
 
 def read_folder(folder: str | Path) -> Checkpoint:
-    """Read a checkpoint folder; the header of every file is checked against the file before a weight is touched.
+    """Reads a checkpoint folder; the header of every file is checked against the file before any weight is read.
 
     Raises:
         CheckpointError: no such folder, no config.json or none that is a JSON object, weights that are missing, cut
@@ -56,7 +59,7 @@ def read_folder(folder: str | Path) -> Checkpoint:
 
     >>> read_folder("absent")
     Traceback (most recent call last):
-    diffattn.errors.CheckpointError: 'absent' given; the folder of a checkpoint is wanted; there is none: check the path
+    diffattn.errors.CheckpointError: there is no folder 'absent'; wanted the folder of a checkpoint: check the path
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -67,15 +70,18 @@ def read_folder(folder: str | Path) -> Checkpoint:
         try:
             with safe_open(path, "pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        # A type of number that the file format has and torch has not.
+        # AttributeError and KeyError: the format has types of numbers that torch does not have.
         except (SafetensorError, AttributeError, KeyError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{str(path)!r} cannot be read: {reason}; copy or download it again") from error
+            raise CheckpointError(
+                f"{str(path)!r} cannot be read ({one_line(error)})",
+                "a file of safetensors that torch can hold",
+                "copy or download it again",
+            ) from error
     return Checkpoint(folder, config, tensors, tuple(companions(folder)))
 
 
 def check_destination(source: str | Path, destination: str | Path) -> Path:
-    """The folder to write, as an absolute path, once it is known that nothing is there.
+    """Returns the folder to write as an absolute path, after checking that nothing is there.
 
     Raises:
         ConfigError: it is a file, holds something, or is the source or a folder inside the source.
@@ -83,16 +89,18 @@ def check_destination(source: str | Path, destination: str | Path) -> Path:
     target, origin = Path(destination).resolve(), Path(source).resolve()
     if target == origin or origin in target.parents:
         raise ConfigError(
-            f"{str(destination)!r} is {str(source)!r} or lies inside it; a folder beside it is wanted: choose another"
+            f"{str(destination)!r} is {str(source)!r} or lies inside it",
+            "a folder beside the source",
+            "choose another folder",
         )
     own_folder(destination, option=None)
     return target
 
 
-def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raise unless the model that ``transformers`` builds of the configuration has exactly these tensors.
+def check_loads(config: Config, tensors: Mapping[str, Tensor]) -> None:
+    """Raises unless the model that ``transformers`` builds from the configuration has exactly these tensors.
 
-    Built without storage, so it takes no memory; names and shapes are compared.
+    The model is built without storage, so it takes no memory; names and shapes are compared.
     """
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
     wanted = shapes_of(parsed, lambda: AutoModelForCausalLM.from_config(parsed))
@@ -101,19 +109,20 @@ def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Non
 
 def write_folder(
     destination: Path,
-    config: Mapping[str, Any],
+    config: Config,
     tensors: Mapping[str, Tensor],
     copied: Sequence[Path] = (),
     max_shard_size: int | str = "5GB",
 ) -> int:
-    """Write a checkpoint folder as ``save_pretrained`` does, whole or not at all.
+    """Writes a checkpoint folder as ``save_pretrained`` does, whole or not at all.
 
     Args:
-        destination: of :func:`check_destination`.
-        config: the contents of ``config.json``.
-        tensors: written in their dtype.
-        copied: files to take along as they are.
-        max_shard_size: of one safetensors file, in bytes or as ``"5GB"``; more are written with an index.
+        destination: the folder that :func:`check_destination` returned.
+        config: the content of ``config.json``.
+        tensors: the weights by name; they are written in their dtype.
+        copied: files to copy as they are.
+        max_shard_size: the largest size of one safetensors file, in bytes or as ``"5GB"``; larger checkpoints are
+            written as several files with an index.
 
     Returns:
         The bytes of the weights.
@@ -131,5 +140,9 @@ def write_folder(
             written = {name: tuple(entry["shape"]) for name, entry in read_tensors(partial).items()}
             assert written == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     except OSError as error:
-        raise ConfigError(f"cannot write {str(destination)!r}: {error.strerror}; choose another folder") from error
+        raise ConfigError(
+            f"cannot write {str(destination)!r} ({error.strerror})",
+            "a folder that can be written",
+            "choose another folder",
+        ) from error
     return sum(tensor.nbytes for tensor in tensors.values())

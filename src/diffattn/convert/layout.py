@@ -1,7 +1,7 @@
-"""Orders of heads and channels, one into another, and what a checkpoint must hold.
+"""The orders of heads and channels, changed one into another, and the tensors that a checkpoint must hold.
 
-Rows of a projection are heads of width d, one after another; a bias has the same rows. Every order here is a transpose,
-so that each weight keeps its bits, and the inverse of each function is beside it.
+Rows of a projection are heads of width d, one after another; a bias has the same rows. Every change of order here is a
+transpose, so that each weight keeps its bits, and the inverse of each function is beside it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from diffattn.checkpoint_files import printable
-from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
+from diffattn.config_fields import dtype_name
+from diffattn.errors import CheckpointError, ConfigError, UnsupportedError, one_line
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.tensors import check_layers, tensor_shapes
 
+# The weights of a checkpoint by name.
+Tensors = dict[str, Tensor]
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def halves_to_pairs(rows: Tensor, width: int) -> Tensor:
-    """Heads i and i + n/2 become neighbours 2i and 2i + 1. ``(n·width, …)`` to the same shape.
+    """Returns the rows with heads i and i + n/2 as neighbours 2i and 2i + 1; the shape ``(n·width, …)`` stays.
 
     >>> halves_to_pairs(torch.tensor([0, 1, 2, 3]), 1).tolist()
     [0, 2, 1, 3]
@@ -31,12 +34,12 @@ def halves_to_pairs(rows: Tensor, width: int) -> Tensor:
 
 
 def pairs_to_halves(rows: Tensor, width: int) -> Tensor:
-    """Neighbours 2i and 2i + 1 become heads i and i + n/2; undoes :func:`halves_to_pairs`."""
+    """Returns the rows with neighbours 2i and 2i + 1 as heads i and i + n/2; undoes :func:`halves_to_pairs`."""
     return rows.unflatten(0, (-1, 2, width)).transpose(0, 1).flatten(0, 2)
 
 
 def interleaved_to_half(rows: Tensor, width: int) -> Tensor:
-    """Channels 2i and 2i + 1 of each head, which rotary positions turn together, become i and i + width/2.
+    """Returns the rows with channels 2i and 2i + 1 of each head, which RoPE turns together, at i and i + width/2.
 
     >>> interleaved_to_half(torch.tensor([0, 1, 2, 3, 4, 5]), 6).tolist()
     [0, 2, 4, 1, 3, 5]
@@ -45,17 +48,17 @@ def interleaved_to_half(rows: Tensor, width: int) -> Tensor:
 
 
 def half_to_interleaved(rows: Tensor, width: int) -> Tensor:
-    """Channels i and i + width/2 of each head become 2i and 2i + 1; undoes :func:`interleaved_to_half`."""
+    """Returns the rows with channels i and i + width/2 at 2i and 2i + 1; undoes :func:`interleaved_to_half`."""
     return rows.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def twice_each_head(rows: Tensor, width: int) -> Tensor:
-    """Head i becomes heads 2i and 2i + 1. ``(n·width, …)`` to ``(2n·width, …)``."""
+    """Returns the rows with head i as heads 2i and 2i + 1: ``(n·width, …)`` becomes ``(2n·width, …)``."""
     return rows.unflatten(0, (-1, width)).repeat_interleave(2, dim=0).flatten(0, 1)
 
 
 def float32_exactly(name: str, tensor: Tensor) -> Tensor:
-    """The tensor in float32, in which λ is kept whatever the dtype of a model.
+    """Returns the tensor in float32, in which λ is kept whatever the dtype of a model.
 
     Raises:
         UnsupportedError: float32 cannot hold its values.
@@ -63,14 +66,15 @@ def float32_exactly(name: str, tensor: Tensor) -> Tensor:
     rounded = tensor.float()
     if not same_values(rounded.to(tensor.dtype), tensor):
         raise UnsupportedError(
-            f"{name} is {str(tensor.dtype).removeprefix('torch.')} and would be rounded: λ is computed in float32 "
-            "here; wanted weights that float32 holds: cast the model first"
+            f"{name} is {dtype_name(tensor.dtype)} and would be rounded, since λ is computed in float32",
+            "weights that float32 holds",
+            "cast the model first",
         )
     return rounded
 
 
 def same_values(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same numbers; NaN is one."""
+    """Returns whether two tensors of one shape hold the same numbers, where NaN equals NaN."""
     return bool(((left == right) | (left.isnan() & right.isnan())).all())
 
 
@@ -78,7 +82,7 @@ def our_shapes(ours: DiffTransformerConfig, tensors: Mapping[str, Tensor]) -> di
     """The shape of each tensor in a checkpoint of the configuration; a tied output head is not in it.
 
     Raises:
-        CheckpointError: more layers than there are ``tensors``, which would be built for nothing, by the million.
+        CheckpointError: more layers than there are ``tensors``; a damaged file can ask for millions of them.
     """
     check_layers(ours.num_hidden_layers, len(tensors))
     return tensor_shapes(ours)
@@ -88,7 +92,7 @@ def shapes_of(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> dict[
     """The shape of each tensor in a checkpoint of a model, which is built without storage.
 
     Raises:
-        ConfigError: a configuration that passed for one and that no model can be built of.
+        ConfigError: a configuration from which no model can be built.
     """
     try:
         with torch.device("meta"):
@@ -101,12 +105,15 @@ def shapes_of(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> dict[
 
 
 def no_model(kind: str, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ConfigError(f"config.json is no {kind} model ({reason}); wanted a whole one")
+    """Returns the error that says why ``config.json`` describes no model of a kind."""
+    what = f"config.json is no {kind} model"
+    if isinstance(error, ConfigError):
+        return error.at(what)
+    return ConfigError(f"{what} ({one_line(error)})", "a whole configuration", "correct config.json")
 
 
 def check_shapes(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], kind: str) -> None:
-    """Raise unless the tensors are those that are wanted, by name and shape.
+    """Raises unless the tensors have the names and shapes that are wanted.
 
     Raises:
         CheckpointError: tensors that are missing, unknown, or of another shape; the message calls the model ``kind``.
@@ -116,14 +123,16 @@ def check_shapes(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Te
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             reason = "" if what == "lack" else ", for which the model has no place"
             raise CheckpointError(
-                f"the weights {what} {printable(min(names))}{more}{reason}; wanted the {len(wanted)} tensors of the "
-                f"{kind} model that config.json describes: check that both are of one checkpoint"
+                f"the weights {what} {printable(min(names))}{more}{reason}",
+                f"the {len(wanted)} tensors of the {kind} model that config.json describes",
+                "check that both files belong to one checkpoint",
             )
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
             raise CheckpointError(
-                f"{name} is {_sizes(tensors[name].shape)}; wanted {_sizes(shape)}, which config.json implies: check "
-                "that both are of one checkpoint"
+                f"{name} is {_sizes(tensors[name].shape)}",
+                f"{_sizes(shape)}, as config.json says",
+                "check that both files belong to one checkpoint",
             )
 
 

@@ -1,4 +1,4 @@
-"""Pretrained Llama-like Transformers made softmax, V2 or DEX models of ours, and our softmax models made Llama-like.
+"""The conversions of pretrained Llama-like Transformers to our softmax, V2 and DEX models, and back to Llama-like ones.
 
 All functions are pure: a ``config.json`` as a dictionary and tensors by name in, the same out. Nothing is guessed: what
 our decoder cannot compute exactly is refused. With a softmax head ``O = softmax(Q Kᵀ/√d) V`` and the layer's output
@@ -9,9 +9,9 @@ V2     both maps are the pretrained one and λ = sigmoid(0) = 1/2, so ``O − O/
 DEX    ``O − λ · O W_D`` with W_D = 0
 ====== ============================================================================================================
 
-and both are alive: no new parameter starts where its gradient is exactly zero, except that W_D = 0 holds back λ of DEX
-for one step. (Starting the second queries, the second keys and V1's λ at zero together keeps them there for ever: each
-one's gradient is a product with the others.)
+and both can be trained on: no new parameter starts where its gradient is exactly zero, except that W_D = 0 holds back λ
+of DEX for one step. (If the second queries, the second keys and V1's λ all started at zero, they would stay there for
+ever: the gradient of each is a product with the others.)
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from diffattn.convert.layout import twice_each_head
+from diffattn.config_fields import Config, dtype_name
+from diffattn.convert.layout import Tensors, twice_each_head
 from diffattn.convert.reading import (
     LLAMA_LIKE,
     SHARED,
-    Config,
-    Tensors,
     check_tensors,
     in_both_spellings,
     our_config,
@@ -43,17 +42,17 @@ from diffattn.variants import BASELINE
 NOISE = ("copy", "perturbed")
 
 
-def to_softmax(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
-    """A Llama-like checkpoint as our softmax model: the same function, every tensor unchanged bit for bit.
+def to_softmax(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
+    """Returns a Llama-like checkpoint as our softmax model: the same function, every tensor unchanged bit for bit.
 
     Args:
         config: a ``config.json`` of one of ``LLAMA_LIKE`` in either spelling of its rotary positions; or one of our
-            softmax models, which is checked and given back. Dropout is an option of training, and left out.
+            softmax models, which is checked and returned. Dropout is an option of training, so it is left out.
         tensors: its weights by name, such as ``model.layers.0.self_attn.q_proj.weight`` (n·d, D).
 
     Returns:
-        The configuration of :class:`DiffTransformerForCausalLM` and its tensors. Where tied embeddings were stored
-        twice, once; where the two differ, the model is untied, which is how ``transformers`` reads it.
+        The configuration of :class:`DiffTransformerForCausalLM` and its tensors. Tied embeddings that were stored
+        twice are returned once; if the two differ, the model is untied, which is how ``transformers`` reads it.
 
     Raises:
         UnsupportedError: another architecture, a sliding window in use, quantised weights, experts, capped or scaled
@@ -69,40 +68,40 @@ def to_softmax(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
 
 
 def to_diff_v2(
-    config: Mapping[str, Any],
+    config: Config,
     tensors: Mapping[str, Tensor],
     *,
     noise: str = "copy",
     noise_std: float = 0.1,
     seed: int = 0,
 ) -> tuple[Config, Tensors]:
-    """A Llama-like checkpoint, or our softmax model, as Differential V2 with 2n query heads; grouped heads stay.
+    """Returns a Llama-like checkpoint, or our softmax model, as Differential V2 with 2n query heads.
 
-    Query heads 2i and 2i + 1 both start as head i (rows of W_Q, and its bias), W_λ starts at zero, W_O is doubled,
-    which is exact in every floating-point type; a bias behind W_O is not. The keys and values, and so the cache, are
-    those of the softmax model.
+    Query heads 2i and 2i + 1 both start as head i (rows of W_Q and of its bias), and W_λ starts at zero. W_O is
+    doubled, which is exact in every floating-point type; a bias after W_O is not doubled. The keys and values, grouped
+    or not, and so the cache, are those of the softmax model.
 
     Args:
         config: as for :func:`to_softmax`.
         tensors: as for :func:`to_softmax`.
-        noise: ``"copy"``: the function is kept. ``"perturbed"``: the second map's W_Q is moved a little, so that the
-            maps differ before the first step, and the function with them.
-        noise_std: of ``"perturbed"``: the standard deviation of what is added, in units of that of the layer's W_Q.
-        seed: of ``"perturbed"``.
+        noise: ``"copy"`` keeps the function. ``"perturbed"`` adds random numbers to the second map's W_Q, so that the
+            maps, and with them the function, differ from the source before the first step.
+        noise_std: for ``"perturbed"``: the standard deviation of what is added, in units of that of the layer's W_Q.
+        seed: the random seed for ``"perturbed"``.
 
     Returns:
-        As :func:`to_softmax`; ``config["converted"]["same_function"]`` says whether the function was kept.
+        The same as :func:`to_softmax`; ``config["converted"]["same_function"]`` says whether the function was kept.
 
     Raises:
-        UnsupportedError: also where a doubled W_O overflows (float16 alone can).
+        UnsupportedError: also where a doubled W_O overflows, which only float16 does.
         ConfigError: also for an unknown ``noise``, or a ``noise_std`` that is not a finite number above 0.
 
     Source: the authors' post on Differential Transformer V2, January 2026; the start is ours.
     """
     if noise not in NOISE:
-        raise ConfigError(f"noise is {noise!r}; wanted one of {', '.join(NOISE)}")
+        raise ConfigError(f"noise is {noise!r}", f"one of {', '.join(NOISE)}", "choose one of these")
     if not 0 < noise_std < float("inf"):
-        raise ConfigError(f'noise_std is {noise_std!r}; wanted a finite number above 0, or noise "copy"')
+        raise ConfigError(f"noise_std is {noise_std!r}", "a finite number above 0", 'correct it, or take noise "copy"')
     softmax, weights = to_softmax(config, tensors)
     heads, width, hidden = softmax["num_attention_heads"], softmax["head_dim"], softmax["hidden_size"]
     generator = torch.Generator().manual_seed(seed)
@@ -125,9 +124,9 @@ def to_diff_v2(
 
 
 def to_dex(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, heads: Sequence[Sequence[int]] | None = None
+    config: Config, tensors: Mapping[str, Tensor], *, heads: Sequence[Sequence[int]] | None = None
 ) -> tuple[Config, Tensors]:
-    """A Llama-like checkpoint, or our softmax model, as DEX: the softmax stays, its output learns a subtraction.
+    """Returns a Llama-like checkpoint, or our softmax model, as DEX: softmax stays, its output learns a subtraction.
 
     The chosen heads become ``O − λ · O W_D``. W_D starts at zero, so the function is kept. λ starts at the schedule by
     depth and moves to what is learned while training raises ``annealed`` from 0 to 1, so the first gradient into W_D
@@ -136,10 +135,10 @@ def to_dex(
     Args:
         config: as for :func:`to_softmax`.
         tensors: as for :func:`to_softmax`.
-        heads: for every layer the heads, from 0, that subtract. Default: all.
+        heads: for every layer the numbers, from 0, of the heads that subtract. Default: all heads.
 
     Returns:
-        As :func:`to_softmax`; what is added is float32, whatever the model's dtype.
+        The same as :func:`to_softmax`; the new tensors are float32, whatever the model's dtype.
 
     Raises:
         ConfigError: also for heads that the model does not have.
@@ -159,11 +158,12 @@ def to_dex(
     return _variant(config, softmax, weights, {"same_function": True}, attention="dex", dex_heads=chosen)
 
 
-def fold_dex(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
-    """A DEX model as a softmax model: ``(O − λ · O W_D) W_O = O ((1 − λ W_D) W_O)``, so the subtraction goes into W_O.
+def fold_dex(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
+    """Returns a DEX model as a softmax model; the subtraction goes into W_O.
 
-    λ of DEX is one number per head and not one per token, so a trained DEX model is as fast as the model that it came
-    from, and :func:`to_llama` takes the result. Equal but for the rounding of the new W_O, which is made in float64.
+    ``(O − λ · O W_D) W_O = O ((1 − λ W_D) W_O)``: λ of DEX is one number per head and not one per token. So a trained
+    DEX model is as fast as the model that it came from, and :func:`to_llama` takes the result. The two models are equal
+    except for the rounding of the new W_O, which is computed in float64.
 
     Raises:
         UnsupportedError: a model that is not DEX.
@@ -171,7 +171,11 @@ def fold_dex(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
     """
     ours = our_config(config)
     if not ours.record.chosen_heads:
-        raise UnsupportedError(f"attention is {ours.attention!r}; wanted a 'dex' model, whose subtraction is linear")
+        raise UnsupportedError(
+            f"attention is {ours.attention!r}",
+            "a 'dex' model, whose subtraction is linear",
+            "keep the model as it is, since its subtraction cannot be folded into W_O",
+        )
     weights = dict(tensors)
     check_tensors(ours, weights)
     width = ours.rope_width
@@ -190,12 +194,12 @@ def fold_dex(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
     return to_softmax(softmax | {"attention": "softmax"}, weights)
 
 
-def to_llama(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
-    """Our softmax model as a Llama-like checkpoint that any engine knows, every tensor unchanged bit for bit.
+def to_llama(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
+    """Returns our softmax model as a Llama-like checkpoint that any engine knows, every tensor unchanged bit for bit.
 
-    The architecture is the first that has the model's parts: Llama; Qwen2 (biases of queries, keys and values, none
-    behind W_O); Qwen3 (norms of queries and keys); Mistral (head widths that the hidden size is no multiple of).
-    Rotary positions are written in both spellings, for engines of either age.
+    The architecture is the first that has the model's parts: Llama; Qwen2 (biases of queries, keys and values, but not
+    of W_O); Qwen3 (norms of queries and keys); Mistral (a head width that does not divide the hidden size).
+    Rotary positions are written in the old and in the new spelling, for older and newer engines.
 
     Args:
         config: a ``config.json`` of :class:`DiffTransformerForCausalLM`.
@@ -208,19 +212,26 @@ def to_llama(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
     ours = our_config(config)
     if ours.record.chosen_heads:
         raise UnsupportedError(
-            "attention is 'dex'; wanted a softmax model, because Llama subtracts nothing: fold W_D into W_O first"
+            "attention is 'dex'",
+            "a softmax model, because Llama subtracts nothing",
+            "convert it to softmax first, which folds W_D into W_O",
         )
     if ours.record.gated:
         raise UnsupportedError(
-            "attention is 'gated'; wanted a softmax model, because Llama has no gate: keep it as diff_transformer"
+            "attention is 'gated'", "a softmax model, because Llama has no gate", "keep it as diff_transformer"
         )
     if ours.attention != BASELINE:
         raise UnsupportedError(
-            f"attention is {ours.attention!r}; wanted a softmax model, because Llama has one softmax map per head and "
-            "no parameters can make it the difference of two: keep it as diff_transformer"
+            f"attention is {ours.attention!r}",
+            "a softmax model, because Llama has one softmax map per head and no weights make it the difference of two",
+            "keep it as diff_transformer",
         )
     if ours.switches():
-        raise UnsupportedError(f"the model has {ours.switches()}; wanted a plain softmax model, as Llama is one")
+        raise UnsupportedError(
+            f"the model has {ours.switches()}",
+            "a plain softmax model, because Llama is one",
+            "keep it as diff_transformer",
+        )
     weights = dict(tensors)
     resolve_tie(ours, weights)
     check_tensors(ours, weights)
@@ -233,7 +244,7 @@ def to_llama(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
 
 
 def _architecture(ours: DiffTransformerConfig) -> tuple[str, Config]:
-    """The first architecture that has these parts, and the fields of its own."""
+    """Returns the first architecture that has the model's parts, and the fields that only it has."""
     biases = (ours.attention_bias, ours.attention_output_bias, ours.mlp_bias)
     whole_width = ours.hidden_size % ours.num_attention_heads == 0
     if ours.qk_norm and biases in ((False, False, False), (True, True, False)):
@@ -246,22 +257,25 @@ def _architecture(ours: DiffTransformerConfig) -> tuple[str, Config]:
         return "mistral", {"sliding_window": None}
     raise UnsupportedError(
         f"qk_norm is {ours.qk_norm}, attention_bias {biases[0]}, attention_output_bias {biases[1]}, mlp_bias "
-        f"{biases[2]}, hidden_size {ours.hidden_size}, num_attention_heads {ours.num_attention_heads}; wanted what one "
-        f"of {', '.join(LLAMA_LIKE)} has together: keep it as diff_transformer"
+        f"{biases[2]}, hidden_size {ours.hidden_size}, num_attention_heads {ours.num_attention_heads}",
+        f"parts that one of {', '.join(LLAMA_LIKE)} has together",
+        "keep it as diff_transformer",
     )
 
 
 def _doubled(name: str, tensor: Tensor) -> Tensor:
     doubled = 2 * tensor
     if not torch.equal(doubled.isfinite(), tensor.isfinite()):
-        raise UnsupportedError(f"{name} overflows {tensor.dtype} when it is doubled; convert the model as bfloat16")
+        raise UnsupportedError(
+            f"{name} overflows {dtype_name(tensor.dtype)} when it is doubled",
+            "a number format with a wider range",
+            "convert a bfloat16 copy of the model",
+        )
     return doubled
 
 
-def _variant(
-    config: Mapping[str, Any], softmax: Config, weights: Tensors, made: Config, **fields: Any
-) -> tuple[Config, Tensors]:
-    """The configuration of a variant of a softmax model, with what was made of what."""
+def _variant(config: Config, softmax: Config, weights: Tensors, made: Config, **fields: Any) -> tuple[Config, Tensors]:
+    """Returns the configuration and tensors of a variant of a softmax model, with a note of what it was made from."""
     ours = DiffTransformerConfig.from_dict(softmax | fields | {"converted": {"from": config["model_type"], **made}})
     check_tensors(ours, weights)
     return ours.to_diff_dict(), weights

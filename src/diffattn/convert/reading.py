@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and whether our decoder computes that: configurations read, tensors checked."""
+"""Reads what a checkpoint's configuration says, and checks that our decoder computes exactly that."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from diffattn.config_fields import ROPE_TYPES, check_config, shown
-from diffattn.convert.layout import EMBEDDING, HEAD, check_shapes, no_model, our_shapes
+from diffattn.config_fields import ROPE_TYPES, Config, check_config, dtype_name, shown
+from diffattn.convert.layout import EMBEDDING, HEAD, Tensors, check_shapes, no_model, our_shapes
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
@@ -21,13 +21,10 @@ from diffattn.variants import BASELINE
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 
-Config = dict[str, Any]
-Tensors = dict[str, Tensor]
-
 OURS = DiffTransformerConfig.model_type
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What our decoder does not do, by the key that asks for it, and the values that ask for nothing.
-_FOREIGN: dict[str, tuple[Any, ...]] = {
+# Keys that ask for something that our decoder does not do, with the values that ask for nothing.
+_FOREIGN: dict[str, tuple[object, ...]] = {
     "quantization_config": (None, {}),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), (None, 0)),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"), (None,)),
@@ -44,28 +41,38 @@ SHARED = (
 )  # fmt: skip
 
 
-def softmax_config(config: Mapping[str, Any]) -> DiffTransformerConfig:
-    """The configuration of our softmax model that computes what a Llama-like one, or one of ours, says.
+def softmax_config(config: Config) -> DiffTransformerConfig:
+    """The configuration of our softmax model that computes what a Llama-like configuration, or one of ours, says.
 
     Raises:
-        UnsupportedError: what our decoder does not do.
-        ConfigError: no whole configuration.
+        UnsupportedError: the configuration asks for something that our decoder does not do.
+        ConfigError: the configuration is incomplete or cannot be read.
     """
     kind = config.get("model_type")
     if kind == OURS:
         ours = our_config(config)
         if ours.attention != BASELINE:
-            raise UnsupportedError(f"attention is {ours.attention!r}; wanted a softmax model to start from")
+            raise UnsupportedError(
+                f"attention is {ours.attention!r}", "a softmax model to start from", "choose another source"
+            )
         if ours.switches():
-            raise UnsupportedError(f"the model has {ours.switches()}; wanted a plain softmax model to start from")
+            raise UnsupportedError(
+                f"the model has {ours.switches()}", "a plain softmax model to start from", "choose another source"
+            )
         return ours
     if kind not in LLAMA_LIKE:
         raise UnsupportedError(
-            f"model_type is {kind!r}; wanted one of {', '.join((*LLAMA_LIKE, OURS))}: others compute something else"
+            f"model_type is {kind!r}",
+            f"one of {', '.join((*LLAMA_LIKE, OURS))}",
+            "choose such a model, since others compute something else",
         )
     for key, nothing in _FOREIGN.items():
         if key in config and config[key] not in nothing:
-            raise UnsupportedError(f"config.json has {key}, which our decoder does not do; wanted a plain {kind} model")
+            raise UnsupportedError(
+                f"config.json has {key}, which our decoder does not do",
+                f"a plain {kind} model",
+                "choose another source",
+            )
     source = parsed(CONFIG_MAPPING[kind], config)
     _check_window(source)
     rope = rope_of(source)
@@ -88,7 +95,7 @@ def softmax_config(config: Mapping[str, Any]) -> DiffTransformerConfig:
 
 @contextlib.contextmanager
 def naming_the_file() -> Iterator[None]:
-    """Where another's configuration makes one of ours that cannot be, the ConfigError says whose fault it is."""
+    """Names the source's ``config.json`` in a ConfigError about the configuration that was made from it."""
     try:
         yield
     except ConfigError as error:
@@ -96,28 +103,32 @@ def naming_the_file() -> Iterator[None]:
 
 
 def shared_fields(source: PreTrainedConfig) -> Config:
-    """The fields of ``SHARED`` as we have them."""
+    """The fields of ``SHARED``, read from another library's configuration."""
     fields = {name: getattr(source, name) for name in SHARED}
-    # As early Llama checkpoints say that there is none.
+    # Early Llama checkpoints write -1 where there is no padding token.
     return fields | {"pad_token_id": None if source.pad_token_id == -1 else source.pad_token_id}
 
 
 def rope_of(source: PreTrainedConfig) -> Config:
-    """The rotary positions of a configuration; UnsupportedError for those that our decoder does not have."""
+    """The rotary positions of a configuration; raises UnsupportedError for those that our decoder does not have."""
     rope = dict(source.rope_parameters or {})
     if rope.get("rope_type") not in ROPE_TYPES or rope.get("mrope_section"):
         raise UnsupportedError(
-            f"rotary positions are {rope.get('rope_type', rope)!r}; wanted one of {', '.join(ROPE_TYPES)}"
+            f"rotary positions are {rope.get('rope_type', rope)!r}",
+            f"one of {', '.join(ROPE_TYPES)}",
+            "choose another source",
         )
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise UnsupportedError(
-            f"partial_rotary_factor is {rope['partial_rotary_factor']}; wanted 1: our decoder turns whole heads"
+            f"partial_rotary_factor is {rope['partial_rotary_factor']}",
+            "1, since our decoder turns whole heads",
+            "choose another source",
         )
     return rope
 
 
-def in_both_spellings(config: Config, rope: Mapping[str, Any]) -> Config:
-    """A ``config.json`` with its rotary positions under their former names too, for engines of either age."""
+def in_both_spellings(config: Config, rope: Config) -> Config:
+    """Returns a ``config.json`` with its rotary positions also under their former names, for older engines."""
     former: Config = {"rope_theta": rope["rope_theta"]}
     if rope["rope_type"] != "default":
         former["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -126,48 +137,50 @@ def in_both_spellings(config: Config, rope: Mapping[str, Any]) -> Config:
 
 def _check_window(source: PreTrainedConfig) -> None:
     layers, window = getattr(source, "layer_types", None) or (), getattr(source, "sliding_window", None)
-    # Mistral's window is in all layers; one that no sequence outgrows changes nothing.
+    # Mistral's window is in all layers; a window at least as long as every sequence changes nothing.
     outgrown = source.model_type == "mistral" and window is not None and window < source.max_position_embeddings
     if outgrown or any(layer != "full_attention" for layer in layers):
         raise UnsupportedError(
-            f"a sliding window of {window} positions is in use, of {source.max_position_embeddings}; wanted layers "
-            "that see all positions, because none of ours has a window"
+            f"a sliding window of {window} positions is in use, of {source.max_position_embeddings}",
+            "layers that see all positions, because none of ours has a window",
+            "choose another source",
         )
 
 
-def our_config(config: Mapping[str, Any]) -> DiffTransformerConfig:
-    """The configuration of a model of ours; UnsupportedError for another's, ConfigError for a broken one."""
+def our_config(config: Config) -> DiffTransformerConfig:
+    """The configuration of a model of ours; raises UnsupportedError for another's, ConfigError for a broken one."""
     if config.get("model_type") != OURS:
-        raise UnsupportedError(f"model_type is {config.get('model_type')!r}; wanted {OURS}")
+        raise UnsupportedError(f"model_type is {config.get('model_type')!r}", OURS, "choose a model of diffattn's")
     ours: DiffTransformerConfig = parsed(DiffTransformerConfig, config)
     return ours
 
 
 def check_activation(source: PreTrainedConfig) -> None:
+    """Raises unless ``transformers`` knows the activation function."""
     if not isinstance(source.hidden_act, str) or source.hidden_act not in ACT2FN:
-        raise UnsupportedError(f"hidden_act is {shown(source.hidden_act)}; wanted a function that transformers knows")
+        raise UnsupportedError(
+            f"hidden_act is {shown(source.hidden_act)}", "a function that transformers knows", "correct config.json"
+        )
 
 
-def parsed(kind: type[PreTrainedConfig], config: Mapping[str, Any]) -> Any:
-    """The library's own reading of a ``config.json``: its defaults, and both spellings of rotary positions."""
+def parsed(kind: type[PreTrainedConfig], config: Config) -> Any:
+    """Returns a ``config.json`` as the library reads it: with its defaults, and with both spellings of RoPE."""
     try:
         check_config(config)
-        # Read from a copy: the library takes the rotary parameters apart.
+        # The library changes the rotary parameters, so it gets a copy.
         read = kind.from_dict({key: dict(value) if isinstance(value, dict) else value for key, value in config.items()})
         if read.dtype is not None and not isinstance(read.dtype, torch.dtype):
-            raise TypeError(f"dtype is {read.dtype!r}")
+            raise ConfigError(f"dtype is {read.dtype!r}", "the name of a number format of torch's", "correct it")
     except ConfigError as error:
-        if kind is DiffTransformerConfig:
-            raise ConfigError(f"config.json: {error}") from None
-        raise no_model(kind.model_type, error) from None
-    # A file can hold anything, and each field complains in its own way.
+        raise (error.at("config.json") if kind is DiffTransformerConfig else no_model(kind.model_type, error)) from None
+    # A file can hold anything, and the library raises a different exception for each field.
     except Exception as error:
         raise no_model(kind.model_type, error) from error
     return read
 
 
 def resolve_tie(ours: DiffTransformerConfig, weights: Tensors) -> None:
-    """Tied embeddings once, under the embedding's name; two that differ are not tied."""
+    """Keeps tied embeddings once, under the embedding's name; two that differ are not tied."""
     if not ours.tie_word_embeddings or HEAD not in weights:
         return
     if EMBEDDING in weights and not torch.equal(weights[HEAD], weights[EMBEDDING]):
@@ -178,7 +191,7 @@ def resolve_tie(ours: DiffTransformerConfig, weights: Tensors) -> None:
 
 
 def check_tensors(ours: DiffTransformerConfig, weights: Mapping[str, Tensor]) -> None:
-    """Raise unless the tensors are those of the configuration by name, shape and kind of number.
+    """Raises unless the tensors are those of the configuration by name, shape and kind of number.
 
     Raises:
         CheckpointError: tensors that are missing, unknown, or of another shape.
@@ -188,6 +201,7 @@ def check_tensors(ours: DiffTransformerConfig, weights: Mapping[str, Tensor]) ->
     for name, tensor in weights.items():
         if tensor.dtype not in _FLOATS:
             raise UnsupportedError(
-                f"{name} is {str(tensor.dtype).removeprefix('torch.')}; wanted floating-point weights of at least 16 "
-                "bits: convert the model before it is quantised"
+                f"{name} is {dtype_name(tensor.dtype)}",
+                "floating-point weights of at least 16 bits",
+                "convert the model before it is quantised",
             )

@@ -1,9 +1,9 @@
-"""Models around the authors' attention modules (``microsoft/unilm``, ``Diff-Transformer``), V1 and V2, and ours.
+"""The conversions between models built on the authors' attention modules (``microsoft/unilm``), V1 and V2, and ours.
 
-The authors publish the attention modules and no decoder. So the folder is ours to define: a decoder as
+The authors publish the attention modules and no decoder. So we define the format of the folder: a decoder as
 ``docs/convert.md`` describes it, with tensors named as in our checkpoints, and in ``self_attn`` the authors' module
 with its own names. Their heads are in our order. Within a head, their rotary positions turn the channels 2i and 2i + 1
-together, ours i and i + d/2: the rows of W_Q and W_K are put in another order within each head, and nothing else is.
+together, ours i and i + d/2: so the rows of W_Q and W_K change their order within each head, and nothing else changes.
 
 ================= ============================== ===========================
                   V1                             V2
@@ -13,7 +13,7 @@ together, ours i and i + d/2: the rows of W_Q and W_K are put in another order w
 ``head_dim``      d = embed_dim / num_heads / 2  d, given
 ================= ============================== ===========================
 
-``form`` says which of the V1 files computes the function. ``multihead_flashdiff_1.py`` (``"flash"``) and
+``form`` names the V1 file that computes the function. ``multihead_flashdiff_1.py`` (``"flash"``) and
 ``multihead_flashdiff_2.py`` (``"flash_2"``) compute one function, which is ours. ``multihead_diffattn.py``
 (``"eager"``) repeats keys for the query heads first and pairs them after: with num_kv_heads < num_heads its first map
 is softmax(q_2i k_(2i // r)), another function of the same tensors, which is refused.
@@ -22,19 +22,20 @@ is softmax(q_2i k_(2i // r)), another function of the same tensors, which is ref
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
+from diffattn.config_fields import Config
 from diffattn.convert.layout import (
     LAMBDAS,
+    Tensors,
     check_shapes,
     float32_exactly,
     half_to_interleaved,
     interleaved_to_half,
     our_shapes,
 )
-from diffattn.convert.reading import OURS, Config, Tensors, check_tensors, our_config, resolve_tie
+from diffattn.convert.reading import OURS, check_tensors, our_config, resolve_tie
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
@@ -55,14 +56,14 @@ _V1_ONLY = ("form", "decoder_kv_attention_heads", "lambda_std", "subln_eps")
 _KNOWN = ("model_type", *_REQUIRED, "num_kv_heads", "head_dim", "rope_theta", *_SHARED)
 
 
-def from_reference(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
-    """A checkpoint around the authors' modules as our V1 or V2 model: the same function, every weight bit for bit.
+def from_reference(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
+    """Returns a checkpoint of the authors' modules as our V1 or V2 model: the same function, every weight bit for bit.
 
     Args:
         config: ``model_type`` ``"diff_transformer_reference"`` and the fields of ``docs/convert.md``.
-        tensors: names as ours, but for V1's ``self_attn.lambda_q1`` (and the other three) and
-            ``self_attn.out_proj.weight``. V1's ``self_attn.subln.weight`` is in all layers or in none, as in modules
-            from before October 2024.
+        tensors: the weights under our names, except V1's ``self_attn.lambda_q1`` (and the other three λ vectors) and
+            ``self_attn.out_proj.weight``. V1's ``self_attn.subln.weight`` is in all layers or in none; modules from
+            before October 2024 have none.
 
     Returns:
         The configuration of :class:`DiffTransformerForCausalLM` and its tensors; V1's λ vectors as float32.
@@ -74,15 +75,18 @@ def from_reference(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         CheckpointError: tensors are missing, unknown, or of another shape.
     """
     if config.get("model_type") != REFERENCE:
-        raise UnsupportedError(f"model_type is {config.get('model_type')!r}; wanted {REFERENCE}")
+        raise UnsupportedError(
+            f"model_type is {config.get('model_type')!r}", REFERENCE, "write that into config.json, or choose another"
+        )
     _check_fields(config)
     v1 = config["version"] == 1
     heads, groups, width = _heads(config)
     if v1 and config["form"] == "eager" and groups < heads:
         raise UnsupportedError(
             f"form is 'eager' with {groups} key/value heads for {heads} heads; multihead_diffattn.py then repeats keys "
-            "before it pairs them, another function than that of multihead_flashdiff_1.py and of ours; wanted form "
-            "'flash', if the model was trained by it, or as many key/value heads as heads"
+            "before it pairs them, which our model does not compute",
+            "form 'flash', or as many key/value heads as heads",
+            "write form 'flash' if the model was trained with multihead_flashdiff_1.py",
         )
     shared = (*_SHARED, "rope_theta", "lambda_std", "subln_eps")
     fields: Config = {name: config[name] for name in shared if config.get(name) is not None}
@@ -114,16 +118,16 @@ def from_reference(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     return ours.to_diff_dict(), weights
 
 
-def to_reference(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
-    """Our V1 or V2 model around the authors' modules, in the form ``"flash"``; undoes :func:`from_reference`.
+def to_reference(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
+    """Returns our V1 or V2 model with the authors' modules, in the form ``"flash"``; undoes :func:`from_reference`.
 
     Raises:
-        UnsupportedError: what the modules cannot say: another variant, biases, norms of queries and keys, a constant
-            λ_init, or V1 heads that do not fill the hidden size.
-        ConfigError, CheckpointError: as :func:`from_reference`.
+        UnsupportedError: what the modules cannot express: another variant, biases, norms of queries and keys, a
+            constant λ_init, or V1 heads that do not fill the hidden size.
+        ConfigError, CheckpointError: the same as :func:`from_reference`.
     """
     ours = our_config(config)
-    _check_sayable(ours)
+    _check_expressible(ours)
     weights = dict(tensors)
     resolve_tie(ours, weights)
     check_tensors(ours, weights)
@@ -146,68 +150,80 @@ def to_reference(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tu
     return made | {name: known[name] for name in _SHARED if known.get(name) is not None}, weights
 
 
-def version_of(config: Mapping[str, Any]) -> int:
-    """Which of the authors' modules a reference model has: 1 or 2; ConfigError for anything else."""
+def version_of(config: Config) -> int:
+    """The version of the authors' modules in a reference model, 1 or 2; raises ConfigError for anything else."""
     version = config.get("version")
     if isinstance(version, bool) or version not in (1, 2):
-        raise ConfigError(f"version is {version!r}; wanted 1 or 2: which of the authors' modules the model has")
+        raise ConfigError(
+            f"version is {version!r}", "1 or 2, the version of the authors' modules", "correct config.json"
+        )
     return int(version)
 
 
-def _check_fields(config: Mapping[str, Any]) -> None:
+def _check_fields(config: Config) -> None:
     if missing := [name for name in _REQUIRED if name not in config]:
-        raise ConfigError(f"config.json lacks {missing[0]}; a reference model wants {', '.join(_REQUIRED)}")
+        raise ConfigError(f"config.json lacks {missing[0]}", f"all of {', '.join(_REQUIRED)}", f"add {missing[0]}")
     version = version_of(config)
     known = (*_KNOWN, *_V1_ONLY) if version == 1 else _KNOWN
     if unknown := sorted(config.keys() - set(known)):
         raise ConfigError(
-            f"config.json has {unknown[0]}, which is not known of a reference model of version {version}; wanted some "
-            f"of {', '.join(known)}"
+            f"config.json has {unknown[0]}, which no reference model of version {version} has",
+            f"only fields among {', '.join(known)}",
+            f"leave {unknown[0]} out",
         )
     if version == 1 and config.get("form") not in FORMS:
         raise ConfigError(
-            f"form is {config.get('form')!r}; wanted one of {', '.join(FORMS)}: which of the authors' files computes it"
+            f"form is {config.get('form')!r}",
+            f"one of {', '.join(FORMS)}",
+            "name the form of the authors' file that computes the model",
         )
     if config.get("rope_theta") is not None and config.get("rope_parameters") is not None:
-        raise ConfigError("config.json has rope_theta and rope_parameters; wanted one of them")
+        raise ConfigError("config.json has rope_theta and rope_parameters", "one of them", "leave one of them out")
     for name in ("vocab_size", "embed_dim", "intermediate_size", "num_hidden_layers", "num_heads"):
         check_positive_int(name, config[name])
 
 
-def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Output heads, key/value heads, and d."""
+def _heads(config: Config) -> tuple[int, int, int]:
+    """Returns the numbers of output heads and of key/value heads, and the width d of a head."""
     heads, embed = config["num_heads"], config["embed_dim"]
     given = [name for name in ("num_kv_heads", "decoder_kv_attention_heads") if config.get(name) is not None]
     if len(given) > 1:
-        raise ConfigError(f"config.json has {' and '.join(given)}, which are one thing; wanted one of them")
+        raise ConfigError(
+            f"config.json has {' and '.join(given)}, which mean the same", "one of them", "leave one of them out"
+        )
     groups = config[given[0]] if given else heads
     check_positive_int("num_kv_heads", groups)
     if heads % groups:
-        raise ConfigError(f"num_heads is {heads}, num_kv_heads {groups}; wanted a divisor of {heads}")
+        raise ConfigError(
+            f"num_heads is {heads}, num_kv_heads {groups}", f"a divisor of {heads}", "correct config.json"
+        )
     width = config.get("head_dim")
     if config["version"] == 2:
         if width is None:
-            raise ConfigError("config.json lacks head_dim; the V2 module wants the width of a head")
+            raise ConfigError("config.json lacks head_dim", "the width of a head, for the V2 module", "add head_dim")
         check_positive_int("head_dim", width)
         return heads, groups, width
     if embed % (2 * heads):
         raise ConfigError(
-            f"embed_dim is {embed}, num_heads {heads}; the V1 module cuts embed_dim into 2 · num_heads heads: wanted a "
-            f"multiple of {2 * heads}"
+            f"embed_dim is {embed}, num_heads {heads}",
+            f"a multiple of {2 * heads}, since the V1 module cuts embed_dim into 2 · num_heads heads",
+            "correct config.json",
         )
     if width not in (None, embed // heads // 2):
         raise ConfigError(
-            f"head_dim is {width!r}; the V1 module has embed_dim / num_heads / 2 = {embed // heads // 2}: leave it out"
+            f"head_dim is {width!r}",
+            f"embed_dim / num_heads / 2 = {embed // heads // 2}, as the V1 module computes it",
+            "leave head_dim out",
         )
     return heads, groups, embed // heads // 2
 
 
-def _check_sayable(ours: DiffTransformerConfig) -> None:
+def _check_expressible(ours: DiffTransformerConfig) -> None:
     v1 = ours.attention == _ATTENTIONS[1]
     filled = ours.num_attention_heads * ours.rope_width
-    for sayable, what, wanted in (
+    for expressible, given, wanted in (
         (ours.attention in _ATTENTIONS.values(), f"attention is {ours.attention!r}", "diff_v1 or diff_v2"),
-        (not (ours.attention_bias or ours.attention_output_bias or ours.mlp_bias), "the model has biases", "none"),
+        (not (ours.attention_bias or ours.attention_output_bias or ours.mlp_bias), "the model has biases", "no biases"),
         (not ours.qk_norm, "qk_norm is True", "no norm of queries and keys"),
         (not ours.switches(), f"the model has {ours.switches()}", "the variant as published"),
         (not v1 or ours.lambda_init is None, f"lambda_init is {ours.lambda_init}", "the schedule by depth"),
@@ -218,12 +234,14 @@ def _check_sayable(ours: DiffTransformerConfig) -> None:
             "heads that fill the hidden size",
         ),
     ):
-        if not sayable:
-            raise UnsupportedError(f"{what}; the authors' modules want {wanted}: keep it as diff_transformer")
+        if not expressible:
+            raise UnsupportedError(
+                given, f"{wanted}, as the authors' modules are built", "keep the model as diff_transformer"
+            )
 
 
 def _their_names(ours: DiffTransformerConfig) -> dict[str, str]:
-    """Their name of each tensor that has another name here."""
+    """The authors' name of each tensor that has another name in our checkpoints."""
     if ours.attention == _ATTENTIONS[2]:
         return {}
     names = {}

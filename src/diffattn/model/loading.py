@@ -18,7 +18,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from diffattn.checkpoint_files import CONFIG, TOKENIZERS, check_finite, checked_config, read_config, read_tensors
+from diffattn.checkpoint_files import (
+    CONFIG,
+    TOKENIZERS,
+    TensorEntry,
+    check_finite,
+    checked_config,
+    read_config,
+    read_tensors,
+)
 from diffattn.config_fields import GENERATION, check, check_ids, layers_of, shown
 from diffattn.errors import CheckpointError, ConfigError, DiffattnError, UnsupportedError
 from diffattn.files import read_object
@@ -176,7 +184,7 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def _check_folder(folder: Path) -> dict[str, dict[str, Any]]:
+def _check_folder(folder: Path) -> dict[str, TensorEntry]:
     """Everything that can be told without reading the model; gives what ``read_tensors`` does."""
     config = read_config(folder)
     if (folder / "adapter_config.json").exists():
@@ -239,7 +247,7 @@ def load_config(folder: str | Path) -> Any:
         raise CheckpointError(f"{str(file)!r} describes no model: {_line(error)}") from error
 
 
-def _check_foreign_size(folder: str | Path, config: Any, entries: dict[str, dict[str, Any]]) -> None:
+def _check_foreign_size(folder: str | Path, config: Any, entries: dict[str, TensorEntry]) -> None:
     """Raise where a configuration of another library's asks for more than its weights hold, before that is built."""
     check_layers(layers_of(read_config(folder)), len(entries))
     # Of quantised weights one number of the file is several of the model.

@@ -223,7 +223,7 @@ def test_other_kinds_are_refused_by_name(tmp_path: Path, kind: object) -> None:
         ({"hidden_size": float("nan")}, "hidden_size=nan"),
         ({"hidden_size": -64}, "hidden_size=-64"),
         ({"hidden_size": 0}, "hidden_size=0"),
-        ({"hidden_size": 10**12}, "hidden_size=1000000000000 given"),
+        ({"hidden_size": 10**12}, "hidden_size=1000000000000;"),
         ({"num_hidden_layers": 10**400}, "num_hidden_layers=1e"),
         ({"num_hidden_layers": True}, "num_hidden_layers=True"),
         ({"vocab_size": None}, "vocab_size=None"),

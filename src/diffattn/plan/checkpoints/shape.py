@@ -76,15 +76,15 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         values = parse_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(
-            no_model(file.parent)
-            or f"{str(path)!r} given; a folder with a config.json is wanted; there is none: check the path"
+        raise (
+            no_model(file.parent, ConfigError)
+            or ConfigError(f"{str(path)!r} given; a folder with a config.json is wanted; there is none: check the path")
         ) from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{str(file)!r} given; a readable config.json is wanted; it says: {reason}") from None
-    if isinstance(values, dict) and "model_type" not in values and (line := no_model(file.parent)):
-        raise ConfigError(line)
+    if isinstance(values, dict) and "model_type" not in values and (other := no_model(file.parent, ConfigError)):
+        raise other
     if not isinstance(values, dict):
         raise ConfigError(
             f"{str(file)!r} given; a decoder's config.json is wanted, with {', '.join(_SIZES)}; it lacks no JSON "
