@@ -16,13 +16,13 @@ import json
 import statistics
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.rows import Writer, provenance
 from diffattn.plan.cost import match_parameters
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
+from diffattn.plan.setting import Setting
 from diffattn.plan.shape import ModelShape
 
 GATE = "tests/study/test_plan_check.py::test_the_measured_rows_are_predicted"
@@ -88,35 +88,29 @@ class Case:
         """The shape that is built: a V2 is matched to the softmax model by its feed-forward width."""
         return match_parameters(SHAPES[self.shape], self.attention)
 
+    def setting(self) -> Setting:
+        """How the model is run."""
+        return Setting(
+            context=self.context,
+            precision=self.precision,
+            backend=self.backend,
+            checkpointing=self.checkpointing,
+        )
+
     def predicted(self) -> int:
         """Bytes at the peak, by the planner."""
-        place: dict[str, Any] = {
-            "batch": 1,
-            "context": self.context,
-            "precision": self.precision,
-            "backend": self.backend,
-        }
-        shape = self.planned()
+        shape, setting = self.planned(), self.setting()
         if self.phase == "training":
-            return training_memory(shape, self.attention, **place, checkpointing=self.checkpointing).total
+            return training_memory(shape, self.attention, setting).total
         memory = prefill_memory if self.phase == "prefill" else decoding_memory
-        return memory(shape, self.attention, **place).total
+        return memory(shape, self.attention, setting).total
 
     def measured(self) -> int:
         """Bytes at the peak, of the model itself."""
         # Kept out of the import, so that a test of the rows needs no model.
         from diffattn.study.plan_check import Subject
 
-        subject = Subject(
-            self.planned(),
-            self.attention,
-            batch=1,
-            context=self.context,
-            precision=self.precision,
-            backend=self.backend,
-            checkpointing=self.checkpointing,
-        )
-        return getattr(subject, self.phase)()[0]
+        return getattr(Subject(self.planned(), self.attention, self.setting()), self.phase)()[0]
 
 
 _SMALL, _LONG = 512, 2048

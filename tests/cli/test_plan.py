@@ -11,6 +11,7 @@ import pytest
 
 from diffattn.cli.main import main
 from diffattn.plan.answer import plan
+from diffattn.plan.setting import Setting
 from diffattn.plan.shape import ModelShape
 from diffattn.progress import OnStage
 
@@ -36,7 +37,8 @@ def test_json_is_what_python_returns(capsys: pytest.CaptureFixture[str]) -> None
     found, _ = said(capsys, *PAIR, "--batch", "3", "--precision", "autocast", "--checkpointing", "--json")
     command = found.pop("command")
     assert command.startswith("diffattn")
-    expected = plan("diff_v1:300K", "softmax:300K", context=64, batch=3, precision="autocast", checkpointing=True)
+    setting = Setting(context=64, batch=3, precision="autocast", checkpointing=True)
+    expected = plan("diff_v1:300K", "softmax:300K", setting).to_json()
     del expected["command"]
     assert found == json.loads(json.dumps(expected))
 
@@ -84,53 +86,57 @@ def test_measure_puts_both_beside_each_other(
 ) -> None:
     import diffattn.study.plan_check as measured
 
-    asked: dict[str, Any] = {}
+    asked: dict[str, object] = {}
 
-    def measure(shape: ModelShape, attention: str, *, on_stage: OnStage, **options: Any) -> list[dict[str, Any]]:
-        asked.update(options, shape=shape, attention=attention)
-        return [{"what": "peak of training", "unit": "bytes", "predicted": 110, "measured": 100, "ratio": 1.1}]
+    def measure(
+        shape: ModelShape, attention: str, setting: Setting, *, on_stage: OnStage
+    ) -> list[measured.MeasuredRow]:
+        asked.update(shape=shape, attention=attention, setting=setting)
+        row = {"what": "peak of training", "unit": "bytes", "predicted": 110, "measured": 100, "exact": False}
+        return [measured.MeasuredRow(**row)]
 
     monkeypatch.setattr(measured, "measure_plan", measure)
     found, shown = said(capsys, *PAIR, "--measure", "--precision", "fp32", "--json")
-    assert asked == {"shape": ModelShape.preset("300K"), "attention": "diff_v1", "batch": 1, "context": 64,
-                     "precision": "fp32", "backend": "standard", "checkpointing": False}  # fmt: skip
-    assert found["measured"][0]["ratio"] == 1.1
+    assert asked["setting"] == Setting(context=64, precision="fp32")
+    assert (asked["shape"], asked["attention"]) == (ModelShape.preset("300K"), "diff_v1")
+    assert found["measured"] == [
+        {"what": "peak of training", "unit": "bytes", "predicted": 110, "measured": 100, "ratio": 1.1, "exact": False}
+    ]
     assert "1.100×" in shown
-    _, shown = said(capsys, *PAIR, "--measure", "--cache-dtype", "int8", status=2)
-    assert "--measure given with dtypes" in shown
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--context", "0"), "context '0' given"),
-        (("--batch", "-1"), "batch '-1' given"),
-        (("--machine", "abacus"), "machine 'abacus' given"),
-        (("--precision", "fp8"), "precision='fp8' given"),
-        (("--weights-dtype", "int3"), "weights='int3' given"),
-        (("--backend", "flash"), "backend='flash' given"),
+        (("--context", "0"), "context '0'"),
+        (("--batch", "-1"), "batch '-1'"),
+        (("--machine", "abacus"), "machine 'abacus'"),
+        (("--precision", "fp8"), "precision='fp8'"),
+        (("--weights-dtype", "int3"), "weights='int3'"),
+        (("--backend", "flash"), "backend='flash'"),
         (("--model", "diff_v3:3B"), "did you mean diff_v2"),
-        (("--model", "banana"), "a variant and a size are wanted"),
-        (("--model", ""), "model '' given"),
+        (("--model", "banana"), "model 'banana'"),
+        (("--model", ""), "model ''"),
         (("--model", "diff:3B"), "diff_v1 and diff_v2 fit"),
-        (("--machine", ""), "machine '' given"),
+        (("--machine", ""), "machine ''"),
         (("--machine", "RTX"), "RTX 4090 and RTX 3060 12GB fit"),
-        (("--fits", "8"), "memory '8' given; its unit is wanted too"),
-        (("--fits", "nan"), "memory 'nan' given"),
-        (("--context", "1e400"), "context '1e400' given"),
+        (("--fits", "8"), "memory '8'"),
+        (("--fits", "nan"), "memory 'nan'"),
+        (("--context", "1e400"), "context '1e400'"),
         (("--context", "9" * 400), "context '9999"),
-        (("--precision", ""), "precision='' given"),
-        (("--precision", "fp16"), "precision='fp16' given"),
+        (("--precision", ""), "precision=''"),
+        (("--precision", "fp16"), "precision='fp16'"),
         (("--cache-dtype", "int"), "int8 and int4 fit"),
-        (("--backend", ""), "backend='' given"),
-        (("--sweep", "length=1:2"), "sweep 'length=1:2' given"),
-        (("--against", "softmax:nope"), "size 'nope' given"),
-        (("--tp", "5"), "tp=5 given"),
+        (("--backend", ""), "backend=''"),
+        (("--sweep", "length=1:2"), "sweep 'length=1:2'"),
+        (("--against", "softmax:nope"), "size 'nope'"),
+        (("--tp", "5"), "tp=5"),
         (("--fsdp", "0"), "fsdp=0"),
-        (("--sweep", "context=4k"), "sweep 'context=4k' given"),
-        (("--fits", "8 bananas"), "memory '8 bananas' given"),
-        (("--fits", "1MiB"), "more is wanted"),
-        (("--measure", "--precision", "mixed"), "one that runs is wanted"),
+        (("--sweep", "context=4k"), "sweep 'context=4k'"),
+        (("--fits", "8 bananas"), "memory '8 bananas'"),
+        (("--fits", "1MiB"), "wanted more"),
+        (("--measure", "--precision", "mixed"), "wanted for a model that is built, one of fp32, autocast, bf16"),
+        (("--measure", "--cache-dtype", "int8"), "pass one of them as --precision alone"),
         (("--measure", "--precision", "bf16", "--batch", "64"), "take a smaller model"),
     ],
 )

@@ -66,7 +66,7 @@ def test_switches_are_what_differs_from_the_variant_as_published():
 
 def test_maps_of_other_groups_are_not_spread_over_ranks():
     config = DiffTransformerConfig.from_shape(SHAPE, "diff_v2", pairs_share_group=False)
-    with pytest.raises(ConfigError, match="pairs_share_group is False"):
+    with pytest.raises(ConfigError, match="pairs_share_group=False"):
         config.check_tensor_parallel(2)
 
 
@@ -126,11 +126,11 @@ def test_rotary_frequencies_are_those_of_the_replaced_softmax_transformer(scaled
 
 SMALL = {"attention": "diff_v1", "hidden_size": 60, "num_attention_heads": 6}
 WRONG = [
-    ({"attention": "gated", "head_norm": True}, ["head_norm is True", "'gated'", "leave it out"]),
-    ({"attention": "dex", "head_norm": True}, ["head_norm is True", "'dex'", "leave it out"]),
+    ({"attention": "gated", "head_norm": True}, ["head_norm=True", "'gated'", "leave it out"]),
+    ({"attention": "dex", "head_norm": True}, ["head_norm=True", "'dex'", "leave it out"]),
     ({"attention": "diff_v2", "lambda_form": "tanh"}, ["lambda_form='tanh'", "sigmoid, linear, one"]),
-    ({"lambda_form": "one"}, ["lambda_form is 'one'", "wanted diff_v2", "leave it out"]),
-    ({"attention": "softmax", "pairs_share_group": False}, ["pairs_share_group is False", "wanted diff_v2"]),
+    ({"lambda_form": "one"}, ["lambda_form='one'", "wanted diff_v2", "leave it out"]),
+    ({"attention": "softmax", "pairs_share_group": False}, ["pairs_share_group=False", "wanted diff_v2"]),
     (
         {"attention": "diff_v2", "num_key_value_heads": 1, "pairs_share_group": False},
         ["num_key_value_heads 1", "wanted 2 or more"],

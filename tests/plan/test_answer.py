@@ -2,22 +2,25 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from diffattn.errors import ConfigError
 from diffattn.plan.answer import backends_of, plan, precision_of
 from diffattn.plan.cost import count_parameters
-from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
+from diffattn.plan.memory import inference_memory, training_memory
 from diffattn.plan.named_model import parse_model
+from diffattn.plan.result import Plan
 from diffattn.plan.rule import shape_about
+from diffattn.plan.search import fits, parse_size, parse_sweep, sweep
+from diffattn.plan.setting import Setting, parse_tokens
 from diffattn.plan.shape import VARIANTS, ModelShape
-from diffattn.plan.sweep import fits, parse_size, parse_sweep, parse_tokens, sweep
-from diffattn.plan.tables import backend_table, table
+from diffattn.plan.text import backend_table, table
 
 PRESET = ModelShape.preset("300K")
+SHORT = Setting(context=64)
 CONFIG = {"model_type": "diff_transformer", "attention": "diff_v1", "hidden_size": 64, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 88,
           "vocab_size": 300}  # fmt: skip
@@ -39,51 +42,51 @@ def test_a_model_is_a_preset_a_file_a_checkpoint_or_a_count(tmp_path: Path) -> N
 
 def test_what_a_checkpoint_has_beside_its_shape_is_counted_and_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"attention": "softmax", "attention_bias": True}))
-    result = plan(str(tmp_path), "softmax:300K", context=64, machine=None)
+    result = plan(str(tmp_path), "softmax:300K", SHORT)
     # Biases of 4 heads of queries and 2 of keys and of values, 32 wide, in two layers.
-    parameters = result["model"]["estimate"]["parameters"]
-    assert parameters["attention"] == 2 * (2 * 4 * 32 * 64 + 2 * 2 * 32 * 64) + 512
-    assert parameters["total"] == parameters["attention"] + 300 * 64 + 2 * 3 * 64 * 88 + 5 * 64
-    assert result["model"]["estimate"]["disk"]["fp32"]["bytes"] == 4 * parameters["total"]
-    assert result["model"]["left_out"] == {}
-    named, beside = result["notes"]
+    found = result.model.estimate
+    assert found.parameters.attention == 2 * (2 * 4 * 32 * 64 + 2 * 2 * 32 * 64) + 512
+    assert found.parameters.total == found.parameters.attention + 300 * 64 + 2 * 3 * 64 * 88 + 5 * 64
+    assert found.disk["fp32"].bytes == 4 * found.parameters.total
+    assert result.model.left_out == {}
+    named, beside = result.notes
     assert named == f"{tmp_path.name} is the softmax model of {tmp_path}."
     assert beside.startswith(f"Beside its shape {tmp_path.name} has biases (512 parameters), 0.50% of it")
-    assert plan("softmax:300K", "softmax:300K", context=64, machine=None)["notes"] == []
+    assert plan("softmax:300K", "softmax:300K", SHORT).notes == []
 
 
 def test_layers_that_see_a_window_are_said(tmp_path: Path) -> None:
     shape = {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 1000}
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | shape | {"model_type": "gemma2"}))
-    notes = plan(str(tmp_path), context=64)["notes"]
+    notes = plan(str(tmp_path), setting=SHORT).notes
     assert any(note.startswith(f"In 1 of its 2 layers {tmp_path.name} sees the last 1,000 tokens") for note in notes)
 
 
 def test_a_model_alone_is_planned_alone() -> None:
-    result = plan("softmax:300K", context=64, fsdp=2)
-    assert result["against"] is None
-    assert {(row["against"], row["ratio"]) for row in result["ratios"]} == {(None, None)}
-    assert {row["model"] for row in result["backends"]} == {"softmax:300K"}
-    assert not any(word in " ".join(result["sentences"]) for word in ("×)", "against", "11B", "None"))
+    result = plan("softmax:300K", setting=Setting(context=64, fsdp=2))
+    assert result.against is None
+    assert {(row.against, row.ratio) for row in result.ratios} == {(None, None)}
+    assert {row.model for row in result.backends} == {"softmax:300K"}
+    assert not any(word in " ".join(result.sentences) for word in ("×)", "against", "11B", "None"))
     assert {len(row) for row in table(result)} == {2}
-    rows = sweep("batch=1:2", "softmax:300K", context=64)
-    assert [(row["value"], row["model"]) for row in rows] == [(1, "softmax:300K"), (2, "softmax:300K")]
-    assert plan(against="softmax:300K", context=64)["model"]["name"] == "diff_v1:6.8B"
-    json.dumps(result, allow_nan=False)
+    rows = sweep("batch=1:2", "softmax:300K", setting=SHORT)
+    assert [(row.value, row.model) for row in rows] == [(1, "softmax:300K"), (2, "softmax:300K")]
+    assert plan(against="softmax:300K", setting=SHORT).model.name == "diff_v1:6.8B"
+    json.dumps(result.to_json(), allow_nan=False)
 
 
 def test_two_models_of_one_name_are_called_as_they_were_written(tmp_path: Path) -> None:
-    for place, width in (("a", 64), ("b", 128)):
-        folder = tmp_path / place / "same"
+    for parent, width in (("a", 64), ("b", 128)):
+        folder = tmp_path / parent / "same"
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": width}))
-    first, second = (str(tmp_path / place / "same") for place in "ab")
-    result = plan(first, second, context=64)
-    assert (result["model"]["name"], result["against"]["name"]) == (first, second)
+    first, second = (str(tmp_path / parent / "same") for parent in "ab")
+    result = plan(first, second, SHORT)
+    assert [each.name for each in result.models] == [first, second]
 
 
 def test_the_same_model_twice_where_it_does_not_fit() -> None:
-    assert "neither" in plan("softmax:13.1B", "softmax:13.1B")["sentences"][2]
+    assert "neither" in plan("softmax:13.1B", "softmax:13.1B").sentences[2]
 
 
 @pytest.mark.parametrize(
@@ -102,13 +105,13 @@ def test_names_and_sizes_as_people_write_them(text: str, name: str) -> None:
     model = parse_model(text)
     assert model.name == name
     if text.strip() != name:
-        assert plan(text, context=64)["notes"] == [f"{text.strip()!r} is planned as {name}."]
+        assert plan(text, setting=SHORT).notes == [f"{text.strip()!r} is planned as {name}."]
 
 
-def test_a_size_alone_takes_the_variant_of_its_place() -> None:
-    result = plan("6.8b", "3B", context=64)
-    assert (result["model"]["name"], result["against"]["name"]) == ("diff_v1:6.8B", "softmax:3B")
-    assert result["notes"] == ["'6.8b' is planned as diff_v1:6.8B.", "'3B' is planned as softmax:3B."]
+def test_a_size_alone_is_v1_and_the_second_one_softmax() -> None:
+    result = plan("6.8b", "3B", SHORT)
+    assert [each.name for each in result.models] == ["diff_v1:6.8B", "softmax:3B"]
+    assert result.notes == ["'6.8b' is planned as diff_v1:6.8B.", "'3B' is planned as softmax:3B."]
 
 
 def test_v2_is_matched_and_the_others_are_built_as_they_are() -> None:
@@ -148,62 +151,70 @@ def test_what_is_no_model_is_refused_in_one_line(text: str, words: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def paper() -> dict[str, Any]:
+def paper() -> Plan:
     return plan(command="diffattn plan")
 
 
-def test_rows_hold_both_values_and_their_ratio(paper: dict[str, Any]) -> None:
-    assert list(paper) == ["model", "against", "ratios", "backends", "setting", "command", "sentences", "notes"]
-    rows = {row["key"]: row for row in paper["ratios"]}
+def test_rows_hold_both_values_and_their_ratio(paper: Plan) -> None:
+    rows = {row.key: row for row in paper.ratios}
     shape, other = ModelShape.preset("6.8B"), shape_about(11e9)
-    place: dict[str, Any] = {"batch": 1, "context": 4096, "precision": "mixed", "backend": "standard"}
     parameters = (count_parameters(shape, "diff_v1").total, count_parameters(other, "softmax").total)
-    training = (training_memory(shape, "diff_v1", **place).total, training_memory(other, "softmax", **place).total)
+    training = (training_memory(shape, "diff_v1", Setting()).total, training_memory(other, "softmax", Setting()).total)
     for key, values in (("parameters", parameters), ("training_bytes", training)):
-        assert (rows[key]["model"], rows[key]["against"]) == values
-        assert rows[key]["ratio"] == values[0] / values[1]
-    assert rows["cache_bytes_per_token"]["model"] == 2 * 32 * 4096 * 2
-    assert rows["score_bytes"]["ratio"] is None
+        assert (rows[key].model, rows[key].against) == values
+        assert rows[key].ratio == values[0] / values[1]
+    assert rows["cache_bytes_per_token"].model == 2 * 32 * 4096 * 2
+    assert rows["score_bytes"].ratio is None
     assert not any(key.startswith("rank_") for key in rows)
-    json.dumps(paper, allow_nan=False)
+
+
+def test_json_of_a_plan_has_the_names_of_its_fields(paper: Plan) -> None:
+    found = paper.to_json()
+    assert list(found) == ["model", "against", "ratios", "backends", "setting", "command", "sentences", "notes"]
+    for each in (found["model"], found["against"]):
+        assert list(each) == ["name", "attention", "shape", "left_out", "estimate"]
+        assert each["estimate"]["training"]["intensity"] > each["estimate"]["decoding"]["intensity"] > 0
+        assert each["estimate"]["parameters"]["total"] > each["estimate"]["parameters"]["non_embedding"]
+    json.dumps(found, allow_nan=False)
 
 
 def test_parallel_plans_have_rows_for_one_rank() -> None:
-    rows = {row["key"]: row for row in plan("diff_v1:300K", "softmax:300K", context=64, fsdp=2)["ratios"]}
-    assert 0 < rows["rank_training_bytes"]["model"] < rows["training_bytes"]["model"]
+    result = plan("diff_v1:300K", "softmax:300K", Setting(context=64, fsdp=2))
+    rows = {row.key: row.model for row in result.ratios}
+    assert 0 < rows["rank_training_bytes"] < rows["training_bytes"]
 
 
 @pytest.mark.parametrize(("attention", "ratio"), [("diff_v1", 1.0), ("diff_v2", 2.0)])
 def test_maps_are_doubled_where_they_are_written_and_queries_are_doubled(attention: str, ratio: float) -> None:
     result = plan(f"{attention}:6.8B")
-    rows = [row for row in result["backends"] if row["attention"] == attention]
-    assert [row["backend"] for row in rows] == backends_of(attention)
-    assert {row["backend"]: row["score_ratio_to_twin"] for row in rows if row["score_bytes"]} == {"materialised": ratio}
-    assert all(row["cache_ratio_to_twin"] == 1 for row in rows)
-    said = result["sentences"][0]
+    rows = [row for row in result.backends if row.attention == attention]
+    assert [row.backend for row in rows] == backends_of(attention)
+    assert {row.backend: row.score_ratio_to_twin for row in rows if row.score_bytes} == {"materialised": ratio}
+    assert all(row.cache_ratio_to_twin == 1 for row in rows)
+    said = result.sentences[0]
     assert ("doubled in materialised alone" in said) == (ratio == 2)
     assert ("doubled in no backend" in said) == (ratio == 1)
     assert f"holds {ratio:.2f}× the bytes of maps" in said
     assert "its KV cache is the same in every row" in said
 
 
-def test_sentences_say_what_the_rows_say(paper: dict[str, Any]) -> None:
-    memory, phases, small = paper["sentences"]
-    rows = {row["key"]: row for row in paper["ratios"]}
-    inference = rows["prefill_bytes"]["ratio"]
-    assert f"{rows['parameters']['ratio']:.0%} of the parameters" in memory
-    assert re.findall(r"\((\d\.\d\d)×\)", memory) == [f"{rows['training_bytes']['ratio']:.2f}", f"{inference:.2f}"]
+def test_sentences_say_what_the_rows_say(paper: Plan) -> None:
+    memory, phases, small = paper.sentences
+    rows = {row.key: row.ratio for row in paper.ratios}
+    inference = rows["prefill_bytes"]
+    assert f"{rows['parameters']:.0%} of the parameters" in memory
+    assert re.findall(r"\((\d\.\d\d)×\)", memory) == [f"{rows['training_bytes']:.2f}", f"{inference:.2f}"]
     assert "it needs less in training and in inference" in memory
-    assert f"{rows['training_bytes']['ratio']:.2f}× of the memory becomes {inference:.2f}×" in phases
+    assert f"{rows['training_bytes']:.2f}× of the memory becomes {inference:.2f}×" in phases
     assert "is better for diff_v1:6.8B at inference" in phases
-    assert f"as int4 ({rows['disk_bytes_int4']['ratio']:.2f}×)" in small
+    assert f"as int4 ({rows['disk_bytes_int4']:.2f}×)" in small
     assert "Raspberry Pi 5 (8 GiB): only diff_v1:6.8B" in small
-    for sentence in paper["sentences"]:
+    for sentence in paper.sentences:
         assert "\n" not in sentence
 
 
 def test_sentences_of_the_pair_the_other_way_round() -> None:
-    memory, phases, small = plan("softmax:11B", "diff_v1:6.8B")["sentences"]
+    memory, phases, small = plan("softmax:11B", "diff_v1:6.8B").sentences
     assert "it needs less in neither" in memory
     assert "twice" not in memory
     assert "is worse for softmax:11B at inference" in phases
@@ -211,18 +222,18 @@ def test_sentences_of_the_pair_the_other_way_round() -> None:
 
 
 def test_sentences_without_times_or_without_training() -> None:
-    result = plan("diff_v2:300K", "softmax:300K", context=64, machine=None)
-    assert "Tokens per second" not in result["sentences"][1]
-    assert "first token" not in result["sentences"][2]
+    result = plan("diff_v2:300K", "softmax:300K", Setting(context=64, machine=None))
+    assert "Tokens per second" not in result.sentences[1]
+    assert "first token" not in result.sentences[2]
     whole = precision_of("bf16", weights="int8", cache="int8")
-    result = plan("diff_v2:300K", "softmax:300K", context=64, precision=whole)
-    assert "not trained" in result["sentences"][1]
-    assert {row["model"] for row in result["ratios"] if row["key"].startswith("train")} == {None}
+    result = plan("diff_v2:300K", "softmax:300K", Setting(context=64, precision=whole))
+    assert "not trained" in result.sentences[1]
+    assert {row.model for row in result.ratios if row.key.startswith("train")} == {None}
     assert table(result)[3][1:] == ["–", "–", ""]
 
 
-def test_tables_are_rectangles_of_text(paper: dict[str, Any]) -> None:
-    for rows in (table(paper), backend_table(paper)):
+def test_tables_are_rectangles_of_text(paper: Plan) -> None:
+    for rows in (table(paper), backend_table(paper.backends)):
         assert {len(row) for row in rows} == {len(rows[0])}
         assert all(isinstance(cell, str) for row in rows for cell in row)
     assert table(plan("diff_v1:6.8B", "softmax:13.1B"))[1] == ["Parameters", "6.84 B", "13.1 B", "0.52×"]
@@ -252,7 +263,7 @@ def test_sizes_and_axes_as_people_write_them() -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "nan", "inf", "4.5", "4x", "1e30", "9" * 5000, "4k4"])
 def test_bad_contexts_are_one_line(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"batch '.*' given; a whole number of at least 1") as caught:
+    with pytest.raises(ConfigError, match=r"batch '.*'; wanted a whole number from 1") as caught:
         parse_tokens(text, "batch")
     assert len(str(caught.value)) < 300
 
@@ -263,7 +274,7 @@ def test_bad_contexts_are_one_line(text: str) -> None:
      "=1:2"],
 )  # fmt: skip
 def test_bad_sweeps_are_one_line(text: str) -> None:
-    with pytest.raises(ConfigError, match="given; ") as caught:
+    with pytest.raises(ConfigError, match="wanted") as caught:
         parse_sweep(text)
     assert "\n" not in str(caught.value)
 
@@ -278,56 +289,50 @@ def test_bad_sizes_are_one_line(text: str) -> None:
 
 
 def test_a_sweep_is_the_plan_at_each_value() -> None:
-    rows = sweep("batch=1:3", "diff_v1:300K", "softmax:300K", context=64, machine="Raspberry Pi 5")
-    assert [(row["value"], row["model"]) for row in rows] == [
+    setting = Setting(context=64, machine="Raspberry Pi 5")
+    rows = sweep("batch=1:3", "diff_v1:300K", "softmax:300K", setting)
+    assert [(row.value, row.model) for row in rows] == [
         (value, name) for value in (1, 2, 3) for name in ("diff_v1:300K", "softmax:300K")
     ]
-    other = plan("diff_v1:300K", "softmax:300K", context=64, batch=3, machine="Raspberry Pi 5")["model"]["estimate"]
-    assert rows[4]["training_bytes"] == other["training"]["memory"]["total"]
-    assert rows[4]["decoding_tokens_per_second"] == other["decoding"]["tokens_per_second"]
-    assert all(row["fits_training"] and row["fits_inference"] for row in rows)
+    other = plan("diff_v1:300K", "softmax:300K", replace(setting, batch=3)).model.estimate
+    assert rows[4].training_bytes == other.training.memory.total
+    assert rows[4].decoding_tokens_per_second == other.decoding.tokens_per_second
+    assert all(row.fits_training and row.fits_inference for row in rows)
 
 
 @pytest.mark.parametrize("attention", VARIANTS)
 def test_what_fits_is_the_last_that_fits(attention: str) -> None:
-    limit, context, batch = 40 << 20, 64, 2
-    place: dict[str, Any] = {"precision": "fp32", "backend": "standard"}
+    limit, setting = 40 << 20, Setting(context=64, batch=2, precision="fp32")
     built = parse_model(f"{attention}:300K").built
 
-    def inference(batch: int, context: int) -> int:
-        return max(
-            peak(built, attention, batch=batch, context=context, **place).total
-            for peak in (prefill_memory, decoding_memory)
-        )
+    def inference(at: Setting) -> int:
+        return inference_memory(built, attention, at)
 
-    def training(batch: int, context: int) -> int:
-        return training_memory(built, attention, batch=batch, context=context, **place).total
+    def training(at: Setting) -> int:
+        return training_memory(built, attention, at).total
 
-    rows = fits(limit, f"{attention}:300K", context=context, batch=batch, **place)
-    values = {(row["phase"], row["what"]): row["value"] for row in rows if row["what"] != "parameters"}
+    rows = fits(limit, f"{attention}:300K", setting)
+    values = {(row.phase, row.what): row.value for row in rows if row.what != "parameters"}
     for phase, need in (("training", training), ("inference", inference)):
-        last = values[phase, "context"]
-        assert need(batch, last) <= limit < need(batch, last + 1)
-        last = values[phase, "batch"]
-        assert need(last, context) <= limit < need(last + 1, context)
+        for axis in ("context", "batch"):
+            last = values[phase, axis]
+            assert need(replace(setting, **{axis: last})) <= limit < need(replace(setting, **{axis: last + 1}))
 
 
 def test_the_largest_shape_is_one_step_below_too_large() -> None:
     for row in fits("8GiB"):
-        if row["what"] != "parameters":
+        if row.what != "parameters":
             continue
-        assert row["bytes"] <= 8 << 30
-        widths = [shape_about(row["value"] * factor).hidden_size for factor in (1, 1.3, 1.6)]
-        larger = next(
-            shape_about(row["value"] * f) for f, w in zip((1, 1.3, 1.6), widths, strict=True) if w > widths[0]
-        )
-        place: dict[str, Any] = {"batch": 1, "context": 4096, "precision": "mixed", "backend": "standard"}
-        peaks = (training_memory,) if row["phase"] == "training" else (prefill_memory, decoding_memory)
-        assert max(peak(larger, row["attention"], **place).total for peak in peaks) > 8 << 30
+        assert row.bytes <= 8 << 30
+        widths = [shape_about(row.value * factor).hidden_size for factor in (1, 1.3, 1.6)]
+        larger = next(shape_about(row.value * f) for f, w in zip((1, 1.3, 1.6), widths, strict=True) if w > widths[0])
+        training = training_memory(larger, row.attention, Setting()).total
+        peak = training if row.phase == "training" else inference_memory(larger, row.attention, Setting())
+        assert peak > 8 << 30
 
 
 def test_where_nothing_fits_it_says_so() -> None:
-    with pytest.raises(ConfigError, match="more is wanted"):
+    with pytest.raises(ConfigError, match="wanted more"):
         fits("1MiB")
-    rows = fits("8GiB", precision=precision_of("bf16", weights="int4"))
-    assert {row["phase"] for row in rows} == {"inference"}
+    rows = fits("8GiB", setting=Setting(precision=precision_of("bf16", weights="int4")))
+    assert {row.phase for row in rows} == {"inference"}

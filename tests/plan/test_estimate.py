@@ -7,10 +7,10 @@ import pytest
 
 from diffattn.errors import ConfigError
 from diffattn.plan.cost import decoding_flops_per_token, flops_per_token
-from diffattn.plan.estimate import call_heads, estimate
+from diffattn.plan.estimate import Estimate, TokenFlops, call_heads, estimate
 from diffattn.plan.hardware import Machine
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory, training_moments
-from diffattn.plan.precision import PRECISIONS, Precision
+from diffattn.plan.setting import PRECISIONS, Precision, Setting
 from diffattn.plan.shape import VARIANTS, ModelShape
 
 D, L, n, G, d, F, V = 22, 3, 8, 4, 10, 35, 47
@@ -33,47 +33,47 @@ MATRICES = {
 PER_PAIR = {"softmax": 4 * n * d, "diff_v1": 4 * n * d, "diff_v2": 6 * n * d, "gated": 4 * n * d}
 
 
-def found(attention: str, shape: ModelShape = SHAPE, **changes: Any) -> dict[str, Any]:
-    place: dict[str, Any] = {"context": T, "batch": B, "precision": "fp32", "backend": "fused", "machine": MACHINE}
-    return estimate(shape, attention, **(place | changes))
+def found(attention: str, shape: ModelShape = SHAPE, **changes: Any) -> Estimate:
+    setting = {"context": T, "batch": B, "precision": "fp32", "backend": "fused", "machine": MACHINE}
+    return estimate(shape, attention, Setting(**(setting | changes)))
 
 
 @pytest.mark.parametrize("attention", VARIANTS)
 def test_decoding_reads_weights_and_cache_for_one_query(attention: str) -> None:
     result = found(attention)
-    decoding, total = result["decoding"], result["parameters"]["total"]
+    decoding, total = result.decoding, result.parameters.total
     flops = 2 * (MATRICES[attention] + V * D) + PER_PAIR[attention] * L * (T + 1)
-    assert decoding["flops_per_token"] == {"model": flops, "executed": flops}
+    assert decoding.flops_per_token == TokenFlops(flops, flops)
     cache = 2 * G * d * L * B * T * 4
-    assert decoding["memory"]["cache"] == cache
-    assert result["cache_bytes_per_token"] == 2 * G * d * L * 4
+    assert decoding.memory.cache == cache
+    assert result.cache_bytes_per_token == 2 * G * d * L * 4
     moved = 4 * total + cache
-    assert decoding["bytes_moved"] == moved
-    assert decoding["intensity"] == B * flops / moved
-    assert decoding["seconds"] == max(B * flops / 1e6, moved / 1e6)
-    assert decoding["tokens_per_second"] == B / decoding["seconds"]
+    assert decoding.bytes_moved == moved
+    assert decoding.intensity == B * flops / moved
+    assert decoding.seconds == max(B * flops / 1e6, moved / 1e6)
+    assert decoding.tokens_per_second == B / decoding.seconds
 
 
 @pytest.mark.parametrize("attention", VARIANTS)
 def test_prefill_makes_one_row_of_logits_per_sequence(attention: str) -> None:
-    prefill = found(attention)["prefill"]
+    prefill = found(attention).prefill
     # A causal map has T(T + 1)/2 pairs.
     flops = B * T * 2 * MATRICES[attention] + B * 2 * V * D + B * L * PER_PAIR[attention] * T * (T + 1) // 2
-    assert prefill["flops"] == flops
-    assert prefill["flops_per_token"]["executed"] == flops / (B * T)
+    assert prefill.flops == flops
+    assert prefill.flops_per_token.executed == flops / (B * T)
 
 
 @pytest.mark.parametrize("attention", VARIANTS)
 def test_training_flops_and_what_checkpointing_adds(attention: str) -> None:
-    plain, again = found(attention)["training"], found(attention, checkpointing=True)["training"]
+    plain, again = found(attention).training, found(attention, checkpointing=True).training
     by_cost = flops_per_token(SHAPE, attention, context=T, backend="fused")
-    assert plain["flops_per_token"] == {"model": by_cost.model, "executed": by_cost.executed}
-    assert plain["flops"] == by_cost.executed * B * T
+    assert plain.flops_per_token == TokenFlops(by_cost.model, by_cost.executed)
+    assert plain.flops == by_cost.executed * B * T
     layers = 2 * MATRICES[attention] + L * PER_PAIR[attention] * (T + 1) // 2
-    assert again["flops_per_token"]["executed"] - by_cost.executed == layers
-    assert again["flops_per_token"]["model"] == by_cost.model
-    assert again["memory"]["total"] == plain["peak_with_checkpointing"] == again["peak_with_checkpointing"]
-    assert plain["memory"]["total"] == plain["peak_without_checkpointing"] == again["peak_without_checkpointing"]
+    assert again.flops_per_token.executed - by_cost.executed == layers
+    assert again.flops_per_token.model == by_cost.model
+    assert again.memory.total == plain.peak_with_checkpointing == again.peak_with_checkpointing
+    assert plain.memory.total == plain.peak_without_checkpointing == again.peak_without_checkpointing
 
 
 def test_materialised_maps_are_kept_and_not_computed_again() -> None:
@@ -84,92 +84,92 @@ def test_materialised_maps_are_kept_and_not_computed_again() -> None:
             2 * (MATRICES[attention] + V * D) + L * PER_PAIR[attention] * T
         )
     # One float32 map of T × T per query head of the one call: V1 has n of them, V2 2n.
-    sizes = {name: found(name, backend="materialised")["score_bytes"] for name in VARIANTS}
+    sizes = {name: found(name, backend="materialised").score_bytes for name in VARIANTS}
     one = 4 * L * B * T * T
     assert sizes == {"softmax": n * one, "diff_v1": n * one, "diff_v2": 2 * n * one, "gated": n * one}
-    assert found("diff_v2", backend="materialised", checkpointing=True)["score_bytes"] == 2 * n * one // L
-    assert [found(name)["score_bytes"] for name in VARIANTS] == [0] * 4
+    assert found("diff_v2", backend="materialised", checkpointing=True).score_bytes == 2 * n * one // L
+    assert [found(name).score_bytes for name in VARIANTS] == [0] * 4
 
 
 def test_calls_that_read_the_cache_more_often_say_so() -> None:
     moved = {
-        backend: found("diff_v1", backend=backend)["decoding"]["bytes_moved"]
+        backend: found("diff_v1", backend=backend).decoding.bytes_moved
         for backend in ("standard", "two_calls", "four_calls")
     }
     half = G * d * L * B * T * 4
     assert (moved["two_calls"] - moved["standard"], moved["four_calls"] - moved["standard"]) == (half, 2 * half)
-    assert len({found("softmax", backend=name)["decoding"]["bytes_moved"] for name in moved}) == 1
+    assert len({found("softmax", backend=name).decoding.bytes_moved for name in moved}) == 1
 
 
 def test_memory_is_that_of_the_memory_module() -> None:
-    place: dict[str, Any] = {"batch": B, "context": T, "precision": "mixed", "backend": "standard"}
+    setting = Setting(batch=B, context=T)
     for attention in VARIANTS:
-        result = found(attention, precision="mixed", backend="standard")
-        for phase, peak in (("training", training_memory), ("prefill", prefill_memory), ("decoding", decoding_memory)):
-            memory = peak(SHAPE, attention, **place)
-            assert result[phase]["memory"] == vars(memory) | {"total": memory.total}
+        result = estimate(SHAPE, attention, setting)
+        assert result.training.memory == training_memory(SHAPE, attention, setting)
+        assert result.prefill.memory == prefill_memory(SHAPE, attention, setting)
+        assert result.decoding.memory == decoding_memory(SHAPE, attention, setting)
 
 
 def test_disk_and_first_token() -> None:
     result = found("softmax", precision="bf16")
-    total = result["parameters"]["total"]
-    assert {name: of["bytes"] for name, of in result["disk"].items()} == {
+    total = result.parameters.total
+    assert {name: of.bytes for name, of in result.disk.items()} == {
         "fp32": 4 * total, "bf16": 2 * total, "int8": total, "int4": -(-total // 2)
     }  # fmt: skip
-    assert result["disk"]["int8"]["read_seconds"] == total / 1e5
-    assert result["read_seconds"] == 2 * total / 1e5
-    assert result["first_token_seconds"] == 2 * total / 1e5 + result["prefill"]["seconds"]
+    assert result.disk["int8"].read_seconds == total / 1e5
+    assert result.read_seconds == 2 * total / 1e5
+    assert result.first_token_seconds == 2 * total / 1e5 + result.prefill.seconds
 
 
 def test_an_untied_embedding_is_looked_up_and_not_read() -> None:
     tied, untied = found("softmax"), found("softmax", UNTIED)
-    assert untied["parameters"]["total"] - tied["parameters"]["total"] == V * D
-    assert untied["decoding"]["bytes_moved"] == tied["decoding"]["bytes_moved"]
+    assert untied.parameters.total - tied.parameters.total == V * D
+    assert untied.decoding.bytes_moved == tied.decoding.bytes_moved
 
 
 def test_without_a_machine_there_are_bytes_and_no_times() -> None:
     result = found("diff_v2", machine=None)
-    assert result["training"]["seconds"] is result["decoding"]["tokens_per_second"] is None
-    assert result["read_seconds"] is result["first_token_seconds"] is None
-    assert result["decoding"]["bytes_moved"] > 0
-    assert found("diff_v2", machine=Machine("half", None, disk=1e5))["first_token_seconds"] is None
-    json.dumps(result, allow_nan=False)
+    assert result.training.seconds is result.decoding.tokens_per_second is None
+    assert result.read_seconds is result.first_token_seconds is None
+    assert result.decoding.bytes_moved > 0
+    assert found("diff_v2", machine=Machine("half", None, disk=1e5)).first_token_seconds is None
+    json.dumps(result.to_json(), allow_nan=False)
 
 
 def test_integers_are_not_trained() -> None:
     result = found("diff_v1", precision=Precision("int4", "bf16", "bf16", "bf16", "int8"))
-    assert result["training"] is result["rank"]["training"] is None
-    assert result["cache_bytes_per_token"] == 2 * G * d * L
+    assert result.training is result.rank.training is None
+    assert result.cache_bytes_per_token == 2 * G * d * L
 
 
 def test_ranks_share_what_can_be_shared() -> None:
-    whole, result = found("softmax")["training"]["memory"], found("softmax", fsdp=2, tp=4)
-    rank = result["rank"]["training"]
-    assert rank["weights"] == whole["weights"] / 8
-    assert rank["optimizer"] == -(-whole["optimizer"] // 8)
+    whole, result = found("softmax").training.memory, found("softmax", fsdp=2, tp=4)
+    rank = result.rank.training
+    assert rank.weights == whole.weights / 8
+    assert rank.optimizer == -(-whole.optimizer // 8)
     of_layer = MATRICES["softmax"] // L + 2 * D
-    assert rank["gathered"] == -(-4 * of_layer // 4)
-    assert whole["activations"] / 4 < rank["activations"] < whole["activations"]
-    assert rank["total"] == sum(value for key, value in rank.items() if key != "total")
-    assert result["rank"]["decoding"]["cache"] == result["decoding"]["memory"]["cache"] / 4
-    alone = found("softmax")["rank"]
-    assert alone["training"]["total"] == whole["total"]
-    assert alone["prefill"]["total"] == found("softmax")["prefill"]["memory"]["total"]
+    assert rank.gathered == -(-4 * of_layer // 4)
+    assert whole.activations / 4 < rank.activations < whole.activations
+    assert rank.to_json()["total"] == rank.total == sum(vars(rank).values())
+    assert result.rank.decoding.cache == result.decoding.memory.cache / 4
+    alone = found("softmax").rank
+    assert alone.training.total == whole.total
+    assert alone.prefill.total == found("softmax").prefill.memory.total
 
 
 def test_a_ranks_peak_is_that_of_its_own_moments() -> None:
     # On one device the state of the optimizer outweighs the activations, on 16 ranks it does not.
-    place: dict[str, Any] = {"context": 1024, "batch": 1, "precision": "bf16", "backend": "standard"}
+    setting = Setting(context=1024, precision="bf16", fsdp=2, tp=8)
     shape = ModelShape.preset("6.8B")
-    result = estimate(shape, "diff_v1", fsdp=2, tp=8, **place)
-    assert result["training"]["memory"]["activations"] == 0
-    rank = result["rank"]["training"]
-    assert rank["activations"] > rank["optimizer"]
-    moments = training_moments(shape, "diff_v1", **place, checkpointing=False)
+    result = estimate(shape, "diff_v1", setting)
+    assert result.training.memory.activations == 0
+    rank = result.rank.training
+    assert rank.activations > rank.optimizer
+    moments = training_moments(shape, "diff_v1", setting)
     # Whatever is cut, nothing is cut into more than 16 parts.
-    assert rank["total"] >= max(moment.total for moment in moments.values()) / 16
-    shards = [-(-getattr(moments["end of the forward pass"], part) // 16) for part in ("weights", "optimizer")]
-    assert [rank["weights"], rank["optimizer"]] == shards
+    assert rank.total >= max(moment.total for moment in moments.values()) / 16
+    end = moments["end of the forward pass"]
+    assert (rank.weights, rank.optimizer) == (-(-end.weights // 16), -(-end.optimizer // 16))
 
 
 def test_a_pair_stays_on_one_rank() -> None:
@@ -178,7 +178,7 @@ def test_a_pair_stays_on_one_rank() -> None:
     ]  # fmt: skip
     found("softmax", tp=4)
     found("diff_v2", tp=4)
-    with pytest.raises(ConfigError, match=r"tp=4 given.*2 key/value heads.*use one of 1, 2"):
+    with pytest.raises(ConfigError, match=r"tp=4 with 2 key/value heads.*use one of 1, 2"):
         found("diff_v1", tp=4)
 
 

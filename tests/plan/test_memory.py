@@ -7,17 +7,9 @@ from hypothesis import strategies as st
 
 from diffattn.errors import ConfigError
 from diffattn.plan.activations import BACKENDS, layer
-from diffattn.plan.cost import cache_bytes_per_token, count_parameters
-from diffattn.plan.memory import (
-    BYTES,
-    PRECISIONS,
-    Precision,
-    decoding_memory,
-    moments,
-    prefill_memory,
-    training_memory,
-    weight_bytes,
-)
+from diffattn.plan.cost import cache_bytes_per_token, count_parameters, weight_bytes
+from diffattn.plan.memory import decoding_memory, moments, prefill_memory, training_memory
+from diffattn.plan.setting import BYTES, PRECISIONS, Precision, Setting
 from diffattn.plan.shape import VARIANTS, ModelShape
 
 # Every dimension is another prime where the rules allow it.
@@ -81,14 +73,14 @@ def test_every_moment_is_an_exact_polynomial(attention, backend, precision):
     for checkpointing in (False, True):
 
         def at(batch, context, checkpointing=checkpointing):
-            return moments(
-                PRIME, attention, batch=batch, context=context, precision=precision, backend=backend,
-                checkpointing=checkpointing,
-            )  # fmt: skip
+            setting = Setting(
+                batch=batch, context=context, precision=precision, backend=backend, checkpointing=checkpointing
+            )
+            return moments(PRIME, attention, setting)
 
         table = {(B, T): at(B, T) for B in range(1, 5) for T in range(1, 6)}
         for name in table[1, 1]:
-            f = {place: values[name] for place, values in table.items()}
+            f = {point: values[name] for point, values in table.items()}
             assert all(isinstance(value, int) for value in f.values())
             for B, T in itertools.product(range(1, 5), range(1, 3)):
                 assert f[B, T + 3] - 3 * f[B, T + 2] + 3 * f[B, T + 1] - f[B, T] == 0, "of degree 2 in T"
@@ -112,44 +104,39 @@ def cases(draw):
         tie_word_embeddings=draw(st.booleans()),
     )
     attention, backend = draw(st.sampled_from(FORMS))
-    return (
-        shape,
-        attention,
-        {
-            "backend": backend,
-            "batch": draw(st.integers(1, 9)),
-            "context": draw(st.integers(1, 3000)),
-            "precision": draw(st.sampled_from(list(PRECISIONS))),
-        },
+    setting = Setting(
+        backend=backend,
+        batch=draw(st.integers(1, 9)),
+        context=draw(st.integers(1, 3000)),
+        precision=draw(st.sampled_from(list(PRECISIONS))),
+        checkpointing=draw(st.booleans()),
     )
+    return shape, attention, setting
 
 
 @few
-@given(cases(), st.booleans())
-def test_more_of_anything_needs_no_less(case, checkpointing):
-    shape, attention, options = case
-    here = training_memory(shape, attention, **options, checkpointing=checkpointing)
-    found = moments(shape, attention, **options, checkpointing=checkpointing)
-    assert here.total == max(found.values())
+@given(cases())
+def test_more_of_anything_needs_no_less(case):
+    shape, attention, setting = case
+    here = training_memory(shape, attention, setting)
+    assert here.total == max(moments(shape, attention, setting).values())
     assert min(dataclasses.astuple(here)) >= 0
     for key in ("batch", "context"):
-        more = options | {key: options[key] + 1}
-        assert training_memory(shape, attention, **more, checkpointing=checkpointing).total >= here.total
+        more = dataclasses.replace(setting, **{key: getattr(setting, key) + 1})
+        assert training_memory(shape, attention, more).total >= here.total
         for memory in (prefill_memory, decoding_memory):
-            assert memory(shape, attention, **more).total > memory(shape, attention, **options).total
+            assert memory(shape, attention, more).total > memory(shape, attention, setting).total
     for key in ("num_layers", "vocab_size"):
         larger = dataclasses.replace(shape, **{key: getattr(shape, key) + 1})
-        assert training_memory(larger, attention, **options, checkpointing=checkpointing).total > here.total
+        assert training_memory(larger, attention, setting).total > here.total
 
 
 def test_what_saves_memory_saves_it():
     shape = ModelShape.preset("1.4B")
-    place = {"batch": 2, "context": 2048}
 
     def total(attention="diff_v1", precision="fp32", backend="fused", checkpointing=False):
-        return training_memory(
-            shape, attention, **place, precision=precision, backend=backend, checkpointing=checkpointing
-        ).total
+        setting = Setting(batch=2, context=2048, precision=precision, backend=backend, checkpointing=checkpointing)
+        return training_memory(shape, attention, setting).total
 
     assert total(precision="bf16") < total(precision="mixed") < total(precision="autocast") < total()
     for precision in PRECISIONS:
@@ -163,9 +150,8 @@ def test_fixed_parts_are_the_parameters():
         count = count_parameters(PRIME, attention).total
         lambdas = 3 * 4 * 14 if attention == "diff_v1" else 0
         tensors = 3 * (9 + {"softmax": 0, "diff_v1": 5, "diff_v2": 1, "gated": 1}[attention]) + 3
-        place = {"batch": 1, "context": 5, "backend": "standard"}
         fp32, mixed = (
-            training_memory(PRIME, attention, **place, precision=precision) for precision in ("fp32", "mixed")
+            training_memory(PRIME, attention, Setting(context=5, precision=name)) for name in ("fp32", "mixed")
         )
         assert (fp32.weights, fp32.optimizer) == (4 * count, 8 * count + 4 * tensors)
         assert (mixed.weights, mixed.optimizer) == (2 * count + 2 * lambdas, 12 * count + 4 * tensors)
@@ -176,38 +162,31 @@ def test_the_cache_is_that_of_the_cost():
     for attention, precision in itertools.product(VARIANTS, PRECISIONS):
         value = 4 if precision == "fp32" else 2
         wanted = 7 * 11 * cache_bytes_per_token(PRIME, attention, bytes_per_value=value)
-        found = decoding_memory(PRIME, attention, batch=7, context=11, precision=precision, backend="standard")
+        found = decoding_memory(PRIME, attention, Setting(batch=7, context=11, precision=precision))
         assert found.cache == wanted
     packed = Precision("int4", "bf16", "bf16", "bf16", "int8")
-    found = decoding_memory(PRIME, "softmax", batch=7, context=11, precision=packed, backend="standard")
+    found = decoding_memory(PRIME, "softmax", Setting(batch=7, context=11, precision=packed))
     assert found.cache == 7 * 11 * cache_bytes_per_token(PRIME, "softmax", bytes_per_value=1)
     assert found.weights == -(-count_parameters(PRIME, "softmax").total // 2)
 
 
 def test_softmax_and_definition_have_no_form_of_their_own():
-    place = {"batch": 3, "context": 17, "precision": "bf16"}
-    assert len({training_memory(PRIME, "softmax", **place, backend=name) for name in BACKENDS[:-1]}) == 1
+    def peak(attention, backend):
+        return training_memory(PRIME, attention, Setting(batch=3, context=17, precision="bf16", backend=backend))
+
+    assert len({peak("softmax", name) for name in BACKENDS[:-1]}) == 1
     for attention in ("diff_v1", "diff_v2"):
-        fused, definition = (
-            training_memory(PRIME, attention, **place, backend=name) for name in ("fused", "definition")
-        )
-        assert fused == definition
+        assert peak(attention, "fused") == peak(attention, "definition")
 
 
 def test_users_mistakes_are_one_line():
-    good = {"batch": 1, "context": 8, "precision": "fp32", "backend": "standard"}
+    good = Setting(context=8, precision="fp32")
     for memory in (training_memory, prefill_memory, decoding_memory, moments):
-        for change, words in (
-            ({"batch": 0}, "batch=0;"),
-            ({"context": True}, "context=True;"),
-            ({"precision": "fp8"}, "precision='fp8' given"),
-            ({"backend": "flash"}, "backend='flash' given"),
-        ):
-            refused(lambda memory=memory, change=change: memory(PRIME, "softmax", **good | change), words)
-        refused(lambda memory=memory: memory(PRIME, "diff", **good), "attention='diff' given")
-        refused(lambda memory=memory: memory(PRIME, "diff_v2", **good | {"backend": "two_calls"}), "of diff_v2")
-    refused(lambda: Precision("fp32", "int8", "fp32", "fp32", "fp32"), "gradients='int8' given", "bf16")
-    refused(lambda: Precision("fp32", "fp32", "fp32", "fp32", "fp8"), "cache='fp8' given", *BYTES)
-    whole = Precision("int8", "bf16", "fp32", "bf16", "bf16")
-    refused(lambda: training_memory(PRIME, "softmax", **good | {"precision": whole}), "weights='int8' given")
-    refused(lambda: weight_bytes(PRIME, "softmax", dtype="fp8"), "dtype='fp8' given")
+        refused(lambda memory=memory: memory(PRIME, "diff", good), "attention='diff'")
+        two_calls = Setting(context=8, backend="two_calls")
+        refused(lambda memory=memory, two_calls=two_calls: memory(PRIME, "diff_v2", two_calls), "of diff_v2")
+    refused(lambda: Precision("fp32", "int8", "fp32", "fp32", "fp32"), "gradients='int8'", "bf16")
+    refused(lambda: Precision("fp32", "fp32", "fp32", "fp32", "fp8"), "cache='fp8'", *BYTES)
+    whole = Setting(precision=Precision("int8", "bf16", "fp32", "bf16", "bf16"))
+    refused(lambda: training_memory(PRIME, "softmax", whole), "weights='int8'")
+    refused(lambda: weight_bytes(PRIME, "softmax", dtype="fp8"), "dtype='fp8'")

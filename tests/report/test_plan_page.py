@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,7 +21,8 @@ from support.browser import CHROMIUM, needs_chromium
 from diffattn import humanize as written
 from diffattn.plan.activations import resolve
 from diffattn.plan.answer import plan
-from diffattn.plan.precision import Precision
+from diffattn.plan.result import Plan
+from diffattn.plan.setting import Precision, Setting
 from diffattn.report.page import HERE
 from diffattn.report.plan_page import BACKEND_CELLS, POINTS, render_plan, solve
 
@@ -38,7 +40,7 @@ def in_node(expression: str, given: Any) -> Any:
     return json.loads(done.stdout)
 
 
-SETTING: dict[str, Any] = {"context": 4096, "batch": 4, "precision": "bf16", "machine": "H100 SXM"}
+SETTING: dict[str, Any] = {"context": 4096, "batch": 4, "precision": "bf16"}
 PAIRS = [("diff_v1:6.8B", "softmax:11B"), ("diff_v2:1.4B", "softmax:1.4B")]
 
 
@@ -127,35 +129,35 @@ def pair(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
 
-def expected(result: dict[str, Any]) -> dict[tuple[str, str], float | None]:
-    return {(row["key"], side): row[side] for row in result["ratios"] for side in ("model", "against")}
+def expected(result: Plan) -> dict[tuple[str, str], float | None]:
+    return {(row.key, side): getattr(row, side) for row in result.ratios for side in ("model", "against")}
 
 
-def expected_backends(result: dict[str, Any]) -> dict[tuple[str, str, str], float]:
-    sides = {result[side]["name"]: side for side in ("against", "model")}
-    rows = [row for row in result["backends"] if resolve(row["attention"], row["backend"]) == row["backend"]]
-    return {(sides[row["model"]], row["backend"], key): row[key] for row in rows for key in BACKEND_CELLS}
+def expected_backends(result: Plan) -> dict[tuple[str, str, str], float]:
+    sides = {result.against.name: "against", result.model.name: "model"}
+    rows = [row for row in result.backends if resolve(row.attention, row.backend) == row.backend]
+    return {(sides[row.model], row.backend, key): getattr(row, key) for row in rows for key in BACKEND_CELLS}
 
 
 def test_first_rendering_needs_no_script(pair: tuple[str, str]) -> None:
-    result = plan(*pair, **SETTING, command="diffattn plan --html plan.html")
+    result = plan(*pair, Setting(**SETTING), command="diffattn plan --html plan.html")
     page = render_plan(result)
     cells = Cells(page)
     assert cells.table == expected(result)
     assert cells.backends == expected_backends(result)
-    for words in (*result["sentences"], result["command"], *pair, "<noscript>"):
+    for words in (*result.sentences, result.command, *pair, "<noscript>"):
         assert words in html.unescape(page)
 
 
 def test_page_asks_nothing_of_the_network_and_is_small(pair: tuple[str, str]) -> None:
-    page = render_plan(plan(*pair, **SETTING))
+    page = render_plan(plan(*pair, Setting(**SETTING)))
     assert re.search(r"https?://|url\(|@import|\b(src|href)=", page) is None
     assert len(page.encode()) < 250_000
-    assert page == render_plan(plan(*pair, **SETTING))
+    assert page == render_plan(plan(*pair, Setting(**SETTING)))
 
 
 def test_every_input_has_a_label() -> None:
-    tags = Cells(render_plan(plan(**SETTING))).tags
+    tags = Cells(render_plan(plan(setting=Setting(**SETTING)))).tags
     labelled = {given["for"] for tag, given in tags if tag == "label"}
     inputs = [given for tag, given in tags if tag in ("input", "select")]
     assert len(inputs) == 8
@@ -164,10 +166,10 @@ def test_every_input_has_a_label() -> None:
 
 def test_text_from_outside_is_escaped() -> None:
     nasty = '</script><script>alert("x")</script><!--'
-    result = plan(**SETTING, command=nasty)
-    result["sentences"][0] = result["model"]["shape"]["name"] = nasty
-    result["model"]["name"] = result["setting"]["machine"]["name"] = nasty
-    result["backends"] = []
+    result = plan(setting=Setting(**SETTING), command=nasty)
+    model = replace(result.model, name=nasty, shape=replace(result.model.shape, name=nasty))
+    setting = replace(result.setting, machine=replace(result.setting.machine, name=nasty))
+    result = replace(result, model=model, setting=setting, sentences=[nasty], backends=[])
     page = render_plan(result)
     assert page.count("<script") == 2
     assert "<!--" not in page
@@ -177,8 +179,8 @@ def test_text_from_outside_is_escaped() -> None:
 @needs_chromium
 @pytest.mark.parametrize("moved", MOVED, ids=lambda moved: f"{moved['context']}-{moved['precision']}")
 def test_moved_sliders_give_what_python_gives(pair: tuple[str, str], moved: dict[str, Any], tmp_path: Path) -> None:
-    dom = in_browser(render_plan(plan(*pair, **SETTING)), moved, tmp_path)
-    right = plan(*pair, **SETTING | moved | {"checkpointing": moved.get("checkpointing") == "on"})
+    dom = in_browser(render_plan(plan(*pair, Setting(**SETTING))), moved, tmp_path)
+    right = plan(*pair, Setting(**SETTING | moved | {"checkpointing": moved.get("checkpointing") == "on"}))
     cells = Cells(dom)
     # Counts are exact; a quotient may differ in its last digit.
     for key, value in expected(right).items():
@@ -196,14 +198,18 @@ def test_moved_sliders_give_what_python_gives(pair: tuple[str, str], moved: dict
 @needs_chromium
 @pytest.mark.parametrize("hash", [{"context": "x", "batch": "-3"}, {"precision": "fp7", "machine": "", "other": "1"}])
 def test_impossible_setting_in_the_address_is_left_out(hash: dict[str, str], tmp_path: Path) -> None:
-    result = plan(**SETTING)
+    result = plan(setting=Setting(**SETTING))
     assert Cells(in_browser(render_plan(result), hash, tmp_path)).table == pytest.approx(expected(result))
 
 
 @needs_chromium
 def test_integer_weights_no_machine_and_two_of_a_kind_still_make_a_page(tmp_path: Path) -> None:
     precision = Precision("int4", "bf16", "bf16", "bf16", "int4")
-    result = plan("softmax:3M", "softmax:30M", context=100, machine=None, precision=precision, backend="definition")
+    result = plan(
+        "softmax:3M",
+        "softmax:30M",
+        Setting(context=100, machine=None, precision=precision, backend="definition"),
+    )
     dom = in_browser(render_plan(result), {}, tmp_path)
     assert Cells(dom).table == pytest.approx(expected(result))
     assert "integer weights are not trained" in dom.split('id="data"')[0]
@@ -212,9 +218,9 @@ def test_integer_weights_no_machine_and_two_of_a_kind_still_make_a_page(tmp_path
 @needs_chromium
 def test_a_page_of_one_model_follows_its_sliders(tmp_path: Path) -> None:
     moved = {"context": 512, "batch": 2, "precision": "fp32", "machine": "Apple M2"}
-    dom = in_browser(render_plan(plan("diff_v1:3M", **SETTING)), moved, tmp_path)
-    right = plan("diff_v1:3M", **moved)
-    wanted = {row["key"]: row["model"] for row in right["ratios"]}
+    dom = in_browser(render_plan(plan("diff_v1:3M", setting=Setting(**SETTING))), moved, tmp_path)
+    right = plan("diff_v1:3M", setting=Setting(**moved))
+    wanted = {row.key: row.model for row in right.ratios}
     shown = dict(re.findall(r'<tr data-row="(\w+)">.*?data-value="([^"]*)"', dom, flags=re.DOTALL))
     assert set(shown) == set(wanted)
     assert {key: float(value) for key, value in shown.items() if value} == pytest.approx(
@@ -227,7 +233,7 @@ def test_a_page_of_one_model_follows_its_sliders(tmp_path: Path) -> None:
 
 @needs_chromium
 def test_page_fits_a_telephone_and_a_desk(pair: tuple[str, str], tmp_path: Path) -> None:
-    sizes = measure(render_plan(plan(*pair, **SETTING)), [400, 820, 821, 1400], tmp_path)
+    sizes = measure(render_plan(plan(*pair, Setting(**SETTING))), [400, 820, 821, 1400], tmp_path)
     assert [size["window"] for size in sizes] == [400, 820, 821, 1400]
     for size in sizes:
         assert size["scroll"] <= size["window"]

@@ -8,9 +8,11 @@ from benchmarks import plan_memory
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.fused import serving_backend
 from diffattn.plan.activations import ONE_MAP, layer, norm
+from diffattn.plan.hardware import Machine, load_machine
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
+from diffattn.plan.setting import Precision, Setting
 from diffattn.plan.shape import VARIANTS, ModelShape
-from diffattn.study.measured_machine import measure_machine, roofline
+from diffattn.study.measured_machine import measure_machine
 from diffattn.study.plan_check import Subject, all_pairs_flops, measure_plan
 
 # Tied with few symbols, where layers decide, and untied with many, where the logits do.
@@ -20,7 +22,8 @@ GROUPED = ModelShape(
 UNTIED = ModelShape(
     hidden_size=128, num_layers=3, num_heads=4, intermediate_size=320, vocab_size=4099, tie_word_embeddings=False
 )
-MACHINE = {"flops": {"fp32": 1e11, "bf16": 1e11}, "bandwidth": 1e10, "disk": 1e9}
+INTEGERS = Precision("int4", "bf16", "bf16", "bf16", "bf16")
+MACHINE = Machine("toy", {"fp32": 1e11, "bf16": 1e11}, bandwidth=1e10, disk=1e9)
 ROWS = Path(plan_memory.__file__).with_name("results") / "plan_memory.jsonl"
 PAGE = Path(plan_memory.__file__).parents[1] / "docs" / "plan.md"
 
@@ -49,22 +52,21 @@ def runs(attention: str, precision: str, backend: str) -> bool:
 def test_the_real_model_is_as_predicted(shape, attention, precision, backend, checkpointing):
     if not runs(attention, precision, backend):
         pytest.skip("no compiled kernel")
-    rows = measure_plan(
-        shape, attention, batch=2, context=192, precision=precision, backend=backend, checkpointing=checkpointing,
-        machine=MACHINE, repeats=1,
-    )  # fmt: skip
-    found = {row["what"]: row for row in rows}
-    assert {"parameters", "cache", "disk"} <= {row["what"] for row in rows if row["exact"]}
-    assert ("forward" in found) == (precision != "autocast")
+    setting = Setting(batch=2, context=192, precision=precision, backend=backend, checkpointing=checkpointing)
+    rows = measure_plan(shape, attention, setting, machine=MACHINE, repeats=1)
+    assert {"parameters", "cache", "disk"} <= {row.what for row in rows if row.exact}
+    assert ("forward" in {row.what for row in rows}) == (precision != "autocast")
+    assert len([row for row in rows if row.unit == "seconds"]) == 4
     for row in rows:
-        assert row["ratio"] == row["predicted"] / row["measured"]
-        if row["exact"]:
-            assert row["predicted"] == row["measured"], row
-        elif row["unit"] == "bytes":
-            assert 0.9 < row["ratio"] < 1.1, row
+        assert list(row.to_json()) == ["what", "unit", "predicted", "measured", "ratio", "exact"]
+        assert row.ratio == row.predicted / row.measured
+        if row.exact:
+            assert row.predicted == row.measured, row
+        elif row.unit == "bytes":
+            assert 0.9 < row.ratio < 1.1, row
         else:
-            assert row["predicted"] > 0
-            assert row["measured"] > 0
+            assert row.predicted > 0
+            assert row.measured > 0
 
 
 @pytest.mark.parametrize("attention", VARIANTS)
@@ -75,7 +77,7 @@ def test_autograd_saves_what_is_counted(attention, precision):
         if not runs(attention, precision, backend):
             continue
         B, T, shape = 2, 37, GROUPED
-        subject = Subject(shape, attention, batch=B, context=T, precision=precision, backend=backend)
+        subject = Subject(shape, attention, Setting(batch=B, context=T, precision=precision, backend=backend))
         kept = {}
 
         def keep(tensor, kept=kept):
@@ -114,21 +116,21 @@ def test_inference_is_as_predicted(precision):
     for attention, backend, shape, batch in forms:
         if not runs(attention, precision, backend):
             continue
-        place = {"batch": batch, "context": 160, "precision": precision, "backend": backend}
-        subject = Subject(shape, attention, **place)
+        setting = Setting(batch=batch, context=160, precision=precision, backend=backend)
+        subject = Subject(shape, attention, setting)
         for predict, measured in ((prefill_memory, subject.prefill()[0]), (decoding_memory, subject.decoding()[0])):
-            ratio = predict(shape, attention, **place).total / measured
+            ratio = predict(shape, attention, setting).total / measured
             print(precision, predict.__name__, attention, backend, round(ratio, 4))
-            assert 0.9 < ratio < 1.1, (predict.__name__, attention, place, ratio)
+            assert 0.9 < ratio < 1.1, (predict.__name__, attention, setting, ratio)
 
 
 def test_known_wrong_models_of_memory_are_noticed():
     """The bound of 10% is tighter than what each of these would get wrong."""
-    place = {"batch": 2, "context": 192, "precision": "fp32"}
-    measured = Subject(GROUPED, "diff_v1", **place, backend="standard").training()[0]
+    real = {"batch": 2, "context": 192, "precision": "fp32"}
+    measured = Subject(GROUPED, "diff_v1", Setting(**real)).training()[0]
 
-    def ratio(attention="diff_v1", backend="standard", **options):
-        return training_memory(GROUPED, attention, **place | options, backend=backend).total / measured
+    def ratio(attention="diff_v1", **changes):
+        return training_memory(GROUPED, attention, Setting(**real | changes)).total / measured
 
     assert 0.97 < ratio() < 1.03
     assert ratio(backend="materialised") > 1.1
@@ -139,27 +141,27 @@ def test_known_wrong_models_of_memory_are_noticed():
 
 
 def test_what_does_not_run_is_refused():
-    good = {"batch": 1, "context": 8, "precision": "fp32", "backend": "standard"}
-    for change in ({"precision": "mixed"}, {"backend": "two_calls"}, {"batch": 0}, {"context": 0}):
-        with pytest.raises(ConfigError, match="want") as caught:
-            Subject(GROUPED, "diff_v1", **good | change)
+    for change in ({"precision": "mixed"}, {"backend": "two_calls"}, {"precision": INTEGERS}):
+        with pytest.raises(ConfigError, match="wanted for a model that is built, one of") as caught:
+            Subject(GROUPED, "diff_v1", Setting(**{"context": 8, "precision": "fp32"} | change))
         assert "\n" not in str(caught.value)
 
 
 def test_no_kernel_is_said(monkeypatch):
     monkeypatch.setattr("diffattn.study.plan_check.serving_backend", lambda *_: "standard")
     with pytest.raises(UnsupportedError, match="diffattn doctor"):
-        Subject(GROUPED, "diff_v1", batch=1, context=8, precision="fp32", backend="fused")
+        Subject(GROUPED, "diff_v1", Setting(context=8, precision="fp32", backend="fused"))
 
 
-def test_the_machine_is_measured():
+def test_the_machine_is_measured_into_a_file_that_the_planner_reads(tmp_path):
     machine = measure_machine(size=128, megabytes=2, repeats=1)
-    assert json.loads(json.dumps(machine)) == machine
-    assert set(machine["flops"]) == {"fp32", "bf16"}
-    assert min(*machine["flops"].values(), machine["bandwidth"], machine["disk"], machine["memory"]) > 0
+    file = tmp_path / "here.json"
+    file.write_text(json.dumps(machine.to_json()))
+    assert load_machine(file) == machine
+    assert min(*machine.flops.values(), machine.bandwidth, machine.disk, machine.memory) > 0
     # Bound by its FLOPs, then by its bytes.
-    assert roofline(3 * machine["flops"]["bf16"], 2 * machine["bandwidth"], machine, "bf16") == pytest.approx(3)
-    assert roofline(3 * machine["flops"]["fp32"], 5 * machine["bandwidth"], machine, "fp32") == pytest.approx(5)
+    assert machine.seconds(3 * machine.flops["bf16"], 2 * machine.bandwidth, "bf16") == pytest.approx(3)
+    assert machine.seconds(3 * machine.flops["fp32"], 5 * machine.bandwidth, "fp32") == pytest.approx(5)
 
 
 def test_all_pairs_are_twice_the_causal_ones_without_the_diagonal():

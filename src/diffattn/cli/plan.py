@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from diffattn.plan.setting import DEFAULT_SETTING, Setting
+
+if TYPE_CHECKING:
+    from diffattn.plan.named_model import Model
+    from diffattn.study.plan_check import MeasuredRow
 
 
 def plan(
     *,
     model: str | None = None,
     against: str | None = None,
-    context: str = "4k",
-    batch: str = "1",
-    machine: str = "H100 SXM",
-    precision: str = "mixed",
+    context: str = str(DEFAULT_SETTING.context),
+    batch: str = str(DEFAULT_SETTING.batch),
+    machine: str = DEFAULT_SETTING.machine.name if DEFAULT_SETTING.machine else "",
+    precision: str = DEFAULT_SETTING.precision.name or "",
     weights_dtype: str | None = None,
     gradients_dtype: str | None = None,
     optimizer_dtype: str | None = None,
     activations_dtype: str | None = None,
     cache_dtype: str | None = None,
     master_dtype: str | None = None,
-    backend: str = "standard",
-    checkpointing: bool = False,
-    fsdp: int = 1,
-    tp: int = 1,
+    backend: str = DEFAULT_SETTING.backend,
+    checkpointing: bool = DEFAULT_SETTING.checkpointing,
+    fsdp: int = DEFAULT_SETTING.fsdp,
+    tp: int = DEFAULT_SETTING.tp,
     sweep: str | None = None,
     fits: str | None = None,
     measure: bool = False,
@@ -75,56 +81,57 @@ def plan(
         from diffattn.cli.terminal.table import show
         from diffattn.files import check_files, write_text
         from diffattn.humanize import size
-        from diffattn.plan import answer, tables
-        from diffattn.plan import sweep as along
+        from diffattn.plan import answer, search, text
+        from diffattn.plan.named_model import named
 
         check_files(html=html)
-        changed = {"weights": weights_dtype, "gradients": gradients_dtype, "optimizer": optimizer_dtype,
-                   "activations": activations_dtype, "cache": cache_dtype, "master": master_dtype}  # fmt: skip
-        dtypes = answer.precision_of(precision, **changed)
-        place: dict[str, Any] = {"context": along.parse_tokens(context), "batch": along.parse_tokens(batch, "batch"),
-                                 "precision": dtypes, "backend": backend, "checkpointing": checkpointing}  # fmt: skip
-        command = command_line()
-        result = answer.plan(model, against, **place, machine=machine, fsdp=fsdp, tp=tp, command=command)
-        shown = [("", tables.table(result)), ("", tables.backend_table(result))]
+        setting = Setting(
+            context=context, batch=batch, machine=machine, backend=backend, checkpointing=checkpointing,
+            precision=answer.precision_of(
+                precision, weights=weights_dtype, gradients=gradients_dtype, optimizer=optimizer_dtype,
+                activations=activations_dtype, cache=cache_dtype, master=master_dtype,
+            ),
+            fsdp=fsdp, tp=tp,
+        )  # fmt: skip
+        result = answer.plan(model, against, setting, command=command_line())
+        printed = result.to_json()
+        shown = [("", text.table(result)), ("", text.backend_table(result.backends))]
         if sweep is not None:
-            result["sweep"] = along.sweep(sweep, model, against, **place, machine=machine)
-            shown.append(("", along.sweep_table(result["sweep"])))
+            rows = search.sweep(sweep, model, against, setting)
+            printed["sweep"] = [row.to_json() for row in rows]
+            shown.append(("", text.sweep_table(rows)))
         if fits is not None:
-            result["fits"] = along.fits(fits, model, **place)
-            limit = result["fits"][0]["limit"]
-            shown.append((f"What {size(limit)} ({limit:,} bytes) hold at most:", along.fits_table(result["fits"])))
+            found = search.fits(fits, model, setting)
+            printed["fits"] = [row.to_json() for row in found]
+            limit = found[0].limit
+            shown.append((f"What {size(limit)} ({limit:,} bytes) hold at most:", text.fits_table(found)))
         if measure:
-            result["measured"] = _measured(answer.named(model, against)[0], place, precision, changed)
-            shown.append(("", measured_table(result["measured"])))
+            measured = _measured(named(model, against)[0], setting)
+            printed["measured"] = [row.to_json() for row in measured]
+            shown.append(("", measured_table(measured)))
         if html is not None:
             from diffattn.report.plan_page import render_plan
 
             write_text(html, render_plan(result))
-        say(tables.setting_line(result), *result["notes"], *result["sentences"])
-        for title, rows in shown:
+        say(text.setting_line(setting), *result.notes, *result.sentences)
+        for title, lines in shown:
             if title:
                 say("", title)
-            show(rows)
+            show(lines)
         if json:
-            print_json(result)
+            print_json(printed)
         return 0
 
     return call
 
 
-def measured_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """What was predicted beside what was measured, as text.
-
-    >>> measured_table([{"what": "cache", "unit": "bytes", "predicted": 100, "measured": 80, "ratio": 1.25}])[1]
-    ['cache', 'bytes', '100', '80', '1.250×']
-    """
+def measured_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
+    """Returns what was predicted beside what was measured, as text; the first row is the header."""
     head = ["what", "unit", "predicted", "measured", "predicted / measured"]
     return [
         head,
         *(
-            [row["what"], row.get("unit", ""), _shown(row["predicted"]), _shown(row["measured"]),
-             f"{row['ratio']:.3f}×"]
+            [row.what, row.unit, _shown(row.predicted), _shown(row.measured), f"{row.ratio:.3f}×"]
             for row in rows
         ),
     ]  # fmt: skip
@@ -134,21 +141,11 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def _measured(
-    model: Any, place: dict[str, Any], precision: str, changed: dict[str, str | None]
-) -> list[dict[str, Any]]:
-    from diffattn.errors import ConfigError
-
-    if any(changed.values()):
-        raise ConfigError(
-            f"--measure given with dtypes of single parts; a precision by name is what can be built; leave out the "
-            f"others, as in --precision {precision}"
-        )
+def _measured(model: Model, setting: Setting) -> list[MeasuredRow]:
     from diffattn.cli.terminal.board import Board
 
     with Board(keep=False) as board:
         board.importing()
         from diffattn.study.plan_check import measure_plan
 
-        place |= {"precision": precision}
-        return measure_plan(model.built.plain(), model.attention, **place, on_stage=board)
+        return measure_plan(model.built.plain(), model.attention, setting, on_stage=board)

@@ -2,136 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 from diffattn.errors import ConfigError
-from diffattn.plan.activations import BACKENDS, ONE_MAP, check_backend, find_backend
-from diffattn.plan.estimate import DISK_DTYPES, estimate, inference_peak
-from diffattn.plan.hardware import Machine, load_machine
-from diffattn.plan.named_model import Model, parse_model
-from diffattn.plan.precision import Precision, resolve_dtype, resolve_precision
-from diffattn.plan.sentences import memory_sentence, notes, phase_sentence, small_machine_sentence
-
-# The paper's V1, and the softmax model that it equals.
-PAIR = ("diff_v1:6.8B", "softmax:11B")
+from diffattn.plan import text
+from diffattn.plan.activations import BACKENDS, ONE_MAP, check_backend
+from diffattn.plan.estimate import DISK_DTYPES, Estimate, estimate
+from diffattn.plan.named_model import Model, named
+from diffattn.plan.result import BackendRow, Plan, PlannedModel, RatioRow
+from diffattn.plan.setting import DEFAULT_SETTING, Precision, Setting, resolve_dtype, resolve_precision
 
 
 def plan(
     model: str | Model | None = None,
     against: str | Model | None = None,
+    setting: Setting = DEFAULT_SETTING,
     *,
-    context: int = 4096,
-    batch: int = 1,
-    machine: str | Machine | None = "H100 SXM",
-    precision: str | Precision = "mixed",
-    backend: str = "standard",
-    checkpointing: bool = False,
-    fsdp: int = 1,
-    tp: int = 1,
     command: str = "",
-) -> dict[str, Any]:
-    """Plan one model on one machine, or two of them side by side.
+) -> Plan:
+    """Plans one model on one machine, or two of them side by side.
 
     Args:
         model, against: as in ``parse_model``; a size alone is V1's, and of ``against`` softmax's. A model alone is
             planned alone. Defaults: the paper's 6.8B V1, and where neither is given the 11B softmax model that it
             equals.
-        context: tokens in a sequence. Default: 4096.
-        batch: sequences. Default: 1.
-        machine: a name in ``MACHINES``, a JSON file, or None for no times. Default: ``"H100 SXM"``.
-        precision: a name in ``PRECISIONS`` or a ``Precision``. Default: ``"mixed"``, bfloat16 with a float32 master.
-        backend: how attention is computed, of both. Default: ``"standard"``, the one call of every engine.
-        checkpointing, fsdp, tp: as in ``estimate``.
-        command: what reproduces this; kept as it is. Default: empty.
-
-    Returns:
-        ``model`` and ``against`` (None where one model is planned): each ``name``, ``attention``, ``shape``,
-        ``left_out`` and ``estimate``; ``ratios``: rows of ``key``, ``label``, ``format``, ``unit``, both values and
-        their ratio (None without a second model); ``backends``: a row for each backend that a variant has;
-        ``sentences``: three; ``notes``: what a name was taken for, and what of a checkpoint is not planned;
-        ``setting``; ``command``. JSON-able.
+        setting: how both are run.
+        command: the command that makes the plan again; kept as it is. Default: empty.
 
     Raises:
-        ConfigError: what ``parse_model``, ``load_machine`` and ``estimate`` raise.
+        ConfigError: what ``parse_model`` and ``estimate`` raise.
 
     Source: the question is that of arXiv 2410.05258v2, section 3.2; the sizes that are equal are its Figure 3a.
 
-    >>> result = plan("diff_v1:3M", "softmax:3M", context=256, machine=None)
-    >>> [row["ratio"] for row in result["ratios"] if row["key"] == "cache_bytes_per_token"]
+    >>> result = plan("diff_v1:3M", "softmax:3M", Setting(context=256, machine=None))
+    >>> [row.ratio for row in result.ratios if row.key == "cache_bytes_per_token"]
     [1.0]
     """
-    dtypes = resolve_precision(precision)
-    backend = find_backend(backend)
     models = named(model, against)
-    rates = load_machine(machine) if isinstance(machine, str) else machine
-    place: dict[str, Any] = {
-        "context": context,
-        "batch": batch,
-        "precision": dtypes,
-        "machine": rates,
-        "fsdp": fsdp,
-        "tp": tp,
-        "checkpointing": checkpointing,
-    }
-    found: list[dict[str, Any]] = [
-        {
-            "name": each.name,
-            "attention": each.attention,
-            "shape": asdict(each.built),
-            "left_out": each.left_out,
-            "estimate": estimate(each.built, each.attention, backend=backend, **place),
-        }
+    found = [
+        PlannedModel(
+            name=each.name,
+            attention=each.attention,
+            shape=each.built,
+            left_out=each.left_out,
+            estimate=estimate(each.built, each.attention, setting),
+        )
         for each in models
     ]
-    second = found[1] if len(found) > 1 else None
-    estimates = [each["estimate"] for each in found]
-    result: dict[str, Any] = {
-        "model": found[0],
-        "against": second,
-        "ratios": _ratio_rows(estimates, parallel=fsdp * tp > 1),
-        "backends": [row for each in models for row in _backend_rows(each, place)],
-        "setting": {
-            "context": context,
-            "batch": batch,
-            "precision": asdict(dtypes),
-            "backend": backend,
-            "checkpointing": checkpointing,
-            "machine": None if rates is None else asdict(rates),
-            "fsdp": fsdp,
-            "tp": tp,
-        },
-        "command": command,
-    }
-    result["sentences"] = [
-        memory_sentence(result, models[0]),
-        phase_sentence(result),
-        small_machine_sentence(result, models),
-    ]
-    result["notes"] = [note for each, own in zip(models, estimates, strict=True) for note in notes(each, own)]
-    return result
-
-
-def named(model: str | Model | None, against: str | Model | None) -> list[Model]:
-    """The one or two models of a plan; two that have one name are called as they were written.
-
-    Raises:
-        ConfigError: as of ``parse_model``.
-
-    >>> [model.name for model in named(None, None)], [model.name for model in named("3M", None)]
-    (['diff_v1:6.8B', 'softmax:11B'], ['diff_v1:3M'])
-    """
-    if model is None and against is None:
-        against = PAIR[1]
-    found = [
-        parse_model(each, variant=each_variant) if isinstance(each, str) else each
-        for each, each_variant in ((PAIR[0] if model is None else model, "diff_v1"), (against, "softmax"))
-        if each is not None
-    ]
-    if len(found) > 1 and found[0].name == found[1].name and found[0].built != found[1].built:
-        found = [replace(each, name=each.given or each.name) for each in found]
-    return found
+    first, second = found[0], found[1] if len(found) > 1 else None
+    estimates = [each.estimate for each in found]
+    rows = [row for each in models for row in _backend_rows(each, setting)]
+    return Plan(
+        model=first,
+        against=second,
+        ratios=_ratio_rows(estimates, parallel=setting.fsdp * setting.tp > 1),
+        backends=rows,
+        setting=setting,
+        command=command,
+        sentences=[
+            text.memory_sentence(first, second, rows),
+            text.phase_sentence(first, second),
+            text.small_machine_sentence(found, setting),
+        ],
+        notes=[note for each, own in zip(models, estimates, strict=True) for note in text.notes(each, own)],
+    )
 
 
 # Key, label, how it is written, unit, where it is in an estimate.
@@ -176,7 +111,7 @@ _ROWS = (
 )
 
 
-def _ratio_rows(estimates: list[dict[str, Any]], *, parallel: bool) -> list[dict[str, Any]]:
+def _ratio_rows(estimates: list[Estimate], *, parallel: bool) -> list[RatioRow]:
     rows = []
     for key, label, written, unit, path in _ROWS:
         if key.startswith("rank_") and not parallel:
@@ -184,42 +119,43 @@ def _ratio_rows(estimates: list[dict[str, Any]], *, parallel: bool) -> list[dict
         value, *others = (_at(found, path) for found in estimates)
         other = others[0] if others else None
         ratio = None if value is None or not other else value / other
-        rows.append(
-            {"key": key, "label": label, "format": written, "unit": unit, "model": value, "against": other,
-             "ratio": ratio}
-        )  # fmt: skip
+        rows.append(RatioRow(key=key, label=label, format=written, unit=unit, model=value, against=other, ratio=ratio))
     return rows
 
 
-def _at(found: Any, path: str) -> Any:
+def _at(found: Estimate, path: str) -> float | None:
+    """Returns what stands at a path of fields; None where one of them is None."""
+    value: object = found
     for step in path.split():
-        if found is None:
+        if value is None:
             return None
-        found = found[step]
-    return found
+        value = value[step] if isinstance(value, dict) else getattr(value, step)
+    assert value is None or isinstance(value, int | float)
+    return value
 
 
-def _backend_rows(model: Model, place: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What each backend of the variant costs, and its maps beside those of a softmax model of the same shape."""
+def _backend_rows(model: Model, setting: Setting) -> Iterator[BackendRow]:
+    """Yields what each backend of the variant costs, and its maps beside those of a softmax model of the same shape."""
     # Softmax has nothing to subtract, so its other backends are the standard call by other names.
     alike = ("standard", "materialised") if model.attention in ONE_MAP else backends_of(model.attention)
     for backend in alike:
-        found = estimate(model.built, model.attention, backend=backend, **place)
-        twin = estimate(model.shape, "softmax", backend=backend, **(dict(place) | {"tp": 1}))
-        training = found["training"]
-        yield {
-            "model": model.name,
-            "attention": model.attention,
-            "backend": backend,
-            "score_bytes": found["score_bytes"],
-            "score_ratio_to_twin": found["score_bytes"] / twin["score_bytes"] if twin["score_bytes"] else None,
-            "cache_bytes": found["decoding"]["memory"]["cache"],
-            "cache_ratio_to_twin": found["decoding"]["memory"]["cache"] / twin["decoding"]["memory"]["cache"],
-            "training_flops_per_token": None if training is None else training["flops_per_token"]["executed"],
-            "decoding_flops_per_token": found["decoding"]["flops_per_token"]["executed"],
-            "training_bytes": None if training is None else training["memory"]["total"],
-            "inference_bytes": inference_peak(found),
-        }
+        under = replace(setting, backend=backend)
+        found = estimate(model.built, model.attention, under)
+        twin = estimate(model.shape, "softmax", replace(under, tp=1))
+        training = found.training
+        yield BackendRow(
+            model=model.name,
+            attention=model.attention,
+            backend=backend,
+            score_bytes=found.score_bytes,
+            score_ratio_to_twin=found.score_bytes / twin.score_bytes if twin.score_bytes else None,
+            cache_bytes=found.decoding.memory.cache,
+            cache_ratio_to_twin=found.decoding.memory.cache / twin.decoding.memory.cache,
+            training_flops_per_token=None if training is None else training.flops_per_token.executed,
+            decoding_flops_per_token=found.decoding.flops_per_token.executed,
+            training_bytes=None if training is None else training.memory.total,
+            inference_bytes=found.inference_peak,
+        )
 
 
 def backends_of(attention: str) -> list[str]:

@@ -7,10 +7,11 @@ feed-forward network (gate, up, down), no biases, one final RMSNorm. D, n, G, d 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 from diffattn.errors import ConfigError
+from diffattn.plan.setting import BYTES
 from diffattn.plan.shape import ModelShape, check_positive_int
 
 PHASES = ("forward", "training")
@@ -39,21 +40,37 @@ _ATTENTION["gated"] = _ATTENTION["softmax"]
 
 
 @dataclass(frozen=True)
+class ByKind:
+    """Bytes that are alive at one time, a field for each kind."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all kinds together."""
+        return sum(astuple(self))
+
+    def to_json(self) -> dict[str, int]:
+        """Returns the bytes by kind, and their sum."""
+        return asdict(self) | {"total": self.total}
+
+
+@dataclass(frozen=True)
 class Parameters:
     """Numbers of parameters by part, summed over the layers.
-
-    ``embedding`` V·D; ``lm_head`` V·D, or 0 when it is the embedding; ``attention`` the projections with λ and the gain
-    of V1's norm; ``feed_forward`` 3·D·F per layer; ``norms`` the RMSNorm gains, 2·D per layer and D at the end.
 
     >>> Parameters(embedding=8, lm_head=0, attention=4, feed_forward=6, norms=2).total
     20
     """
 
     embedding: int
+    """Parameters of the embedding, V·D."""
     lm_head: int
+    """Parameters of the output projection, V·D; 0 where it is the embedding."""
     attention: int
+    """Parameters of the projections of attention, with λ and the gain of V1's norm."""
     feed_forward: int
+    """Parameters of the feed-forward networks, 3·D·F per layer."""
     norms: int
+    """Gains of the RMSNorms, 2·D per layer and D at the end."""
 
     @property
     def non_embedding(self) -> int:
@@ -64,6 +81,10 @@ class Parameters:
     def total(self) -> int:
         """All parameters, each counted once."""
         return self.embedding + self.lm_head + self.non_embedding
+
+    def to_json(self) -> dict[str, int]:
+        """Returns the numbers by part, and the two sums."""
+        return asdict(self) | {"non_embedding": self.non_embedding, "total": self.total}
 
 
 @dataclass(frozen=True)
@@ -279,6 +300,37 @@ def cache_bytes_per_token(shape: ModelShape, attention: str, *, bytes_per_value:
     shape.check_variant(attention)
     check_positive_int("bytes_per_value", bytes_per_value)
     return 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * bytes_per_value
+
+
+def weight_bytes(shape: ModelShape, attention: str, *, dtype: str) -> int:
+    """Bytes of the parameters, in memory and (without the header) in the safetensors file; V1's λ stays float32.
+
+    Args:
+        shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
+        attention: a name in ``VARIANTS``.
+        dtype: a name of ``BYTES``.
+
+    Raises:
+        ConfigError: an unknown dtype, or a variant that the shape cannot carry.
+
+    Source: ``diffattn.model.attention.Float32Module``.
+
+    >>> weight_bytes(ModelShape.preset("3M"), "softmax", dtype="bf16")
+    6000768
+    """
+    if dtype not in BYTES:
+        raise ConfigError(f"dtype={dtype!r} given; a dtype is wanted; use one of {', '.join(BYTES)}")
+    return bytes_of(count_parameters(shape, attention).total, float32_parameters(shape, attention), dtype)
+
+
+def float32_parameters(shape: ModelShape, attention: str) -> int:
+    """How many parameters stay float32 whatever the dtype: V1's λ vectors."""
+    return 4 * shape.head_dim * shape.num_layers if attention == "diff_v1" else 0
+
+
+def bytes_of(count: int, float32: int, dtype: str) -> int:
+    """Of ``count`` numbers of a dtype, ``float32`` of which stay float32; whole bytes, rounded up."""
+    return -int(-(count - float32) * BYTES[dtype] // 1) + 4 * float32
 
 
 def _forms(shape: ModelShape, attention: str, context: int, backend: str) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""What one model costs on one machine: memory, FLOPs, bytes moved, seconds, disk, and its share under parallelism.
+"""The cost of one model on one machine: memory, FLOPs, bytes moved, seconds, disk, and its share under parallelism.
 
 Seconds are a roofline's: peak rates, one limit at a time, no overhead. They are lower bounds, and for telling which of
 two models is slower and why they are of more use than for telling the time.
@@ -6,37 +6,214 @@ two models is slower and why they are of more use than for telling the time.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Generic, TypeVar
 
 from diffattn.errors import ConfigError
 from diffattn.plan.activations import heads, layer, norm, readers
-from diffattn.plan.cost import count_parameters, decoding_flops_per_token, flops_per_token
-from diffattn.plan.hardware import Machine
-from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory, training_moments
-from diffattn.plan.precision import BYTES, Precision, resolve_precision, weight_bytes
-from diffattn.plan.shape import ModelShape, check_positive_int
+from diffattn.plan.cost import (
+    ByKind,
+    Parameters,
+    count_parameters,
+    decoding_flops_per_token,
+    flops_per_token,
+    weight_bytes,
+)
+from diffattn.plan.inference import InferenceMemory
+from diffattn.plan.memory import TrainingMemory, decoding_memory, prefill_memory, training_memory, training_moments
+from diffattn.plan.setting import BYTES, Setting
+from diffattn.plan.shape import ModelShape
 
 DISK_DTYPES = ("fp32", "bf16", "int8", "int4")
 # How often decoding reads the cache where an attention call is made twice or four times: V1's two_calls read each key
 # once and the values of width 2d twice, its four_calls both twice. In halves.
 _CACHE_READS = {"two_calls": 3, "four_calls": 4}
+Memory = TypeVar("Memory", bound=ByKind)
 
 
-def estimate(
-    shape: ModelShape,
-    attention: str,
-    *,
-    context: int,
-    batch: int,
-    precision: Precision | str,
-    backend: str,
-    checkpointing: bool = False,
-    machine: Machine | None = None,
-    fsdp: int = 1,
-    tp: int = 1,
-) -> dict[str, Any]:
-    """Everything that is known of a model before it is built, as one JSON-able object.
+@dataclass(frozen=True)
+class TokenFlops:
+    """FLOPs per token, a multiply-add being two; in prefill the mean over a sequence, which need not be whole."""
+
+    model: float
+    """FLOPs by the definition, which no backend changes."""
+    executed: float
+    """FLOPs that the backend does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseCost(Generic[Memory]):
+    """The cost of one training step, of one prefill, or of one decoded token of each sequence."""
+
+    memory: Memory
+    """Bytes alive at the peak, by kind."""
+    flops_per_token: TokenFlops
+    """FLOPs of one token."""
+    flops: int
+    """FLOPs of all of it that the backend does."""
+    bytes_moved: int
+    """Bytes that have to be read from memory and written to it."""
+    seconds: float | None
+    """Seconds that it takes at least; None where a rate of the machine is unknown."""
+    tokens_per_second: float | None
+    """Tokens per second at most; None as for ``seconds``."""
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte moved."""
+        return self.flops / self.bytes_moved
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the fields by name, and the intensity."""
+        return {
+            "memory": self.memory.to_json(),
+            "flops_per_token": asdict(self.flops_per_token),
+            "flops": self.flops,
+            "bytes_moved": self.bytes_moved,
+            "intensity": self.intensity,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCost(PhaseCost[TrainingMemory]):
+    """The cost of one training step, and its peak with and without checkpointing, whatever the setting says."""
+
+    peak_without_checkpointing: int
+    """Bytes at the peak where every layer keeps what its backward pass needs."""
+    peak_with_checkpointing: int
+    """Bytes at the peak where every layer keeps its input alone."""
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the fields by name, and the intensity."""
+        keys = ("peak_without_checkpointing", "peak_with_checkpointing")
+        return super().to_json() | {key: getattr(self, key) for key in keys}
+
+
+@dataclass(frozen=True)
+class DiskSize:
+    """The parameters in a file."""
+
+    bytes: int
+    """Bytes of the parameters, without the file's header."""
+    read_seconds: float | None
+    """Seconds to read them at least; None where the machine's disk is unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankTraining(ByKind):
+    """Bytes alive at the peak of a training step on one rank, by kind."""
+
+    weights: int
+    """Bytes of its share of the parameters."""
+    gradients: int
+    """Bytes of its share of the gradients."""
+    optimizer: int
+    """Bytes of its share of the optimizer's state."""
+    gathered: int
+    """Bytes of the one layer that FSDP gathers at a time."""
+    activations: int
+    """Bytes of the results that the backward pass needs."""
+    scores: int
+    """Bytes of the T × T maps of its heads."""
+    workspace: int
+    """Bytes that the passes need besides, counted whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankInference(ByKind):
+    """Bytes alive at the peak of prefill or of one decoding step on one rank, by kind."""
+
+    weights: int
+    """Bytes of its share of the parameters."""
+    cache: int
+    """Bytes of the keys and values of its heads."""
+    scores: int
+    """Bytes of the T × T maps of its heads."""
+    activations: int
+    """Bytes of the results of layers, counted whole."""
+    workspace: int
+    """Bytes that the pass needs besides, counted whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """The share of one of ``fsdp · tp`` ranks."""
+
+    fsdp: int
+    """Ranks that share weights, gradients and the optimizer's state."""
+    tp: int
+    """Ranks that share the heads and the feed-forward network of each layer."""
+    training: RankTraining | None
+    """Its part of a training step; None where the weights are integers."""
+    prefill: RankInference
+    """Its part of a prefill, which ``tp`` alone shares."""
+    decoding: RankInference
+    """Its part of a decoding step, which ``tp`` alone shares."""
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the fields by name."""
+        return {
+            "fsdp": self.fsdp,
+            "tp": self.tp,
+            "training": None if self.training is None else self.training.to_json(),
+            "prefill": self.prefill.to_json(),
+            "decoding": self.decoding.to_json(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Everything that is known of a model before it is built."""
+
+    parameters: Parameters
+    """Numbers of parameters, by part."""
+    training: TrainingCost | None
+    """One training step; None where the weights are integers, which are not trained."""
+    prefill: PhaseCost[InferenceMemory]
+    """Reading ``context`` tokens of each sequence into the cache."""
+    decoding: PhaseCost[InferenceMemory]
+    """One new token of each sequence behind them."""
+    disk: dict[str, DiskSize]
+    """The parameters in a file, by dtype (``DISK_DTYPES``)."""
+    read_seconds: float | None
+    """Seconds to read the weights from disk at least; None where the machine's disk is unknown."""
+    first_token_seconds: float | None
+    """Seconds to read the weights and the prompt at least; None where a rate of the machine is unknown."""
+    cache_bytes_per_token: int
+    """Bytes that one token keeps in the key/value cache."""
+    gradient_bytes: int | None
+    """Bytes of the gradients of all parameters (the peak may lie where few of them exist); None without training."""
+    score_bytes: int
+    """Bytes of the T × T maps that training keeps; 0 where the backend writes none out."""
+    rank: Rank
+    """The share of one rank."""
+
+    @property
+    def inference_peak(self) -> int:
+        """Bytes at the larger of the two peaks of inference, prefill's and decoding's."""
+        return max(self.prefill.memory.total, self.decoding.memory.total)
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the fields by name."""
+        return {
+            "parameters": self.parameters.to_json(),
+            "training": None if self.training is None else self.training.to_json(),
+            "prefill": self.prefill.to_json(),
+            "decoding": self.decoding.to_json(),
+            "disk": {dtype: asdict(found) for dtype, found in self.disk.items()},
+            "read_seconds": self.read_seconds,
+            "first_token_seconds": self.first_token_seconds,
+            "cache_bytes_per_token": self.cache_bytes_per_token,
+            "gradient_bytes": self.gradient_bytes,
+            "score_bytes": self.score_bytes,
+            "rank": self.rank.to_json(),
+        }
+
+
+def estimate(shape: ModelShape, attention: str, setting: Setting) -> Estimate:
+    """Returns everything that is known of a model before it is built.
 
     ``seconds = max(FLOPs / rate of the activations' dtype, bytes moved / bandwidth)``, and the bytes moved are
 
@@ -52,36 +229,23 @@ def estimate(
     Args:
         shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
         attention: a name in ``VARIANTS``.
-        context: tokens in a sequence, at least 1; decoding adds one behind them.
-        batch: sequences, at least 1; under FSDP those of one rank.
-        precision: a ``Precision``, or the name of one in ``PRECISIONS``.
-        backend: as in ``training_memory``.
-        checkpointing: whether layers are computed again in the backward pass. Default: False.
-        machine: its rates. Default: None, and no times.
-        fsdp: ranks that share weights, gradients and optimizer state. Default: 1.
-        tp: ranks that share heads and the feed-forward network. Default: 1.
-
-    Returns:
-        ``parameters``; ``training`` (None where the weights are integers), ``prefill`` and ``decoding``, each with
-        ``memory`` (bytes), ``flops_per_token``, ``flops``, ``bytes_moved``, ``intensity``, ``seconds`` and
-        ``tokens_per_second``; ``disk``; ``read_seconds`` and ``first_token_seconds``; ``cache_bytes_per_token``;
-        ``gradient_bytes`` (of all parameters; the peak may lie where few exist); ``score_bytes``; ``rank``.
+        setting: how it is run; without a machine there are no seconds.
 
     Raises:
-        ConfigError: an unknown name, a variant that the shape cannot carry, a number below 1, or a ``tp`` that does not
-            divide the key/value heads.
+        ConfigError: an unknown variant, one that the shape cannot carry or that does not have the backend, or a ``tp``
+            that does not divide the key/value heads.
 
     Source: ``cost.py``, ``memory.py``; Williams, Waterman, Patterson, "Roofline" (2009).
 
-    >>> found = estimate(ModelShape.preset("3M"), "diff_v1", context=256, batch=1, precision="bf16", backend="fused")
-    >>> found["parameters"]["total"], found["decoding"]["memory"]["cache"]
+    >>> setting = Setting(context=256, precision="bf16", backend="fused")
+    >>> found = estimate(ModelShape.preset("3M"), "diff_v1", setting)
+    >>> found.parameters.total, found.decoding.memory.cache
     (3001344, 983040)
     """
-    precision = resolve_precision(precision)
-    for key, value in (("context", context), ("batch", batch), ("fsdp", fsdp), ("tp", tp)):
-        check_positive_int(key, value)
+    setting.check(shape, attention)
+    precision, machine, backend = setting.precision, setting.machine, setting.backend
+    batch, context = setting.batch, setting.context
     counted = count_parameters(shape, attention)
-    place: dict[str, Any] = {"batch": batch, "context": context, "precision": precision, "backend": backend}
     tokens, pairs = batch * context, batch * context * context
     size = int(BYTES[precision.activations])
     one = layer(shape, attention, backend=backend, size=size, autocast=precision.autocast)
@@ -90,83 +254,79 @@ def estimate(
     embedding = shape.vocab_size * shape.hidden_size
     read = weights if shape.tie_word_embeddings else weights - int(embedding * BYTES[precision.weights])
 
-    def phase(memory: Any, flops_per_token: dict[str, Any], flops: int, moved: int, made: int) -> dict[str, Any]:
+    def phase(memory: Memory, flops_per_token: TokenFlops, flops: int, moved: int, made: int) -> PhaseCost[Memory]:
         seconds = None if machine is None else machine.seconds(flops, moved, precision.activations)
-        return {
-            "memory": asdict(memory) | {"total": memory.total},
-            "flops_per_token": flops_per_token,
-            "flops": flops,
-            "bytes_moved": moved,
-            "intensity": flops / moved,
-            "seconds": seconds,
-            "tokens_per_second": None if seconds is None else made / seconds,
-        }
+        return PhaseCost(
+            memory=memory,
+            flops_per_token=flops_per_token,
+            flops=flops,
+            bytes_moved=moved,
+            seconds=seconds,
+            tokens_per_second=None if seconds is None else made / seconds,
+        )
 
     training = None
-    if not precision.weights.startswith("int"):
-        peak = training_memory(shape, attention, **place, checkpointing=checkpointing)
-        per_token = flops_per_token(shape, attention, context=context, backend=backend)
-        forward = flops_per_token(shape, attention, context=context, phase="forward", backend=backend)
-        again = forward.executed - 2 * embedding if checkpointing else 0
-        gradients = int(counted.total * BYTES[precision.gradients])
-        moved = (3 + checkpointing) * read + 2 * (gradients + peak.optimizer + held + 4 * shape.vocab_size * tokens)
-        executed = per_token.executed + again
-        training = phase(peak, {"model": per_token.model, "executed": executed}, executed * tokens, moved, tokens) | {
-            "peak_without_checkpointing": training_memory(shape, attention, **place).total,
-            "peak_with_checkpointing": training_memory(shape, attention, **place, checkpointing=True).total,
-        }
-
     forward = flops_per_token(shape, attention, context=context, phase="forward", backend=backend)
+    gradients = int(counted.total * BYTES[precision.gradients])
+    if precision.trains:
+        plain, again = (
+            training_memory(shape, attention, replace(setting, checkpointing=twice)) for twice in (False, True)
+        )
+        peak = again if setting.checkpointing else plain
+        per_token = flops_per_token(shape, attention, context=context, backend=backend)
+        executed = per_token.executed + (forward.executed - 2 * embedding if setting.checkpointing else 0)
+        passes = 3 + setting.checkpointing
+        moved = passes * read + 2 * (gradients + peak.optimizer + held + 4 * shape.vocab_size * tokens)
+        step = phase(peak, TokenFlops(per_token.model, executed), executed * tokens, moved, tokens)
+        training = TrainingCost(
+            **vars(step),
+            peak_without_checkpointing=plain.total,
+            peak_with_checkpointing=again.total,
+        )
+
     # Logits are made for the last token of each sequence alone.
     model, executed = (each * tokens - 2 * embedding * (tokens - batch) for each in (forward.model, forward.executed))
-    peak_prefill = prefill_memory(shape, attention, **place)
     cache = int(2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * tokens * BYTES[precision.cache])
     prefill = phase(
-        peak_prefill,
-        {"model": model / tokens, "executed": executed / tokens},
+        prefill_memory(shape, attention, setting),
+        TokenFlops(model / tokens, executed / tokens),
         executed,
         read + cache + 2 * held,
         tokens,
     )
 
-    step = decoding_flops_per_token(shape, attention, context=context + 1, backend=backend)
+    one_more = decoding_flops_per_token(shape, attention, context=context + 1, backend=backend)
     reads = _CACHE_READS.get(backend, 2) if attention == "diff_v1" else 2
     decoding = phase(
-        decoding_memory(shape, attention, **place),
-        {"model": step.model, "executed": step.executed},
-        step.executed * batch,
+        decoding_memory(shape, attention, setting),
+        TokenFlops(one_more.model, one_more.executed),
+        one_more.executed * batch,
         read + cache * reads // 2,
         batch,
     )
 
-    disk = {dtype: weight_bytes(shape, attention, dtype=dtype) for dtype in DISK_DTYPES}
+    sizes = {dtype: weight_bytes(shape, attention, dtype=dtype) for dtype in DISK_DTYPES}
     read_seconds = None if machine is None else machine.read_seconds(weights)
-    first = None if read_seconds is None or prefill["seconds"] is None else read_seconds + prefill["seconds"]
-    return {
-        "parameters": asdict(counted) | {"non_embedding": counted.non_embedding, "total": counted.total},
-        "training": training,
-        "prefill": prefill,
-        "decoding": decoding,
-        "disk": {
-            dtype: {"bytes": found, "read_seconds": None if machine is None else machine.read_seconds(found)}
-            for dtype, found in disk.items()
+    return Estimate(
+        parameters=counted,
+        training=training,
+        prefill=prefill,
+        decoding=decoding,
+        disk={
+            dtype: DiskSize(found, None if machine is None else machine.read_seconds(found))
+            for dtype, found in sizes.items()
         },
-        "read_seconds": read_seconds,
-        "first_token_seconds": first,
-        "cache_bytes_per_token": cache // tokens,
-        "gradient_bytes": None if training is None else int(counted.total * BYTES[precision.gradients]),
-        "score_bytes": one.scores * pairs * (1 if checkpointing else shape.num_layers),
-        "rank": _rank(shape, attention, training is not None, prefill, decoding, place, checkpointing, fsdp, tp),
-    }
-
-
-def inference_peak(found: dict[str, Any]) -> int:
-    """Bytes at the larger of the two peaks of an estimate, prefill's and decoding's."""
-    return max(found["prefill"]["memory"]["total"], found["decoding"]["memory"]["total"])
+        read_seconds=read_seconds,
+        first_token_seconds=None if read_seconds is None or prefill.seconds is None else read_seconds + prefill.seconds,
+        cache_bytes_per_token=cache // tokens,
+        gradient_bytes=gradients if precision.trains else None,
+        score_bytes=one.scores * pairs * (1 if setting.checkpointing else shape.num_layers),
+        rank=_rank(shape, attention, setting, prefill.memory, decoding.memory),
+    )
 
 
 def call_heads(shape: ModelShape, attention: str) -> tuple[int, int, int]:
-    """Query heads, key/value heads and width of the one attention call of a layer: what an engine and TP see.
+    """Returns query heads, key/value heads and width of the one attention call of a layer: what an engine and TP see.
 
     >>> call_heads(ModelShape.preset("1.4B"), "diff_v1")
     (16, 8, 256)
@@ -176,17 +336,9 @@ def call_heads(shape: ModelShape, attention: str) -> tuple[int, int, int]:
 
 
 def _rank(
-    shape: ModelShape,
-    attention: str,
-    trained: bool,
-    prefill: dict[str, Any],
-    decoding: dict[str, Any],
-    place: dict[str, Any],
-    checkpointing: bool,
-    fsdp: int,
-    tp: int,
-) -> dict[str, Any]:
-    """Bytes of one of fsdp × tp ranks, by part.
+    shape: ModelShape, attention: str, setting: Setting, prefill: InferenceMemory, decoding: InferenceMemory
+) -> Rank:
+    """Returns the bytes of one of fsdp × tp ranks, by part.
 
     Weights, gradients and optimizer state are cut into fsdp · tp equal parts, and FSDP gathers one layer (1 / tp of it)
     at a time. Maps and cache are cut by tp. Of the layers' activations what lies between the projections is cut by tp,
@@ -194,37 +346,50 @@ def _rank(
     Workspace is counted whole. Training is the largest of the moments as a rank has them: where parameters are cut and
     activations are not, the peak lies elsewhere than on one device. Inference is cut by tp alone.
     """
+    fsdp, tp, precision = setting.fsdp, setting.tp, setting.precision
     groups = call_heads(shape, attention)[1]
     if groups % tp:
         possible = [str(number) for number in range(1, groups + 1) if groups % number == 0]
         raise ConfigError(
-            f"tp={tp} given; a divisor of the {groups} key/value heads of the one {attention} call is wanted, so that "
-            f"both maps of a pair stay on one rank; use one of {', '.join(possible)}"
+            f"tp={tp} with {groups} key/value heads of the one {attention} call",
+            "a divisor of them, so that both maps of a pair stay on one rank",
+            f"use one of {', '.join(possible)}",
         )
-    precision = place["precision"]
     size = int(BYTES[precision.activations])
-    one = layer(shape, attention, backend=place["backend"], size=size, autocast=precision.autocast)
+    one = layer(shape, attention, backend=setting.backend, size=size, autocast=precision.autocast)
     whole = norm(shape.hidden_size, size, precision.autocast, readers(attention))
     whole += norm(shape.hidden_size, size, precision.autocast, 2)
     cut = one.token - whole
 
     def activations(amount: int) -> int:
-        return amount if checkpointing else -(-amount * (whole * tp + cut) // (one.token * tp))
+        return amount if setting.checkpointing else -(-amount * (whole * tp + cut) // (one.token * tp))
 
-    found: dict[str, Any] = {"fsdp": fsdp, "tp": tp, "training": None}
-    if trained:
+    def inference(memory: InferenceMemory) -> RankInference:
+        return RankInference(
+            weights=-(-memory.weights // tp),
+            cache=-(-memory.cache // tp),
+            scores=-(-memory.scores // tp),
+            activations=memory.activations,
+            workspace=memory.workspace,
+        )
+
+    training = None
+    if precision.trains:
         shards = fsdp * tp
         of_layer = (count_parameters(shape, attention).non_embedding - shape.hidden_size) // shape.num_layers
-        moments = []
-        for moment in training_moments(shape, attention, **place, checkpointing=checkpointing).values():
-            parts = {part: -(-getattr(moment, part) // shards) for part in ("weights", "gradients", "optimizer")}
-            parts["gathered"] = -(-int(of_layer * size) // tp) if fsdp > 1 else 0
-            parts |= {"activations": activations(moment.activations), "scores": -(-moment.scores // tp)}
-            parts["workspace"] = moment.workspace
-            moments.append(parts | {"total": sum(parts.values())})
-        found["training"] = max(moments, key=lambda parts: parts["total"])
-    for name, phase in (("prefill", prefill), ("decoding", decoding)):
-        parts = {part: -(-phase["memory"][part] // tp) for part in ("weights", "cache", "scores")}
-        parts |= {part: phase["memory"][part] for part in ("activations", "workspace")}
-        found[name] = parts | {"total": sum(parts.values())}
-    return found
+        training = max(
+            (
+                RankTraining(
+                    weights=-(-moment.weights // shards),
+                    gradients=-(-moment.gradients // shards),
+                    optimizer=-(-moment.optimizer // shards),
+                    gathered=-(-int(of_layer * size) // tp) if fsdp > 1 else 0,
+                    activations=activations(moment.activations),
+                    scores=-(-moment.scores // tp),
+                    workspace=moment.workspace,
+                )
+                for moment in training_moments(shape, attention, setting).values()
+            ),
+            key=lambda rank: rank.total,
+        )
+    return Rank(fsdp=fsdp, tp=tp, training=training, prefill=inference(prefill), decoding=inference(decoding))

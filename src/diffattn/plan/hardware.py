@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,10 @@ class Machine:
     def read_seconds(self, size: float) -> float | None:
         """Least seconds to read a file of ``size`` bytes; None: the disk is unknown."""
         return None if self.disk is None else size / self.disk
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the fields by name, as ``load_machine`` reads them from a file."""
+        return asdict(self)
 
 
 def _check_rate(name: str, key: str, value: object) -> None:

@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from diffattn.plan.activations import ONE_MAP, heads, resolve
-from diffattn.plan.cost import count_parameters
-from diffattn.plan.precision import BYTES, Precision, bytes_of, checked, float32_parameters
+from diffattn.plan.cost import ByKind, bytes_of, count_parameters, float32_parameters
+from diffattn.plan.setting import BYTES, Setting
 from diffattn.plan.shape import ModelShape
 
 
 @dataclass(frozen=True)
-class InferenceMemory:
-    """Bytes alive at the peak of prefill or of one decoding step, by kind; ``cache`` holds the context's tokens.
+class InferenceMemory(ByKind):
+    """Bytes alive at the peak of prefill or of one decoding step, by kind.
 
     >>> InferenceMemory(1, 2, 3, 4, 5).total
     15
     """
 
     weights: int
+    """Bytes of the parameters."""
     cache: int
+    """Bytes of the keys and values of the context's tokens."""
     activations: int
+    """Bytes of the results of layers, at the widest place."""
     scores: int
+    """Bytes of the maps that a backend writes out."""
     workspace: int
-
-    @property
-    def total(self) -> int:
-        """The peak."""
-        return sum(astuple(self))
+    """Bytes of autocast's copies of weights."""
 
 
 class Inference:
     """Sizes that prefill and decoding share."""
 
-    def __init__(
-        self, shape: ModelShape, attention: str, batch: int, context: int, precision: Precision | str, backend: str
-    ) -> None:
-        dtypes = checked(shape, attention, batch, context, precision, backend)
-        self.shape, self.attention, self.batch, self.context = shape, attention, batch, context
-        self.backend = resolve(attention, backend)
+    def __init__(self, shape: ModelShape, attention: str, setting: Setting) -> None:
+        setting.check(shape, attention)
+        dtypes = setting.precision
+        self.shape, self.attention, self.batch, self.context = shape, attention, setting.batch, setting.context
+        self.backend = resolve(attention, setting.backend)
         self.size, self.autocast = int(BYTES[dtypes.activations]), dtypes.autocast
         counted = count_parameters(shape, attention)
         self.weights = bytes_of(counted.total, float32_parameters(shape, attention), dtypes.weights)

@@ -11,71 +11,39 @@ of them, and each is an exact polynomial in B and T with the terms 1, B, T, B·T
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from diffattn.errors import ConfigError
 from diffattn.plan.activations import Layer, layer, norm
-from diffattn.plan.cost import count_parameters
+from diffattn.plan.cost import ByKind, bytes_of, count_parameters, float32_parameters
 from diffattn.plan.inference import Inference, InferenceMemory
-from diffattn.plan.precision import (
-    BYTES,
-    PRECISIONS,
-    Precision,
-    bytes_of,
-    checked,
-    float32_parameters,
-    weight_bytes,
-)
+from diffattn.plan.setting import BYTES, Setting
 from diffattn.plan.shape import ModelShape
-
-__all__ = [
-    "BYTES",
-    "PRECISIONS",
-    "InferenceMemory",
-    "Precision",
-    "TrainingMemory",
-    "decoding_memory",
-    "moments",
-    "prefill_memory",
-    "training_memory",
-    "weight_bytes",
-]
 
 
 @dataclass(frozen=True)
-class TrainingMemory:
+class TrainingMemory(ByKind):
     """Bytes alive at the peak of a training step, by kind.
-
-    ``optimizer`` holds the moments and the master copy; ``scores`` the T × T maps that a backend writes out;
-    ``workspace`` what the passes need besides: gradients of activations and autocast's copies of weights.
 
     >>> TrainingMemory(1, 2, 3, 4, 5, 6).total
     21
     """
 
     weights: int
+    """Bytes of the parameters."""
     gradients: int
+    """Bytes of those gradients that exist at the peak."""
     optimizer: int
+    """Bytes of both moments of AdamW and of the second copy of the weights, where there is one."""
     activations: int
+    """Bytes of the results that the backward pass needs."""
     scores: int
+    """Bytes of the T × T maps that a backend writes out."""
     workspace: int
-
-    @property
-    def total(self) -> int:
-        """The peak."""
-        return sum(astuple(self))
+    """Bytes that the passes need besides: gradients of activations, and autocast's copies of weights."""
 
 
-def moments(
-    shape: ModelShape,
-    attention: str,
-    *,
-    batch: int,
-    context: int,
-    precision: Precision | str,
-    backend: str,
-    checkpointing: bool = False,
-) -> dict[str, int]:
+def moments(shape: ModelShape, attention: str, setting: Setting) -> dict[str, int]:
     """Bytes alive at each point of a training step at which the peak may lie; ``training_memory`` is the largest.
 
     With S what the forward pass saved (of all layers, or with checkpointing their inputs), per token:
@@ -95,24 +63,15 @@ def moments(
 
     Source: the profiler's memory events on ``diffattn.model``.
 
-    >>> found = moments(ModelShape.preset("3M"), "softmax", batch=1, context=2, precision="fp32", backend="standard")
+    >>> found = moments(ModelShape.preset("3M"), "softmax", Setting(context=2, precision="fp32"))
     >>> max(found, key=found.get)
     'gradient of the embedding'
     """
-    found = training_moments(shape, attention, batch, context, precision, backend, checkpointing)
+    found = training_moments(shape, attention, setting)
     return {name: memory.total for name, memory in found.items()}
 
 
-def training_memory(
-    shape: ModelShape,
-    attention: str,
-    *,
-    batch: int,
-    context: int,
-    precision: Precision | str,
-    backend: str,
-    checkpointing: bool = False,
-) -> TrainingMemory:
+def training_memory(shape: ModelShape, attention: str, setting: Setting) -> TrainingMemory:
     """The peak of one training step: forward, backward, clipping, fused AdamW; the gradients are freed after it.
 
     ``max over moments of (weights + gradients + optimizer + activations + scores + workspace)``.
@@ -120,13 +79,7 @@ def training_memory(
     Args:
         shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
         attention: a name in ``VARIANTS``.
-        batch: sequences B in one forward pass, at least 1. A step of several such passes holds the gradients of the
-            first through the others, so at most the bytes of all gradients more.
-        context: tokens T in each, at least 1.
-        precision: a ``Precision``, or the name of one in ``PRECISIONS``.
-        backend: ``"definition"`` and ``"fused"`` (maps subtracted in the kernel), ``"standard"`` (one sdpa call),
-            ``"two_calls"``, ``"four_calls"`` (V1's flash forms), ``"materialised"`` (eager: maps written out).
-        checkpointing: whether each layer keeps only its input and is computed again for its backward pass.
+        setting: how it is trained.
 
     Returns:
         The six kinds of bytes at the peak.
@@ -137,16 +90,14 @@ def training_memory(
     Source: ``moments``; docs/plan.md gives the error against measured steps.
 
     >>> shape = ModelShape.preset("3M")
-    >>> training_memory(shape, "diff_v1", batch=1, context=256, precision="fp32", backend="fused").optimizer
+    >>> training_memory(shape, "diff_v1", Setting(context=256, precision="fp32", backend="fused")).optimizer
     24011040
     """
-    found = training_moments(shape, attention, batch, context, precision, backend, checkpointing)
+    found = training_moments(shape, attention, setting)
     return max(found.values(), key=lambda memory: memory.total)
 
 
-def prefill_memory(
-    shape: ModelShape, attention: str, *, batch: int, context: int, precision: Precision | str, backend: str
-) -> InferenceMemory:
+def prefill_memory(shape: ModelShape, attention: str, setting: Setting) -> InferenceMemory:
     """The peak of reading a prompt into the cache and giving one row of logits, without gradients.
 
     ``weights + cache + the widest of: rotating q, subtracting and norming, maps, feed-forward, logits`` of one layer.
@@ -155,16 +106,14 @@ def prefill_memory(
     Source: the profiler's memory events on ``diffattn.model``.
 
     >>> shape = ModelShape.preset("3M")
-    >>> prefill_memory(shape, "softmax", batch=1, context=256, precision="bf16", backend="standard").cache
+    >>> prefill_memory(shape, "softmax", Setting(context=256, precision="bf16")).cache
     983040
     """
-    state = Inference(shape, attention, batch, context, precision, backend)
+    state = Inference(shape, attention, setting)
     return max(state.prefill(), key=lambda memory: memory.total)
 
 
-def decoding_memory(
-    shape: ModelShape, attention: str, *, batch: int, context: int, precision: Precision | str, backend: str
-) -> InferenceMemory:
+def decoding_memory(shape: ModelShape, attention: str, setting: Setting) -> InferenceMemory:
     """The peak of decoding one token behind ``context`` cached ones.
 
     ``weights + cache + one new token in it + one layer's keys once more``: a dynamic cache grows by copying.
@@ -173,35 +122,36 @@ def decoding_memory(
     Source: ``transformers.cache_utils.DynamicLayer``; the profiler's memory events.
 
     >>> shape = ModelShape.preset("3M")
-    >>> decoding_memory(shape, "diff_v2", batch=1, context=256, precision="bf16", backend="fused").cache
+    >>> decoding_memory(shape, "diff_v2", Setting(context=256, precision="bf16", backend="fused")).cache
     983040
     """
-    state = Inference(shape, attention, batch, context, precision, backend)
+    state = Inference(shape, attention, setting)
     return max(state.decoding(), key=lambda memory: memory.total)
 
 
-def training_moments(
-    shape: ModelShape,
-    attention: str,
-    batch: int,
-    context: int,
-    precision: Precision | str,
-    backend: str,
-    checkpointing: bool,
-) -> dict[str, TrainingMemory]:
-    """The six kinds of bytes at each of ``moments``; arguments and errors are those of ``training_memory``."""
-    dtypes = checked(shape, attention, batch, context, precision, backend)
-    if dtypes.weights.startswith("int"):
+def inference_memory(shape: ModelShape, attention: str, setting: Setting) -> int:
+    """Returns the bytes at the larger of the two peaks of inference, prefill's and decoding's.
+
+    >>> inference_memory(ModelShape.preset("3M"), "softmax", Setting(context=256, precision="bf16"))
+    8196224
+    """
+    return max(peak(shape, attention, setting).total for peak in (prefill_memory, decoding_memory))
+
+
+def training_moments(shape: ModelShape, attention: str, setting: Setting) -> dict[str, TrainingMemory]:
+    """Returns the six kinds of bytes at each of ``moments``; arguments and errors are those of ``training_memory``."""
+    setting.check(shape, attention)
+    dtypes, batch, context = setting.precision, setting.batch, setting.context
+    if not dtypes.trains:
         raise ConfigError(
-            f"weights={dtypes.weights!r} given for training; floating-point weights are wanted; use one of fp32, bf16, "
-            "fp16"
+            f"weights={dtypes.weights!r} for training", "floating-point weights", "use one of fp32, bf16, fp16"
         )
     counted, lambdas = count_parameters(shape, attention), float32_parameters(shape, attention)
     autocast, size = dtypes.autocast, int(BYTES[dtypes.activations])
     gradient = int(BYTES[dtypes.gradients])
     L, D, V, F = shape.num_layers, shape.hidden_size, shape.vocab_size, shape.intermediate_size
     tokens, pairs = batch * context, batch * context * context
-    one = layer(shape, attention, backend=backend, size=size, autocast=autocast)
+    one = layer(shape, attention, backend=setting.backend, size=size, autocast=autocast)
 
     weights = bytes_of(counted.total, lambdas, dtypes.weights)
     optimizer = 2 * bytes_of(counted.total, lambdas, dtypes.optimizer) + 4 * _tensors(shape, attention)
@@ -218,15 +168,15 @@ def training_moments(
     # Saved outside the layers: token ids twice, final norm, cosines and sines.
     rope = 2 * size * shape.head_dim * context if not autocast else 8 * shape.head_dim * context
     outside = 16 * tokens + norm(D, size, autocast, 1) * tokens + rope
-    if checkpointing:
+    if setting.checkpointing:
         # The first layer's input is the embedding's result; the last layer's result is the final norm's input.
         kept, copied, maps = L * residual * D * tokens, 0, 0
     else:
         kept = L * _kept(one, tokens, context)
         copied, maps = L * copies, L * one.scores * pairs
     saved = kept + outside
-    again = _kept(one, tokens, context) if checkpointing else 0
-    again_maps, again_copies = (one.scores * pairs, copies) if checkpointing else (0, 0)
+    again = _kept(one, tokens, context) if setting.checkpointing else 0
+    again_maps, again_copies = (one.scores * pairs, copies) if setting.checkpointing else (0, 0)
 
     def at(gradients: int, activations: int, scores: int, workspace: int) -> TrainingMemory:
         return TrainingMemory(weights, gradients, optimizer, activations, scores, workspace)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from diffattn.checkpoint_files import folder_name
 from diffattn.errors import ConfigError
@@ -13,6 +13,9 @@ from diffattn.plan.cost import match_parameters
 from diffattn.plan.rule import parse_count, shape_about
 from diffattn.plan.shape import VARIANTS, ModelShape, find_preset, presets
 from diffattn.quantities import short
+
+# The paper's V1, and the softmax model that it equals.
+PAIR = ("diff_v1:6.8B", "softmax:11B")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,27 @@ def parse_model(text: str, *, variant: str | None = None) -> Model:
     shape, called = _shape(size)
     shape.check_variant(attention)
     return Model(f"{attention}:{called}", attention, shape, match_parameters(shape, attention), text)
+
+
+def named(model: str | Model | None, against: str | Model | None) -> list[Model]:
+    """Returns the one or two models of a plan; two that have one name are called as they were written.
+
+    Raises:
+        ConfigError: what ``parse_model`` raises.
+
+    >>> [model.name for model in named(None, None)], [model.name for model in named("3M", None)]
+    (['diff_v1:6.8B', 'softmax:11B'], ['diff_v1:3M'])
+    """
+    if model is None and against is None:
+        against = PAIR[1]
+    found = [
+        parse_model(each, variant=each_variant) if isinstance(each, str) else each
+        for each, each_variant in ((PAIR[0] if model is None else model, "diff_v1"), (against, "softmax"))
+        if each is not None
+    ]
+    if len(found) > 1 and found[0].name == found[1].name and found[0].built != found[1].built:
+        found = [replace(each, name=each.given or each.name) for each in found]
+    return found
 
 
 def _is_size(text: str) -> bool:

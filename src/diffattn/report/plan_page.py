@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -17,12 +18,13 @@ from diffattn import humanize as written
 from diffattn.plan import memory
 from diffattn.plan.activations import resolve
 from diffattn.plan.answer import backends_of
-from diffattn.plan.cost import count_parameters
-from diffattn.plan.estimate import DISK_DTYPES, estimate
+from diffattn.plan.cost import count_parameters, weight_bytes
+from diffattn.plan.estimate import DISK_DTYPES, Estimate, estimate
 from diffattn.plan.hardware import MACHINES, Machine
 from diffattn.plan.inference import Inference
-from diffattn.plan.precision import PRECISIONS, Precision
-from diffattn.plan.shape import BuiltShape, ModelShape
+from diffattn.plan.result import BackendRow, Plan, RatioRow
+from diffattn.plan.setting import PRECISIONS, Precision, Setting
+from diffattn.plan.shape import ModelShape
 from diffattn.report import charts
 from diffattn.report.page import render_scripted
 
@@ -133,17 +135,17 @@ class Given(NamedTuple):
     backends: list[str]
 
 
-def render_plan(result: dict[str, Any]) -> str:
+def render_plan(result: Plan) -> str:
     """The page of a plan, as HTML.
 
     Args:
-        result: what ``diffattn.plan.answer.plan`` returned, as ``diffattn plan --json`` prints it.
+        result: what ``diffattn.plan.answer.plan`` returned.
 
     Raises:
         ValueError: a quantity that is no polynomial in batch and context.
     """
     given = _given(result)
-    rows = [row for row in result["ratios"] if not row["key"].startswith("rank_")]
+    rows = [row for row in result.ratios if not row.key.startswith("rank_")]
     data = page_data(given, rows)
     options = _options(given)
     return render_scripted(
@@ -152,7 +154,7 @@ def render_plan(result: dict[str, Any]) -> str:
         data,
         title=" against ".join(given.names.values()),
         colour=data["models"][0]["colour"],
-        answers=[*result["sentences"], *result["notes"]],
+        answers=[*result.sentences, *result.notes],
         setting=_setting(given.state, options),
         limits=data["limits"],
         options=options,
@@ -160,13 +162,13 @@ def render_plan(result: dict[str, Any]) -> str:
         models=data["models"],
         groups=_groups(rows, list(given.names)),
         parts=data["parts"].values(),
-        backends=_backends(result, data["models"]),
-        command=result["command"],
+        backends=_backends(result.backends, data["models"]),
+        command=result.command,
         **_NOTES,
     )
 
 
-def page_data(given: Given, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def page_data(given: Given, rows: Sequence[RatioRow]) -> dict[str, Any]:
     """What the page's script computes with."""
     polynomials = Polynomials()
     costs = [_costs(given, side, polynomials) for side in given.names]
@@ -182,7 +184,7 @@ def page_data(given: Given, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "dtypes": {name: precision.activations for name, precision in given.precisions.items()},
         "models": _models(given),
         "parts": {key: {"label": label, "colour": colour} for key, (label, colour) in PARTS.items()},
-        "formats": {row["key"]: row["format"] for row in rows},
+        "formats": {row.key: row.format for row in rows},
         "costs": costs,
         "polynomials": list(polynomials.places),
     }
@@ -205,10 +207,7 @@ def _models(given: Given) -> list[dict[str, Any]]:
                 "constants": {
                     "parameters": counted.total,
                     "attention_parameters": counted.attention,
-                    **{
-                        f"disk_bytes_{dtype}": memory.weight_bytes(shape, attention, dtype=dtype)
-                        for dtype in DISK_DTYPES
-                    },
+                    **{f"disk_bytes_{dtype}": weight_bytes(shape, attention, dtype=dtype) for dtype in DISK_DTYPES},
                 },
             }
         )
@@ -226,22 +225,20 @@ def _costs(given: Given, side: str, polynomials: Polynomials) -> dict[str, dict[
     found: dict[str, dict[str, Any]] = {"training": {}, "prefill": {}, "decoding": {}, "work": {}}
     for backend, (key, precision) in itertools.product(backends_of(name), given.precisions.items()):
         choice = f"{key} {backend}"
-        inference = [Inference(shape, name, batch, context, precision, backend) for batch, context in POINTS]
+        chosen = Setting(precision=precision, backend=backend, machine=None)
+        points = [replace(chosen, batch=batch, context=context) for batch, context in POINTS]
+        inference = [Inference(shape, name, point) for point in points]
         found["prefill"][choice] = polynomials.add_moments(f"prefill of {name}", [one.prefill() for one in inference])
         found["decoding"][choice] = polynomials.add_moments(
             f"decoding of {name}", [one.decoding() for one in inference]
         )
         for checkpointing in CHECKPOINTING:
             choice = f"{key} {backend} {checkpointing}"
-            again = checkpointing == "on"
-            if not precision.weights.startswith("int"):
-                moments = [
-                    memory.training_moments(shape, name, batch, context, precision, backend, again).values()
-                    for batch, context in POINTS
-                ]
+            again = [replace(point, checkpointing=checkpointing == "on") for point in points]
+            if precision.trains:
+                moments = [memory.training_moments(shape, name, point).values() for point in again]
                 found["training"][choice] = polynomials.add_moments(f"training of {name}", moments)
-            place: dict[str, Any] = {"precision": precision, "backend": backend, "checkpointing": again}
-            work = [_work(estimate(shape, name, batch=batch, context=context, **place)) for batch, context in POINTS]
+            work = [_work(estimate(shape, name, point)) for point in again]
             found["work"][choice] = {
                 quantity: polynomials.add(f"{quantity} of {name}", [at_point[quantity] for at_point in work])
                 for quantity in work[0]
@@ -249,25 +246,27 @@ def _costs(given: Given, side: str, polynomials: Polynomials) -> dict[str, dict[
     return found
 
 
-def _work(found: Mapping[str, Any]) -> dict[str, int]:
+def _work(found: Estimate) -> dict[str, int]:
     """What the script needs besides memory, of an estimate."""
-    phases = [phase for phase in ("training", "prefill", "decoding") if found[phase] is not None]
-    work = {f"{phase}_{key}": found[phase][key] for phase in phases for key in ("flops", "bytes_moved")}
-    if found["training"] is not None:
-        work["gradient_bytes"] = found["gradient_bytes"]
-        work |= {f"training_{key}_flops": value for key, value in found["training"]["flops_per_token"].items()}
-    return work | {"score_bytes": found["score_bytes"]}
+    work: dict[str, Any] = {}
+    for name, phase in (("training", found.training), ("prefill", found.prefill), ("decoding", found.decoding)):
+        if phase is not None:
+            work |= {f"{name}_flops": phase.flops, f"{name}_bytes_moved": phase.bytes_moved}
+    if found.training is not None:
+        work["gradient_bytes"] = found.gradient_bytes
+        work |= {f"training_{key}_flops": value for key, value in vars(found.training.flops_per_token).items()}
+    return work | {"score_bytes": found.score_bytes}
 
 
-def _groups(rows: list[dict[str, Any]], sides: list[str]) -> list[dict[str, Any]]:
+def _groups(rows: Sequence[RatioRow], sides: list[str]) -> list[dict[str, Any]]:
     def title(key: str) -> str:
         return next((title for title, starts in GROUPS.items() if key.startswith(starts)), "Model")
 
-    def cells(row: Mapping[str, Any]) -> dict[str, Any]:
-        own = [_cell(row["format"], row[side]) | {"model": side} for side in sides]
-        return {**row, "cells": own, "ratio": _ratio(row["model"], row["against"])}
+    def cells(row: RatioRow) -> dict[str, Any]:
+        own = [_cell(row.format, getattr(row, side)) | {"model": side} for side in sides]
+        return {**row.to_json(), "cells": own, "ratio": _ratio(row.model, row.against)}
 
-    found = {name: [cells(row) for row in rows if title(row["key"]) == name] for name in GROUPS}
+    found = {name: [cells(row) for row in rows if title(row.key) == name] for name in GROUPS}
     return [{"title": name, "rows": of_group} for name, of_group in found.items()]
 
 
@@ -286,19 +285,19 @@ def _ratio(value: float | None, reference: float | None) -> str:
     return "same" if value == reference else f"{ratio:.{2 if abs(ratio - 1) >= 0.005 else 4}f}×"
 
 
-def _backends(result: Mapping[str, Any], models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _backends(rows: Sequence[BackendRow], models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The result's rows, each for the first model of its name; backends that are another by a second name left out."""
     found = {}
-    for row in result["backends"]:
-        if resolve(row["attention"], row["backend"]) != row["backend"]:
+    for row in rows:
+        if resolve(row.attention, row.backend) != row.backend:
             continue
-        model = next(model for model in models if model["name"] == row["model"])
-        twin = row["score_ratio_to_twin"]
-        found[model["side"], row["backend"]] = {
+        model = next(model for model in models if model["name"] == row.model)
+        twin = row.score_ratio_to_twin
+        found[model["side"], row.backend] = {
             **model,
-            "backend": row["backend"],
+            "backend": row.backend,
             "twin": written.MISSING if twin is None else f"{twin:.2f}×",
-            "cells": {key: _cell(form, row[key]) for key, form in BACKEND_CELLS.items()},
+            "cells": {key: _cell(form, getattr(row, key)) for key, form in BACKEND_CELLS.items()},
         }
     return list(found.values())
 
@@ -326,34 +325,29 @@ def _setting(state: Mapping[str, Any], options: Mapping[str, list[tuple[str, str
     return " · ".join(f"{label} {words[key]}" for key, label in labels.items())
 
 
-def _shape(values: Mapping[str, Any]) -> ModelShape:
-    return BuiltShape(**values) if "extras" in values else ModelShape(**values)
-
-
-def _given(result: Mapping[str, Any]) -> Given:
-    setting = result["setting"]
-    sides = [side for side in SIDES if result[side] is not None]
-    attentions = {side: result[side]["attention"] for side in sides}
-    precision = Precision(**setting["precision"])
+def _given(result: Plan) -> Given:
+    setting = result.setting
+    sides = dict(zip(SIDES, result.models, strict=False))
+    attentions = {side: each.attention for side, each in sides.items()}
     precisions = dict(PRECISIONS)
-    chosen = next((name for name, known in PRECISIONS.items() if known == precision), "as given")
-    precisions[chosen] = precision
-    machine = NO_MACHINE if setting["machine"] is None else Machine(**setting["machine"])
+    chosen = setting.precision.name or "as given"
+    precisions[chosen] = setting.precision
+    machine = NO_MACHINE if setting.machine is None else setting.machine
     key = machine.name if MACHINES.get(machine.name, machine) == machine else f"{machine.name} (given)"
     shared = set.intersection(*(set(backends_of(attention)) for attention in attentions.values()))
     # The definition is what fused computes.
-    backend = "fused" if setting["backend"] == "definition" else setting["backend"]
+    backend = "fused" if setting.backend == "definition" else setting.backend
     return Given(
-        names={side: result[side]["name"] for side in sides},
+        names={side: each.name for side, each in sides.items()},
         attentions=attentions,
-        shapes={side: _shape(result[side]["shape"]) for side in sides},
+        shapes={side: each.shape for side, each in sides.items()},
         state={
-            "context": setting["context"],
-            "batch": setting["batch"],
+            "context": setting.context,
+            "batch": setting.batch,
             "precision": chosen,
             "machine": key,
             "backend": backend,
-            "checkpointing": "on" if setting["checkpointing"] else "off",
+            "checkpointing": "on" if setting.checkpointing else "off",
         },
         precisions=precisions,
         machines={**MACHINES, key: machine},

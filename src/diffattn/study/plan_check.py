@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +24,16 @@ from diffattn.model.fused import DIFF_FUSED, serving_backend
 from diffattn.model.implementation import attention_implementation
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.plan.activations import ONE_MAP
-from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token
-from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory, weight_bytes
-from diffattn.plan.shape import ModelShape, check_positive_int
+from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token, weight_bytes
+from diffattn.plan.hardware import Machine
+from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
+from diffattn.plan.setting import BYTES, Setting
+from diffattn.plan.shape import ModelShape
 from diffattn.progress import OnStage, Stage, unseen
-from diffattn.study.measured_machine import forget, measure_machine, roofline
+from diffattn.study.measured_machine import forget, main_memory, measure_machine
 from diffattn.train.measure import peak_bytes
 
-__all__ = ["BACKENDS", "PRECISIONS", "Subject", "all_pairs_flops", "measure_machine", "measure_plan"]
-
+# What can be built here; the planner knows more of both.
 PRECISIONS = ("fp32", "autocast", "bf16")
 BACKENDS = ("fused", "standard", "materialised")
 _IMPLEMENTATIONS = {"fused": DIFF_FUSED, "standard": "sdpa", "materialised": "eager"}
@@ -45,71 +45,54 @@ class Subject:
     Args:
         shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
         attention: a name in ``VARIANTS``.
-        batch: sequences in a forward pass.
-        context: tokens in each.
-        precision: ``"fp32"``, ``"autocast"`` or ``"bf16"``.
-        backend: ``"fused"``, ``"standard"`` or ``"materialised"``; softmax's fused is the standard call.
-        checkpointing: whether a training step computes each layer again. Default: False.
+        setting: how it is run, here on one rank: the precision ``"fp32"``, ``"autocast"`` or ``"bf16"``, the backend
+            ``"fused"``, ``"standard"`` or ``"materialised"``; softmax's fused is the standard call.
 
     Raises:
         ConfigError: a name that is not among these, or a shape that cannot carry the variant.
         UnsupportedError: ``"fused"`` where no kernel serves.
 
-    >>> Subject(ModelShape.preset("300K"), "softmax", batch=1, context=16, precision="fp32", backend="standard").batch
+    >>> Subject(ModelShape.preset("300K"), "softmax", Setting(context=16, precision="fp32")).setting.batch
     1
     """
 
-    def __init__(
-        self,
-        shape: ModelShape,
-        attention: str,
-        *,
-        batch: int,
-        context: int,
-        precision: str,
-        backend: str,
-        checkpointing: bool = False,
-    ) -> None:
-        _check_runs(precision, backend)
-        check_positive_int("batch", batch)
-        check_positive_int("context", context)
-        self.shape, self.attention, self.batch, self.context = shape, attention, batch, context
-        self.precision, self.backend, self.checkpointing = precision, backend, checkpointing
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        implementation = _IMPLEMENTATIONS[backend]
-        if backend == "fused" and attention in ONE_MAP:
+    def __init__(self, shape: ModelShape, attention: str, setting: Setting) -> None:
+        _check_runs(setting)
+        self.shape, self.attention, self.setting = shape, attention, setting
+        self.autocasts = setting.precision.autocast
+        dtype = torch.float32 if setting.precision.name == "fp32" else torch.bfloat16
+        implementation = _IMPLEMENTATIONS[setting.backend]
+        if setting.backend == "fused" and attention in ONE_MAP:
             implementation = "sdpa"
-        elif backend == "fused" and serving_backend(attention, "cpu", dtype) != "fused":
-            raise UnsupportedError(
-                "backend='fused' given; a compiled kernel is wanted; `diffattn doctor` says what fails"
-            )
+        elif setting.backend == "fused" and serving_backend(attention, "cpu", dtype) != "fused":
+            raise UnsupportedError("backend='fused'", "a compiled kernel", "`diffattn doctor` says what fails")
         # One position more than the context, for the token that is decoded behind it.
         config = DiffTransformerConfig.from_shape(
-            shape, attention, max_position_embeddings=max(shape.max_position_embeddings, context + 1)
+            shape, attention, max_position_embeddings=max(shape.max_position_embeddings, setting.context + 1)
         )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             self.model = DiffTransformerForCausalLM(config)
-        if precision == "bf16":
+        if setting.precision.name == "bf16":
             self.model = self.model.bfloat16()
         self.model.set_attn_implementation(implementation)
-        if checkpointing:
+        if setting.checkpointing:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 self.model.gradient_checkpointing_enable()
         self.cache_dtype = dtype
-        self.ids = torch.randint(0, shape.vocab_size, (batch, context))
+        self.ids = torch.randint(0, shape.vocab_size, (setting.batch, setting.context))
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The dtype in which products run."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "autocast")
+    def autocast(self) -> AbstractContextManager[object]:
+        """Returns the context in which products run in the precision's dtype."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.autocasts)
 
     def training(self, repeats: int = 0) -> tuple[int, float]:
         """Peak bytes of a settled training step, and the median of its seconds where it is repeated."""
         model = self.model.train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         # Else the model says at the first step that it makes no cache.
-        options = {"use_cache": False} if self.checkpointing else {}
+        options = {"use_cache": False} if self.setting.checkpointing else {}
 
         def step(ids: Tensor = self.ids) -> None:
             with self.autocast():
@@ -159,7 +142,7 @@ class Subject:
     def cache(self) -> DynamicCache:
         """A cache that holds the context, of zeros."""
         config = self.model.config
-        sizes = (self.batch, config.num_key_value_heads, self.context, config.head_dim)
+        sizes = (self.setting.batch, config.num_key_value_heads, self.setting.context, config.head_dim)
         cache = DynamicCache(config=config)
         for layer in cache.layers:
             keys, values = (torch.zeros(sizes, dtype=self.cache_dtype) for _ in range(2))
@@ -205,88 +188,103 @@ def all_pairs_flops(shape: ModelShape, attention: str, *, batch: int, context: i
     return batch * context * (one + (two - one) * 2 * (context - 1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRow:
+    """One quantity, as it is predicted and as it is."""
+
+    what: str
+    """The name of the quantity."""
+    unit: str
+    """``"count"``, ``"bytes"``, ``"FLOPs"`` or ``"seconds"``."""
+    predicted: float
+    """The planner's number, in the unit; seconds are the roofline's, a lower bound."""
+    measured: float
+    """The number that was found, in the unit."""
+    exact: bool
+    """True where the two must be equal."""
+
+    @property
+    def ratio(self) -> float:
+        """The predicted number over the measured one."""
+        return self.predicted / self.measured
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the fields by name, and the ratio."""
+        found = asdict(self)
+        exact = found.pop("exact")
+        return found | {"ratio": self.ratio, "exact": exact}
+
+
 def measure_plan(
     shape: ModelShape,
     attention: str,
+    setting: Setting,
     *,
-    batch: int = 1,
-    context: int = 512,
-    precision: str = "fp32",
-    backend: str = "fused",
-    checkpointing: bool = False,
-    machine: dict[str, Any] | None = None,
+    machine: Machine | None = None,
     repeats: int = 3,
     on_stage: OnStage = unseen,
-) -> list[dict[str, Any]]:
-    """Build a model with random weights, do on it what the planner predicts, and put both side by side.
+) -> list[MeasuredRow]:
+    """Builds a model with random weights, does with it what the planner predicts, and puts both side by side.
 
     Counts of parameters, bytes of cache and of disk, and FLOPs must be equal (``exact``). Peaks of memory are to be
     within 10%. Seconds are the roofline's, a lower bound that small models do not reach.
 
     Args:
-        shape, attention, batch, context, precision, backend, checkpointing: as in ``Subject``. Defaults: one sequence
-            of 512 tokens, float32, fused, no checkpointing.
-        machine: of ``measure_machine``. Default: None, measured now.
+        shape, attention, setting: as in ``Subject``; the setting's machine is not used.
+        machine: the rates of this machine. Default: None, measured now.
         repeats: timed runs; medians are reported. Default: 3.
         on_stage: called with what is being measured.
-
-    Returns:
-        Rows of ``what``, ``unit``, ``predicted``, ``measured``, ``ratio`` (predicted / measured) and ``exact``.
 
     Raises:
         ConfigError, UnsupportedError: as ``Subject``; or a training step that this machine's memory cannot hold.
 
     Source: what is measured, and what is not, is in docs/plan.md.
 
-    >>> rows = measure_plan(ModelShape.preset("300K"), "softmax", context=32, repeats=1, machine={
-    ...     "flops": {"fp32": 1e11, "bf16": 1e11}, "bandwidth": 1e10, "disk": 1e9})
-    >>> all(row["ratio"] == 1 for row in rows if row["exact"])
+    >>> setting = Setting(context=32, precision="fp32", backend="fused")
+    >>> rates = Machine("toy", {"fp32": 1e11, "bf16": 1e11}, bandwidth=1e10, disk=1e9)
+    >>> rows = measure_plan(ModelShape.preset("300K"), "softmax", setting, machine=rates, repeats=1)
+    >>> all(row.ratio == 1 for row in rows if row.exact)
     True
     """
-    _check_runs(precision, backend)
-    place: dict[str, Any] = {"batch": batch, "context": context, "precision": precision, "backend": backend}
-    step_peak = training_memory(shape, attention, **place, checkpointing=checkpointing).total
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    _check_runs(setting)
+    batch, context, precision = setting.batch, setting.context, setting.precision
+    step_peak = training_memory(shape, attention, setting).total
+    memory = main_memory()
     if step_peak > 0.9 * memory:
         # Without this the system would end the process, and perhaps others, without a word.
         raise ConfigError(
-            f"a model whose training step holds {step_peak / 2**30:.1f} GiB given; at most nine tenths of this "
-            f"machine's {memory / 2**30:.1f} GiB are wanted to measure it; take a smaller model, such as 3M, or a "
-            "shorter context"
+            f"a model whose training step holds {step_peak / 2**30:.1f} GiB",
+            f"at most nine tenths of this machine's {memory / 2**30:.1f} GiB, to measure it",
+            "take a smaller model, such as 3M, or a shorter context",
         )
     on_stage(Stage("building the model"))
-    subject = Subject(shape, attention, **place, checkpointing=checkpointing)
+    subject = Subject(shape, attention, setting)
     on_stage(Stage("measuring this machine"))
-    machine = measure_machine() if machine is None else machine
-    weights = "bf16" if precision == "bf16" else "fp32"
-    dtype = "fp32" if precision == "fp32" else "bf16"
+    rates = measure_machine() if machine is None else machine
+    dtype = precision.activations
     # A cost is stated for every backend but the materialised one, whose products are those of the standard call.
-    costed = "standard" if backend == "materialised" else backend
+    costed = "standard" if setting.backend == "materialised" else setting.backend
     forward = flops_per_token(shape, attention, context=context, phase="forward", backend=costed).executed
     training = flops_per_token(shape, attention, context=context, backend=costed).executed
-    stored = weight_bytes(shape, attention, dtype=weights)
-    cached = batch * context * cache_bytes_per_token(shape, attention, bytes_per_value=4 if dtype == "fp32" else 2)
+    stored = weight_bytes(shape, attention, dtype=precision.weights)
+    cached = batch * context * cache_bytes_per_token(shape, attention, bytes_per_value=int(BYTES[dtype]))
 
-    rows: list[dict[str, Any]] = []
+    rows: list[MeasuredRow] = []
 
     def row(what: str, unit: str, predicted: float, measured: float, exact: bool = False) -> None:
-        rows.append(
-            {
-                "what": what,
-                "unit": unit,
-                "predicted": predicted,
-                "measured": measured,
-                "ratio": predicted / measured,
-                "exact": exact,
-            }
-        )
+        rows.append(MeasuredRow(what=what, unit=unit, predicted=predicted, measured=measured, exact=exact))
+
+    def timed(what: str, flops: float, moved: float, measured: float) -> None:
+        least = rates.seconds(flops, moved, dtype)
+        if least is not None:
+            row(what, "seconds", least, measured)
 
     model = subject.model
     row("parameters", "count", count_parameters(shape, attention).total, model.num_parameters(), True)
     tensors = [tensor for layer in subject.cache().layers for tensor in (layer.keys, layer.values)]
     row("cache", "bytes", cached, sum(tensor.nbytes for tensor in tensors), True)
     del tensors
-    if precision != "autocast":
+    if not precision.autocast:
         # Which casts inside the counter as well, and counts the same.
         row("forward", "FLOPs", all_pairs_flops(shape, attention, batch=batch, context=context), subject.flops(), True)
 
@@ -294,30 +292,41 @@ def measure_plan(
     prefill_peak, prefill_seconds = subject.prefill(repeats)
     on_stage(Stage("measuring the writing of a token"))
     decoding_peak, decoding_seconds = subject.decoding(repeats)
-    row("prefill peak", "bytes", prefill_memory(shape, attention, **place).total, prefill_peak)
-    row("prefill", "seconds", roofline(batch * context * forward, stored, machine, dtype), prefill_seconds)
-    row("decoding peak", "bytes", decoding_memory(shape, attention, **place).total, decoding_peak)
+    row("prefill peak", "bytes", prefill_memory(shape, attention, setting).total, prefill_peak)
+    timed("prefill", batch * context * forward, stored, prefill_seconds)
+    row("decoding peak", "bytes", decoding_memory(shape, attention, setting).total, decoding_peak)
     # The new token sees the whole context; the cache is read once.
     linear = all_pairs_flops(shape, attention, batch=batch, context=1)
-    row("decoding one token", "seconds", roofline(linear, stored + cached, machine, dtype), decoding_seconds)
+    timed("decoding one token", linear, stored + cached, decoding_seconds)
 
     on_stage(Stage("measuring how the model is saved and loaded"))
     on_disk, load_seconds = _save_and_load(model, repeats)
     row("disk", "bytes", stored, on_disk, True)
-    row("load", "seconds", stored / machine["disk"], load_seconds)
+    read_seconds = rates.read_seconds(stored)
+    if read_seconds is not None:
+        row("load", "seconds", read_seconds, load_seconds)
 
     on_stage(Stage("measuring a training step"))
     training_peak, step_seconds = subject.training(repeats)
     row("training peak", "bytes", step_peak, training_peak)
-    flops = batch * context * (training + (forward if checkpointing else 0))
-    row("training step", "seconds", roofline(flops, 0, machine, dtype), step_seconds)
+    timed("training step", batch * context * (training + (forward if setting.checkpointing else 0)), 0, step_seconds)
     return rows
 
 
-def _check_runs(precision: str, backend: str) -> None:
-    for key, value, known in (("precision", precision, PRECISIONS), ("backend", backend, BACKENDS)):
-        if value not in known:
-            raise ConfigError(f"{key}={value!r} given; one that runs is wanted; use one of {', '.join(known)}")
+def _check_runs(setting: Setting) -> None:
+    """Raises a ``ConfigError`` unless a model can be built here in this setting."""
+    precision = setting.precision.name
+    given = f"precision={precision!r}" if precision else "a format of a single part, such as --weights-dtype"
+    if precision not in PRECISIONS:
+        raise ConfigError(
+            given, f"for a model that is built, one of {', '.join(PRECISIONS)}", "pass one of them as --precision alone"
+        )
+    if setting.backend not in BACKENDS:
+        raise ConfigError(
+            f"backend={setting.backend!r}",
+            f"for a model that is built, one of {', '.join(BACKENDS)}",
+            "pass one of them as --backend",
+        )
 
 
 def _save_and_load(model: DiffTransformerForCausalLM, repeats: int) -> tuple[int, float]:

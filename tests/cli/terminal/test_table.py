@@ -15,12 +15,14 @@ from diffattn.cli.terminal import screen as of_screen
 from diffattn.cli.terminal.screen import screen, wrapped
 from diffattn.cli.terminal.table import parts, show
 from diffattn.plan.answer import plan
-from diffattn.plan.sweep import fits, fits_table, sweep, sweep_table
-from diffattn.plan.tables import backend_table, table
+from diffattn.plan.search import fits, sweep
+from diffattn.plan.setting import Setting
+from diffattn.plan.text import backend_table, fits_table, sweep_table, table
 from diffattn.report.format import compare_rows
 from diffattn.report.scaling_page import equivalence_rows, number_rows
 from diffattn.report.study_chart import study_rows
 from diffattn.scaling.fit import fit_scaling
+from diffattn.study.plan_check import MeasuredRow
 
 LONG = "a-checkpoint-with-a-rather-long-name"
 
@@ -56,18 +58,20 @@ def ablation() -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, Sequence[Sequence[str]]]:
-    pair = plan("diff_v1:6.8B", "softmax:11B", fsdp=2)
+    pair = plan("diff_v1:6.8B", "softmax:11B", Setting(fsdp=2))
     scaling = fit_scaling("figure3a", at=(6.8e9, 13.1e9), bootstrap=100)
     measured = [
-        {"what": "peak of training, checkpointing", "unit": "bytes", "predicted": 1e9, "measured": 9e8, "ratio": 1.1}
+        MeasuredRow(what="peak of training, checkpointing", unit="bytes", predicted=1e9, measured=9e8, exact=False)
     ]
     return {
         "plan": table(pair),
         "plan of one": table(plan("gated:1.4B")),
-        "backends": backend_table(pair),
-        "backends of a checkpoint": [[LONG if ":" in cell else cell for cell in row] for row in backend_table(pair)],
+        "backends": backend_table(pair.backends),
+        "backends of a checkpoint": [
+            [LONG if ":" in cell else cell for cell in row] for row in backend_table(pair.backends)
+        ],
         "sweep": sweep_table(sweep("context=1k:1M")),
-        "fits": fits_table(fits("40MiB", "diff_v1:300K", context=64)),
+        "fits": fits_table(fits("40MiB", "diff_v1:300K", Setting(context=64))),
         "measured": measured_table(measured),
         "equal losses": equivalence_rows(scaling),
         "fitted numbers": number_rows(scaling),
@@ -171,7 +175,7 @@ def test_the_plan_answers_first_and_fits(
     answers = [text.index(words) for words in ("diff_v1:6.8B has 62%", "From training to inference", "On disk")]
     assert answers == sorted(answers)
     assert answers[-1] < text.index("Training peak memory")
-    for sentence in plan("diff_v1:6.8B", "softmax:11B", machine="RTX 3060 12GB", precision="bf16")["sentences"]:
+    for sentence in plan("diff_v1:6.8B", "softmax:11B", Setting(machine="RTX 3060 12GB", precision="bf16")).sentences:
         assert sentence in text
 
 

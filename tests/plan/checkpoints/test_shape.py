@@ -18,6 +18,7 @@ from diffattn.plan.checkpoints.kinds import OURS as OURS_TYPE
 from diffattn.plan.checkpoints.shape import read_checkpoint
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.named_model import parse_model
+from diffattn.plan.setting import Setting
 from diffattn.plan.shape import ModelShape
 
 SHAPE = ModelShape(
@@ -77,7 +78,7 @@ def built(values: dict[str, Any]) -> int:
 
 def planned(folder: Path) -> int:
     """Parameters that a plan of the folder alone says."""
-    return plan(str(folder), context=64)["model"]["estimate"]["parameters"]["total"]
+    return plan(str(folder), setting=Setting(context=64)).model.estimate.parameters.total
 
 
 def test_every_kind_is_held_to_a_built_model() -> None:
@@ -313,7 +314,7 @@ def test_what_no_model_reads_is_not_held_against_the_count(tmp_path: Path) -> No
     assert "lm_head.weight" in weights
     found = read_checkpoint(tmp_path)
     assert found.left_out == {"buffers": 4, "a copy of the tied embedding": 60 * 32}
-    assert any("not planned: buffers (4)" in note for note in plan(str(tmp_path))["notes"])
+    assert any("not planned: buffers (4)" in note for note in plan(str(tmp_path)).notes)
 
 
 def test_our_own_saved_models_agree_with_their_weights(tmp_path: Path) -> None:

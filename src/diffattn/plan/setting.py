@@ -1,0 +1,212 @@
+"""The setting of a plan: how much text at once, in which number formats, by which attention, on which machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from diffattn.errors import ConfigError
+from diffattn.names import one_of
+from diffattn.plan.activations import check_backend, find_backend
+from diffattn.plan.hardware import Machine, load_machine
+from diffattn.plan.shape import ModelShape, check_positive_int
+from diffattn.quantities import short, whole
+
+# Beyond this a context or a batch is a slip.
+FAR = 1 << 40
+# PyTorch's names of the same.
+_LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
+
+BYTES: dict[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtype of each kind of number: ``fp32``, ``bf16``, ``fp16``, ``int8`` or ``int4``.
+
+    Args:
+        weights: what the products read. ``fp32`` under narrower activations means autocast: each weight is cast, and
+            the copy is kept for the backward pass.
+        gradients: of the parameters.
+        optimizer: both moments of AdamW.
+        activations: results of the products.
+        cache: keys and values.
+        master: a second copy of the weights that the optimizer updates; None: there is none.
+
+    Raises:
+        ConfigError: an unknown dtype, or integers where only floating-point numbers work (all but weights and cache).
+
+    >>> PRECISIONS["mixed"].master
+    'fp32'
+    """
+
+    weights: str
+    gradients: str
+    optimizer: str
+    activations: str
+    cache: str
+    master: str | None = None
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            known = tuple(BYTES) if key in ("weights", "cache") else ("fp32", "bf16", "fp16")
+            if value not in known and not (key == "master" and value is None):
+                raise ConfigError(f"{key}={value!r} given; a dtype is wanted there; use one of {', '.join(known)}")
+
+    @property
+    def autocast(self) -> bool:
+        """True where float32 weights are cast for products in a narrower dtype."""
+        return self.weights == "fp32" and self.activations != "fp32"
+
+    @property
+    def name(self) -> str | None:
+        """The name in ``PRECISIONS``; None: this one has none.
+
+        >>> Precision("bf16", "bf16", "bf16", "bf16", "bf16").name
+        'bf16'
+        """
+        return next((name for name, known in PRECISIONS.items() if known == self), None)
+
+    @property
+    def trains(self) -> bool:
+        """True where the weights are floating-point numbers: integers are not trained."""
+        return not self.weights.startswith("int")
+
+    def to_json(self) -> dict[str, str | None]:
+        """Returns the dtype of each kind of number, by its name."""
+        return asdict(self)
+
+
+PRECISIONS: dict[str, Precision] = {
+    "fp32": Precision("fp32", "fp32", "fp32", "fp32", "fp32"),
+    "autocast": Precision("fp32", "fp32", "fp32", "bf16", "bf16"),
+    "bf16": Precision("bf16", "bf16", "bf16", "bf16", "bf16"),
+    "mixed": Precision("bf16", "bf16", "fp32", "bf16", "bf16", master="fp32"),
+}
+
+
+@dataclass(frozen=True, init=False)
+class Setting:
+    """How a model is run. Names are found as people write them: ``Setting(context="4k", machine="rtx 3060")``.
+
+    Raises:
+        ConfigError: a number below 1, or a name that is not known.
+
+    >>> setting = Setting(context="4k", precision="bf16", machine="rtx 3060")
+    >>> setting.context, setting.precision.weights, setting.machine.name
+    (4096, 'bf16', 'RTX 3060 12GB')
+    """
+
+    context: int
+    """Tokens T in a sequence, at least 1; decoding adds one behind them. Default: 4096."""
+    batch: int
+    """Sequences B in one forward pass, at least 1; under FSDP those of one rank. A training step of several such passes
+    holds the gradients of the first through the others, so at most the bytes of all gradients more. Default: 1."""
+    precision: Precision
+    """Number format of each part, or the name of one in ``PRECISIONS``. Default: ``"mixed"``, bfloat16 with a float32
+    copy of the weights."""
+    backend: str
+    """How attention is computed: ``"definition"`` and ``"fused"`` (maps subtracted in the kernel), ``"standard"`` (one
+    sdpa call), ``"materialised"`` (eager: maps written out); or one of two forms of V1 that are known from the
+    literature and that this package does not have, ``"two_calls"`` and ``"four_calls"``. Default: ``"standard"``."""
+    checkpointing: bool
+    """Whether training keeps only each layer's input and computes the layer again for its backward pass. Default:
+    False."""
+    machine: Machine | None
+    """The machine's peak rates, its name in ``MACHINES``, or a JSON file; None: no times. Default: ``"H100 SXM"``."""
+    fsdp: int
+    """Ranks that share weights, gradients and the optimizer's state, at least 1. Default: 1."""
+    tp: int
+    """Ranks that share the heads and the feed-forward network of each layer; a divisor of the key/value heads of the
+    one attention call. Default: 1."""
+
+    def __init__(
+        self,
+        *,
+        context: int | str = 4096,
+        batch: int | str = 1,
+        precision: Precision | str = "mixed",
+        backend: str = "standard",
+        checkpointing: bool = False,
+        machine: Machine | str | Path | None = "H100 SXM",
+        fsdp: int = 1,
+        tp: int = 1,
+    ) -> None:
+        read = {
+            "context": parse_tokens(context, "context") if isinstance(context, str) else context,
+            "batch": parse_tokens(batch, "batch") if isinstance(batch, str) else batch,
+            "precision": resolve_precision(precision),
+            "backend": find_backend(backend),
+            "checkpointing": checkpointing,
+            "machine": load_machine(machine) if isinstance(machine, str | Path) else machine,
+            "fsdp": fsdp,
+            "tp": tp,
+        }
+        for key in ("context", "batch", "fsdp", "tp"):
+            check_positive_int(key, read[key])
+        for key, value in read.items():
+            object.__setattr__(self, key, value)
+
+    def check(self, shape: ModelShape, attention: str) -> None:
+        """Raise a ``ConfigError`` unless the shape can carry the variant, and the variant has the backend.
+
+        >>> Setting(backend="fused").check(ModelShape.preset("3M"), "diff_v1")
+        """
+        shape.check_variant(attention)
+        check_backend(attention, self.backend)
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the fields by name, each as JSON has it.
+
+        >>> list(Setting().to_json())
+        ['context', 'batch', 'precision', 'backend', 'checkpointing', 'machine', 'fsdp', 'tp']
+        """
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        machine = None if self.machine is None else self.machine.to_json()
+        return found | {"precision": self.precision.to_json(), "machine": machine}
+
+
+def resolve_precision(precision: Precision | str) -> Precision:
+    """A precision by its name in ``PRECISIONS``, in any case; a ``Precision`` is returned as it is.
+
+    Raises:
+        ConfigError: no precision has this name.
+
+    >>> resolve_precision("bf16").weights
+    'bf16'
+    """
+    if isinstance(precision, Precision):
+        return precision
+    return PRECISIONS[one_of(precision, PRECISIONS, given=f"precision={precision!r} given", also=_LONG_NAMES)]
+
+
+def resolve_dtype(text: str, part: str) -> str:
+    """A dtype of ``BYTES`` as people write it: in any case, or by PyTorch's name; ``part`` is what it is of.
+
+    Raises:
+        ConfigError: no dtype has this name.
+
+    >>> resolve_dtype("BFloat16", "weights")
+    'bf16'
+    """
+    return one_of(text, BYTES, given=f"{part}={text!r} given", also=_LONG_NAMES | {"float16": "fp16"})
+
+
+def parse_tokens(text: str | int, name: str = "context") -> int:
+    """Reads a context or a batch: 4096, or 4k, where k is 1024 and M its square, as contexts are named.
+
+    Raises:
+        ConfigError: text that is no whole number from 1 to 2^40.
+
+    >>> parse_tokens("4k"), parse_tokens("1M"), parse_tokens(4096)
+    (4096, 1048576, 4096)
+    """
+    value = whole(text, {"": 1, "k": 1024, "m": 1024**2}, most=FAR)
+    if value is None:
+        raise ConfigError(
+            f"{name} {short(text)}", "a whole number from 1 to 2^40", "write it such as 4096 or 4k, where k is 1024"
+        )
+    return value
+
+
+DEFAULT_SETTING = Setting()
