@@ -11,6 +11,7 @@ from diffattn.cli.train import train
 from diffattn.errors import ConfigError
 from diffattn.names import one_of
 from diffattn.plan.hardware import MACHINES
+from diffattn.plan.named_model import load_shape
 from diffattn.plan.rule import parse_count
 from diffattn.plan.shape import VARIANTS, ModelShape, presets
 from diffattn.quantities import AmbiguousError, read_quantity, short
@@ -69,11 +70,11 @@ def test_a_comma_before_three_digits_is_not_guessed() -> None:
 def test_presets_are_found_in_any_case_and_by_their_count() -> None:
     for name in presets():
         for text in (name, name.lower(), name.replace(".", ",")):
-            assert ModelShape.load(text) == ModelShape.preset(name)
-    assert ModelShape.load("0.3M") == ModelShape.preset("300K")
+            assert load_shape(text) == ModelShape.preset(name)
+    assert load_shape("0.3M") == ModelShape.preset("300K")
     for text in ("", "3", "M", "3X", "nan"):
         with pytest.raises(ConfigError, match="preset"):
-            ModelShape.load(text)
+            load_shape(text)
 
 
 def test_a_choice_of_an_option_is_found_in_any_case(tmp_path: Path) -> None:

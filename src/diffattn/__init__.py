@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from diffattn.model.pairing import build_pair as build_pair
     from diffattn.ops.dispatch import diff_attention as diff_attention
     from diffattn.plan.answer import plan as _plan
+    from diffattn.plan.named_model import load_shape as load_shape
+    from diffattn.plan.setting import Setting as Setting
     from diffattn.plan.shape import ModelShape as ModelShape
     from diffattn.probes.lens import lens as lens
     from diffattn.probes.run import evaluate as evaluate
@@ -53,6 +55,7 @@ _HOME = {
     "ModelShape": "plan.shape:ModelShape",
     "OnnxDecoder": "export.run:OnnxDecoder",
     "Recipe": "train.recipe:Recipe",
+    "Setting": "plan.setting:Setting",
     "ablation": "scaling.ablation:ablation",
     "build_pair": "model.pairing:build_pair",
     "compare": "study.compare:compare",
@@ -64,6 +67,7 @@ _HOME = {
     "generate_text": "generate.generation:generate",
     "lens": "probes.lens:lens",
     "load": "model.loading:load",
+    "load_shape": "plan.named_model:load_shape",
     "measure_machine": "study.measured_machine:measure_machine",
     "measure_plan": "study.plan_check:measure_plan",
     "plan_pair": "plan.answer:plan",

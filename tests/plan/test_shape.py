@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffattn.errors import ConfigError
+from diffattn.plan.named_model import load_shape
 from diffattn.plan.shape import VARIANTS, ModelShape, presets
 
 SMALL = {"hidden_size": 60, "num_layers": 3, "num_heads": 6, "intermediate_size": 164, "vocab_size": 131}
@@ -141,7 +142,7 @@ def test_the_sizes_of_the_comparison():
 
 def test_unknown_preset_lists_the_presets():
     refused(lambda: ModelShape.preset("3Mb"), "'3Mb' given", ", ".join(presets()), "did you mean '3M'?", ".toml")
-    refused(lambda: ModelShape.load("nothing like it"), "'nothing like it' given", ", ".join(presets()))
+    refused(lambda: load_shape("nothing like it"), "'nothing like it' given", ", ".join(presets()))
 
 
 def write(folder: Path, text: str | bytes, name: str = "mine.toml") -> Path:
@@ -157,7 +158,7 @@ def test_from_toml_gives_the_shape_and_the_stem_as_its_name(tmp_path):
     path = write(tmp_path, TOML + "\nnum_kv_heads = 2\nrope_theta = 500000\n")
     shape = small(num_kv_heads=2, rope_theta=500_000, name="mine")
     assert ModelShape.from_toml(path) == shape
-    assert ModelShape.load(path) == ModelShape.load(str(path)) == shape
+    assert load_shape(path) == load_shape(str(path)) == shape
     assert ModelShape.from_toml(write(tmp_path, TOML + '\nname = "other"')).name == "other"
 
 
@@ -165,9 +166,9 @@ def test_load_takes_a_file_of_any_ending_but_a_presets_name_wins(tmp_path, monke
     write(tmp_path, TOML, "shape.txt")
     write(tmp_path, TOML, "3M")
     monkeypatch.chdir(tmp_path)
-    assert ModelShape.load("shape.txt") == small(name="shape")
-    assert ModelShape.load("3M") == ModelShape.preset("3M")
-    assert ModelShape.load("./3M") == small(name="3M")
+    assert load_shape("shape.txt") == small(name="shape")
+    assert load_shape("3M") == ModelShape.preset("3M")
+    assert load_shape("./3M") == small(name="3M")
 
 
 def test_presets_are_the_files_that_ship():
@@ -178,7 +179,7 @@ def test_presets_are_the_files_that_ship():
 
 def test_bad_files_are_refused_in_one_line(tmp_path):
     path = tmp_path / "mine.toml"
-    refused(lambda: ModelShape.load(path), str(path), "there is none: check the path")
+    refused(lambda: load_shape(path), str(path), "there is none: check the path")
     refused(lambda: ModelShape.from_toml(tmp_path), str(tmp_path), "a readable TOML file is wanted")
     for text, words in [
         (TOML + "\nnum_kv_heads =\n", ("valid TOML", "line 6")),
@@ -193,4 +194,4 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
         (TOML + "\nrope_theta = 'big\\n'", ("mine.toml", "rope_theta=")),
     ]:
         write(tmp_path, text)
-        refused(lambda: ModelShape.load(path), *words)
+        refused(lambda: load_shape(path), *words)

@@ -96,7 +96,7 @@ def compare(
 
 def _beside(folder: Path, others: dict[str, Any]) -> Comparison:
     """The options of a comparison, once what was given beside ``--resume`` is known to be the same."""
-    from diffattn.plan.shape import ModelShape
+    from diffattn.plan.named_model import load_shape
     from diffattn.study.comparison import Stored
     from diffattn.train.own import same_shape, same_text
 
@@ -108,7 +108,7 @@ def _beside(folder: Path, others: dict[str, Any]) -> Comparison:
     ):
         # It may have moved.
         has["text"] = others["text"]
-    if "shape" in others and same_shape(ModelShape.load(others["shape"]), stored.shape):
+    if "shape" in others and same_shape(load_shape(others["shape"]), stored.shape):
         has["shape"] = others["shape"]
     check_given(folder, others, has, text_column="field")
     return dataclasses.replace(stored.options, text=has["text"])

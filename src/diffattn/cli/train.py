@@ -156,7 +156,7 @@ def _resume(own: Own, console: Console, shape: str, match: str, moved: dict[str,
 def _beside(own: Own, folder: Path, others: dict[str, Any]) -> dict[str, Any]:
     """Where text and source are now, once what was given beside ``--resume`` is known to be what the run has."""
     from diffattn.checkpoint_files import weights_digest
-    from diffattn.plan.shape import ModelShape
+    from diffattn.plan.named_model import load_shape
     from diffattn.train.own import same_shape, same_text
 
     others = {name: value for name, value in others.items() if name not in ("out", "resume", "json")}
@@ -173,7 +173,7 @@ def _beside(own: Own, folder: Path, others: dict[str, Any]) -> dict[str, Any]:
         same |= dict.fromkeys(("shape", "match"), lambda value: True)
     else:
         its_shape = own.shape
-        same["shape"] = lambda shape: same_shape(ModelShape.load(shape), its_shape)
+        same["shape"] = lambda shape: same_shape(load_shape(shape), its_shape)
     agreed = {name for name, value in others.items() if name in same and same[name](value)}
     others_left = {name: value for name, value in others.items() if name not in agreed}
     check_given(folder, others_left, has, source="from", text_column="field")

@@ -80,8 +80,8 @@ class DiffTransformerConfig(PreTrainedConfig):
         ConfigError: heads that do not divide, or a field that is not what ``diffattn.config_fields`` says, when the
             configuration is made or read, or when the field is assigned.
 
-    >>> config = DiffTransformerConfig.from_shape(ModelShape.load("3M"), "diff_v1")
-    >>> config.shape().num_heads == ModelShape.load("3M").num_heads
+    >>> config = DiffTransformerConfig.from_shape(ModelShape.preset("3M"), "diff_v1")
+    >>> config.shape().num_heads == ModelShape.preset("3M").num_heads
     True
     """
 

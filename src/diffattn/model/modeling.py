@@ -270,7 +270,7 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
     """The decoder with its output head: next-token logits, loss, and ``generate``.
 
     >>> from diffattn.plan.shape import ModelShape
-    >>> config = DiffTransformerConfig.from_shape(ModelShape.load("300K"), "diff_v2")
+    >>> config = DiffTransformerConfig.from_shape(ModelShape.preset("300K"), "diff_v2")
     >>> DiffTransformerForCausalLM(config)(torch.tensor([[1, 2, 3]])).logits.shape[:2]
     torch.Size([1, 3])
     """

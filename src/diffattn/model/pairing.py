@@ -60,7 +60,7 @@ def pair_config(
 def parameters_of(config: DiffTransformerConfig) -> Parameters:
     """The parameters of a configuration without biases, norms of queries and keys, and DEX, before it is built.
 
-    >>> config = pair_config(ModelShape.load("300K"), "diff_v2", lambda_form="one")
+    >>> config = pair_config(ModelShape.preset("300K"), "diff_v2", lambda_form="one")
     >>> parameters_of(config).total == DiffTransformerForCausalLM(config).num_parameters()
     True
     """
@@ -87,7 +87,7 @@ def build_pair(shape: ModelShape, attention: str, *, seed: int = 0, match: str =
     Raises:
         ConfigError: a shape whose heads do not fit the variant, or an unknown ``match``.
 
-    >>> model, twin = build_pair(ModelShape.load("300K"), "diff_v1", seed=1)
+    >>> model, twin = build_pair(ModelShape.preset("300K"), "diff_v1", seed=1)
     >>> bool((model.lm_head.weight == twin.lm_head.weight).all())
     True
     """

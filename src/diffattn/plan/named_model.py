@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from diffattn.checkpoint_files import folder_name
 from diffattn.errors import ConfigError
@@ -97,6 +98,26 @@ def named(model: str | Model | None, against: str | Model | None) -> list[Model]
     if len(found) > 1 and found[0].name == found[1].name and found[0].built != found[1].built:
         found = [replace(each, name=each.given or each.name) for each in found]
     return found
+
+
+def load_shape(name_or_path: str | Path) -> ModelShape:
+    """Returns a shape by the name of a preset, or by the path of a TOML file, a checkpoint's folder or its config.json.
+
+    A preset's name wins over a file's.
+
+    Raises:
+        ConfigError: neither a preset nor a file; or what ``ModelShape.from_toml`` and ``read_checkpoint`` raise.
+
+    >>> load_shape("3M") == ModelShape.preset("3M")
+    True
+    """
+    text = str(name_or_path)
+    if text not in presets():
+        if text.endswith(".json") or os.path.isdir(text):
+            return read_checkpoint(text).shape.plain()
+        if text.endswith(".toml") or os.path.isfile(text):
+            return ModelShape.from_toml(text)
+    return ModelShape.preset(text)
 
 
 def _is_size(text: str) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.resources
-import os
 import tomllib
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
@@ -193,29 +192,6 @@ class ModelShape:
                 f"{str(path)!r} given; a TOML file in UTF-8 is wanted; byte {error.start} is not UTF-8: save it again"
             ) from error
         return _parse(text, str(path), path.stem)
-
-    @classmethod
-    def load(cls, name_or_path: str | Path) -> ModelShape:
-        """A shape by the name of a preset, or by the path of a TOML file, a checkpoint's folder or its config.json.
-
-        A preset's name wins over a file's.
-
-        Raises:
-            ConfigError: neither a preset nor a file; or what ``from_toml`` and ``read_checkpoint`` raise.
-
-        >>> ModelShape.load("3M") == ModelShape.preset("3M")
-        True
-        """
-        text = str(name_or_path)
-        if text not in _presets():
-            if text.endswith(".json") or os.path.isdir(text):
-                # That file reads shapes, so it imports this one.
-                from diffattn.plan.checkpoints.shape import read_checkpoint
-
-                return read_checkpoint(text).shape.plain()
-            if text.endswith(".toml") or os.path.isfile(text):
-                return cls.from_toml(text)
-        return cls.preset(text)
 
 
 def presets() -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from diffattn.model.fused import serving_backend
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.pairing import build_pair, pair_config
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token
+from diffattn.plan.named_model import load_shape
 from diffattn.plan.shape import ModelShape
 from diffattn.probes.maps import attention_maps, token_labels
 from diffattn.progress import OnStage, Stage, unseen
@@ -123,7 +124,7 @@ def _compare(
         if not stored.has_seal:
             on_note(f"{folder}: {NO_SEAL}")
     options = options or Comparison()
-    study = _Study(options, folder, stored.shape if stored is not None else ModelShape.load(options.shape))
+    study = _Study(options, folder, stored.shape if stored is not None else load_shape(options.shape))
     data = prepare_data(
         options.text, vocab_size=study.shape.vocab_size, context=study.context, text_column=options.text_column,
         on_stage=on_stage, on_note=on_note,
@@ -172,7 +173,7 @@ def _same_options(stored: Stored, given: Comparison | None, folder: Path) -> Com
             field.name == "text" and same_text(now, then, stored.data_digest, kept.text_column)
         ):
             continue
-        if field.name == "shape" and same_shape(ModelShape.load(now), stored.shape):
+        if field.name == "shape" and same_shape(load_shape(now), stored.shape):
             continue
         raise ConfigError(
             f"{folder} was started with {field.name} = {then!r}, now {now!r} is given; resume without it, "

@@ -13,6 +13,7 @@ from diffattn.files import write_json
 from diffattn.folders import COMPARISON, own_folder
 from diffattn.model.pairing import MATCHES
 from diffattn.names import one_of
+from diffattn.plan.named_model import load_shape
 from diffattn.plan.shape import ModelShape
 from diffattn.sealed import SEAL, read_sealed, sealed
 from diffattn.train.checkpoint import WAY_OUT
@@ -121,7 +122,7 @@ class Stored:
         plan = content.get("plan", {})
         try:
             options = Comparison(**{**content["options"], "variants": tuple(content["options"]["variants"])})
-            shape = ModelShape(**content["shape"]) if "shape" in content else ModelShape.load(options.shape)
+            shape = ModelShape(**content["shape"]) if "shape" in content else load_shape(options.shape)
             if plan:
                 _check_plan(plan, options)
             texts = (content["command"], content.get("data_digest", ""), options.text)

@@ -11,6 +11,7 @@ from diffattn.errors import ConfigError, DiffattnError
 from diffattn.files import writable_folder
 from diffattn.folders import RUN, own_folder
 from diffattn.model.pairing import build_pair, pair_config
+from diffattn.plan.named_model import load_shape
 from diffattn.plan.shape import ModelShape
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
@@ -56,7 +57,7 @@ def train_shape(
         ConfigError, DataError: nothing was written.
         TrainingError, KeyboardInterrupt: as in :func:`diffattn.train.run.train`.
     """
-    shape = shape if isinstance(shape, ModelShape) else ModelShape.load(shape)
+    shape = shape if isinstance(shape, ModelShape) else load_shape(shape)
     pair_config(shape, attention, match=match)
     context = check_context(shape, context)
     check_out(out, resume)

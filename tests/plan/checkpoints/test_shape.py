@@ -17,7 +17,7 @@ from diffattn.plan.checkpoints.kinds import KINDS
 from diffattn.plan.checkpoints.kinds import OURS as OURS_TYPE
 from diffattn.plan.checkpoints.shape import read_checkpoint
 from diffattn.plan.cost import count_parameters
-from diffattn.plan.named_model import parse_model
+from diffattn.plan.named_model import load_shape, parse_model
 from diffattn.plan.setting import Setting
 from diffattn.plan.shape import ModelShape
 
@@ -202,7 +202,7 @@ def test_other_kinds_are_refused_by_name(tmp_path: Path, kind: object) -> None:
     with pytest.raises(ConfigError, match="what can be planned is"):
         plan(f"diff_v1:{tmp_path}")
     with pytest.raises(ConfigError, match="what can be planned is"):
-        ModelShape.load(tmp_path)
+        load_shape(tmp_path)
 
 
 @pytest.mark.parametrize(
