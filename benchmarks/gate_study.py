@@ -29,17 +29,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.findings import rounded, training_loss
 from benchmarks.rows import Writer, provenance
 from diffattn.data.mixture import with_needles
 from diffattn.data.needles import Haystack
 from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.data.text import read_corpus, split_by_document
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.probes.options import DEPTHS, RetrievalOptions
-from diffattn.probes.retrieval import measure_retrieval
+from diffattn.probes.options import DEPTHS
+from diffattn.probes.retrieval import RetrievalOptions, measure_retrieval
 from diffattn.scaling.arms import ARMS
-from diffattn.scaling.ladder import Ladder
+from diffattn.scaling.options import LadderOptions
+from diffattn.study.findings import rounded, training_loss
 from diffattn.train.callbacks import Progress, read_metrics
 from diffattn.train.run import train
 
@@ -203,7 +203,7 @@ def with_open_gates(model: DiffTransformerForCausalLM) -> DiffTransformerForCaus
     return model
 
 
-def built(case: Case, ladder: Ladder) -> DiffTransformerForCausalLM:
+def built(case: Case, ladder: LadderOptions) -> DiffTransformerForCausalLM:
     """The model of a case before its first step."""
     (shape,) = ladder.shapes()
     model = ARMS[case.attention].build(shape, seed=case.seed, match=ladder.match).model
@@ -214,7 +214,7 @@ def built(case: Case, ladder: Ladder) -> DiffTransformerForCausalLM:
     return with_open_gates(model) if case.start == OPEN else model
 
 
-def run(case: Case, ladder: Ladder, data: PreparedData, held_out: Haystack, folder: Path) -> dict[str, Any]:
+def run(case: Case, ladder: LadderOptions, data: PreparedData, held_out: Haystack, folder: Path) -> dict[str, Any]:
     """Train a case, or go on training, and measure; the row without its provenance."""
     (shape,) = ladder.shapes()
     recipe = ladder.recipe(shape, case.seed)
@@ -238,10 +238,12 @@ def run(case: Case, ladder: Ladder, data: PreparedData, held_out: Haystack, fold
         with_open_gates(model)
     options = RetrievalOptions(lengths=(ladder.context,), tasks=TASKS, samples=_SAMPLES)
     answers = measure_retrieval(model, held_out, options)
-    exact = {task: [right for row in answers if (row["needles"], row["queries"]) == task for right in row["correct"]]
-             for task in TASKS}  # fmt: skip
+    exact = {
+        task: [right for cell, correct in answers.items() if (cell.needles, cell.queries) == task for right in correct]
+        for task in TASKS
+    }
     metrics = read_metrics(folder / "run" / "metrics.jsonl")
-    loss = training_loss(metrics, ladder.context)
+    by_stage, _ = training_loss(metrics, ladder.context)
     norms = [each["grad_norm"] for each in metrics if "loss" in each]
     # A cut run may have probed a step twice.
     seen = {row["step"]: row for row in map(json.loads, probes.read_text(encoding="utf-8").splitlines())}
@@ -250,7 +252,7 @@ def run(case: Case, ladder: Ladder, data: PreparedData, held_out: Haystack, fold
             "learning_rate": recipe.learning_rate,
             "parameters": model.num_parameters(),
             "tokens": recipe.steps * recipe.tokens_per_step(ladder.context),
-            "training_loss": [[point["x"], point["models"]["model"]["mean"]] for point in loss["points"]],
+            "training_loss": [[point.x, point.mean] for point in by_stage],
             "clipped": sum(norm > recipe.max_grad_norm for norm in norms) / len(norms),
             "val_loss": result.val_loss,
             "retrieval": [[*task, sum(right) / len(right), len(right)] for task, right in exact.items()],
@@ -260,7 +262,7 @@ def run(case: Case, ladder: Ladder, data: PreparedData, held_out: Haystack, fold
     )
 
 
-def setting(ladder: Ladder) -> dict[str, Any]:
+def setting(ladder: LadderOptions) -> dict[str, Any]:
     """What all cases of a call share, as it stands in their rows."""
     return {"size": ladder.sizes[0], "for_tokens": ladder.tokens} | {name: getattr(ladder, name) for name in _SETTING}
 
@@ -315,7 +317,7 @@ def main() -> None:
         for words, table in tables(known).items():
             print(f"## {words}\n\n{table}\n")
         return
-    ladder = Ladder(
+    ladder = LadderOptions(
         sizes=(options.size,), tokens=options.tokens, text=options.text, vocab_size=options.vocab_size,
         context=options.context, needles=options.needles, batch_size=options.batch_size, dtype=options.dtype,
     )  # fmt: skip

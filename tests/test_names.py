@@ -15,8 +15,8 @@ from diffattn.plan.named_model import load_shape
 from diffattn.plan.rule import parse_count
 from diffattn.plan.shape import VARIANTS, ModelShape, presets
 from diffattn.quantities import AmbiguousError, read_quantity, short
-from diffattn.scaling.ladder import Ladder
-from diffattn.study.compare import Comparison
+from diffattn.scaling.options import LadderOptions
+from diffattn.study.options import CompareOptions
 
 
 def test_every_name_is_found_in_any_case_and_without_its_marks() -> None:
@@ -94,7 +94,10 @@ def test_a_choice_that_two_names_fit_is_refused() -> None:
 
 
 def test_variants_are_found_in_any_case() -> None:
-    assert Comparison(variants=("Softmax", "V1", "DIFF-V2")).variants == ("softmax", "diff_v1", "diff_v2")
-    assert Ladder(text="sotu", variants=("SOFTMAX", "DIFF_V1+NO_NORM")).variants == ("softmax", "diff_v1+no_norm")
+    assert CompareOptions(variants=("Softmax", "V1", "DIFF-V2")).variants == ("softmax", "diff_v1", "diff_v2")
+    assert LadderOptions(text="sotu", variants=("SOFTMAX", "DIFF_V1+NO_NORM")).variants == (
+        "softmax",
+        "diff_v1+no_norm",
+    )
     with pytest.raises(ConfigError, match="each"):
-        Comparison(variants=("diff_v1", "DIFF_V1"))
+        CompareOptions(variants=("diff_v1", "DIFF_V1"))

@@ -27,16 +27,17 @@ if TYPE_CHECKING:
     from diffattn.plan.setting import Setting as Setting
     from diffattn.plan.shape import ModelShape as ModelShape
     from diffattn.probes.lens import lens as lens
+    from diffattn.probes.options import EvaluateOptions as EvaluateOptions
     from diffattn.probes.run import evaluate as evaluate
     from diffattn.scaling.ablation import ablation as ablation
     from diffattn.scaling.fit import fit_scaling as fit_scaling
-    from diffattn.scaling.ladder import Ladder as Ladder
     from diffattn.scaling.ladder import run_ladder as run_ladder
+    from diffattn.scaling.options import LadderOptions as LadderOptions
     from diffattn.scaling.points import read_points as read_points
     from diffattn.serve.engines import serve as _serve
     from diffattn.study.compare import compare as compare
-    from diffattn.study.comparison import Comparison as Comparison
     from diffattn.study.measured_machine import measure_machine as measure_machine
+    from diffattn.study.options import CompareOptions as CompareOptions
     from diffattn.study.plan_check import measure_plan as measure_plan
     from diffattn.train.recipe import Recipe as Recipe
     from diffattn.train.run import train as _train
@@ -46,12 +47,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Comparison": "study.comparison:Comparison",
+    "CompareOptions": "study.options:CompareOptions",
     "Decoding": "generate.decoding:Decoding",
     "DiffTransformerConfig": "model.configuration:DiffTransformerConfig",
     "DiffTransformerForCausalLM": "model.modeling:DiffTransformerForCausalLM",
     "DiffTransformerModel": "model.modeling:DiffTransformerModel",
-    "Ladder": "scaling.ladder:Ladder",
+    "EvaluateOptions": "probes.options:EvaluateOptions",
+    "LadderOptions": "scaling.options:LadderOptions",
     "ModelShape": "plan.shape:ModelShape",
     "OnnxDecoder": "export.run:OnnxDecoder",
     "Recipe": "train.recipe:Recipe",

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from benchmarks import gate_study
-from diffattn.scaling.ladder import Ladder
+from diffattn.scaling.options import LadderOptions
 
 ROOT = Path(__file__).parents[2]
-LADDER = Ladder(sizes=("15k",), tokens="8k", vocab_size=300, context=200, needles=0.9, batch_size=4, dtype="float32")
+LADDER = LadderOptions(
+    sizes=("15k",), tokens="8k", vocab_size=300, context=200, needles=0.9, batch_size=4, dtype="float32"
+)
 ARGUMENTS = ["--text", "text", "--out", "rows.jsonl", "--runs", "runs", "--size", "15k", "--tokens", "8k",
              "--vocab-size", "300", "--context", "200", "--batch-size", "4"]  # fmt: skip
 

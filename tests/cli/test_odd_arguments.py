@@ -15,8 +15,8 @@ from diffattn.cli.terminal.console import print_json
 from diffattn.errors import ConfigError
 from diffattn.files import command, write_json
 from diffattn.files import write_text as write_file
-from diffattn.scaling.ladder import Ladder
-from diffattn.study.comparison import Comparison
+from diffattn.scaling.options import LadderOptions
+from diffattn.study.options import CompareOptions
 from diffattn.train.recipe import Recipe
 
 ODD = os.fsdecode(b"od\xffd")
@@ -123,7 +123,7 @@ def test_counts_that_nobody_can_train_are_refused(number: int) -> None:
             Recipe(**{name: number})
     for name in ("steps", "seeds", "batch_size"):
         with pytest.raises(ConfigError, match=f"{name} is 10000"):
-            Comparison(**{name: number})
+            CompareOptions(**{name: number})
     for given in ({"seeds": number}, {"batch_size": number}, {"tokens": str(10**400)}):
         with pytest.raises(ConfigError):
-            Ladder(**given)  # type: ignore[arg-type]
+            LadderOptions(**given)  # type: ignore[arg-type]

@@ -11,8 +11,7 @@ from support.needle_model import TEXT, haystack, reader
 from diffattn.data.text import Document
 from diffattn.errors import ConfigError, DataError, UnsupportedError
 from diffattn.probes import harness as standard
-from diffattn.probes.harness import measure_standard
-from diffattn.probes.options import StandardOptions
+from diffattn.probes.harness import StandardOptions, measure_standard
 
 DOCUMENTS = (Document("a", TEXT), Document("b", f"{TEXT} And so it ended."))
 
@@ -36,7 +35,7 @@ def log_likelihood(model, tokenizer, given: str, text: str) -> float:
 def test_a_likelihood_is_the_models_own(found):
     model, tokenizer, result = found
     pieces = standard._likelihood(DOCUMENTS, np.random.default_rng(0))["custom_dataset"]()["test"]["text"]
-    values = result["text_likelihood"]["values"]["bits_per_byte"]
+    values = result["text_likelihood"].values["bits_per_byte"]
     assert len(values) == min(6, len(pieces))
     for value, piece in zip(values, pieces, strict=False):
         bits = -log_likelihood(model, tokenizer, "", piece) / math.log(2) / len(piece.encode())
@@ -46,7 +45,7 @@ def test_a_likelihood_is_the_models_own(found):
 def test_the_likeliest_continuation_is_chosen(found):
     model, tokenizer, result = found
     rows = standard._continuation(DOCUMENTS, np.random.default_rng(0))["custom_dataset"]()["test"]
-    values = result["text_continuation"]["values"]
+    values = result["text_continuation"].values
     assert len(values["acc"]) == len(values["acc_norm"]) == 6
     for index in range(6):
         row = rows[index]
@@ -67,7 +66,7 @@ def test_the_right_continuation_is_in_the_text_and_anywhere_among_the_choices():
 def test_shots_are_shown_and_said():
     options = StandardOptions(tasks=("text_continuation",), limit=3, shots=1)
     with_one = measure_standard(reader("softmax"), haystack().tokenizer, DOCUMENTS, options)
-    assert with_one["text_continuation"]["shots"] == 1
+    assert with_one["text_continuation"].shots == 1
 
 
 def test_what_cannot_run_is_one_line(monkeypatch):
@@ -87,7 +86,7 @@ def test_what_cannot_run_is_one_line(monkeypatch):
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(UnsupportedError, match=r"the data of piqa cannot be had \(no route\); wanted a network"):
+    with pytest.raises(UnsupportedError, match=r"the data of piqa cannot be loaded \(no route\); wanted a network"):
         measure("piqa")
 
     plain = builtins.__import__

@@ -13,13 +13,13 @@ from diffattn.errors import ConfigError, DataError
 from diffattn.probes.icl import (
     Choices,
     Example,
+    IclOptions,
     measure_icl,
     query_ids,
     read_examples,
     shown_ids,
     synthetic_task,
 )
-from diffattn.probes.options import IclOptions
 
 TASK = synthetic_task(4, examples=60, seed=5)
 TOKENIZER = train_tokenizer([TEXT, "input: label: 0 1 2 3\n\n"], VOCABULARY)
@@ -79,7 +79,7 @@ def test_accuracy_is_that_of_what_is_said(monkeypatch):
         reader("softmax"), TOKENIZER, TASK, options, on_progress=lambda *progress: seen.append(progress)
     )
     assert seen[-1] == (120, 120)
-    assert result["labels"] == ["0", "1", "2", "3"]
+    assert result.labels == ["0", "1", "2", "3"]
     for text, shots in zip(asked, [4, 8, *[8] * 10], strict=True):
         assert text.count("label:") == shots
     by_class = [[line[-1] for line in text.split("\n") if line.startswith("label")] for text in asked[7:]]
@@ -88,11 +88,11 @@ def test_accuracy_is_that_of_what_is_said(monkeypatch):
     same = {tuple(sorted(text.split("\n\n"))) for text in asked[1:]}
     assert len(same) == 1
     expected = [0.9 if text.rstrip().endswith("0") else 1.0 for text in asked]
-    assert [sum(values) / 10 for values in result["accuracy"].values()] == expected[:2]
+    assert [sum(values) / 10 for values in result.by_shots.values()] == expected[:2]
     for kind, start in (("random", 2), ("by class", 7)):
-        entry = result["permutations"][kind]
-        assert entry["accuracy"] == pytest.approx(expected[start : start + 5])
-        assert entry["spread"] == pytest.approx(max(entry["accuracy"]) - min(entry["accuracy"]))
+        entry = result.permutations[kind]
+        assert entry.accuracy == pytest.approx(expected[start : start + 5])
+        assert entry.spread == pytest.approx(max(entry.accuracy) - min(entry.accuracy))
 
 
 def test_examples_of_a_file(tmp_path):
@@ -112,7 +112,7 @@ def test_examples_of_a_data_set_have_the_names_of_their_labels(monkeypatch):
     assert asked == [(("org/task", "plain"), {"split": "test"})]
     plain = datasets.Dataset.from_dict({"text": ["a"], "label": [["x", "y"]]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: plain)
-    with pytest.raises(DataError, match=r"org/task: row 0: the label is \['x', 'y'\]; a single choice"):
+    with pytest.raises(DataError, match=r"org/task: row 0: the label is \['x', 'y'\]; wanted a single choice"):
         read_examples("org/task")
     with pytest.raises(DataError, match="org/task: row 0 has no 'sentence' and 'label'"):
         read_examples("org/task", text="sentence")
@@ -122,9 +122,9 @@ def test_examples_of_a_data_set_have_the_names_of_their_labels(monkeypatch):
     ("content", "words"),
     [
         ("", "holds no examples"),
-        ('{"text": "a", "label": ["x", "y"]}', r"line 1: the label is \['x', 'y'\]; a single choice is wanted"),
-        ('{"text": "a", "label": ""}', "a single choice is wanted"),
-        ('{"text": "a", "label": true}', "a single choice is wanted"),
+        ('{"text": "a", "label": ["x", "y"]}', r"line 1: the label is \['x', 'y'\]; wanted a single choice"),
+        ('{"text": "a", "label": ""}', "wanted a single choice"),
+        ('{"text": "a", "label": true}', "wanted a single choice"),
         ('{"text": "a", "label": "x"}\n{"text": "b"}', "line 2 has no 'text' and 'label'"),
         ("[1]", "line 1 has no 'text' and 'label'"),
         ("no json", "line 1 is no JSON"),
@@ -142,9 +142,9 @@ def test_what_cannot_be_is_refused(tmp_path):
     model = reader("softmax")
     with pytest.raises(DataError, match="cannot be read"):
         read_examples(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(ConfigError, match="queries 0"):
+    with pytest.raises(ConfigError, match="queries is 0; wanted at least 1"):
         IclOptions(queries=0)
-    with pytest.raises(DataError, match="60 examples given; 32 demonstrations and 100 queries want 132"):
+    with pytest.raises(DataError, match="60 examples given; wanted 132, for 32 shots and 100 queries"):
         measure_icl(model, TOKENIZER, TASK, IclOptions())
     with pytest.raises(DataError, match="the examples have 1 label"):
         measure_icl(model, TOKENIZER, [Example("a", "x")] * 9, IclOptions(shots=(1,), queries=2))

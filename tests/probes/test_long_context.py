@@ -20,11 +20,11 @@ def texts(count: int) -> list[torch.Tensor]:
 def test_cumulative_loss_is_that_of_one_pass(attention, chunk):
     model, given = reader(attention), texts(2)
     result = measure_long_context(model, given, length=LENGTH, chunk=chunk)
-    assert result["positions"] == [1, 2, 4, 8, 16, 32, 64, LENGTH]
-    for ids, losses in zip(given, result["loss"], strict=True):
+    assert result.positions == [1, 2, 4, 8, 16, 32, 64, LENGTH]
+    for ids, losses in zip(given, result.loss, strict=True):
         with torch.no_grad():
             each = F.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:], reduction="none")
-        for position, loss in zip(result["positions"], losses, strict=True):
+        for position, loss in zip(result.positions, losses, strict=True):
             assert loss == pytest.approx(each[:position].mean().item(), abs=2e-5)
 
 
@@ -54,5 +54,5 @@ def test_a_model_without_plain_rotary_positions_has_no_base():
     [(0, 8, 1), (8, 0, 1), (LENGTH + 1, 8, 1), (8, 8, 0)],
 )
 def test_what_cannot_be_is_refused(length, chunk, count):
-    with pytest.raises(ConfigError, match="wanted texts of more tokens than length"):
+    with pytest.raises(ConfigError, match="texts of more tokens than length"):
         measure_long_context(reader("softmax"), texts(2)[:count], length=length, chunk=chunk)

@@ -6,9 +6,9 @@ import torch
 from support.needle_model import VOCABULARY, haystack, reader
 
 from diffattn.errors import ConfigError
+from diffattn.probes import attention_calls
 from diffattn.probes.attention_calls import served_by
-from diffattn.probes.noise import SPANS, measure_noise, span_sums
-from diffattn.probes.options import NoiseOptions
+from diffattn.probes.noise import SPANS, NoiseOptions, measure_noise, span_sums
 
 MODELS = ("softmax", "diff_v1", "diff_v2", "dex", "llama")
 HAY = haystack()
@@ -46,18 +46,18 @@ def test_shares_sum_to_one_per_depth_and_sample(attention):
     seen = []
     result = measure_noise(reader(attention), HAY, options, on_progress=lambda *progress: seen.append(progress))
     assert seen == [(2, 6), (4, 6), (6, 6)]
-    for entry in result["maps"].values():
-        shares = torch.tensor(entry["shares"])
+    for entry in result.values():
+        shares = torch.tensor(entry.shares)
         assert shares.shape == (2, 3, len(SPANS))
         torch.testing.assert_close(shares.sum(-1), torch.ones(2, 3), rtol=0, atol=1e-5)
         # Nothing lies before a needle at the beginning, nothing behind one at the end.
         assert shares[0, :, SPANS.index("before")].abs().max() == 0
         assert shares[1, :, SPANS.index("behind")].abs().max() == 0
         assert shares[0, :, SPANS.index("behind")].abs().min() > 0
-        assert torch.tensor(entry["by_head"]["answer"]).isfinite().all()
+        assert torch.tensor(entry.by_head["answer"]).isfinite().all()
 
 
-def test_a_head_that_looks_at_the_answer_alone_has_no_noise():
+def test_a_head_that_looks_at_the_answer_alone_has_no_noise(monkeypatch):
     """Attention to one token of the needle, put there by hand, is what the study reports."""
     model, batch = reader("softmax"), prompts(2)
     wanted = torch.tensor([prompt.spans["answer"][0] for prompt in batch])
@@ -74,14 +74,10 @@ def test_a_head_that_looks_at_the_answer_alone_has_no_noise():
         def lam_of(self, rows):
             return None
 
-    from diffattn.probes import noise
-
-    original = noise.served_by
-    try:
-        noise.served_by = lambda model, read: original(model, lambda call: read(Pointing(call)))
-        sums = span_sums(model, batch)["map_pos"]
-    finally:
-        noise.served_by = original
+    monkeypatch.setattr(
+        attention_calls, "served_by", lambda model, read: served_by(model, lambda call: read(Pointing(call)))
+    )
+    sums = span_sums(model, batch)["map_pos"]
     assert (sums[..., SPANS.index("answer")] == 1).all()
     assert sums.sum() == sums[..., SPANS.index("answer")].sum()
 
@@ -109,7 +105,7 @@ def test_memory_at_8192_tokens_is_far_from_a_map_of_all_heads():
     ("options", "words"),
     [
         ({"samples": 0}, "samples is 0"),
-        ({"depths": ()}, "with 0 depths"),
+        ({"depths": ()}, "depths is empty"),
         ({"length": 8193}, "wanted at most 8192, the model's max_position_embeddings"),
         ({"length": 20}, "there is no needle in the context"),
     ],

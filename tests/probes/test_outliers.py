@@ -51,14 +51,14 @@ def test_outliers_are_those_of_all_logits_and_hidden_states_at_once(attention, m
     # Several blocks of rows, none of which ends where the text does.
     monkeypatch.setattr(layer_calls, "BLOCK", 2 * 12 * LENGTH * 8)
     result = measure_outliers(model, text, tokens=200, median_rows=1)
-    assert result["tokens"] == 2 * LENGTH * 3
+    assert result.tokens == 2 * LENGTH * 3
     magnitudes = torch.cat(logits).abs()
     for rank in RANKS:
         expected = magnitudes.sort(descending=True).values[rank - 1].item()
-        assert result["attention_logits"][f"top_{rank}"] == pytest.approx(expected, rel=1e-5)
-    assert result["attention_logits"]["median"] == pytest.approx(magnitudes.median().item(), rel=0.02)
+        assert result.attention_logits[f"top_{rank}"] == pytest.approx(expected, rel=1e-5)
+    assert result.attention_logits["median"] == pytest.approx(magnitudes.median().item(), rel=0.02)
     # The last entry of hidden_states has passed the final norm; what the last layer passes on has not.
-    assert result["hidden_states"]["top_1"] >= torch.cat(hidden).abs().max().item() * (1 - 1e-6)
+    assert result.hidden_states["top_1"] >= torch.cat(hidden).abs().max().item() * (1 - 1e-6)
 
 
 def test_one_large_value_is_found_wherever_it_is():
@@ -69,11 +69,11 @@ def test_one_large_value_is_found_wherever_it_is():
     )
     result = measure_outliers(model, text, tokens=10)
     handle.remove()
-    assert result["hidden_states"]["top_1"] >= 777.0
+    assert result.hidden_states["top_1"] >= 777.0
 
 
 def test_too_little_text_is_refused():
-    with pytest.raises(DataError, match=f"the text has {2 * LENGTH} tokens in whole blocks; wanted 1000"):
+    with pytest.raises(DataError, match=f"the held-out text has {2 * LENGTH} tokens in whole blocks; wanted 1000"):
         measure_outliers(reader("softmax"), blocks(1), tokens=1000)
 
 
@@ -102,11 +102,11 @@ def test_loss_at_many_bits_is_the_models_own_and_at_few_is_not(attention, monkey
     assert seen == [(index, 6) for index in range(1, 7)]
     for index, ids in enumerate(text):
         own = model(ids, labels=ids).loss.item()
-        assert result["16"]["loss"][index] == pytest.approx(own, abs=1e-5)
-        assert result["15"]["loss"][index] == pytest.approx(own, abs=1e-3)
-        assert abs(result["2"]["loss"][index] - own) > 1e-3
+        assert result[16].loss[index] == pytest.approx(own, abs=1e-5)
+        assert result[15].loss[index] == pytest.approx(own, abs=1e-3)
+        assert abs(result[2].loss[index] - own) > 1e-3
         right = (model(ids).logits[:, :-1].argmax(-1) == ids[:, 1:]).float().mean().item()
-        assert result["16"]["accuracy"][index] == pytest.approx(right)
+        assert result[16].accuracy[index] == pytest.approx(right)
 
 
 def test_unrounded_rows_in_its_place_are_the_models_logits():

@@ -8,8 +8,7 @@ from support.needle_model import haystack, reader
 
 from diffattn.data.needles import Needle, answer
 from diffattn.errors import ConfigError
-from diffattn.probes.options import RetrievalOptions
-from diffattn.probes.retrieval import answered_rightly, measure_retrieval
+from diffattn.probes.retrieval import RetrievalOptions, answered_rightly, measure_retrieval
 from diffattn.sealed import SEAL
 
 HAY = haystack()
@@ -47,10 +46,10 @@ def test_a_model_that_knows_is_right_and_one_that_guesses_is_not():
     asked = telling(model, knowing)
     rows = measure_retrieval(model, HAY, OPTIONS)
     assert len(rows) == 8
-    assert all(row["correct"] == [True] * 3 for row in rows)
+    assert all(correct == [True] * 3 for correct in rows.values())
     assert asked == [2, 1] * 8
     telling(model, lambda row: " 12345. The magic number of Lima is 67890.")
-    assert not any(any(row["correct"]) for row in measure_retrieval(model, HAY, OPTIONS))
+    assert not any(any(correct) for correct in measure_retrieval(model, HAY, OPTIONS).values())
 
 
 def test_it_goes_on_where_it_was_cut(tmp_path):
@@ -58,14 +57,15 @@ def test_it_goes_on_where_it_was_cut(tmp_path):
     telling(model, knowing)
     rows = measure_retrieval(model, HAY, OPTIONS, rows=file)
     lines = file.read_text().splitlines()
-    assert [{name: value for name, value in json.loads(line).items() if name != SEAL} for line in lines] == rows
+    assert [{name: value for name, value in json.loads(line).items() if name != SEAL} for line in lines] == [
+        cell._asdict() | {"correct": correct} for cell, correct in rows.items()
+    ]
     file.write_text("\n".join(lines[:5]) + "\n")
     asked = telling(model, knowing)
     again = measure_retrieval(model, HAY, OPTIONS, rows=file, on_progress=lambda *progress: seen.append(progress))
     assert again == rows
     assert asked == [2, 1] * 3
-    assert seen[-1][:2] == (9, 9)
-    assert seen[-1][2] == 0
+    assert seen[-1] == (9, 9)
     assert len(file.read_text().splitlines()) == 8
     # Another number of samples is another question.
     asked = telling(model, knowing)
@@ -110,7 +110,7 @@ def test_batched_answers_are_those_of_one_at_a_time(attention):
     ("options", "words"),
     [
         ({"samples": 0}, "samples is 0"),
-        ({"tasks": ()}, "0 tasks"),
+        ({"tasks": ()}, "tasks is empty"),
         ({"lengths": (8193,)}, "wanted at most 8192"),
         ({"lengths": (30,)}, "there is no needle in the context"),
         ({"lengths": (300,), "tasks": ((1, 2),)}, "2 of 1 needles"),

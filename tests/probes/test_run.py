@@ -12,19 +12,18 @@ from support.needle_model import TEXT, haystack, reader
 from diffattn.cli.main import main
 from diffattn.errors import CheckpointError, ConfigError, DataError
 from diffattn.intervals import interval, paired_difference
-from diffattn.probes.options import (
-    IclOptions,
-    LongContextOptions,
-    LowBitOptions,
-    NoiseOptions,
-    OutlierOptions,
-    RetrievalOptions,
-    StandardOptions,
-    fitted,
-)
-from diffattn.probes.registry import STUDIES
+from diffattn.probes.harness import StandardOptions
+from diffattn.probes.icl import IclOptions
+from diffattn.probes.long_context import LongContextOptions
+from diffattn.probes.low_bit import LowBitOptions
+from diffattn.probes.noise import NoiseOptions
+from diffattn.probes.options import EvaluateOptions
+from diffattn.probes.outliers import OutlierOptions
+from diffattn.probes.registry import OURS
+from diffattn.probes.retrieval import RetrievalOptions
 from diffattn.probes.run import evaluate, parse_models
 from diffattn.report.study_chart import study_rows, write_study_png
+from diffattn.results.study import ModelPoint
 
 SMALL = {
     "retrieval": RetrievalOptions(lengths=(260,), depths=(0.0, 1.0), tasks=((1, 1), (2, 2)), samples=2),
@@ -65,58 +64,62 @@ def folders(tmp_path_factory):
     return made | {"text": str(root / "text.txt")}
 
 
-@pytest.mark.parametrize("study", STUDIES)
+def text_of(folders, **more) -> EvaluateOptions:
+    return EvaluateOptions(text=folders["text"], **more)
+
+
+@pytest.mark.parametrize("study", OURS)
 def test_a_study_of_a_run_and_of_another_model(study, folders):
     seen = []
     result = evaluate(
-        study, [folders["soft"], f"llama={folders['llama']}"], SMALL[study], text=folders["text"],
+        study, [folders["soft"], f"llama={folders['llama']}"], SMALL[study], text_of(folders),
         on_progress=lambda *progress: seen.append(progress),
     )  # fmt: skip
-    assert list(result["models"]) == ["soft", "llama"]
-    assert len(result["points"]) == POINTS[study]
+    assert list(result.models) == ["soft", "llama"]
+    assert len(result.points) == POINTS[study]
     assert {name for name, *_ in seen} == {"soft", "llama"}
     assert all(0 < done <= all_ for _, done, all_ in seen)
-    for point in result["points"]:
+    for point in result.points:
         # Llama has two layers of three, and six heads of twelve.
-        both = study != "noise_by_head" or (point["by"] < 2 and point["x"] < 6)
-        assert list(point["models"]) == (["soft", "llama"] if both else ["soft"])
-        for entry in point["models"].values():
-            assert math.isfinite(entry["mean"])
-            if entry["low"] is not None:
-                assert entry["low"] <= entry["mean"] <= entry["high"]
+        both = study != "noise_by_head" or (point.by < 2 and point.x < 6)
+        assert list(point.models) == (["soft", "llama"] if both else ["soft"])
+        for entry in point.models.values():
+            assert math.isfinite(entry.mean)
+            if entry.low is not None:
+                assert entry.low <= entry.mean <= entry.high
         if both:
-            assert point["models"]["llama"]["difference"]["mean"] == pytest.approx(
-                point["models"]["llama"]["mean"] - point["models"]["soft"]["mean"], abs=1e-9
+            assert point.models["llama"].difference.mean == pytest.approx(
+                point.models["llama"].mean - point.models["soft"].mean, abs=1e-9
             )
-    assert json.loads(json.dumps(result))["options"] == json.loads(json.dumps(result["options"]))
+    assert json.loads(json.dumps(result.to_json())) == result.to_json()
 
 
 def test_of_several_runs_each_is_one_value(folders):
     options = SMALL["low_bit"]
-    runs = [evaluate("low_bit", [folders[name]], options, text=folders["text"])["points"] for name in ("v1a", "v1b")]
+    runs = [evaluate("low_bit", [folders[name]], options, text_of(folders)).points for name in ("v1a", "v1b")]
     pair = f"v1={folders['v1a']},{folders['v1b']}"
-    both = evaluate("low_bit", [pair, folders["soft"]], options, text=folders["text"])
-    for first, second, point in zip(*runs, both["points"], strict=True):
-        means = [first["models"]["v1a"]["mean"], second["models"]["v1b"]["mean"]]
-        assert point["models"]["v1"] == interval(means) | {"values": 2}
+    both = evaluate("low_bit", [pair, folders["soft"]], options, text_of(folders))
+    for first, second, point in zip(*runs, both.points, strict=True):
+        means = [first.models["v1a"].mean, second.models["v1b"].mean]
+        assert point.models["v1"] == ModelPoint(**vars(interval(means)), values=2, difference=None, is_first=True)
         # Two runs and one cannot be paired.
-        assert point["models"]["soft"]["difference"] is None
-        assert point["models"]["soft"]["values"] == 3
+        assert point.models["soft"].difference is None
+        assert point.models["soft"].values == 3
     turned = f"b={folders['v1b']},{folders['v1a']}"
-    same = evaluate("low_bit", [pair, turned], options, text=folders["text"])
-    for point, first, second in zip(same["points"], *runs, strict=True):
-        a, b = first["models"]["v1a"]["mean"], second["models"]["v1b"]["mean"]
-        assert point["models"]["b"]["difference"] == paired_difference([b, a], [a, b])
+    same = evaluate("low_bit", [pair, turned], options, text_of(folders))
+    for point, first, second in zip(same.points, *runs, strict=True):
+        a, b = first.models["v1a"].mean, second.models["v1b"].mean
+        assert point.models["b"].difference == paired_difference([b, a], [a, b])
 
 
 def test_another_rotary_base_reads_beyond_the_models_positions(folders):
     options = LongContextOptions(length=9000, samples=1)
     with pytest.raises(ConfigError, match="wanted at most 8192, the model's max_position_embeddings"):
-        evaluate("long_context", [folders["soft"]], options, text=folders["text"])
+        evaluate("long_context", [folders["soft"]], options, text_of(folders))
     options = LongContextOptions(length=120, samples=1, rope_base=1e6)
-    extended = evaluate("long_context", [folders["soft"]], options, text=folders["text"])["points"][-1]
-    plain = evaluate("long_context", [folders["soft"]], LongContextOptions(length=120, samples=1), text=folders["text"])
-    assert extended["models"]["soft"]["mean"] != plain["points"][-1]["models"]["soft"]["mean"]
+    extended = evaluate("long_context", [folders["soft"]], options, text_of(folders)).points[-1]
+    plain = evaluate("long_context", [folders["soft"]], LongContextOptions(length=120, samples=1), text_of(folders))
+    assert extended.models["soft"].mean != plain.points[-1].models["soft"].mean
 
 
 def test_a_length_left_open_fits_all_models(folders, tmp_path):
@@ -124,14 +127,14 @@ def test_a_length_left_open_fits_all_models(folders, tmp_path):
     config = json.loads((tmp_path / "short" / "config.json").read_text())
     (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 90}))
     models = [folders["soft"], str(tmp_path / "short")]
-    result = evaluate("low_bit", models, LowBitOptions(bits=(16,), samples=2), text=folders["text"])
-    assert result["options"]["context"] == 90
-    assert all(entry["mean"] == result["points"][0]["models"]["soft"]["mean"]
-               for entry in result["points"][0]["models"].values())  # fmt: skip
+    result = evaluate("low_bit", models, LowBitOptions(bits=(16,), samples=2), text_of(folders))
+    assert result.options["context"] == 90
+    assert all(entry.mean == result.points[0].models["soft"].mean
+               for entry in result.points[0].models.values())  # fmt: skip
     # Refused before the text is read.
     for study, options in (("noise", NoiseOptions(length=91)), ("retrieval", RetrievalOptions(lengths=(80, 91)))):
-        with pytest.raises(ConfigError, match="a length of 91 tokens is asked for; wanted at most 90"):
-            evaluate(study, models, options, text="absent")
+        with pytest.raises(ConfigError, match="a length of 91 tokens given; wanted at most 90"):
+            evaluate(study, models, options, EvaluateOptions(text="absent"))
 
 
 @pytest.mark.parametrize(
@@ -147,14 +150,14 @@ def test_a_length_left_open_fits_all_models(folders, tmp_path):
     ],
 )
 def test_lengths_by_default(options, positions, name, wanted):
-    assert getattr(fitted(options, positions), name) == wanted
+    assert getattr(options.fitted(positions), name) == wanted
 
 
 def test_table_and_chart(folders, tmp_path):
-    result = evaluate("noise", [folders["soft"], folders["v1a"]], SMALL["noise"], text=folders["text"])
-    header, *rows = study_rows(result)
+    result = evaluate("noise", [folders["soft"], folders["v1a"]], SMALL["noise"], text_of(folders))
+    header, *rows = study_rows(result.to_json())
     assert header == ["noise", "depth of the needle", "soft", "v1a", "v1a − soft"]
-    assert len(rows) == len(result["points"]) == 12
+    assert len(rows) == len(result.points) == 12
     first = rows[0]
     assert first[:2] == ["answer", "0"]
     assert " ±" in first[2]
@@ -162,7 +165,7 @@ def test_table_and_chart(folders, tmp_path):
     assert all(("none seen" in row[4]) == (row[4] != "–" and _crosses_zero(row[4])) for row in rows)
     # Softmax has one map, so there is nothing to compare the others with.
     assert [(row[2], row[4]) for row in rows if row[0].startswith("map_")] == [("–", "–")] * 8
-    write_study_png(result, tmp_path / "noise.png")
+    write_study_png(result.to_json(), tmp_path / "noise.png")
     assert (tmp_path / "noise.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -171,7 +174,7 @@ def _crosses_zero(text: str) -> bool:
     return abs(float(mean)) <= float(half)
 
 
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("study", OURS)
 def test_the_verb_prints_one_object_and_the_table(study, folders, tmp_path, capsys):
     options = {
         "retrieval": ["--lengths", "260", "--depths", "0.5", "--tasks", "1", "1", "--samples", "1"],
@@ -215,7 +218,7 @@ def test_the_model_of_a_run_has_its_runs_name():
 def test_a_folder_that_is_none_is_found_before_the_first_is_read(folders, capsys):
     seen = []
     with pytest.raises(CheckpointError):
-        evaluate("noise", [folders["soft"], "absent"], SMALL["noise"], text=folders["text"], on_progress=seen.append)
+        evaluate("noise", [folders["soft"], "absent"], SMALL["noise"], text_of(folders), on_progress=seen.append)
     assert not seen
     assert main(["eval", "noise", "absent"]) == 2
     out, err = capsys.readouterr()
@@ -232,25 +235,23 @@ def test_a_folder_that_is_none_is_found_before_the_first_is_read(folders, capsys
             LowBitOptions(context=100, samples=900),
             "the held-out text has .* blocks of 100 tokens; wanted 900",
         ),
-        ("low_bit", LowBitOptions(context=100, samples=0), "samples is 0"),
-        ("outliers", OutlierOptions(context=100, batch_size=0), "batch_size is 0"),
         ("outliers", OutlierOptions(context=100), "wanted 400000: give more text"),
         ("outliers", OutlierOptions(context=9000), "wanted at most 8192"),
     ],
 )
 def test_what_cannot_be_is_refused(study, options, words, folders):
     with pytest.raises((ConfigError, DataError), match=words):
-        evaluate(study, [folders["soft"]], options, text=folders["text"])
+        evaluate(study, [folders["soft"]], options, text_of(folders))
 
 
 def test_what_is_kept_is_not_measured_again(folders, tmp_path, monkeypatch):
     def measure(options=SMALL["low_bit"]):
         seen = []
         result = evaluate(
-            "low_bit", [f"v1={folders['v1a']},{folders['v1b']}", folders["soft"]], options, text=folders["text"],
-            keep=tmp_path / "kept", on_progress=lambda name, *_: seen.append(name),
+            "low_bit", [f"v1={folders['v1a']},{folders['v1b']}", folders["soft"]], options,
+            text_of(folders, keep=tmp_path / "kept"), on_progress=lambda name, *_: seen.append(name),
         )  # fmt: skip
-        return {name: result[name] for name in ("models", "points")}, seen
+        return (result.models, result.points), seen
 
     first, seen = measure()
     assert set(seen) == {"v1", "soft"}
@@ -280,10 +281,10 @@ def test_what_is_kept_is_not_measured_again(folders, tmp_path, monkeypatch):
 def test_weights_of_one_size_and_time_are_told_apart(folders, tmp_path):
     def loss(folder):
         result = evaluate(
-            "low_bit", [str(folder)], LowBitOptions(bits=(16,), context=100, samples=1), text=folders["text"],
-            keep=tmp_path / "kept",
+            "low_bit", [str(folder)], LowBitOptions(bits=(16,), context=100, samples=1),
+            text_of(folders, keep=tmp_path / "kept"),
         )  # fmt: skip
-        return result["points"][0]["models"][folder.name]["mean"]
+        return result.points[0].models[folder.name].mean
 
     first = shutil.copytree(folders["soft"], tmp_path / "first")
     other = shutil.copytree(first, tmp_path / "other")
@@ -305,9 +306,7 @@ def test_cells_of_a_run_that_was_cut_are_kept(folders, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(
-            "retrieval", [folders["soft"]], SMALL["retrieval"], text=folders["text"], keep=tmp_path, on_progress=cut
-        )
+        evaluate("retrieval", [folders["soft"]], SMALL["retrieval"], text_of(folders, keep=tmp_path), on_progress=cut)
     (rows,) = tmp_path.glob("retrieval-*.jsonl")
     assert len(rows.read_text().splitlines()) == 1
     # A line that was cut is asked again, one that was changed is named.
@@ -317,7 +316,7 @@ def test_cells_of_a_run_that_was_cut_are_kept(folders, tmp_path):
 
     def again():
         evaluate(
-            "retrieval", [folders["soft"]], SMALL["retrieval"], text=folders["text"], keep=tmp_path,
+            "retrieval", [folders["soft"]], SMALL["retrieval"], text_of(folders, keep=tmp_path),
             on_progress=lambda name, done, all_: seen.append((done, all_)),
         )  # fmt: skip
 
@@ -330,12 +329,12 @@ def test_cells_of_a_run_that_was_cut_are_kept(folders, tmp_path):
 
 def test_depth_and_length_are_a_map(folders, tmp_path):
     options = RetrievalOptions(lengths=(260, 300), depths=(0.0, 1.0), tasks=((1, 1),), samples=1)
-    result = evaluate("retrieval", [folders["soft"], folders["v1a"]], options, text=folders["text"])
-    assert [(point["panel"], point["by"], point["x"]) for point in result["points"]] == [
+    result = evaluate("retrieval", [folders["soft"], folders["v1a"]], options, text_of(folders))
+    assert [(point.panel, point.by, point.x) for point in result.points] == [
         ("1 needle, 1 asked for", length, depth) for length in (260, 300) for depth in (0.0, 1.0)
     ]
-    header, first, *_ = study_rows(result)
+    header, first, *_ = study_rows(result.to_json())
     assert header[:5] == ["retrieval", "tokens", "depth of the first needle", "soft", "v1a"]
     assert first[:3] == ["1 needle, 1 asked for", "260", "0"]
-    write_study_png(result, tmp_path / "map.png")
+    write_study_png(result.to_json(), tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 5000

@@ -41,7 +41,7 @@ def browser():
 
 def opened(browser, folder: Path, result: dict, width: int = 1400):
     file = folder / "lens.html"
-    file.write_text(render_lens(result), encoding="utf-8")
+    file.write_text(render_lens(result.to_json()), encoding="utf-8")
     page = browser.new_page(viewport={"width": width, "height": 1200})
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -68,7 +68,7 @@ def expected(folder: Path, ids: list[int], layer: int, head: int, query: int, ke
     model, _ = load(folder)
     maps = attention_maps(model, torch.tensor([ids]), layer=layer, head=head)
     names = {"pos": "map_pos", "neg": "lam_map_neg", "diff": "map_diff"}
-    found = {short: maps[name][query][key] for short, name in names.items() if name in maps}
+    found = {short: maps.maps[name][query][key] for short, name in names.items() if name in maps.maps}
     return {"diff": found["pos"]} | found
 
 
@@ -93,7 +93,7 @@ def test_numbers_are_the_librarys_wherever_one_points(attention, folders, browse
     ids = load(folders / attention)[1](TEXT)["input_ids"]
     page, problems = opened(browser, tmp_path, result)
     canvas = page.locator("section[data-model='0'] canvas").first
-    heads = result["models"][0]["heads"]
+    heads = result.models[0].heads
     for layer, head in ((0, 0), (1, heads - 1), (1, 1)):
         page.select_option("#layer", str(layer))
         page.select_option("#head", str(head))
@@ -127,15 +127,15 @@ def test_two_models_answer_to_one_pointer_and_to_the_keyboard(folders, browser, 
     assert all("spread over" in text and "noise" in text and "answer" in text for text in facts)
     # The shares of the row, by the library's map.
     model, _ = load(folders / "softmax")
-    row = torch.tensor(attention_maps(model, torch.tensor([ids]), layer=0, head=4)["map_pos"][query])
-    start, end = result["answer"]
+    row = torch.tensor(attention_maps(model, torch.tensor([ids]), layer=0, head=4).map_pos[query])
+    start, end = result.answer
     noise = (row[1:query].sum() - row[start:end].sum()) / row.sum()
     assert f"noise {noise:.3f}" in facts[1]
     assert f"answer {row[start:end].sum() / row.sum():.3f}" in facts[1]
     # The token that asks can be clicked in the text, and moved by the slider.
     page.locator("section[data-model='1'] .text span").nth(7).click()
     reads(page, "(7) looks at")
-    assert page.locator("section[data-model='0'] .text span.query").inner_text() == result["tokens"][7]
+    assert page.locator("section[data-model='0'] .text span.query").inner_text() == result.tokens[7]
     page.locator("#query").fill("11")
     reads(page, "(11) looks at")
     # What was chosen is in the address.
@@ -170,7 +170,7 @@ def test_a_thousand_tokens_stay_smooth(folders, browser, tmp_path):
     ids = tokenizer(text)["input_ids"][:1024]
     text = tokenizer.decode(ids)
     result = lens([folders / "diff_v2"], text, layers=[1])
-    count = len(result["tokens"])
+    count = len(result.tokens)
     assert count > 1000
     page, problems = opened(browser, tmp_path, result)
     canvas = page.locator("canvas").first
@@ -197,14 +197,14 @@ def test_a_thousand_tokens_stay_smooth(folders, browser, tmp_path):
 
 def test_long_texts_are_kept_in_half_precision_and_too_long_ones_refused(folders, monkeypatch):
     monkeypatch.setattr(lens_module, "FLOAT32_BYTES", 1000)
-    assert lens([folders / "diff_v1"], TEXT)["models"][0]["dtype"] == "float16"
+    assert lens([folders / "diff_v1"], TEXT).models[0].dtype == "float16"
     monkeypatch.setattr(lens_module, "MOST_BYTES", 1000)
-    with pytest.raises(ConfigError, match="MB in a page; wanted at most 0: name fewer layers"):
+    with pytest.raises(ConfigError, match="MB; wanted at most 0 MB in a page: name fewer layers"):
         lens([folders / "diff_v1"], TEXT)
 
 
 def test_what_the_page_holds_cannot_end_its_data(folders):
-    page = render_lens(lens([folders / "softmax"], "</script><!-- <b> Lima & rain"))
+    page = render_lens(lens([folders / "softmax"], "</script><!-- <b> Lima & rain").to_json())
     assert page.count("<script") == 2
     assert "<!--" not in page
     assert "http" not in page.split("</style>")[1].split('id="data"')[0]
@@ -212,10 +212,10 @@ def test_what_the_page_holds_cannot_end_its_data(folders):
 
 def test_pictures(folders, tmp_path):
     result = lens([folders / "diff_v1", folders / "softmax"], "Lima is old", picture=(1, 3))
-    written = write_lens_pngs(result, tmp_path / "maps.png")
+    written = write_lens_pngs(result.to_json(), tmp_path / "maps.png")
     assert [path.name for path in written] == ["maps.png", "maps-softmax.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
-    with pytest.raises(ConfigError, match="diff_v1 has layers 0 to 2 and heads 0 to 5"):
+    with pytest.raises(ConfigError, match=r"layer 1 and head 6 given.*layers 0 to 2 and heads 0 to 5"):
         lens([folders / "diff_v1"], "Lima is old", picture=(1, 6))
 
 
@@ -237,9 +237,9 @@ def test_what_cannot_be_is_refused(folders, tmp_path):
     one = folders / "softmax"
     with pytest.raises(ConfigError, match="3 models given; wanted one, or two"):
         lens([one] * 3, TEXT)
-    with pytest.raises(ConfigError, match="the text has 0 tokens; wanted 2 to 2048"):
+    with pytest.raises(ConfigError, match="the text has 0 tokens; wanted 2 to 2,048"):
         lens([one], "")
-    with pytest.raises(ConfigError, match=r"layers are \[7\] and softmax has 3; wanted of 0 to 2"):
+    with pytest.raises(ConfigError, match=r"layers are \[7\]; wanted layers 0 to 2"):
         lens([one], TEXT, layers=[7])
     with pytest.raises(DataError, match="the answer 'Oslo' is not in the text"):
         lens([one], TEXT, answer="Oslo")

@@ -13,7 +13,7 @@ from diffattn.scaling.fit import fit_scaling
 
 @pytest.fixture(scope="module")
 def result() -> dict:
-    return fit_scaling("figure3a", at=(6.8e9, 13.1e9), bootstrap=200, command="diffattn scale fit <figure3a>")
+    return fit_scaling("figure3a", at=(6.8e9, 13.1e9), bootstrap=200, command="diffattn scale fit <figure3a>").to_json()
 
 
 def test_the_page_has_both_forms_side_by_side_and_needs_no_network(result: dict) -> None:

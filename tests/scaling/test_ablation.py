@@ -13,6 +13,7 @@ from diffattn.intervals import paired_difference
 from diffattn.model.pairing import build_pair
 from diffattn.plan.shape import VARIANTS, ModelShape
 from diffattn.report.ablation_table import ablation_rows, write_ablation_png
+from diffattn.results.ladder import LadderRow
 from diffattn.scaling.ablation import ablation
 from diffattn.scaling.arms import ARMS
 from diffattn.scaling.ladder import run_ladder
@@ -20,10 +21,12 @@ from diffattn.scaling.ladder import run_ladder
 SHAPE = ModelShape(hidden_size=32, num_layers=2, num_heads=4, intermediate_size=56, vocab_size=300)
 
 
-def row(attention: str, seed: int, loss: float, **changes) -> dict:
-    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "tokens": 64, "context": 16, "vocab_size": 300,
-             "batch_size": 2, "match": "parameters", "dtype": "float32", "data_digest": "d"}  # fmt: skip
-    return {"attention": attention, "seed": seed, "val_loss": loss, "parameters": 1000, **sizes, **changes}
+def row(arm: str, seed: int, loss: float, **changes) -> LadderRow:
+    facts = {"parameters": 1000, "non_embedding_parameters": 700, "hidden_size": 32, "num_layers": 2, "num_heads": 4,
+             "intermediate_size": 56, "tokens": 64, "context": 16, "needles": 0.0, "vocab_size": 300, "batch_size": 2,
+             "match": "parameters", "learning_rate": 1e-3, "dtype": "float32", "model_flops_per_token": 1,
+             "data_digest": "d", "bits_per_byte": 1.0, "train_tokens_per_second": 1.0}  # fmt: skip
+    return LadderRow(arm=arm, seed=seed, val_loss=loss, **facts | changes)
 
 
 def test_every_arm_changes_one_thing_of_its_base() -> None:
@@ -85,7 +88,7 @@ def test_an_ablation_is_trained_as_one_ladder(tmp_path: Path, capsys: pytest.Cap
     }
     losses = {name: variant["val_loss"] for name, variant in result["variants"].items()}
     for name, pair in result["pairs"].items():
-        assert pair["val_loss_difference"] == paired_difference(losses[name], losses[pair["baseline"]])
+        assert pair["val_loss_difference"] == paired_difference(losses[name], losses[pair["baseline"]]).to_json()
     assert len({value for each in losses.values() for value in each}) == 2 * len(arms)
     assert (tmp_path / "chart.png").stat().st_size > 10_000
     # What is there is not trained again.
@@ -102,16 +105,16 @@ def test_the_table_says_what_is_seen() -> None:
     rows += [row("gated", seed, 3.0 + 0.9 * seed) for seed in range(3)]
     rows += [row("diff_v2+no_lambda", 0, 3.0)]
     result = ablation(rows)
-    table = {line[0]: line for line in ablation_rows(result)[1:]}
+    table = {line[0]: line for line in ablation_rows(result.to_json())[1:]}
     assert list(table) == ["softmax", "gated", "diff_v1", "diff_v1+no_norm", "diff_v2+no_lambda"]
     assert [line[-1] for line in table.values()] == ["", "none seen", "better", "worse", ""]
     assert table["diff_v1"][3:5] == ["softmax", "−0.0990"]
     # Two seeds of three: the pairs alone count.
-    assert result["pairs"]["diff_v1+no_norm"]["seeds"] == [0, 1]
-    assert result["variants"]["diff_v1+no_norm"]["val_loss"] == [3.5, 4.5, None]
+    assert result.pairs["diff_v1+no_norm"].seeds == [0, 1]
+    assert result.variants["diff_v1+no_norm"].val_loss == [3.5, 4.5, None]
     # Its base was not trained.
     assert table["diff_v2+no_lambda"][3] == "diff_v2"
-    assert "diff_v2+no_lambda" not in result["pairs"]
+    assert "diff_v2+no_lambda" not in result.pairs
 
 
 @pytest.mark.parametrize(
@@ -129,11 +132,11 @@ def test_rows_that_cannot_be_compared_are_one_line(rows: list, words: str) -> No
 
 def test_heads_that_cannot_be_halved() -> None:
     odd = ModelShape(hidden_size=48, num_layers=2, num_heads=6, num_kv_heads=3, intermediate_size=56, vocab_size=300)
-    with pytest.raises(ConfigError, match="num_kv_heads=3 given; heads of double width want both even"):
+    with pytest.raises(ConfigError, match="num_kv_heads=3 given; wanted both even"):
         ARMS["softmax+wide_heads"].shape(odd)
 
 
 def test_the_chart_names_what_each_arm_is_compared_with(tmp_path: Path) -> None:
     rows = [row(name, seed, 3.0 + 0.1 * seed + 0.01 * place) for place, name in enumerate(ARMS) for seed in range(3)]
-    write_ablation_png(ablation(rows), tmp_path / "chart.png")
+    write_ablation_png(ablation(rows).to_json(), tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 20_000

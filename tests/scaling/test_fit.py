@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from diffattn.errors import ConfigError, DataError
+from diffattn.results.scaling import Equivalence, ScalingPoint, ScalingResult
 from diffattn.scaling.fit import fit_scaling, interval
 from diffattn.scaling.forms import FLOOR, JOINT, POWER, fit_form, huber, refine, refit
-from diffattn.scaling.points import Point, read_points
+from diffattn.scaling.points import read_points
 
 SIZES = (0.2e6, 0.55e6, 1.2e6, 1.9e6, 4.2e6)
 PLANTED = {"softmax": (1.9, 40.0, 0.26), "diff_v1": (1.9, 39.0, 0.26)}
@@ -16,7 +17,7 @@ PLANTED = {"softmax": (1.9, 40.0, 0.26), "diff_v1": (1.9, 39.0, 0.26)}
 
 def ladder(
     seed: int, *, noise: float = 0.004, shared: float = 0.003, laws: dict = PLANTED, seeds: int = 3
-) -> list[Point]:
+) -> list[ScalingPoint]:
     """Points on planted laws; what a seed adds is partly common to the variants."""
     rng = np.random.default_rng(seed)
     points = []
@@ -25,29 +26,29 @@ def ladder(
             common = rng.normal(scale=shared)
             for name, (floor, scale, exponent) in laws.items():
                 loss = (floor + scale * size**-exponent) * math.exp(common + rng.normal(scale=noise))
-                points.append(Point(name, size, 8e6, loss, index))
+                points.append(ScalingPoint(name, size, 8e6, loss, index))
     return points
 
 
-def equivalence(result: dict, form: str, given: str, size: float) -> dict:
-    rows = result["forms"][form]["equivalences"]
-    return next(row for row in rows if row["given"] == given and row["size"] == size)
+def equivalence(result: ScalingResult, form: str, given: str, size: float) -> Equivalence:
+    rows = result.forms[form].equivalences
+    return next(row for row in rows if row.given == given and row.size == size)
 
 
 def test_the_papers_points_give_the_papers_equivalences_and_depend_on_the_form() -> None:
     result = fit_scaling("figure3a", at=(6.8e9, 13.1e9))
-    assert equivalence(result, "floor", "diff_v1", 6.8e9)["equal"]["value"] == pytest.approx(10.9e9, abs=0.15e9)
-    assert equivalence(result, "floor", "softmax", 13.1e9)["equal"]["value"] == pytest.approx(7.8e9, abs=0.15e9)
-    assert equivalence(result, "power", "diff_v1", 6.8e9)["equal"]["value"] == pytest.approx(9.1e9, abs=0.15e9)
+    assert equivalence(result, "floor", "diff_v1", 6.8e9).equal.value == pytest.approx(10.9e9, abs=0.15e9)
+    assert equivalence(result, "floor", "softmax", 13.1e9).equal.value == pytest.approx(7.8e9, abs=0.15e9)
+    assert equivalence(result, "power", "diff_v1", 6.8e9).equal.value == pytest.approx(9.1e9, abs=0.15e9)
     row = equivalence(result, "floor", "diff_v1", 6.8e9)
-    assert row["equal"]["low"] < 9.2e9
-    assert row["equal"]["high"] > 20e9
-    assert row["ratio"]["value"] == pytest.approx(6.8e9 / row["equal"]["value"])
-    assert row["ratio"]["low"] == pytest.approx(6.8e9 / row["equal"]["high"])
-    assert not row["extrapolated"]
+    assert row.equal.low < 9.2e9
+    assert row.equal.high > 20e9
+    assert row.ratio.value == pytest.approx(6.8e9 / row.equal.value)
+    assert row.ratio.low == pytest.approx(6.8e9 / row.equal.high)
+    assert not row.extrapolated
     # Five points and three numbers, with the spread four: nothing is left for the correction of AIC.
-    assert result["forms"]["floor"]["variants"]["softmax"]["aicc"] is None
-    assert result["forms"]["power"]["variants"]["softmax"]["aicc"] is not None
+    assert result.forms["floor"].variants["softmax"].aicc is None
+    assert result.forms["power"].variants["softmax"].aicc is not None
 
 
 def test_planted_exponents_lie_in_their_own_intervals() -> None:
@@ -57,14 +58,14 @@ def test_planted_exponents_lie_in_their_own_intervals() -> None:
     planted_ratio = (39.0 / 40.0) ** (1 / 0.26)
     for seed in range(ladders):
         result = fit_scaling(ladder(seed), bootstrap=200, seed=seed, at=(1.2e6,))
-        fitted = result["forms"]["floor"]["variants"]["softmax"]["parameters"]
-        held["α"] += fitted["α"]["low"] <= 0.26 <= fitted["α"]["high"]
-        held["E"] += fitted["E"]["low"] <= 1.9 <= fitted["E"]["high"]
-        ratio = result["forms"]["floor"]["equivalences"][0]["ratio"]
-        held["ratio"] += ratio["low"] <= planted_ratio <= ratio["high"]
+        fitted = result.forms["floor"].variants["softmax"].parameters
+        held["α"] += fitted["α"].low <= 0.26 <= fitted["α"].high
+        held["E"] += fitted["E"].low <= 1.9 <= fitted["E"].high
+        ratio = result.forms["floor"].equivalences[0].ratio
+        held["ratio"] += ratio.low <= planted_ratio <= ratio.high
         result = fit_scaling(ladder(seed, laws=straight), bootstrap=200, seed=seed, at=(1.2e6,))
-        fitted = result["forms"]["power"]["variants"]["softmax"]["parameters"]
-        held["power"] += fitted["α"]["low"] <= 0.06 <= fitted["α"]["high"]
+        fitted = result.forms["power"].variants["softmax"].parameters
+        held["power"] += fitted["α"].low <= 0.06 <= fitted["α"].high
     assert all(count >= 90 for count in held.values()), held
     # An interval that is always wide enough says nothing: for the exponents some have to miss.
     assert held["power"] < ladders
@@ -89,23 +90,23 @@ def test_every_draw_of_a_bootstrap_ends_where_a_fit_with_all_starts_ends() -> No
 
 def test_laws_without_noise_are_equal_not_better_by_a_rounding() -> None:
     same = fit_scaling(ladder(0, noise=0, shared=0, laws=dict.fromkeys(("softmax", "diff_v1"), PLANTED["softmax"])))
-    for form in same["forms"].values():
-        assert all("no difference seen" in row["words"] for row in form["equivalences"])
+    for form in same.forms.values():
+        assert all("no difference seen" in row.words for row in form.equivalences)
 
 
 def test_a_loss_just_below_the_floor_is_no_advantage_where_the_interval_includes_1() -> None:
     same = dict.fromkeys(("softmax", "diff_v1"), PLANTED["softmax"])
     told = [row for seed in range(4) for row in fit_scaling(ladder(seed, laws=same), at=(1e12,), bootstrap=100)
-            ["forms"]["floor"]["equivalences"] if row["equal"]["value"] is None]  # fmt: skip
+            .forms["floor"].equivalences if row.equal.value is None]  # fmt: skip
     assert told
     for row in told:
-        low, high = row["ratio"]["low"], row["ratio"]["high"]
+        low, high = row.ratio.low, row.ratio.high
         assert low <= 1 <= (math.inf if high is None else high)
-        assert "reaches this loss; but the interval includes 1: no difference seen" in row["words"]
+        assert "reaches this loss; but the interval includes 1: no difference seen" in row.words
 
 
 def test_losses_that_do_not_fall_are_refused() -> None:
-    rising = [Point(p.attention, p.size, p.tokens, 9 / p.val_loss, p.seed) for p in ladder(0)]
+    rising = [ScalingPoint(p.attention, p.size, p.tokens, 9 / p.val_loss, p.seed) for p in ladder(0)]
     with pytest.raises(DataError, match="losses of softmax do not fall with size") as caught:
         fit_scaling(rising)
     assert "\n" not in str(caught.value)
@@ -113,14 +114,14 @@ def test_losses_that_do_not_fall_are_refused() -> None:
 
 def test_equal_variants_are_said_to_be_equal_and_better_ones_better() -> None:
     same = fit_scaling(ladder(3, laws={"softmax": PLANTED["softmax"], "diff_v2": PLANTED["softmax"]}), at=(1.2e6,))
-    for form in same["forms"].values():
-        assert form["equivalences"][0]["words"] == "the interval includes 1: no difference seen"
+    for form in same.forms.values():
+        assert form.equivalences[0].words == "the interval includes 1: no difference seen"
     laws = {"softmax": PLANTED["softmax"], "diff_v1": (1.9, 30.0, 0.26)}
     better = fit_scaling(ladder(3, laws=laws), at=(0.55e6,))
-    assert equivalence(better, "floor", "diff_v1", 0.55e6)["words"] == "diff_v1 needs fewer parameters"
+    assert equivalence(better, "floor", "diff_v1", 0.55e6).words == "diff_v1 needs fewer parameters"
     worse = fit_scaling(ladder(3, laws={"softmax": laws["diff_v1"], "diff_v1": laws["softmax"]}), at=(1.9e6,))
-    assert equivalence(worse, "floor", "diff_v1", 1.9e6)["words"] == "diff_v1 needs more parameters"
-    assert equivalence(worse, "power", "softmax", 1.9e6)["words"].startswith("diff_v1 needs more parameters")
+    assert equivalence(worse, "floor", "diff_v1", 1.9e6).words == "diff_v1 needs more parameters"
+    assert equivalence(worse, "power", "softmax", 1.9e6).words.startswith("diff_v1 needs more parameters")
 
 
 def test_seeds_are_drawn_for_all_variants_together() -> None:
@@ -129,14 +130,14 @@ def test_seeds_are_drawn_for_all_variants_together() -> None:
     loose = [
         point
         if point.attention == "softmax"
-        else Point(point.attention, point.size, 8e6, point.val_loss, 9 - point.seed)
+        else ScalingPoint(point.attention, point.size, 8e6, point.val_loss, 9 - point.seed)
         for point in ladder(5, noise=1e-4, shared=0.01)
     ]
     apart = fit_scaling(loose, at=(1.2e6,))
 
-    def width(result: dict) -> float:
-        ratio = equivalence(result, "floor", "diff_v1", 1.2e6)["ratio"]
-        return ratio["high"] - ratio["low"]
+    def width(result: ScalingResult) -> float:
+        ratio = equivalence(result, "floor", "diff_v1", 1.2e6).ratio
+        return ratio.high - ratio.low
 
     assert width(paired) < 0.3 * width(apart)
 
@@ -145,9 +146,9 @@ def test_a_loss_below_the_floor_has_no_equal_and_extrapolation_is_said() -> None
     laws = {"softmax": (2.5, 40.0, 0.3), "diff_v1": (1.5, 40.0, 0.3)}
     result = fit_scaling(ladder(1, laws=laws, noise=1e-3), at=(4.2e6, 1e12))
     row = equivalence(result, "floor", "diff_v1", 4.2e6)
-    assert row["equal"]["value"] is None
-    assert row["words"] == "no number of parameters of softmax reaches this loss, extrapolated"
-    assert equivalence(result, "power", "softmax", 1e12)["extrapolated"]
+    assert row.equal.value is None
+    assert row.words == "no number of parameters of softmax reaches this loss, extrapolated"
+    assert equivalence(result, "power", "softmax", 1e12).extrapolated
 
 
 def test_tokens_alone_and_both_axes() -> None:
@@ -157,25 +158,25 @@ def test_tokens_alone_and_both_axes() -> None:
         return (1.8 + gain * 30 * size**-0.25 + 50 * tokens**-0.28) * math.exp(rng.normal(scale=5e-4))
 
     both = [
-        Point(name, size, tokens, loss(size, tokens, gain), 0)
+        ScalingPoint(name, size, tokens, loss(size, tokens, gain), 0)
         for size in (1e6, 4e6, 16e6, 64e6)
         for tokens in (1e7, 4e7, 16e7)
         for name, gain in (("softmax", 1.0), ("diff_v1", 0.95))
     ]
     result = fit_scaling(both, at=(16e6,))
-    assert list(result["forms"]) == ["joint"]
-    fitted = result["forms"]["joint"]["variants"]["softmax"]["parameters"]
+    assert list(result.forms) == ["joint"]
+    fitted = result.forms["joint"].variants["softmax"].parameters
     for name, planted in {"α": 0.25, "β": 0.28, "E": 1.8}.items():
-        assert fitted[name]["low"] <= planted <= fitted[name]["high"], name
-    ratio = equivalence(result, "joint", "diff_v1", 16e6)["ratio"]
-    assert ratio["low"] <= 0.95**4 <= ratio["high"]
-    tokens = [Point(point.attention, 16e6, point.tokens, point.val_loss, index % 2)
+        assert fitted[name].low <= planted <= fitted[name].high, name
+    ratio = equivalence(result, "joint", "diff_v1", 16e6).ratio
+    assert ratio.low <= 0.95**4 <= ratio.high
+    tokens = [ScalingPoint(point.attention, 16e6, point.tokens, point.val_loss, index % 2)
               for index, point in enumerate(both) if point.size in (16e6, 64e6)]  # fmt: skip
-    tokens = [Point(p.attention, 16e6, p.tokens, p.val_loss, i // 2 % 6 // 3) for i, p in enumerate(tokens)]
+    tokens = [ScalingPoint(p.attention, 16e6, p.tokens, p.val_loss, i // 2 % 6 // 3) for i, p in enumerate(tokens)]
     only = fit_scaling(tokens, at=(4e7,))
-    assert only["axis"] == "tokens"
-    assert only["forms"]["floor"]["formula"] == "E + A·T^−α"
-    assert "tokens" in only["forms"]["power"]["equivalences"][0]["words"] + only["axis"]
+    assert only.axis == "tokens"
+    assert only.forms["floor"].formula == "E + A·T^−α"
+    assert "tokens" in only.forms["power"].equivalences[0].words + only.axis
 
 
 @pytest.mark.parametrize("form", [POWER, FLOOR, JOINT], ids=lambda form: form.name)
@@ -225,13 +226,16 @@ def test_an_interval_moves_away_from_the_estimate_by_the_factor() -> None:
         ([p for p in read_points("figure3a") if p.attention == "softmax"], "only softmax given"),
         ([p for p in read_points("figure3a") if p.attention != "softmax"], "only diff_v1 given"),
         (read_points("figure3a")[:6], "3 points of softmax at 3 sizes given"),
-        (read_points("figure3a") + read_points("figure3a")[:1], "given twice"),
-        ([Point(a, 1e6, 1e6, 3.0, s) for a in ("softmax", "diff_v1") for s in range(5)], "same size and tokens"),
-        ([Point(a, x, 1e6, 3.0, s) for a in ("softmax", "diff_v1") for x in (1e6, 2e6) for s in range(5)], "2 sizes"),
-        ([*read_points("figure3a"), Point("softmax", 1e9, 1e9, 3.0)], "some rows give tokens and some do not"),
+        (read_points("figure3a") + read_points("figure3a")[:1], "stands there twice"),
+        ([ScalingPoint(a, 1e6, 1e6, 3.0, s) for a in ("softmax", "diff_v1") for s in range(5)], "same size and tokens"),
+        (
+            [ScalingPoint(a, x, 1e6, 3.0, s) for a in ("softmax", "diff_v1") for x in (1e6, 2e6) for s in range(5)],
+            "2 sizes",
+        ),
+        ([*read_points("figure3a"), ScalingPoint("softmax", 1e9, 1e9, 3.0)], "some rows give tokens and some do not"),
     ],
 )
-def test_points_that_no_curve_goes_through_are_one_line(points: list[Point], words: str) -> None:
+def test_points_that_no_curve_goes_through_are_one_line(points: list[ScalingPoint], words: str) -> None:
     with pytest.raises(DataError, match=words) as caught:
         fit_scaling(points)
     assert "\n" not in str(caught.value)

@@ -13,18 +13,19 @@ from diffattn.cli.main import main
 from diffattn.errors import ConfigError, DataError
 from diffattn.intervals import paired_difference
 from diffattn.plan.cost import count_parameters
-from diffattn.scaling.ladder import Ladder, LadderProgress, learning_rate_for, read_rows, run_ladder
+from diffattn.scaling.ladder import LadderProgress, read_rows, run_ladder
+from diffattn.scaling.options import LadderOptions, learning_rate_for
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "benchmarks" / "results" / "ladder.jsonl"
 
 
-def small(folder: Path, **changes: object) -> Ladder:
+def small(folder: Path, **changes: object) -> LadderOptions:
     options = {
         "sizes": ("38k", "7k"), "tokens": "100", "seeds": 2, "text": str(folder / "text"), "vocab_size": 300,
         "context": 16, "batch_size": 2, "dtype": "float32", "device": "cpu",
     }  # fmt: skip
-    return Ladder(**options | changes)  # type: ignore[arg-type]
+    return LadderOptions(**options | changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def text(tmp_path: Path) -> Path:
 def test_rows_pair_variants_at_every_size_and_are_not_trained_twice(text: Path) -> None:
     seen: list[LadderProgress] = []
     rows = run_ladder(small(text), out=text / "out", on_progress=seen.append)
-    assert [(row["hidden_size"], row["seed"], row["attention"]) for row in rows] == [
+    assert [(row.hidden_size, row.seed, row.arm) for row in rows] == [
         (width, seed, attention)
         for width in (16, 32)
         for seed in (0, 1)
@@ -44,14 +45,14 @@ def test_rows_pair_variants_at_every_size_and_are_not_trained_twice(text: Path) 
     ]
     for row in rows:
         # 100 tokens are 3.1 steps of 2 × 16.
-        assert row["tokens"] == 128
-        assert row["parameters"] == row["non_embedding_parameters"] + 300 * row["hidden_size"]
-        assert 0 < row["val_loss"] < 10
-        assert row["learning_rate"] == 1e-2
+        assert row.tokens == 128
+        assert row.parameters == row.non_embedding_parameters + 300 * row.hidden_size
+        assert 0 < row.val_loss < 10
+        assert row.learning_rate == 1e-2
     for soft, v1, v2 in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
-        assert 0 < v1["parameters"] - soft["parameters"] < 0.02 * soft["parameters"]
-        assert v2["parameters"] == pytest.approx(soft["parameters"], rel=0.005)
-    assert len({row["val_loss"] for row in rows}) == len(rows)
+        assert 0 < v1.parameters - soft.parameters < 0.02 * soft.parameters
+        assert v2.parameters == pytest.approx(soft.parameters, rel=0.005)
+    assert len({row.val_loss for row in rows}) == len(rows)
     assert [progress.done for progress in seen if progress.step is None] == list(range(12))
     assert seen[0].seconds_left is None
     assert all(progress.seconds_left is not None for progress in seen[1:])
@@ -67,7 +68,7 @@ def test_rows_pair_variants_at_every_size_and_are_not_trained_twice(text: Path) 
     (moved / "rows.jsonl").write_text((text / "out/rows.jsonl").read_text())
     more = run_ladder(small(text, seeds=3, sizes=("7k",)), out=moved, on_progress=again.append)
     assert more[:6] == rows[:6]
-    assert [row["seed"] for row in more[6:]] == [2, 2, 2]
+    assert [row.seed for row in more[6:]] == [2, 2, 2]
 
 
 def test_a_run_that_was_cut_ends_at_the_loss_of_an_uninterrupted_one(text: Path) -> None:
@@ -82,7 +83,7 @@ def test_a_run_that_was_cut_ends_at_the_loss_of_an_uninterrupted_one(text: Path)
         run_ladder(small(text, **options), out=text / "cut", on_progress=cut)
     assert not read_rows(text / "cut/rows.jsonl")
     rows = run_ladder(small(text, **options), out=text / "cut")
-    assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in whole]
+    assert [row.val_loss for row in rows] == [row.val_loss for row in whole]
 
 
 def test_two_processes_share_a_ladder(text: Path) -> None:
@@ -95,7 +96,7 @@ def test_two_processes_share_a_ladder(text: Path) -> None:
     said = [process.communicate(timeout=200)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     rows = read_rows(text / "out/rows.jsonl")
-    assert len({(row["attention"], row["seed"]) for row in rows}) == len(rows) == 6
+    assert len({(row.arm, row.seed) for row in rows}) == len(rows) == 6
     assert sum(line.count(": training ") for line in said) == 6
     assert "runs done" in said[0]
 
@@ -104,19 +105,22 @@ def test_json_prints_the_rows_as_one_object(text: Path, capsys: pytest.CaptureFi
     arguments = f"scale run --sizes 7k --tokens 64 --seeds 1 --variants softmax --vocab-size 300 --context 16 \
         --text {text / 'text'} --out {text / 'out'} --json"
     assert main(arguments.split()) == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == read_rows(text / "out/rows.jsonl")
+    (row,) = read_rows(text / "out/rows.jsonl")
+    assert json.loads(capsys.readouterr().out)["rows"] == [row.to_json()]
+    assert (text / "out/rows.jsonl").read_text() == json.dumps(row.to_json()) + "\n"
 
 
 def test_the_learning_rate_falls_with_the_cube_root_of_the_size(text: Path) -> None:
     assert learning_rate_for(10**6) / learning_rate_for(8 * 10**6) == 2
     assert learning_rate_for(100) == 1e-2
-    rates = [small(text, learning_rate=1e-3).recipe(shape, 0).learning_rate for shape in small(text).shapes()]
+    options = small(text, learning_rate=1e-3)
+    rates = [options.recipe(shape, 0).learning_rate for shape in options.shapes()]
     assert rates == [1e-3, 1e-3]
 
 
 def test_the_default_sizes_are_those_that_they_say() -> None:
     wanted = (200e3, 550e3, 1.2e6, 1.9e6, 4.2e6)
-    counts = [count_parameters(shape, "softmax").non_embedding for shape in Ladder().shapes()]
+    counts = [count_parameters(shape, "softmax").non_embedding for shape in LadderOptions().shapes()]
     assert counts == [pytest.approx(size, rel=0.03) for size in wanted]
 
 
@@ -128,24 +132,25 @@ def test_the_default_sizes_are_those_that_they_say() -> None:
         ({"sizes": ("many",)}, "a count of at least 1"),
         ({"sizes": ("1",)}, "what the rule reaches"),
         ({"tokens": "0"}, "a count of at least 1"),
-        ({"variants": ("soft",)}, "wanted of softmax, softmax.wide_heads"),
-        ({"variants": ("softmax", "softmax")}, "each at most once"),
-        ({"seeds": 0}, "at least 1"),
-        ({"match": "size"}, "wanted of parameters, shape"),
+        ({"variants": ("soft",)}, "wanted names of softmax, softmax.wide_heads"),
+        ({"variants": ("softmax", "softmax")}, "wanted at least one, each once"),
+        ({"seeds": 0}, "seeds is 0; wanted a number from 1"),
+        ({"match": "size"}, "match is 'size'.*parameters, shape"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
     ],
 )
 def test_bad_options_are_one_line(text: Path, changes: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
-        small(text, **changes)
+        run_ladder(small(text, **changes), out=text / "out")
     assert "\n" not in str(caught.value)
+    assert not (text / "out").exists()
 
 
 def test_a_damaged_row_is_named_and_nothing_is_trained(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = text / "out"
     out.mkdir()
     (out / "rows.jsonl").write_text('{"attention": "softmax"}\n')
-    with pytest.raises(DataError, match=r"rows.jsonl line 1 given; a row of a ladder is wanted"):
+    with pytest.raises(DataError, match=r"rows.jsonl line 1 is damaged .it has no seed.; wanted a row of a ladder"):
         run_ladder(small(text), out=out)
     arguments = f"scale run --sizes 7k --vocab-size 300 --text {text / 'text'} --out {out}"
     assert main(arguments.split()) == 2
@@ -155,25 +160,21 @@ def test_a_damaged_row_is_named_and_nothing_is_trained(text: Path, capsys: pytes
 
 def test_the_committed_rows_are_of_the_default_ladder() -> None:
     rows = read_rows(MEASURED)
-    sizes = {shape.hidden_size: count_parameters(shape, "softmax").non_embedding for shape in Ladder().shapes()}
+    sizes = {shape.hidden_size: count_parameters(shape, "softmax").non_embedding for shape in LadderOptions().shapes()}
     assert rows
     for row in rows:
-        assert row["command"].startswith("diffattn scale run --text ")
-        assert row["non_embedding_parameters"] == pytest.approx(sizes[row["hidden_size"]], rel=0.01)
-        assert row["learning_rate"] == learning_rate_for(sizes[row["hidden_size"]])
-        assert row["tokens"] >= 8e6
+        assert row.command.startswith("diffattn scale run --text ")
+        assert row.non_embedding_parameters == pytest.approx(sizes[row.hidden_size], rel=0.01)
+        assert row.learning_rate == learning_rate_for(sizes[row.hidden_size])
+        assert row.tokens >= 8e6
 
 
 def test_the_page_has_the_table_of_the_committed_rows() -> None:
     kinds = ("softmax", "diff_v1", "diff_v2")
     found: dict[int, dict[str, list[float]]] = {}
-    for row in sorted(read_rows(MEASURED), key=lambda row: (row["hidden_size"], row["seed"])):
-        found.setdefault(row["hidden_size"], {}).setdefault(row["attention"], []).append(row["val_loss"])
-    sizes = {
-        row["hidden_size"]: row["non_embedding_parameters"]
-        for row in read_rows(MEASURED)
-        if row["attention"] == "softmax"
-    }
+    for row in sorted(read_rows(MEASURED), key=lambda row: (row.hidden_size, row.seed)):
+        found.setdefault(row.hidden_size, {}).setdefault(row.arm, []).append(row.val_loss)
+    sizes = {row.hidden_size: row.non_embedding_parameters for row in read_rows(MEASURED) if row.arm == "softmax"}
     found[0] = {
         kind: [sum(found[width][kind][seed] for width in sizes) / len(sizes) for seed in range(3)] for kind in kinds
     }
@@ -183,5 +184,5 @@ def test_the_page_has_the_table_of_the_committed_rows() -> None:
         cells += [f"{sum(losses[kind]) / 3:.3f}" for kind in kinds]
         for kind in kinds[1:]:
             gap = paired_difference(losses[kind], losses["softmax"])
-            cells.append(f"{gap['mean']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})".replace("-", "−"))
+            cells.append(f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})".replace("-", "−"))
         assert f"| {' | '.join(cells)} |" in page

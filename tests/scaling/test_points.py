@@ -7,7 +7,8 @@ import pytest
 
 from diffattn.cli.main import main
 from diffattn.errors import ConfigError, DataError
-from diffattn.scaling.points import Point, read_points
+from diffattn.results.scaling import ScalingPoint
+from diffattn.scaling.points import read_points
 
 GOOD = "attention,parameters,val_loss,seed\nsoftmax,1e6,3.5,0\ndiff_v1,1e6,3.4,0\n"
 
@@ -24,7 +25,11 @@ def test_csv_and_json_lines_give_the_same_points(tmp_path: Path) -> None:
     others = {"parameters": 1e6, "non_embedding_parameters": 5e5, "seed": 0, "other": None}
     rows = [{"attention": name, "val_loss": loss} | others for name, loss in losses.items()]
     lines = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "points.jsonl")
-    assert read_points(lines) == from_csv == [Point("softmax", 1e6, None, 3.5, 0), Point("diff_v1", 1e6, None, 3.4, 0)]
+    assert (
+        read_points(lines)
+        == from_csv
+        == [ScalingPoint("softmax", 1e6, None, 3.5, 0), ScalingPoint("diff_v1", 1e6, None, 3.4, 0)]
+    )
     assert read_points(lines, size="non_embedding_parameters")[0].size == 5e5
 
 
@@ -34,18 +39,18 @@ def test_csv_and_json_lines_give_the_same_points(tmp_path: Path) -> None:
         ("attention,parameters\nsoftmax,1e6\n", "line 2 has no val_loss"),
         ("parameters,val_loss\n1e6,3\n", "line 2 has no attention"),
         ("attention,val_loss\nsoftmax,3\n", "line 2 has neither parameters nor tokens"),
-        (GOOD.replace("3.5", "nan"), "line 2: val_loss is nan; a finite number above 0"),
-        (GOOD.replace("3.5", "-1"), "line 2: val_loss is -1; a finite number above 0"),
+        (GOOD.replace("3.5", "nan"), "line 2: val_loss is nan; wanted a finite number above 0"),
+        (GOOD.replace("3.5", "-1"), "line 2: val_loss is -1; wanted a finite number above 0"),
         (GOOD.replace("3.4", "0"), "line 3: val_loss is 0"),
         (GOOD.replace("3.5", "inf"), "line 2: val_loss is inf"),
-        (GOOD.replace("1e6,3.4", "many,3.4"), "line 3: parameters is 'many'; a number is wanted"),
-        (GOOD.replace("3.5,0", "3.5,0,7"), "line 2 has 5 cells; 4 are wanted"),
+        (GOOD.replace("1e6,3.4", "many,3.4"), "line 3: parameters is 'many'; wanted a number"),
+        (GOOD.replace("3.5,0", "3.5,0,7"), "line 2 has 5 cells .softmax,1e6,3.5,0,7.; wanted 4"),
         ("", "at least one row"),
         ("attention,parameters,val_loss\n", "at least one row"),
         (GOOD.replace("softmax", '"softmax'), "line 2 is no CSV"),
         (GOOD.replace("softmax", "s" * 200_000), "line 2 is no CSV"),
         (GOOD.replace("seed", "parameters"), "line 1 names parameters twice"),
-        (GOOD.replace("3.5,0", "3.5,0.5"), "line 2: seed is '0.5'; a whole number"),
+        (GOOD.replace("3.5,0", "3.5,0.5"), "line 2: seed is '0.5'; wanted a whole number"),
     ],
 )
 def test_a_bad_file_is_one_line_with_its_place(tmp_path: Path, text: str, words: str) -> None:
@@ -54,7 +59,7 @@ def test_a_bad_file_is_one_line_with_its_place(tmp_path: Path, text: str, words:
     assert "\n" not in str(caught.value)
 
 
-POINTS = [Point("softmax", 6.8e9, None, 3.5, 0), Point("diff_v1", 6.837e9, None, 3.412, 0)]
+POINTS = [ScalingPoint("softmax", 6.8e9, None, 3.5, 0), ScalingPoint("diff_v1", 6.837e9, None, 3.412, 0)]
 PEOPLE = {
     "semicolons and decimal commas": "attention;parameters;val_loss;seed\nsoftmax;6,8B;3,5;0\ndiff_v1;6,837B;3,412;0\n",
     "semicolons and three decimals": (
@@ -108,7 +113,7 @@ def test_points_as_people_have_them(tmp_path: Path, kind: str, encoding: str) ->
     file.write_bytes(PEOPLE[kind].encode(encoding))
     expected = POINTS
     if "line ends" in kind:
-        expected = [Point("softmax", 1e6, None, 3.5, 0), Point("diff_v1", 1e6, None, 3.4, 0)]
+        expected = [ScalingPoint("softmax", 1e6, None, 3.5, 0), ScalingPoint("diff_v1", 1e6, None, 3.4, 0)]
     assert read_points(file) == expected
 
 
@@ -134,25 +139,25 @@ def test_the_name_of_a_file_does_not_say_its_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('attention,val_loss,tokens\nsoftmax,"3,412",10\n', "val_loss is '3,412', which may mean two things; write"),
+        ('attention,val_loss,tokens\nsoftmax,"3,412",10\n', "which may mean two things; wanted .*: write 3.412 or"),
         ("attention;tokens;val_loss\nsoftmax;8,5M;3.412\n", "line 2: val_loss is '3.412', which may mean two things"),
-        (GOOD.replace("1e6,3.5", "1x6,3.5"), "line 2: parameters is '1x6'; a number is wanted"),
-        (GOOD.replace("3.5", "3.5B"), "line 2: val_loss is '3.5B'; a number is wanted"),
+        (GOOD.replace("1e6,3.5", "1x6,3.5"), "line 2: parameters is '1x6'; wanted a number"),
+        (GOOD.replace("3.5", "3.5B"), "line 2: val_loss is '3.5B'; wanted a number"),
         (GOOD.replace("1e6,3.5", ",3.5"), "line 2 has neither parameters nor tokens"),
         ("attention,parameters,tokens,val_loss\nsoftmax,1,1,3\ngated,,1,3\n", "line 3 has no parameters and other"),
-        (GOOD.replace("1e6,3.4", "-1e6,3.4"), "line 3: parameters is -1e\\+06; a finite number above 0"),
-        (GOOD.replace("1e6,3.4", "0,3.4"), "line 3: parameters is 0; a finite number above 0"),
+        (GOOD.replace("1e6,3.4", "-1e6,3.4"), "line 3: parameters is -1e\\+06; wanted a finite number above 0"),
+        (GOOD.replace("1e6,3.4", "0,3.4"), "line 3: parameters is 0; wanted a finite number above 0"),
         (GOOD.replace("1e6,3.4", "1e400,3.4"), "line 3: parameters is inf"),
         (GOOD.replace("1e6,3.4", "1" * 400 + ",3.4"), "line 3: parameters is inf"),
         (GOOD.replace("1e6,3.4", "NaN,3.4"), "line 3: parameters is nan"),
         (GOOD.replace("diff_v1,1e6,3.4", "diff_v1,1e6,"), "line 3 has no val_loss"),
         (GOOD.replace("diff_v1,1e6,3.4", ",1e6,3.4"), "line 3 has no attention"),
-        (GOOD.replace("1e6,3.4,0", "1e6,3,4,0"), "line 3 has 5 cells; 4 are wanted, as in its header: diff_v1,1e6"),
+        (GOOD.replace("1e6,3.4,0", "1e6,3,4,0"), "line 3 has 5 cells .diff_v1,1e6,3,4,0.; wanted 4, as in its header"),
         (GOOD.replace("1e6,3.4,0", "1e6"), "line 3 has 2 cells"),
         (GOOD.replace("seed", "Parameters"), "line 1 names parameters twice"),
         (GOOD.replace(",0\n", ",x\n"), "line 2: seed is 'x'"),
         ('[{"attention": "softmax", "val_loss": "?", "tokens": 3}]', "row 1: val_loss is '\\?'"),
-        ('[{"attention": "softmax", "val_loss": 3, "tokens": {}}]', "row 1: tokens is '{}'; a number is wanted"),
+        ('[{"attention": "softmax", "val_loss": 3, "tokens": {}}]', "row 1: tokens is '{}'; wanted a number"),
         ('[{"attention": "softmax", "val_loss": 3, "tokens": 3, "Tokens": 4}]', "row 1 names tokens twice"),
         ("[]", "line 1 is no JSON object"),
         ("sep=;\n", "at least one row"),
@@ -251,10 +256,10 @@ def test_columns_may_have_the_names_that_people_give_them(header: str, tmp_path:
 
 
 def test_a_column_of_its_own_name_is_taken_before_one_that_people_call_so(tmp_path: Path) -> None:
-    """Of the training loss beside the held-out one."""
+    """A file may have the training loss beside the held-out one."""
     file = tmp_path / "points.csv"
     file.write_text("attention,parameters,loss,val_loss\nsoftmax,3B,2.5,3.25\n")
     assert read_points(file)[0].val_loss == 3.25
     file.write_text("attention,parameters,train loss,note\nsoftmax,3B,2.5,x\n")
-    with pytest.raises(DataError, match=r"has no val_loss; .* wanted; it has attention, parameters, train loss, note$"):
+    with pytest.raises(DataError, match=r"has no val_loss, only attention, parameters, train loss, note; wanted"):
         read_points(file)

@@ -11,7 +11,8 @@ from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.ops.cpu import build
 from diffattn.plan.cost import flops_per_token
 from diffattn.study import compare as module
-from diffattn.study.compare import Comparison, compare
+from diffattn.study.compare import compare
+from diffattn.study.options import CompareOptions
 from diffattn.train.callbacks import read_metrics
 
 MEASURES = {
@@ -26,9 +27,9 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFATTN_CACHE", str(tmp_path / "cache"))
 
 
-def options(folder: Path, **changes: Any) -> Comparison:
+def options(folder: Path, **changes: Any) -> CompareOptions:
     defaults = {"shape": write_shape(folder), "text": write_text(folder), "steps": 6, "dtype": "float32"}
-    return Comparison(**(defaults | changes))
+    return CompareOptions(**(defaults | changes))
 
 
 def rows_without_time(run: Path) -> list[dict[str, Any]]:
@@ -40,7 +41,8 @@ def rows_without_time(run: Path) -> list[dict[str, Any]]:
 def test_result_has_what_is_promised(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = compare(options(tmp_path), out=out, command="the command")
-    assert result == json.loads((out / "result.json").read_text())
+    assert json.dumps(result.to_json(), indent=1) == (out / "result.json").read_text().strip()
+    result = json.loads((out / "result.json").read_text())
     assert list(result["variants"]) == ["softmax", "diff_v1", "diff_v2"]
     for name, row in result["variants"].items():
         assert set(row) >= MEASURES
@@ -112,16 +114,16 @@ def test_an_interrupted_comparison_resumes_to_the_same_losses(tmp_path: Path) ->
     assert not (tmp_path / "cut/result.json").exists()
     resumed = compare(None, out=tmp_path / "cut", resume=True)
     for name in ("softmax", "diff_v1"):
-        assert resumed["variants"][name]["val_loss"] == whole["variants"][name]["val_loss"]
+        assert resumed.variants[name].val_loss == whole.variants[name].val_loss
         assert rows_without_time(tmp_path / f"cut/{name}-seed0") == rows_without_time(tmp_path / f"whole/{name}-seed0")
 
 
 def test_match_shape_keeps_the_widths_and_reports_the_surplus(tmp_path: Path) -> None:
     result = compare(options(tmp_path, match="shape", seeds=1, steps=2), out=tmp_path / "out")
-    assert result["variants"]["diff_v2"]["intermediate_size"] == 64
-    ratio = result["pairs"]["diff_v2"]["parameters_ratio"]
+    assert result.variants["diff_v2"].intermediate_size == 64
+    ratio = result.pairs["diff_v2"].parameters_ratio
     assert ratio > 1.01
-    assert f"with {ratio - 1:+.1%} parameters" in result["pairs"]["diff_v2"]["verdict"]
+    assert f"with {ratio - 1:+.1%} parameters" in result.pairs["diff_v2"].verdict
 
 
 def test_minutes_decide_the_steps(tmp_path: Path) -> None:
@@ -141,15 +143,15 @@ def test_maps_of_the_page_are_the_models_own(tmp_path: Path) -> None:
     for name in ("softmax", "diff_v1", "diff_v2"):
         model = DiffTransformerForCausalLM.from_pretrained(tmp_path / f"out/{name}-seed0/model")
         maps = attention_maps(model, ids, layer=1, head=1)
-        map_pos = torch.tensor(maps["map_pos"])
+        map_pos = torch.tensor(maps.map_pos)
         torch.testing.assert_close(map_pos.sum(-1), torch.ones(12))
         assert map_pos.triu(1).abs().max() == 0
         assert model.config._attn_implementation == ("sdpa" if name == "softmax" else "diff_fused")
         if name != "softmax":
             # Rows of the subtracted map sum to 1 − λ.
-            lam = torch.tensor(maps["lam"]).expand(12)
-            torch.testing.assert_close(torch.tensor(maps["map_diff"]).sum(-1), 1 - lam)
-            torch.testing.assert_close(torch.tensor(maps["lam_map_neg"]).sum(-1), lam)
+            lam = torch.tensor(maps.lam).expand(12)
+            torch.testing.assert_close(torch.tensor(maps.map_diff).sum(-1), 1 - lam)
+            torch.testing.assert_close(torch.tensor(maps.lam_map_neg).sum(-1), lam)
 
 
 @pytest.mark.parametrize(
@@ -176,12 +178,12 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path, changes: dict[str,
 def test_nothing_is_written_for_bad_text_or_shape(tmp_path: Path) -> None:
     good = options(tmp_path)
     with pytest.raises(DataError, match="no such file"):
-        compare(Comparison(shape=good.shape, text=str(tmp_path / "absent.txt"), steps=2), out=tmp_path / "out")
+        compare(CompareOptions(shape=good.shape, text=str(tmp_path / "absent.txt"), steps=2), out=tmp_path / "out")
     with pytest.raises(ConfigError, match="context is 64"):
-        compare(Comparison(shape=good.shape, text=good.text, context=64), out=tmp_path / "out")
+        compare(CompareOptions(shape=good.shape, text=good.text, context=64), out=tmp_path / "out")
     odd = write_shape(tmp_path, num_heads=3, num_kv_heads=3, hidden_size=48)
     with pytest.raises(ConfigError, match="even number of heads"):
-        compare(Comparison(shape=odd, text=good.text), out=tmp_path / "out")
+        compare(CompareOptions(shape=odd, text=good.text), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -190,7 +192,7 @@ def test_a_folder_in_use_and_changed_options_are_refused(tmp_path: Path) -> None
     compare(settings, out=tmp_path / "out")
     with pytest.raises(ConfigError, match="is not empty"):
         compare(settings, out=tmp_path / "out")
-    with pytest.raises(ConfigError, match="was started with steps = 2, now 3"):
-        compare(Comparison(steps=3), out=tmp_path / "out", resume=True)
+    with pytest.raises(ConfigError, match="was started with steps = 2, and 3 is given"):
+        compare(CompareOptions(steps=3), out=tmp_path / "out", resume=True)
     with pytest.raises(ConfigError, match="no comparison to resume"):
         compare(settings, out=tmp_path / "absent", resume=True)

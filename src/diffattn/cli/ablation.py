@@ -62,20 +62,20 @@ def ablation(
             console.importing()
             from diffattn.report.ablation_table import ablation_rows, write_ablation_png
             from diffattn.scaling.ablation import ablation as of_rows
-            from diffattn.scaling.arms import ARMS
-            from diffattn.scaling.ladder import Ladder, run_ladder
+            from diffattn.scaling.ladder import run_ladder
+            from diffattn.scaling.options import AblationOptions
 
-            ladder = Ladder(
-                sizes=(size,), tokens=tokens, variants=arms or tuple(ARMS), seeds=seeds, text=text,
-                text_column=text_column, vocab_size=vocab_size, context=context, batch_size=batch_size,
-                learning_rate=learning_rate, device=device, dtype=dtype,
+            options = AblationOptions(
+                size=size, tokens=tokens, arms=arms, seeds=seeds, text=text, text_column=text_column,
+                vocab_size=vocab_size, context=context, batch_size=batch_size, learning_rate=learning_rate,
+                device=device, dtype=dtype,
             )  # fmt: skip
             check_files(png=png)
             rows = run_ladder(
-                ladder, out=out, command=console.command, on_progress=console.ladder, on_stage=console,
+                options.ladder(), out=out, command=console.command, on_progress=console.ladder, on_stage=console,
                 on_note=console.note,
             )  # fmt: skip
-        result = of_rows(rows, command=console.command)
+        result = of_rows(rows, command=console.command).to_json()
         console.rows(ablation_rows(result))
         if png is not None:
             write_ablation_png(result, png)

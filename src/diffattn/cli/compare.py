@@ -12,7 +12,7 @@ import tyro
 from diffattn.cli.arguments import check_given, given
 
 if TYPE_CHECKING:
-    from diffattn.study.comparison import Comparison
+    from diffattn.study.options import CompareOptions
 
 
 def compare(
@@ -70,12 +70,14 @@ def compare(
         with Console("compare", out, resume=resume) as console:
             console.importing()
             from diffattn.study.compare import compare as run
-            from diffattn.study.comparison import Comparison
+            from diffattn.study.options import CompareOptions
 
             if resume:
                 options = _beside(console.folder, given(values))
             else:
-                options = Comparison(**{field.name: values[field.name] for field in dataclasses.fields(Comparison)})
+                options = CompareOptions(
+                    **{field.name: values[field.name] for field in dataclasses.fields(CompareOptions)}
+                )
             result = run(
                 options,
                 out=console.folder,
@@ -84,7 +86,7 @@ def compare(
                 on_note=console.note,
                 on_stage=console,
                 on_progress=lambda attention, seed, step: console.progress(f"{attention} seed {seed}", step),
-            )
+            ).to_json()
         console.table(result)
         console.note(f"report: {console.folder / 'report.html'}")
         if json:
@@ -94,7 +96,7 @@ def compare(
     return call
 
 
-def _beside(folder: Path, others: dict[str, Any]) -> Comparison:
+def _beside(folder: Path, others: dict[str, Any]) -> CompareOptions:
     """The options of a comparison, once what was given beside ``--resume`` is known to be the same."""
     from diffattn.plan.named_model import load_shape
     from diffattn.study.comparison import Stored

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from diffattn.probes.options import OPTIONS
-
-DESCRIPTIONS = {
-    "retrieval": "How often a model finds numbers hidden in a long text.",
-    "noise": "How much attention goes to a hidden answer, and how much to other text.",
-    "noise_by_head": "As eval noise, for every layer and head.",
-    "icl": "How well a model learns from examples in its prompt, and from their order.",
-    "outliers": "The largest attention logits and hidden states of a model.",
-    "low_bit": "The loss where attention logits have 16, 8, 6 or 4 bits.",
-    "standard": "Tasks of the program lm-eval; two of them need no network.",
-    "long_context": "The mean loss up to each position of a long text.",
-}
+from diffattn.cli.options import WIDTH
+from diffattn.probes.options import EvaluateOptions
+from diffattn.probes.registry import OURS, listing, load_study, plug_ins
 
 
 def _verb(study: str) -> Callable[..., Callable[[], int]]:
@@ -46,11 +38,14 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
                 from diffattn.probes.run import evaluate
                 from diffattn.report.study_chart import study_rows, write_study_png
 
-                result = evaluate(
-                    study, models, options, text=text, text_column=field, lossy_tokenizer=lossy_tokenizer,
-                    dtype=dtype, device=device, keep=keep, command=console.command, on_progress=console.counted,
-                    on_stage=console, on_note=console.note,
+                shared = EvaluateOptions(
+                    text=text, text_column=field, lossy_tokenizer=lossy_tokenizer, dtype=dtype, device=device,
+                    keep=keep,
                 )  # fmt: skip
+                result = evaluate(
+                    study, models, options, shared, command=console.command, on_progress=console.counted,
+                    on_stage=console, on_note=console.note,
+                ).to_json()  # fmt: skip
             console.rows(study_rows(result))
             if png is not None:
                 write_study_png(result, png)
@@ -60,8 +55,9 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
 
         return call
 
-    verb.__annotations__["options"] = OPTIONS[study]
-    verb.__doc__ = f"""{DESCRIPTIONS[study]}
+    record = load_study(study)
+    verb.__annotations__["options"] = record.options
+    verb.__doc__ = f"""{record.sentence}
 
     Examples:
         diffattn eval {study} runs/first/model
@@ -81,4 +77,28 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
     return verb
 
 
-EVAL: dict[str, Callable[..., Callable[[], int]]] = {f"eval {study}": _verb(study) for study in DESCRIPTIONS}
+EVAL: dict[str, Callable[..., Callable[[], int]]] = {f"eval {study}": _verb(study) for study in OURS}
+
+
+def plugged_in(word: str) -> Callable[..., Callable[[], int]] | None:
+    """Returns the verb of a plug-in's study; None where there is none of this name.
+
+    Raises:
+        UnsupportedError: the plug-in is broken.
+    """
+    return _verb(word) if word in plug_ins() else None
+
+
+def studies() -> str:
+    """Returns the name and the sentence of every study, ours and those of plug-ins, in at most 80 columns.
+
+    A plug-in that is broken has its line, and does not keep the others from theirs.
+    """
+    found, broken = listing()
+    column = max(len(name) for name, _ in found) + 4
+    lines = [
+        textwrap.fill(sentence, WIDTH, initial_indent=f"  {name}".ljust(column), subsequent_indent=" " * column)
+        for name, sentence in found
+    ]
+    lines += [textwrap.fill(str(error), WIDTH, subsequent_indent="  ") for error in broken]
+    return "\n".join(lines)

@@ -59,14 +59,15 @@ def lens(
 
             for picture in lens_pngs(names_of(models), png) if png is not None else ():
                 check_files(html=html, png=picture)
-            result = read(
+            seen = read(
                 models, text, layers=layers, answer=answer, picture=None if png is None else (layer, head),
                 dtype=dtype, device=device, command=command_line(), on_stage=board,
             )  # fmt: skip
+        result = seen.to_json()
         if png is not None:
             write_lens_pngs(result, png)
         write_text(html, render_lens(result))
-        board.note(f"{html} shows {len(result['tokens'])} tokens; open it in a browser")
+        board.note(f"{html} shows {len(seen.tokens)} tokens; open it in a browser")
         if json:
             print_json(result)
         return 0

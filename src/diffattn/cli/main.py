@@ -17,7 +17,7 @@ from diffattn.cli.arguments import remember
 from diffattn.cli.compare import compare
 from diffattn.cli.convert import convert
 from diffattn.cli.doctor import doctor
-from diffattn.cli.evaluate import EVAL
+from diffattn.cli.evaluate import EVAL, plugged_in, studies
 from diffattn.cli.export import export
 from diffattn.cli.generate import generate
 from diffattn.cli.lens import lens
@@ -92,6 +92,8 @@ def _run(arguments: list[str]) -> int:
     asked = any(word in _HELP for word in words)
     if asked and (not arguments or arguments[0] in _HELP):
         return _say(overview())
+    if arguments == ["eval", "--list"]:
+        return _say(studies())
     verb, rest = _verb(arguments, asked)
     if verb in GROUPS:
         return _say(overview(verb))
@@ -113,6 +115,8 @@ def _verb(arguments: list[str], asked: bool) -> tuple[str, list[str]]:
         return first, rest
     if first in GROUPS:
         second = next(iter(rest), "")
+        if first == "eval" and (study := plugged_in(second)) is not None:
+            VERBS[f"eval {second}"] = study
         if f"{first} {second}" in VERBS:
             return f"{first} {second}", rest[1:]
         if asked and second.startswith("-"):
@@ -149,6 +153,8 @@ def overview(group: str | None = None) -> str:
         )
     first = "eval noise" if group == "eval" else "scale run" if group else "compare"
     lines += ["", f"diffattn {first} --help says more of one verb, and so for each."]
+    if group == "eval":
+        lines += ["diffattn eval --list shows the studies, also those of plug-ins."]
     if group is None:
         lines += ["diffattn --version says which release this is, diffattn doctor what it runs on."]
     return "\n".join(lines)

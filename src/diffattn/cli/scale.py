@@ -69,9 +69,10 @@ def scale_run(
         with Console("scale run", out, resume=True, kept="rows") as console:
             console.importing()
             from diffattn.scaling.fit import fit_scaling
-            from diffattn.scaling.ladder import Ladder, run_ladder
+            from diffattn.scaling.ladder import run_ladder
+            from diffattn.scaling.options import LadderOptions
 
-            ladder = Ladder(
+            ladder = LadderOptions(
                 sizes=sizes, tokens=tokens, variants=variants, seeds=seeds, text=text, text_column=text_column,
                 vocab_size=vocab_size, context=context, needles=needles, match=match, batch_size=batch_size,
                 learning_rate=learning_rate, device=device, dtype=dtype,
@@ -87,7 +88,7 @@ def scale_run(
             hint = f"; fit them with: {command(['diffattn', 'scale', 'fit', file])}"
         console.note(f"{len(rows)} rows: {file}{hint}")
         if json:
-            print_json({"rows": rows})
+            print_json({"rows": [row.to_json() for row in rows]})
         return 0
 
     return call
@@ -138,14 +139,15 @@ def scale_fit(
             result = fit_scaling(
                 points, size=size, at=sizes, bootstrap=bootstrap, seed=seed, command=command_line(), on_stage=board
             )
-        show(equivalence_rows(result))
-        show(number_rows(result))
+        written = result.to_json()
+        show(equivalence_rows(written))
+        show(number_rows(written))
         if png is not None:
-            write_scaling_png(result, png)
+            write_scaling_png(written, png)
         if html is not None:
-            write_text(html, render_scaling(result))
+            write_text(html, render_scaling(written))
         if json:
-            print_json(result)
+            print_json(written)
         return 0
 
     return call

@@ -1,4 +1,4 @@
-"""What ``diffattn lens`` shows: the queries, keys and λ of every layer for one text, from which a page makes the maps.
+"""Reads what ``diffattn lens`` shows: the queries, keys and λ of every layer for one text; a page makes maps of them.
 
 Maps of a thousand tokens are too many to put into a page; queries and keys are not. A page has them as float32 where
 they take little, else as float16, from which probabilities are right to three digits.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,8 @@ from diffattn.probes.attention_calls import LayerCall, served_by
 from diffattn.probes.maps import attention_maps, token_labels
 from diffattn.probes.options import fitting_length
 from diffattn.progress import OnStage, Stage, unseen
+from diffattn.results.lens import LensLayer, LensModel, LensResult
+from diffattn.results.maps import AttentionMaps, MapSet
 
 FLOAT32_BYTES = 12_000_000
 MOST_BYTES = 48_000_000
@@ -42,25 +43,18 @@ def lens(
     device: Device = "auto",
     command: str = "diffattn.lens(...)",
     on_stage: OnStage = unseen,
-) -> dict[str, Any]:
-    """Read one text with one model or two.
+) -> LensResult:
+    """Reads one text with one model or two.
 
     Args:
         folders: one checkpoint, or two with the same tokenizer, such as a DIFF model and its softmax twin.
         text: at most 2,048 tokens.
-        layers: of the models, from 0; default: all.
-        answer: a part of the text. What the last tokens attend to beside it and beside the first token is noise.
-        picture: layer and output head of which the maps themselves are wanted too.
+        layers: the layers that the page shows, counted from 0; default: all.
+        answer: a part of the text. Attention to anything but it and the first token counts as noise.
+        picture: the layer and the output head whose maps themselves are wanted too.
         dtype, device: as in :func:`diffattn.model.loading.load`.
-        command: what is said to have made the result.
+        command: the command that made the result, to be named in it.
         on_stage: called with what is being done.
-
-    Returns:
-        ``tokens`` as they are to be read, ``answer`` as the range of its tokens or None, and ``models``: ``name``,
-        ``attention``, ``heads`` (output heads), ``groups``, ``width``, ``scale``, ``dtype`` of the numbers, and
-        ``layers``: number, base64 of ``queries`` (maps, T, heads, width), ``keys`` (maps, T, groups, width) and
-        ``lam`` ((T or 1, heads), None for one map). With ``picture``, under that name, ``tokens`` and under
-        ``variants`` each model's ``attention_maps``.
 
     Raises:
         ConfigError: no model or more than two, an empty or too long text, a layer that is not there, or too much for a
@@ -69,11 +63,12 @@ def lens(
         UnsupportedError: a model whose attention cannot be read.
     """
     if not 1 <= len(folders) <= 2:
-        raise ConfigError(f"{len(folders)} models given; wanted one, or two to be seen beside each other")
+        raise ConfigError(f"{len(folders)} models given", "one, or two to be seen beside each other", "name fewer")
     if text:
         check_prompt(text, "text")
     if answer is not None and (not answer.strip() or answer not in text):
-        raise DataError(f"the answer {shown(answer)} is not in the text; wanted a part of it, letter by letter")
+        given = f"the answer {shown(answer)} is not in the text"
+        raise DataError(given, "a part of the text, letter by letter", "copy it from the text")
     loaded = []
     for folder in folders:
         on_stage(Stage(f"loading {folder}"))
@@ -82,109 +77,137 @@ def lens(
     tokenizer = loaded[0][1]
     ids = tokenizer(text)["input_ids"]
     if any(other(text)["input_ids"] != ids for _, other in loaded[1:]):
-        raise DataError("the two models read the text in different tokens; wanted models with one tokenizer")
+        raise DataError(
+            "the two models read the text in different tokens", "models with one tokenizer", "look at each by itself"
+        )
     if not 2 <= len(ids) <= MOST_TOKENS:
-        raise ConfigError(f"the text has {len(ids)} tokens; wanted 2 to {MOST_TOKENS}, so that a map can be looked at")
+        raise ConfigError(
+            f"the text has {len(ids)} tokens", f"2 to {MOST_TOKENS:,}, so that a map can be looked at",
+            f"give a {'longer' if len(ids) < 2 else 'shorter'} text",
+        )  # fmt: skip
     for model, _ in loaded:
         check_tokens(model, ids)
     names = names_of(folders)
-    result: dict[str, Any] = {
-        "tokens": token_labels(tokenizer, ids),
-        "answer": None if answer is None else _span(tokenizer, text, answer, ids),
-        "models": [_read(model, name, ids, layers) for (model, _), name in zip(loaded, names, strict=True)],
-        "command": command,
-    }
+    tokens = token_labels(tokenizer, ids)
+    models = [_read(model, name, ids, layers) for (model, _), name in zip(loaded, names, strict=True)]
+    maps = None
     if picture is not None:
-        result["picture"] = {
-            "tokens": result["tokens"],
-            "variants": {
-                facts["name"]: _maps(model, facts, ids, *picture)
-                for (model, _), facts in zip(loaded, result["models"], strict=True)
-            },
+        variants = {
+            facts.name: _maps(model, facts, ids, *picture) for (model, _), facts in zip(loaded, models, strict=True)
         }
-    return result
+        maps = MapSet(tokens=tokens, variants=variants)
+    return LensResult(
+        tokens=tokens,
+        answer=None if answer is None else _span(tokenizer, text, answer, ids),
+        models=models,
+        command=command,
+        picture=maps,
+    )
 
 
 def names_of(folders: Sequence[str | Path]) -> list[str]:
-    """What the models are called: short where that tells them apart."""
+    """Returns the names of the models: those of their folders, or the whole paths where two folders share a name."""
     names = [folder_name(folder) for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def _maps(model: PreTrainedModel, facts: dict[str, Any], ids: list[int], layer: int, head: int) -> dict[str, Any]:
-    layers, heads = len(model.get_decoder().layers), facts["heads"]
-    if not (0 <= layer < layers and 0 <= head < heads):
+def _maps(model: PreTrainedModel, facts: LensModel, ids: list[int], layer: int, head: int) -> AttentionMaps:
+    """Returns the maps of one head.
+
+    Raises:
+        ConfigError: a layer or a head that the model does not have.
+    """
+    layers = len(model.get_decoder().layers)
+    if not (0 <= layer < layers and 0 <= head < facts.heads):
         raise ConfigError(
-            f"layer {layer} and head {head} are wanted as a picture; {facts['name']} has layers 0 to {layers - 1} and "
-            f"heads 0 to {heads - 1}"
+            f"layer {layer} and head {head} given for the picture",
+            f"layers 0 to {layers - 1} and heads 0 to {facts.heads - 1}, which {facts.name} has",
+            "change --layer or --head",
         )
     return attention_maps(model, torch.tensor([ids], device=model.device), layer=layer, head=head)
 
 
 @torch.no_grad()
-def _read(model: PreTrainedModel, name: str, ids: list[int], layers: Sequence[int] | None) -> dict[str, Any]:
+def _read(model: PreTrainedModel, name: str, ids: list[int], layers: Sequence[int] | None) -> LensModel:
+    """Returns what the page needs of one model.
+
+    Raises:
+        ConfigError: layers that the model does not have, or too much for a page.
+        UnsupportedError: a mask that a page cannot show.
+    """
     fitting_length(len(ids), positions_of(model.config))
     count = len(model.get_decoder().layers)
     wanted = list(range(count)) if layers is None else list(layers)
     if not wanted or not set(wanted) <= set(range(count)):
-        raise ConfigError(f"layers are {wanted} and {name} has {count}; wanted of 0 to {count - 1}")
+        raise ConfigError(f"layers are {wanted}", f"layers 0 to {count - 1}, which {name} has", "change --layers")
     calls: dict[int, LayerCall] = {}
     with served_by(model, lambda call: calls.update({call.layer: call})):
         model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1)
     if any(calls[layer].mask is not None for layer in wanted):
         raise UnsupportedError(
-            f"{name} hides more from a query than what lies behind it, as a sliding window does; wanted a text shorter "
-            "than the window"
+            f"{name} uses a mask that is not causal, such as a sliding window, which this page cannot show",
+            "a causal mask",
+            "give a text that is shorter than the window",
         )
     first = calls[wanted[0]]
     numbers = sum(x.numel() for layer in wanted for x in (*calls[layer].queries, *_different(calls[layer].keys)))
     kind = torch.float32 if 4 * numbers <= FLOAT32_BYTES else torch.float16
     if kind.itemsize * numbers > MOST_BYTES:
         raise ConfigError(
-            f"the queries and keys of {len(wanted)} layers of {name} take {kind.itemsize * numbers / 1e6:.0f} MB in a "
-            f"page; wanted at most {MOST_BYTES / 1e6:.0f}: name fewer layers, or give a shorter text"
+            f"the queries and keys of {len(wanted)} layers of {name} take {kind.itemsize * numbers / 1e6:.0f} MB",
+            f"at most {MOST_BYTES / 1e6:.0f} MB in a page",
+            "name fewer layers with --layers, or give a shorter text",
         )
     attention = getattr(model.config, "attention", "softmax")
-    return {
-        "name": name,
-        "attention": attention if isinstance(attention, str) else "softmax",
-        "heads": first.heads,
-        "groups": first.keys[0].shape[2],
-        "width": first.queries[0].shape[3],
-        "scale": first.scale,
-        "dtype": str(kind).removeprefix("torch."),
-        "layers": [_layer(model, calls[layer], kind) for layer in wanted],
-    }
+    return LensModel(
+        name=name,
+        attention=attention if isinstance(attention, str) else "softmax",
+        heads=first.heads,
+        groups=first.keys[0].shape[2],
+        width=first.queries[0].shape[3],
+        scale=first.scale,
+        dtype=str(kind).removeprefix("torch."),
+        layers=[_layer(model, calls[layer], kind) for layer in wanted],
+    )
 
 
 def _different(keys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """V2's maps share their keys, which are written once."""
+    """Returns the keys of each map, once where V2's two maps share them."""
     return keys[:1] if len(keys) > 1 and keys[0] is keys[1] else keys
 
 
-def _layer(model: PreTrainedModel, call: LayerCall, kind: torch.dtype) -> dict[str, Any]:
+def _layer(model: PreTrainedModel, call: LayerCall, kind: torch.dtype) -> LensLayer:
+    """Returns the numbers of one layer."""
     lam = call.lam
     if lam is not None and isinstance(model.get_decoder().layers[call.layer].self_attn, DiffV1Attention):
         lam = lam[:, :1]
-    return {
-        "layer": call.layer,
-        "queries": _encoded(torch.cat(call.queries), kind),
-        "keys": _encoded(torch.cat(_different(call.keys)), kind),
-        "lam": None if lam is None else _encoded(lam[0], torch.float32),
-    }
+    return LensLayer(
+        layer=call.layer,
+        queries=_encoded(torch.cat(call.queries), kind),
+        keys=_encoded(torch.cat(_different(call.keys)), kind),
+        lam=None if lam is None else _encoded(lam[0], torch.float32),
+    )
 
 
 def _encoded(numbers: Tensor, kind: torch.dtype) -> str:
+    """Returns numbers of this kind as the base64 of their bytes."""
     return base64.b64encode(numbers.to(kind).contiguous().cpu().numpy().tobytes()).decode("ascii")
 
 
 def _span(tokenizer: PreTrainedTokenizerBase, text: str, answer: str, ids: list[int]) -> list[int]:
-    """The tokens that hold a part of the text."""
+    """Returns the first token that holds a part of the text, and the one behind its last.
+
+    Raises:
+        DataError: a part that is less than a token.
+        UnsupportedError: a tokenizer that cannot say.
+    """
     start = text.index(answer)
     if not tokenizer.is_fast:
-        raise UnsupportedError("the tokenizer does not say which letters a token holds; leave out the answer")
+        given = "the tokenizer cannot say which letters a token holds"
+        raise UnsupportedError(given, "a fast tokenizer (tokenizer.json)", "leave --answer out")
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     inside = [i for i, (begin, end) in enumerate(offsets) if begin < start + len(answer) and end > start]
     if not inside:
-        raise DataError(f"the answer {shown(answer)} has no token of its own in the text; wanted a word or more of it")
+        given = f"the answer {shown(answer)} has no token of its own in the text"
+        raise DataError(given, "a word or more of the text", "give a longer part of it")
     return [inside[0], inside[-1] + 1]

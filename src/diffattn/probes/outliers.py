@@ -9,35 +9,75 @@ Source: arXiv 2410.05258v2, section 3.7 and Table 5 (top 1, 2, 3, 10, 100 and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from diffattn.errors import DataError
-from diffattn.probes.attention_calls import LayerCall, served_by
+from diffattn.probes.options import MOST_TOGETHER, StudyOptions, fitting_length
+from diffattn.probes.study import Point, Study, Subject
+from diffattn.results.study import Axes
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from diffattn.probes.attention_calls import LayerCall
 
 RANKS = (1, 2, 3, 10, 100)
 # The 8 bits of the exponent and the first 7 of the fraction of a float32, its sign being gone: those of a bfloat16.
 _BINS = 1 << 15
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutlierOptions(StudyOptions):
+    """The options of ``diffattn eval outliers``."""
+
+    tokens: int = 400_000
+    """Tokens to read, at least."""
+    context: int | None = None
+    """Tokens that are read at once. Default: 1024, or what the models can read where that is less."""
+    batch_size: int = 4
+    """Blocks that are read together."""
+
+    def __post_init__(self) -> None:
+        self.check_bounds(tokens=(1, 10**12), batch_size=(1, MOST_TOGETHER))
+
+    def fitted(self, positions: int | None) -> OutlierOptions:
+        """Returns the options with a context that fits the models."""
+        return replace(self, context=fitting_length(self.context, positions))
+
+
+class Outliers(NamedTuple):
+    """The largest magnitudes of a model, by name: ``top_1`` … ``top_100``, as many as there are, and ``median``."""
+
+    tokens: int
+    """Tokens that were read."""
+    attention_logits: dict[str, float]
+    """The scaled scores ahead of the softmax."""
+    hidden_states: dict[str, float]
+    """The outputs of the layers."""
+
+
 class Magnitudes:
-    """The largest magnitudes of all that was added, and their median; finite numbers only."""
+    """The largest magnitudes of all numbers that were added, and their median; finite numbers only."""
 
     def __init__(self, keep: int = max(RANKS)) -> None:
+        import torch
+
         self._keep = keep
         self._largest = torch.zeros(0)
         self._least = 0.0
         self._bins = torch.zeros(_BINS, dtype=torch.int64)
 
     def add(self, values: Tensor) -> None:
-        """Take the values into account for the largest."""
+        """Takes the values into account for the largest."""
+        import torch
+
         if not values.numel():
             return
-        # Nearly every block has none that are large enough, which one pass at the speed of memory tells.
+        # Nearly every block has none that are large enough; one pass at the speed of memory finds that out.
         least, greatest = (bound.item() for bound in values.aminmax())
         full = len(self._largest) == self._keep
         if full and max(-least, greatest) <= self._least:
@@ -49,12 +89,16 @@ class Magnitudes:
         self._least = self._largest[-1].item()
 
     def add_to_median(self, values: Tensor) -> None:
-        """Take the values into account for the median."""
+        """Takes the values into account for the median."""
+        import torch
+
         bins = values.abs().float().flatten().view(torch.int32) >> 16
         self._bins += torch.bincount(bins, minlength=_BINS).cpu()
 
     def summary(self) -> dict[str, float]:
-        """``top_1`` … ``top_100`` (as many as there are) and ``median``."""
+        """Returns ``top_1`` … ``top_100``, as many as there are, and ``median``."""
+        import torch
+
         found = {f"top_{rank}": self._largest[rank - 1].item() for rank in RANKS if rank <= len(self._largest)}
         half = (int(self._bins.sum()) + 1) // 2
         middle = int((self._bins.cumsum(0) >= half).nonzero()[0])
@@ -63,7 +107,6 @@ class Magnitudes:
         return found | {"median": bits.view(torch.float32).item()}
 
 
-@torch.no_grad()
 def measure_outliers(
     model: PreTrainedModel,
     blocks: Iterable[Tensor],
@@ -71,23 +114,24 @@ def measure_outliers(
     tokens: int,
     median_rows: int = 16,
     on_progress: Callable[[int, int], None] = lambda done, all_: None,
-) -> dict[str, Any]:
-    """Stream a text through a model.
+) -> Outliers:
+    """Streams a text through a model.
 
     Args:
-        model: any whose attention can be read.
+        model: a model whose attention can be read.
         blocks: token ids (B, T), as many as it takes.
-        tokens: read at least so many.
-        median_rows: every so many-th row of the logits counts towards their median.
+        tokens: the number of tokens to read, at least.
+        median_rows: one in so many rows of the logits counts towards their median.
         on_progress: called with tokens done and tokens in all.
-
-    Returns:
-        ``tokens``, and ``attention_logits`` and ``hidden_states``, each as ``Magnitudes.summary``.
 
     Raises:
         DataError: fewer tokens than asked for.
         UnsupportedError: a model whose attention cannot be read.
     """
+    import torch
+
+    from diffattn.probes.attention_calls import served_by
+
     logits, hidden, done = Magnitudes(), Magnitudes(), 0
     device = model.device
 
@@ -99,14 +143,14 @@ def measure_outliers(
             scores = call.logits(which, some)
             logits.add_to_median(scores[scores > -torch.inf])
 
-    def pass_on(_: Any, __: Any, output: Any) -> None:
+    def pass_on(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
         states = output[0] if isinstance(output, tuple) else output
         hidden.add(states)
         hidden.add_to_median(states)
 
     hooks = [layer.register_forward_hook(pass_on) for layer in model.get_decoder().layers]
     try:
-        with served_by(model, read):
+        with torch.no_grad(), served_by(model, read):
             for ids in blocks:
                 model(input_ids=ids.to(device), use_cache=False, logits_to_keep=1)
                 done += ids.numel()
@@ -117,5 +161,40 @@ def measure_outliers(
         for hook in hooks:
             hook.remove()
     if done < tokens:
-        raise DataError(f"the text has {done} tokens in whole blocks; wanted {tokens}: give more text or ask for fewer")
-    return {"tokens": done, "attention_logits": logits.summary(), "hidden_states": hidden.summary()}
+        given = f"the held-out text has {done} tokens in whole blocks"
+        raise DataError(given, str(tokens), "give more text, or ask for fewer --tokens")
+    return Outliers(done, logits.summary(), hidden.summary())
+
+
+def _batches(subject: Subject, options: OutlierOptions) -> Iterator[Tensor]:
+    """Yields the held-out text as batches of blocks."""
+    import torch
+
+    assert options.context is not None
+    blocks = subject.blocks(options.context)
+    while batch := list(itertools.islice(blocks, options.batch_size)):
+        yield torch.stack(batch)
+
+
+def _measure(subject: Subject, options: OutlierOptions) -> Iterator[Point]:
+    """Yields the largest magnitudes by their rank, and the median."""
+    batches = _batches(subject, options)
+    found = measure_outliers(subject.model, batches, tokens=options.tokens, on_progress=subject.on_progress)
+    for panel, magnitudes in (("attention logits", found.attention_logits), ("hidden states", found.hidden_states)):
+        for name, value in magnitudes.items():
+            rank = name.removeprefix("top_")
+            if rank == "median":
+                yield Point(f"{panel}, median", 1, [value])
+            else:
+                yield Point(panel, int(rank), [value])
+
+
+STUDY = Study(
+    name="outliers",
+    title="Activation outliers",
+    sentence="The largest attention logits and hidden states of a model.",
+    source="arXiv 2410.05258v2, section 3.7 and Table 5",
+    options=OutlierOptions,
+    measure=_measure,
+    axes=Axes(x="rank", y="magnitude", by="", logarithmic=True),
+)

@@ -27,5 +27,6 @@ def as_json(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: as_json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [as_json(each) for each in value]
+        # Maps hold millions of numbers, for each of which a call would take its time.
+        return [each if isinstance(each, float) else as_json(each) for each in value]
     return value

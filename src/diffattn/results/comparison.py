@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from diffattn.results.base import Result
 from diffattn.results.interval import Interval
+from diffattn.variants import BASELINE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +20,9 @@ class VariantResult(Result):
     """Parameters of the attention layers: W_Q, W_K, W_V, W_O, λ and the gain of the norm."""
     intermediate_size: int
     """Width of the feed-forward network, in channels."""
-    val_loss: Sequence[float | None]
-    """Held-out loss in nats per token, one for each seed; None where a run has none."""
-    bits_per_byte: Sequence[float | None]
+    val_loss: Sequence[float]
+    """Held-out loss in nats per token, one for each seed."""
+    bits_per_byte: Sequence[float]
     """Held-out loss in bits per byte of text, one for each seed."""
     attention_backend: str
     """The backend that served the attention, such as ``fused`` or ``standard``."""
@@ -57,7 +58,7 @@ class PairResult(Result):
     @property
     def baseline(self) -> str:
         """The name of the model that the variant is compared with."""
-        return "softmax"
+        return BASELINE
 
 
 @dataclass(frozen=True, kw_only=True)

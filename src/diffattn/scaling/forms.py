@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,16 +27,26 @@ _LOOK, _FLOORS = 12, (0.05, 0.4, 0.85)
 
 @dataclass(frozen=True)
 class Form:
-    """``names`` of the numbers that are fitted, in order, and which of the terms the form has."""
+    """A form of scaling law: the numbers that are fitted, and which terms the form has."""
 
     name: str
+    """The name of the form: ``power``, ``floor`` or ``joint``."""
     formula: str
+    """The formula as it is read."""
     names: tuple[str, ...]
+    """The letters of the numbers that are fitted, in order."""
     floor: bool
+    """True where the form has a floor E."""
     axes: int
+    """The number of axes: 1 for sizes or tokens, 2 for both."""
 
     def log_terms(self, theta: Array, x: Array) -> Array:
-        """Logarithms of the terms, ``(..., points, terms)``, of ``theta`` ``(..., p)`` at ``x`` ``(points, axes)``."""
+        """Returns the logarithm of each term, ``(..., points, terms)``.
+
+        Args:
+            theta: the numbers of the form, ``(..., p)``.
+            x: log of the sizes over their means, ``(points, axes)``.
+        """
         terms = [np.broadcast_to(theta[..., :1], (*theta.shape[:-1], len(x)))] if self.floor else []
         for axis in range(self.axes):
             start = self.floor + 2 * axis
@@ -46,11 +55,11 @@ class Form:
         return np.stack(terms, axis=-1)
 
     def log_loss(self, theta: Array, x: Array) -> Array:
-        """log L, ``(..., points)``."""
+        """Returns log L, ``(..., points)``."""
         return np.logaddexp.reduce(self.log_terms(theta, x), axis=-1)
 
     def gradient(self, theta: Array, x: Array) -> Array:
-        """d log L / d numbers, ``(..., points, p)``."""
+        """Returns the derivative of log L by each number, ``(..., points, p)``."""
         terms = self.log_terms(theta, x)
         shares = np.exp(terms - np.logaddexp.reduce(terms, axis=-1, keepdims=True))
         columns = [shares[..., 0]] if self.floor else []
@@ -61,7 +70,7 @@ class Form:
         return np.stack(columns, axis=-1)
 
     def numbers(self, theta: Array, centre: Array) -> Array:
-        """The numbers as the formula has them, ``(..., p)``: A is the term at N = 1."""
+        """Returns the numbers as the formula has them, ``(..., p)``: A is the term at N = 1."""
         values = np.array(theta, dtype=float)
         for axis in range(self.axes):
             start = self.floor + 2 * axis
@@ -75,17 +84,17 @@ JOINT = Form("joint", "E + A·N^−α + B·T^−β", ("E", "A", "α", "B", "β")
 
 
 def huber(residual: Array, bend: float = DELTA) -> Array:
-    """Huber's loss, ``r² / 2`` up to ``bend`` and a straight line beyond; without a bend (``inf``) the square."""
+    """Returns Huber's loss: ``r² / 2`` up to ``bend``, a straight line beyond, and the square where it is ``inf``."""
     size = np.abs(residual)
     square = np.minimum(size, bend)
     return square * (size - square / 2)
 
 
 def fit_form(form: Form, x: Array, y: Array) -> Array:
-    """The best numbers over a grid of starts, ``(p,)``.
+    """Returns the best numbers over a grid of starts, ``(p,)``.
 
     Args:
-        form: what is fitted.
+        form: the form that is fitted.
         x: log of the sizes over their geometric means, ``(points, axes)``.
         y: log of the losses, ``(points,)``.
     """
@@ -106,18 +115,18 @@ def fit_form(form: Form, x: Array, y: Array) -> Array:
 
 
 def refine(form: Form, x: Array, y: Array, theta: Array, *, bend: float = DELTA, steps: int = 60) -> Array:
-    """Levenberg's steps on Huber's loss for many sets of losses at once; no set ends worse than it began.
+    """Takes Levenberg's steps on Huber's loss for many sets of losses at once; no set ends worse than it began.
 
     Args:
-        form: what is fitted.
-        x: ``(points, axes)``.
-        y: ``(sets, points)``.
-        theta: ``(sets, p)``, where each set starts.
-        bend: of Huber's loss. Default: ``DELTA``.
-        steps: at most. Default: 60.
+        form: the form that is fitted.
+        x: log of the sizes, ``(points, axes)``.
+        y: log of the losses, ``(sets, points)``.
+        theta: the numbers at which each set starts, ``(sets, p)``.
+        bend: where Huber's loss turns into a straight line. Default: ``DELTA``.
+        steps: the largest number of steps. Default: 60.
 
     Returns:
-        ``(sets, p)``.
+        The numbers at which each set ends, ``(sets, p)``.
     """
 
     theta = np.array(theta, dtype=float)
@@ -149,17 +158,17 @@ def refine(form: Form, x: Array, y: Array, theta: Array, *, bend: float = DELTA,
 
 
 def refit(form: Form, x: Array, y: Array, theta: Array) -> Array:
-    """The best numbers for many sets of losses that lie about one fitted curve, as a bootstrap draws them.
+    """Returns the best numbers for many sets of losses that lie about one fitted curve, as a bootstrap draws them.
 
     Args:
-        form: what is fitted.
-        x: ``(points, axes)``.
-        y: ``(sets, points)``.
-        theta: ``(p,)``, of the curve.
+        form: the form that is fitted.
+        x: log of the sizes, ``(points, axes)``.
+        y: log of the losses, ``(sets, points)``.
+        theta: the numbers of the fitted curve, ``(p,)``.
 
     Returns:
-        ``(sets, p)``: of several starts, the one that ends best. One start is not enough: from a floor near 0 the
-        steps find no slope towards a higher one, and the interval would end where the fit began.
+        The numbers of each set, ``(sets, p)``, from the start that ends best. One start is not enough: from a floor
+        near 0 the steps find no slope towards a higher one, and the interval would end where the fit began.
     """
     candidates = []
     for start in (theta, *(_with_floor(form, theta, share, y) for share in _FLOORS if form.floor)):
@@ -170,7 +179,7 @@ def refit(form: Form, x: Array, y: Array, theta: Array) -> Array:
 
 
 def _with_floor(form: Form, theta: Array, share: float, y: Array) -> Array:
-    """``theta`` with its floor at ``share`` of the lowest loss, and the same loss and slope in the middle."""
+    """Returns ``theta`` with its floor at ``share`` of the lowest loss, and the same loss and slope in the middle."""
     terms = np.exp(form.log_terms(theta, np.zeros((1, form.axes)))[0])
     floor = share * float(np.exp(y.min()))
     # What the other terms have left to give, over what they gave.
@@ -183,7 +192,7 @@ def _with_floor(form: Form, theta: Array, share: float, y: Array) -> Array:
 
 
 def _starts(form: Form, y: Array) -> Array:
-    """``(starts, p)``: a grid of exponents and of the floor's share of the lowest loss."""
+    """Returns the numbers to start from, ``(starts, p)``: a grid of exponents and of floors."""
     middle, low = float(y.mean()), float(np.exp(y.min()))
     exponents = np.log([0.05, 0.2, 0.5, 1.0])
     if not form.floor:
@@ -197,14 +206,14 @@ def _starts(form: Form, y: Array) -> Array:
     return np.array(starts)
 
 
-def invert(form: Form, theta: Array, log_loss: Array, tokens: Any = 0.0) -> Array:
-    """log N, relative to its mean, at which a curve has a loss; +inf where the loss is at or below what it reaches.
+def invert(form: Form, theta: Array, log_loss: Array, tokens: float = 0.0) -> Array:
+    """Returns log N, relative to its mean, at which a curve has a loss; +inf where the curve stays above the loss.
 
     Args:
-        form: of the curve.
-        theta: ``(..., p)``.
-        log_loss: ``(...)``.
-        tokens: log tokens over their mean, for the joint form. Default: 0.
+        form: the form of the curve.
+        theta: the numbers of the curve, ``(..., p)``.
+        log_loss: log of the loss, ``(...)``.
+        tokens: log of the tokens over their mean, for the joint form. Default: 0.
     """
     loss = np.exp(log_loss)
     if form.floor:

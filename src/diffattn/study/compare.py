@@ -1,4 +1,4 @@
-"""The main job: train a DIFF Transformer and the softmax Transformer that it replaces, and say what was gained.
+"""The main job: trains a DIFF Transformer and the softmax Transformer that it replaces, and says what was gained.
 
 Every variant starts from its twin's initial values, sees the same blocks in the same order, and is measured on the
 same held-out documents; the claim is the paired difference over seeds, with its interval.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,7 +29,10 @@ from diffattn.plan.shape import ModelShape
 from diffattn.probes.maps import attention_maps, token_labels
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.report.compare_page import render_compare, render_picture
-from diffattn.study.comparison import Comparison, Stored
+from diffattn.results.comparison import ComparisonResult, CurvePoint, LossCurve, VariantResult
+from diffattn.results.maps import HeadMaps
+from diffattn.study.comparison import Plan, Stored
+from diffattn.study.options import CompareOptions
 from diffattn.train.callbacks import Progress, read_metrics
 from diffattn.train.measure import StepCost, measure_load, measure_step
 from diffattn.train.own import same_shape, same_text
@@ -39,14 +41,15 @@ from diffattn.train.run import train
 from diffattn.train.single import check_context, new_folder
 
 DEFAULT_STEPS = 250
+"""The steps of each run, where neither ``steps`` nor ``minutes`` is given."""
 DEFAULT_MINUTES = 6.0
-"""Without ``steps`` and ``minutes``: this many steps, fewer where they would take longer than this."""
+"""The minutes of all runs together, beyond which there are fewer than ``DEFAULT_STEPS``."""
 
 
 class _Study:
     """The parts of a comparison that its steps share."""
 
-    def __init__(self, options: Comparison, folder: Path, shape: ModelShape) -> None:
+    def __init__(self, options: CompareOptions, folder: Path, shape: ModelShape) -> None:
         self.options = options
         self.folder = folder
         self.shape = shape
@@ -63,7 +66,7 @@ class _Study:
 
 
 def compare(
-    options: Comparison | None = None,
+    options: CompareOptions | None = None,
     *,
     out: str | Path,
     resume: bool = False,
@@ -71,23 +74,20 @@ def compare(
     on_note: Callable[[str], None] = lambda line: None,
     on_progress: Callable[[str, int, Progress], None] = lambda attention, seed, progress: None,
     on_stage: OnStage = unseen,
-) -> dict[str, Any]:
-    """Train every variant over every seed, measure, and write ``result.json`` and ``report.html`` into ``out``.
+) -> ComparisonResult:
+    """Trains every variant over every seed, measures, and writes ``result.json`` and ``report.html`` into ``out``.
 
     Args:
         options: what to compare; default: the main job.
         out: the run folder; it must not hold a run unless ``resume``.
         resume: continue what ``out`` holds with the options that it was started with.
-        command: what made the result, to be named in it.
+        command: the command that made the result, to be named in it.
         on_note: called with a line about what happens next.
         on_progress: called with the variant, the seed and the step.
         on_stage: called with what is done beside the steps, and how much of it is.
 
     Returns:
-        The content of ``result.json``: ``variants`` (parameters, held-out loss and bits per byte per seed, training
-        speed, peak memory, cache bytes and FLOPs per token, checkpoint bytes, seconds to load it and to the first
-        token), ``pairs`` (the difference from softmax with its 95% interval, and a sentence), ``recipe``, ``versions``,
-        ``data``.
+        The content of ``result.json``.
 
     Raises:
         ConfigError, DataError: options or text that cannot work, or a folder that another process has; nothing was
@@ -101,13 +101,14 @@ def compare(
         Stored.read(folder)
     own_folder(folder, COMPARISON)
     if not resume and (folder / "config.json").exists():
-        raise ConfigError(f"{folder} is not empty; continue the run in it with --resume or choose another --out")
+        given = f"{folder} is not empty"
+        raise ConfigError(given, "a new folder", "go on with the run in it with --resume, or choose another --out")
     with new_folder(folder):
         return _compare(options, folder, resume, command, began, on_note, on_progress, on_stage)
 
 
 def _compare(
-    options: Comparison | None,
+    options: CompareOptions | None,
     folder: Path,
     resume: bool,
     command: str,
@@ -115,15 +116,15 @@ def _compare(
     on_note: Callable[[str], None],
     on_progress: Callable[[str, int, Progress], None],
     on_stage: OnStage,
-) -> dict[str, Any]:
-    """The comparison, in a folder that nobody else has."""
+) -> ComparisonResult:
+    """Compares, in a folder that no other process has."""
     stored = Stored.read(folder) if resume else None
     if stored is not None:
         options = _same_options(stored, options, folder)
-        began -= stored.plan["seconds"] if stored.plan else 0.0
+        began -= stored.plan.seconds if stored.plan else 0.0
         if not stored.has_seal:
             on_note(f"{folder}: {NO_SEAL}")
-    options = options or Comparison()
+    options = options or CompareOptions()
     study = _Study(options, folder, stored.shape if stored is not None else load_shape(options.shape))
     data = prepare_data(
         options.text, vocab_size=study.shape.vocab_size, context=study.context, text_column=options.text_column,
@@ -132,14 +133,15 @@ def _compare(
     if stored is None:
         stored = Stored(options, study.shape, command, data.facts["digest"])
         stored.write(folder)
-    if not stored.plan:
-        stored = dataclasses.replace(stored, plan=_plan(study, data, began, on_stage))
-        stored.write(folder)
     plan = stored.plan
+    if plan is None:
+        plan = _plan(study, data, began, on_stage)
+        stored = dataclasses.replace(stored, plan=plan)
+        stored.write(folder)
     on_note(
-        f"{len(options.variants) * options.seeds} runs of {plan['steps']} steps of "
-        f"{options.batch_size} × {study.context} tokens{plan['note']}; "
-        f"about {_about(_seconds_of(options, plan['step_seconds'], data, plan['steps']))} of training and measuring"
+        f"{len(options.variants) * options.seeds} runs of {plan.steps} steps of "
+        f"{options.batch_size} × {study.context} tokens{plan.note}; "
+        f"about {_about(_seconds_of(options, plan.step_seconds, data, plan.steps))} of training and measuring"
     )
     runs: dict[str, list[TrainResult]] = {attention: [] for attention in options.variants}
     for seed in range(options.seeds):
@@ -148,7 +150,7 @@ def _compare(
                 train(
                     study.build(attention, seed),
                     data,
-                    options.recipe(plan["steps"], seed),
+                    options.recipe(plan.steps, seed),
                     study.run_folder(attention, seed),
                     resume=resume,
                     on_progress=functools.partial(on_progress, attention, seed),
@@ -157,17 +159,21 @@ def _compare(
             )
     on_stage(Stage("measuring the start-up of the models and writing the report"))
     result = _result(study, data, runs, plan, stored.command)
-    write_json(folder / "result.json", result)
-    curves, maps = _curves(study), _maps(study, data)
-    write_text(folder / "report.html", render_compare(result, curves, maps))
+    write_json(folder / "result.json", result.to_json())
+    curves, maps = [curve.to_json() for curve in _curves(study)], _maps(study, data).to_json()
+    write_text(folder / "report.html", render_compare(result.to_json(), curves, maps))
     render_picture(curves, maps, folder / "picture.png")
     return result
 
 
-def _same_options(stored: Stored, given: Comparison | None, folder: Path) -> Comparison:
-    """The stored options; what was given may repeat them or be left at its default, but not differ."""
+def _same_options(stored: Stored, given: CompareOptions | None, folder: Path) -> CompareOptions:
+    """Returns the stored options; those given may repeat them or be left at their defaults.
+
+    Raises:
+        ConfigError: an option that differs from the stored one.
+    """
     kept = stored.options
-    for field in dataclasses.fields(Comparison) if given is not None else ():
+    for field in dataclasses.fields(CompareOptions) if given is not None else ():
         now, then = getattr(given, field.name), getattr(kept, field.name)
         if now in (then, field.default) or (
             field.name == "text" and same_text(now, then, stored.data_digest, kept.text_column)
@@ -176,16 +182,17 @@ def _same_options(stored: Stored, given: Comparison | None, folder: Path) -> Com
         if field.name == "shape" and same_shape(load_shape(now), stored.shape):
             continue
         raise ConfigError(
-            f"{folder} was started with {field.name} = {then!r}, now {now!r} is given; resume without it, "
-            "or choose another --out"
+            f"{folder} was started with {field.name} = {then!r}, and {now!r} is given",
+            "the same option",
+            "resume without it, or choose another --out",
         )
-    # Text may have moved, and the seal knows where it was.
-    moved = given is not None and given.text != Comparison.text
+    # The text may lie in another folder than when the comparison began.
+    moved = given is not None and given.text != CompareOptions.text
     return dataclasses.replace(kept, text=given.text) if given is not None and moved else kept
 
 
-def _plan(study: _Study, data: PreparedData, began: float, on_stage: OnStage) -> dict[str, Any]:
-    """Measure a step of each variant, and from that how many steps fit into the time."""
+def _plan(study: _Study, data: PreparedData, began: float, on_stage: OnStage) -> Plan:
+    """Measures a step of each variant, and from that how many steps fit into the time."""
     options = study.options
     costs: dict[str, StepCost] = {}
     for attention in options.variants:
@@ -199,23 +206,23 @@ def _plan(study: _Study, data: PreparedData, began: float, on_stage: OnStage) ->
         fit = _steps_that_fit(options, seconds, data, 60 * minutes - used)
         if options.minutes is not None or fit < steps:
             steps, note = fit, f", which is what fits into {minutes:g} minutes on this machine"
-    return {
-        "steps": steps,
-        "note": note,
-        "seconds": used,
-        "step_seconds": {name: cost.seconds for name, cost in costs.items()},
-        "peak_bytes": {name: cost.peak_bytes for name, cost in costs.items()},
-    }
+    return Plan(
+        steps=steps,
+        note=note,
+        seconds=used,
+        step_seconds={name: cost.seconds for name, cost in costs.items()},
+        peak_bytes={name: cost.peak_bytes for name, cost in costs.items()},
+    )
 
 
-def _steps_that_fit(options: Comparison, step: dict[str, float], data: PreparedData, seconds: float) -> int:
-    """Steps of each run when all runs share ``seconds``, with ``step`` of each variant measured."""
+def _steps_that_fit(options: CompareOptions, step: Mapping[str, float], data: PreparedData, seconds: float) -> int:
+    """Returns the steps of each run when all runs share ``seconds``; a step of each variant takes ``step`` seconds."""
     left = seconds - _seconds_of(options, step, data, 0)
     return max(1, int(left / (options.seeds * sum(step.values()))))
 
 
-def _seconds_of(options: Comparison, step: dict[str, float], data: PreparedData, steps: int) -> float:
-    """Seconds that runs of so many steps take together, with their evaluations, saving, and the report."""
+def _seconds_of(options: CompareOptions, step: Mapping[str, float], data: PreparedData, steps: int) -> float:
+    """Returns the seconds that runs of so many steps take together, with evaluations, saving and the report."""
     recipe = options.recipe(1, 0)
     blocks = recipe.evaluations * min(recipe.evaluation_blocks, len(data.validation)) + len(data.validation)
     # A forward pass without gradients is about a third of a step.
@@ -225,7 +232,7 @@ def _seconds_of(options: Comparison, step: dict[str, float], data: PreparedData,
 
 
 def _about(seconds: float) -> str:
-    """A time that is read at a glance.
+    """Returns a time that is read at a glance.
 
     >>> _about(41), _about(340), _about(9000)
     ('41 s', '6 minutes', '2.5 hours')
@@ -236,81 +243,83 @@ def _about(seconds: float) -> str:
 
 
 def _result(
-    study: _Study, data: PreparedData, runs: dict[str, list[TrainResult]], plan: dict[str, Any], command: str
-) -> dict[str, Any]:
-    variants = {}
-    for attention, results in runs.items():
-        shape = pair_config(study.shape, attention, match=study.options.match).shape()
-        parameters = count_parameters(shape, attention)
-        used = study.options.recipe(1, 0)
-        backend = serving_backend(attention, used.device, getattr(torch, used.dtype))
-        flops = flops_per_token(shape, attention, context=study.context, phase="training", backend=backend)
-        load = measure_load(results[0].model_folder, used.device)
-        speeds = sorted(result.train_tokens_per_second for result in results)
-        variants[attention] = {
-            "parameters": parameters.total,
-            "attention_parameters": parameters.attention,
-            "intermediate_size": shape.intermediate_size,
-            "val_loss": [result.val_loss for result in results],
-            "bits_per_byte": [result.bits_per_byte for result in results],
-            "attention_backend": backend,
-            "train_tokens_per_second": speeds[len(speeds) // 2],
-            "train_peak_bytes": plan["peak_bytes"][attention],
-            "cache_bytes_per_token": cache_bytes_per_token(shape, attention, bytes_per_value=4),
-            "model_flops_per_token": flops.model,
-            "executed_flops_per_token": flops.executed,
-            "checkpoint_bytes": (results[0].model_folder / "model.safetensors").stat().st_size,
-            "load_seconds": load.load_seconds,
-            "first_token_seconds": load.first_token_seconds,
-        }
-    recipe = study.options.recipe(plan["steps"], 0).to_dict()
+    study: _Study, data: PreparedData, runs: Mapping[str, list[TrainResult]], plan: Plan, command: str
+) -> ComparisonResult:
+    """Returns what was measured of every variant, and the pairs."""
+    variants = {attention: _variant(study, attention, results, plan) for attention, results in runs.items()}
+    recipe = study.options.recipe(plan.steps, 0).to_dict()
     recipe |= {"shape": dataclasses.asdict(study.shape), "context": study.context, "match": study.options.match}
     recipe.pop("seed")
-    return {
-        "variants": variants,
-        "pairs": pairs(variants),
-        "recipe": recipe,
-        "versions": versions(),
-        "data": data.facts,
-        "seeds": list(range(study.options.seeds)),
-        "command": command,
-    }
+    return ComparisonResult(
+        variants=variants,
+        pairs=pairs(variants),
+        recipe=recipe,
+        versions=versions(),
+        data=data.facts,
+        seeds=list(range(study.options.seeds)),
+        command=command,
+    )
 
 
-def _curves(study: _Study) -> list[dict[str, Any]]:
+def _variant(study: _Study, attention: str, results: list[TrainResult], plan: Plan) -> VariantResult:
+    """Returns what was measured of one variant; loads its first model to time that."""
+    shape = pair_config(study.shape, attention, match=study.options.match).shape()
+    parameters = count_parameters(shape, attention)
+    used = study.options.recipe(1, 0)
+    backend = serving_backend(attention, used.device, getattr(torch, used.dtype))
+    flops = flops_per_token(shape, attention, context=study.context, phase="training", backend=backend)
+    load = measure_load(results[0].model_folder, used.device)
+    speeds = sorted(result.train_tokens_per_second for result in results)
+    return VariantResult(
+        parameters=parameters.total,
+        attention_parameters=parameters.attention,
+        intermediate_size=shape.intermediate_size,
+        val_loss=[result.val_loss for result in results],
+        bits_per_byte=[result.bits_per_byte for result in results],
+        attention_backend=backend,
+        train_tokens_per_second=speeds[len(speeds) // 2],
+        train_peak_bytes=plan.peak_bytes[attention],
+        cache_bytes_per_token=cache_bytes_per_token(shape, attention, bytes_per_value=4),
+        model_flops_per_token=flops.model,
+        executed_flops_per_token=flops.executed,
+        checkpoint_bytes=(results[0].model_folder / "model.safetensors").stat().st_size,
+        load_seconds=load.load_seconds,
+        first_token_seconds=load.first_token_seconds,
+    )
+
+
+def _curves(study: _Study) -> list[LossCurve]:
+    """Returns the loss curve of every run, as its rows have it."""
     curves = []
     blocks = study.options.recipe(1, 0).evaluation_blocks
     for attention in study.options.variants:
         for seed in range(study.options.seeds):
             rows = read_metrics(study.run_folder(attention, seed) / "metrics.jsonl")
+            # The last measurement takes more blocks and is the table's, not a point of the curve.
+            held_out = [row for row in rows if row.get("val_blocks", blocks + 1) <= blocks]
             curves.append(
-                {
-                    "attention": attention,
-                    "seed": seed,
-                    "train": [{"tokens": row["tokens"], "loss": row["loss"]} for row in rows if "loss" in row],
-                    "validation": [
-                        {"tokens": row["tokens"], "loss": row["val_loss"]}
-                        for row in rows
-                        # The last measurement takes more blocks and is the table's, not a point of the curve.
-                        if row.get("val_blocks", blocks + 1) <= blocks
-                    ],
-                }
+                LossCurve(
+                    attention=attention,
+                    seed=seed,
+                    train=[CurvePoint(row["tokens"], row["loss"]) for row in rows if "loss" in row],
+                    validation=[CurvePoint(row["tokens"], row["val_loss"]) for row in held_out],
+                )
             )
     return curves
 
 
-def _maps(study: _Study, data: PreparedData, *, tokens: int = 28) -> dict[str, Any]:
-    """The maps of the first output head in the middle layer of each variant's first model, on held-out text."""
+def _maps(study: _Study, data: PreparedData, *, tokens: int = 28) -> HeadMaps:
+    """Returns the maps of the first output head in the middle layer of each variant's first model, on held-out text."""
     ids = data.tokenizer.encode(data.sample_text())[: min(tokens, study.context)]
     layer = study.shape.num_layers // 2
     variants = {}
     for attention in study.options.variants:
         model = DiffTransformerForCausalLM.from_pretrained(study.run_folder(attention, 0) / "model")
         variants[attention] = attention_maps(model, torch.tensor([ids]), layer=layer, head=0)
-    return {
-        "text": data.tokenizer.decode(ids),
-        "tokens": token_labels(data.tokenizer, ids),
-        "layer": layer,
-        "head": 0,
-        "variants": variants,
-    }
+    return HeadMaps(
+        text=data.tokenizer.decode(ids),
+        tokens=token_labels(data.tokenizer, ids),
+        layer=layer,
+        head=0,
+        variants=variants,
+    )

@@ -1,9 +1,10 @@
-"""What is compared with what, and how the folder of a comparison remembers it."""
+"""The file in which the folder of a comparison remembers how it was started."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,102 +12,76 @@ from diffattn.config_fields import is_count, is_measure
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import write_json
 from diffattn.folders import COMPARISON, own_folder
-from diffattn.model.pairing import MATCHES
-from diffattn.names import one_of
 from diffattn.plan.named_model import load_shape
 from diffattn.plan.shape import ModelShape
+from diffattn.results.base import Result
 from diffattn.sealed import SEAL, read_sealed, sealed
+from diffattn.study.options import CompareOptions
 from diffattn.train.checkpoint import WAY_OUT
 from diffattn.train.own import lasting
-from diffattn.train.recipe import Recipe
-from diffattn.variants import DEFAULT_VARIANTS, VARIANTS
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What is compared with what; the fields are the options of ``diffattn compare``."""
+@dataclass(frozen=True)
+class Plan(Result):
+    """How many steps each run has, and the measured costs that this follows from."""
 
-    shape: str = "3M"
-    """Preset or TOML file of the softmax Transformer that is to be replaced."""
-    variants: tuple[str, ...] = DEFAULT_VARIANTS
-    """What is trained, of softmax, diff_v1, diff_v2 and gated; softmax is the baseline of the pairs."""
-    seeds: int = 2
-    """Pairs: initial values and order of the data are drawn anew for each, the same for all variants."""
-    steps: int | None = None
+    steps: int
     """Optimizer steps of each run."""
-    minutes: float | None = None
-    """Instead of steps: as many as fit into this time for everything together."""
-    text: str = "sotu"
-    """A file, a folder, or the id of a data set."""
-    text_column: str = "text"
-    """The field of a row that holds the text."""
-    context: int | None = None
-    """Tokens per block; default: the shape's max_position_embeddings."""
-    match: str = "parameters"
-    """``parameters``: V2's feed-forward width is narrowed until the totals match. ``shape``: it has more parameters."""
-    batch_size: int = 4
-    """Blocks per step."""
-    learning_rate: float = 2e-3
-    """Peak of the schedule."""
-    device: str = "auto"
-    """``auto``, ``cpu`` or ``cuda``."""
-    dtype: str = "auto"
-    """``auto``, ``float32`` or ``bfloat16`` (autocast)."""
+    note: str
+    """Words on why it is so many, to be put behind the number; empty where they were asked for."""
+    seconds: float
+    """Seconds that had passed when the plan was made."""
+    step_seconds: Mapping[str, float]
+    """Seconds of a training step, by variant."""
+    peak_bytes: Mapping[str, float]
+    """Largest number of bytes of tensors within a training step, by variant."""
 
-    def __post_init__(self) -> None:
-        found = tuple(one_of(name, VARIANTS, given=f"variants holds {name!r}") for name in self.variants)
-        object.__setattr__(self, "variants", found)
-        if not self.variants or len(set(self.variants)) < len(self.variants):
-            raise ConfigError(f"variants is {' '.join(self.variants) or 'empty'}; wanted each of them at most once")
-        if not 1 <= self.seeds <= 1000:
-            raise ConfigError(f"seeds is {self.seeds}; wanted a number of pairs, at least 1 and at most 1,000")
-        if self.steps is not None and self.minutes is not None:
-            raise ConfigError(f"steps is {self.steps} and minutes is {self.minutes}; wanted one of them: leave one out")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}; wanted at least 1")
-        if self.minutes is not None and not 0 < self.minutes < 1e6:
-            raise ConfigError(f"minutes is {self.minutes}; wanted more than 0")
-        if self.match not in MATCHES:
-            raise ConfigError(f"match is {self.match!r}; wanted one of {', '.join(MATCHES)}")
-        self.recipe(self.steps or 1, 0)
+    @classmethod
+    def from_json(cls, plan: Mapping[str, Any], variants: Iterable[str]) -> Plan:
+        """Returns the plan that a file holds.
 
-    def recipe(self, steps: int, seed: int) -> Recipe:
-        """The recipe of one run."""
-        return Recipe(
-            steps=steps,
-            seed=seed,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            device=self.device,
-            dtype=self.dtype,
-            evaluations=3,
-            evaluation_blocks=64,
-            checkpoints=3,
-        ).resolved()
+        Raises:
+            KeyError, TypeError, ValueError: it is damaged.
+        """
+        costs = [plan[part][name] for part in ("step_seconds", "peak_bytes") for name in variants]
+        numbers = all(map(is_measure, [plan["seconds"], *costs]))
+        if not (is_count(plan["steps"]) and isinstance(plan["note"], str) and numbers):
+            raise ValueError("its plan holds something else than numbers")
+        return cls(**{field.name: plan[field.name] for field in dataclasses.fields(cls)})
 
 
 @dataclass(frozen=True)
 class Stored:
     """The ``config.json`` of a comparison: enough to go on with it from any working directory."""
 
-    options: Comparison
+    options: CompareOptions
+    """The options that it was started with."""
     shape: ModelShape
+    """The softmax Transformer that is replaced."""
     command: str
+    """The command that started it."""
     data_digest: str
-    """Of the text, which may have moved since; empty in a folder of an earlier version."""
-    plan: dict[str, Any] = field(default_factory=dict)
-    """The steps, and what a step of each variant takes; empty until that is measured."""
+    """The digest of the text, which may lie elsewhere by now; empty in a folder of an earlier version."""
+    plan: Plan | None = None
+    """The steps, and the cost of a step of each variant; None until that is measured."""
     has_seal: bool = True
+    """False for a folder that an earlier version began, which sealed nothing."""
 
     def write(self, folder: Path) -> None:
-        """Replace the file."""
+        """Replaces the file."""
         options = dataclasses.asdict(self.options) | {"text": lasting(self.options.text)}
-        content: dict[str, Any] = {"options": options, "shape": dataclasses.asdict(self.shape), "command": self.command}
-        write_json(folder / "config.json", sealed(content | {"data_digest": self.data_digest, "plan": self.plan}))
+        content = {
+            "options": options,
+            "shape": dataclasses.asdict(self.shape),
+            "command": self.command,
+            "data_digest": self.data_digest,
+            "plan": {} if self.plan is None else self.plan.to_json(),
+        }
+        write_json(folder / "config.json", sealed(content))
 
     @classmethod
     def read(cls, folder: Path) -> Stored:
-        """What a folder remembers.
+        """Returns what a folder remembers.
 
         Raises:
             ConfigError: there is no comparison, but perhaps something else.
@@ -114,30 +89,21 @@ class Stored:
         """
         file = folder / "config.json"
         if not file.exists():
-            raise ConfigError(
-                f"{folder} holds no comparison to resume; wanted its config.json: name its folder with --out"
-            )
+            given = f"{folder} holds no comparison to resume"
+            raise ConfigError(given, "the folder of one, with its config.json", "name it with --out")
         own_folder(folder, COMPARISON)
         content = read_sealed(file, way_out=WAY_OUT)
-        plan = content.get("plan", {})
+        plan = None
         try:
-            options = Comparison(**{**content["options"], "variants": tuple(content["options"]["variants"])})
+            options = CompareOptions(**{**content["options"], "variants": tuple(content["options"]["variants"])})
             shape = ModelShape(**content["shape"]) if "shape" in content else load_shape(options.shape)
-            if plan:
-                _check_plan(plan, options)
+            if content.get("plan"):
+                plan = Plan.from_json(content["plan"], options.variants)
             texts = (content["command"], content.get("data_digest", ""), options.text)
             if not all(isinstance(text, str) for text in texts):
-                raise TypeError("a text is none")
+                raise TypeError("its command, digest or text is no text")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise CheckpointError(f"{file} is damaged, or of another command ({reason}); {WAY_OUT}") from None
+            given = f"{file} is damaged, or of another command ({reason})"
+            raise CheckpointError(given, "the config.json of a comparison", WAY_OUT) from None
         return cls(options, shape, content["command"], content.get("data_digest", ""), plan, SEAL in content)
-
-
-def _check_plan(plan: dict[str, Any], options: Comparison) -> None:
-    numbers = [
-        plan["seconds"],
-        *(plan[part][name] for part in ("step_seconds", "peak_bytes") for name in options.variants),
-    ]
-    if not (is_count(plan["steps"]) and isinstance(plan["note"], str) and all(map(is_measure, numbers))):
-        raise ValueError("its plan holds something else than numbers")

@@ -6,6 +6,7 @@ import datetime
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,7 +77,7 @@ class Console(Board):
 
     def ladder(self, progress: LadderProgress) -> None:
         """A line at the start of each run of a ladder, and the live line of its steps."""
-        name = f"{progress.attention} {progress.size:,} parameters, seed {progress.seed}"
+        name = f"{progress.arm} {progress.size:,} parameters, seed {progress.seed}"
         if progress.step is not None:
             self.progress(name, progress.step, first="")
             return
@@ -87,7 +88,7 @@ class Console(Board):
         """A table; the first row is its header."""
         show(rows, self.screen)
 
-    def table(self, result: dict[str, Any]) -> None:
+    def table(self, result: Mapping[str, Any]) -> None:
         """The comparison as the report has it, and the verdict of each pair."""
         from diffattn.report.format import compare_rows
 

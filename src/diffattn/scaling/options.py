@@ -1,0 +1,166 @@
+"""The options of ``diffattn scale run`` and ``diffattn eval ablation``, in a file that imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from diffattn.errors import ConfigError
+from diffattn.names import one_of
+from diffattn.plan.cost import count_parameters
+from diffattn.plan.rule import parse_count, shape_about
+from diffattn.plan.shape import ModelShape
+from diffattn.scaling.arms import ARMS
+from diffattn.train.recipe import Recipe
+from diffattn.variants import BASELINE, DEFAULT_VARIANTS
+
+Match = Literal["parameters", "shape"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+def learning_rate_for(non_embedding_parameters: int) -> float:
+    """Returns the peak of the learning rate: ``4e-3 · (N / 10⁶)^(−1/3)`` to two digits, at most 1e-2.
+
+    N is the number of parameters without the embedding.
+
+    >>> learning_rate_for(1_000_000), learning_rate_for(8_000_000)
+    (0.004, 0.002)
+    """
+    return float(f"{min(1e-2, 4e-3 * (non_embedding_parameters / 1e6) ** (-1 / 3)):.2g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderOptions:
+    """The sizes, variants and seeds that a ladder trains, and how.
+
+    Raises:
+        ConfigError: sizes, tokens, seeds or names that cannot work. What a run needs beyond that, such as heads that
+            fit, is checked by :func:`diffattn.scaling.ladder.run_ladder` before it reads the text.
+    """
+
+    sizes: tuple[str, ...] = ("200k", "550k", "1.2M", "1.9M", "4.2M")
+    """Parameters of the softmax models without their embedding; docs/scaling.md has the shapes."""
+    tokens: str = "8M"
+    """Tokens that every run is trained on, such as 8M."""
+    variants: tuple[str, ...] = DEFAULT_VARIANTS
+    """Variants to train at every size, of softmax, diff_v1, diff_v2 and gated; or a variant with one change, such as
+    diff_v1+no_norm (docs/studies.md lists them)."""
+    seeds: int = 3
+    """Number of times that each variant is trained, with other initial values and another order of the text."""
+    text: str = "sotu"
+    """Text to train on: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn."""
+    text_column: str = "text"
+    """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
+    vocab_size: int = 1024
+    """Tokens of the tokenizer that is trained on the text."""
+    context: int = 256
+    """Tokens that a model reads at once."""
+    needles: float = 0.0
+    """Share of the training tokens, 0 to 1, that hide numbers in text and ask for them (docs/studies.md)."""
+    match: Match = "parameters"
+    """parameters: V2 gets a narrower feed-forward network, so that all have equally many parameters. shape: V2 keeps
+    its width and has more parameters."""
+    batch_size: int = 8
+    """Blocks of --context tokens in each step."""
+    learning_rate: float | None = None
+    """Highest learning rate of each run. Default: lower for larger models, by a rule (docs/scaling.md)."""
+    device: Device = "auto"
+    """Device to train on: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one."""
+    dtype: Dtype = "auto"
+    """Number format of the products; the weights stay float32. auto: bfloat16 where the machine multiplies it fast,
+    else float32."""
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "variants", tuple(one_of(name, ARMS) for name in self.variants))
+        except ConfigError:
+            given = " ".join(self.variants)
+            raise ConfigError(f"variants is {given!r}", f"names of {', '.join(ARMS)}", "correct the name") from None
+        for name in ("sizes", "variants"):
+            words = getattr(self, name)
+            if not words or len(set(words)) < len(words):
+                raise ConfigError(
+                    f"{name} is {' '.join(words) or 'empty'}", "at least one, each once", f"change --{name}"
+                )
+        if not 1 <= self.seeds <= 1000:
+            raise ConfigError(f"seeds is {self.seeds}", "a number from 1 to 1,000", "leave --seeds out for 3")
+        parse_count(self.tokens)
+        widths = [shape.hidden_size for shape in self.shapes()]
+        if len(set(widths)) < len(widths):
+            raise ConfigError(
+                f"sizes is {' '.join(self.sizes)}, of which two have the same nearest shape",
+                f"a shape for each size (their widths are {', '.join(map(str, widths))})",
+                "move the sizes apart",
+            )
+        for shape in self.shapes():
+            self._recipe(shape, 0)
+
+    def shapes(self) -> list[ModelShape]:
+        """Returns the softmax Transformers to be replaced, in the order of their size."""
+        counts = sorted(parse_count(size) for size in self.sizes)
+        return [
+            shape_about(count, non_embedding=True, vocab_size=self.vocab_size, context=self.context) for count in counts
+        ]
+
+    def recipe(self, shape: ModelShape, seed: int) -> Recipe:
+        """Returns the recipe of one run on this machine."""
+        return self._recipe(shape, seed).resolved()
+
+    def _recipe(self, shape: ModelShape, seed: int) -> Recipe:
+        return Recipe(
+            steps=math.ceil(parse_count(self.tokens) / (self.batch_size * self.context)),
+            seed=seed,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate or learning_rate_for(count_parameters(shape, BASELINE).non_embedding),
+            device=self.device,
+            dtype=self.dtype,
+            evaluations=4,
+            evaluation_blocks=256,
+            checkpoints=10,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationOptions:
+    """The arms that an ablation trains: variants, and variants with one thing changed."""
+
+    size: str = "550k"
+    """Parameters of the softmax model without its embedding, such as 550k or 1.2M (docs/scaling.md)."""
+    tokens: str = "8M"
+    """Tokens that every run is trained on, such as 8M."""
+    arms: tuple[str, ...] = ()
+    """Arms to train: variants, and variants with one change, such as softmax diff_v1 diff_v1+no_norm. Default: all that
+    docs/studies.md lists."""
+    seeds: int = 3
+    """Number of times that each arm is trained, with other initial values and another order of the text."""
+    text: str = "sotu"
+    """Text to train on: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn."""
+    text_column: str = "text"
+    """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
+    vocab_size: int = 1024
+    """Tokens of the tokenizer that is trained on the text."""
+    context: int = 256
+    """Tokens that a model reads at once."""
+    batch_size: int = 8
+    """Blocks of --context tokens in each step."""
+    learning_rate: float | None = None
+    """Highest learning rate of each run. Default: that of scale run."""
+    device: Device = "auto"
+    """Device to train on: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one."""
+    dtype: Dtype = "auto"
+    """Number format of the products; the weights stay float32. auto: bfloat16 where the machine multiplies it fast,
+    else float32."""
+
+    def ladder(self) -> LadderOptions:
+        """Returns the ladder of one size that trains the arms.
+
+        Raises:
+            ConfigError: as :class:`LadderOptions`.
+        """
+        return LadderOptions(
+            sizes=(self.size,), tokens=self.tokens, variants=self.arms or tuple(ARMS), seeds=self.seeds, text=self.text,
+            text_column=self.text_column, vocab_size=self.vocab_size, context=self.context, batch_size=self.batch_size,
+            learning_rate=self.learning_rate, device=self.device, dtype=self.dtype,
+        )  # fmt: skip

