@@ -6,7 +6,7 @@ READY := .venv/ready
 # pip, which says what it is at.
 INSTALL = $(PYTHON) tools/install.py
 
-.PHONY: help setup compare test test-full test-vllm asan wheels portable check benchmarks ladder study gates rates ablation test-lowest
+.PHONY: help setup compare test test-full test-vllm asan wheels portable check benchmarks ladder study gates rates ablation test-lowest test-newest
 .DEFAULT_GOAL := help
 
 help:
@@ -116,6 +116,15 @@ ablation: $(READY)
 	for process in $$(seq $(PROCESSES)); do OMP_NUM_THREADS=1 $(BIN)/diffattn eval ablation --text $(TEXT) --out runs/ablation --dtype bfloat16 & done; wait
 	cp runs/ablation/rows.jsonl benchmarks/results/ablation.jsonl
 	$(BIN)/diffattn eval ablation --text $(TEXT) --out runs/ablation --dtype bfloat16 --png docs/findings/ablation.png
+
+# Apart from .venv: the newest release of transformers, also where pyproject.toml does not allow it yet. The row says what
+# fails with it; an hour on two cores, less with ARGS="tests/model tests/serve".
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	@echo "make: installing what constraints.txt pins into .venv-newest, then the newest transformers"
+	@$(INSTALL) .venv-newest/bin/python --constraint constraints.txt --editable '.[dev]'
+	@$(INSTALL) .venv-newest/bin/python --upgrade transformers
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m tools.newest --out benchmarks/results/newest.jsonl $(ARGS)
 
 # Apart from .venv: the lowest releases that pyproject.toml allows.
 test-lowest:

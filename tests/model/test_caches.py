@@ -3,6 +3,7 @@ import torch
 from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from transformers import DynamicCache, StaticCache
 
+from diffattn.errors import UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.plan.cost import cache_bytes_per_token
 from diffattn.plan.shape import VARIANTS
@@ -120,3 +121,9 @@ def test_beam_search_finds_a_text_at_least_as_likely_as_the_greedy_one(attention
     greedy, beam = generate(model, ids), generate(model, ids, num_beams=4)
     assert beam.shape == greedy.shape == (2, 11)
     assert (log_likelihood(beam) >= log_likelihood(greedy) - 1e-4).all()
+
+
+def test_a_cache_under_the_name_of_a_newer_transformers_is_refused():
+    model = small_model("diff_v1")
+    with pytest.raises(UnsupportedError, match=r"as cache; wanted a release below 5\.24"):
+        model(tokens(1, 3), cache=DynamicCache(config=model.config))

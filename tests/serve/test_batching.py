@@ -54,7 +54,7 @@ async def answer(batch: Batch, text: str, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.0, "frequency_penalty": 0.3}])
 def test_requests_that_are_put_off_for_want_of_memory_have_the_answers_of_requests_alone(batch, options, monkeypatch):
     put_off = []
-    manager = type(batch.engine.batch_processor.offloading_manager)
+    manager = type(batch.engine.manager.batch_processor.offloading_manager)
     original = manager.offload_requests
     monkeypatch.setattr(manager, "offload_requests", lambda self: put_off.append(1) or original(self))
 
@@ -86,11 +86,11 @@ def test_a_cancelled_request_leaves_nothing_behind(batch, monkeypatch):
         await asyncio.sleep(0.5)
 
     asyncio.run(cancelled())
-    scheduler = batch.engine.batch_processor.scheduler
+    scheduler = batch.engine.manager.batch_processor.scheduler
     assert not scheduler.active_requests
     assert not scheduler.waiting_requests
-    assert batch.engine.output_router.result_handlers == {}
-    assert batch.engine.output_router.output_queue.empty()
+    assert batch.engine.manager.output_router.result_handlers == {}
+    assert batch.engine.manager.output_router.output_queue.empty()
 
 
 def test_a_failure_of_the_engine_reaches_every_client_and_the_next(batch, monkeypatch):
@@ -102,7 +102,7 @@ def test_a_failure_of_the_engine_reaches_every_client_and_the_next(batch, monkey
         whole = asyncio.ensure_future(answer(batch, SENTENCES[1]))
         while len(batch.live) < 2:
             await asyncio.sleep(0)
-        monkeypatch.setattr(batch.engine.model, "forward", fails)
+        monkeypatch.setattr(batch.engine.manager.model, "forward", fails)
         with pytest.raises(RequestError, match="fault") as caught:
             await whole
         assert caught.value.status == 500

@@ -1,4 +1,4 @@
-"""Whether an exported model computes what the torch model does, up to float32 rounding that is measured here.
+"""Checks that an exported model computes what the torch model does, up to float32 rounding that is measured here.
 
 Two float32 computations of one function differ, by an amount that depends on the model: V1 divides by the RMS of a
 difference. So the torch model is computed in float64 too. Its own float32 logits are some distance from these; the
@@ -31,14 +31,17 @@ from transformers.cache_utils import DynamicCache
 
 from diffattn.errors import ConfigError, DiffattnError
 from diffattn.export.run import Ids, OnnxDecoder
-from diffattn.model.implementation import attention_implementation
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.transformers_private import attention_implementation
 
-# Of the largest distance of torch's float32 from float64, over all logits compared; 0.9 to 1.5 is usual.
+# How many times the largest distance of torch's float32 from float64, over all logits; 0.9 to 1.5 is usual.
 FACTOR = 4.0
-# Of the RMS error of the logits of rounded weights; 1.0 to 1.6 is usual, the most with 8 bits, where activations count.
+# How many times the RMS error of the logits of rounded weights; 1.0 to 1.6 is usual, most with 8 bits, where the
+# rounding of activations counts.
 QUANTIZED_FACTOR = 3.0
 NEW_TOKENS = 32
+# The attention implementation that every transformers model runs, and whose call the graph holds.
+STANDARD = "sdpa"
 # Rows, the pieces in which their tokens are given, and how many of those of the last row are padding.
 CASES: tuple[tuple[int, tuple[int, ...], int], ...] = (
     (1, (1, 1, 1, 2), 0),
@@ -61,39 +64,46 @@ class OnnxCheckError(DiffattnError):
 
 @dataclass(frozen=True)
 class QuantizedReport:
-    """A quantised model beside the float32 torch model: RMS errors as shares of the logits' standard deviation.
-
-    ``rounded_error`` is that of the torch model with rounded weights, and ``bound`` what ``error`` may be.
-    """
+    """A quantised model beside the float32 torch model: RMS errors as shares of the logits' standard deviation."""
 
     bits: int
+    """Bits of a weight in the layers' matrices."""
     largest_difference: float
+    """The largest difference of a logit."""
     error: float
+    """The RMS error of the exported model's logits."""
     rounded_error: float
+    """The RMS error of the torch model's logits with rounded weights."""
     bound: float
+    """The largest ``error`` that passes."""
     identical_texts: int
+    """Greedy texts that are the torch model's."""
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Differences of logits over ``positions`` tokens, and how many of ``texts`` greedy texts are identical.
-
-    ``largest_difference`` is that of the two float32 models; ``error`` and ``torch_error`` are their largest distances
-    from the torch model in float64, and ``bound`` what ``error`` may be.
-    """
+    """The differences of an exported model's logits from the torch model's."""
 
     positions: int
+    """Tokens whose logits were compared."""
     largest_difference: float
+    """The largest difference of a logit between the two float32 models."""
     error: float
+    """The exported model's largest distance from the torch model in float64."""
     torch_error: float
+    """The largest distance of the torch model in float32 from the same in float64."""
     bound: float
+    """The largest ``error`` that passes."""
     texts: int
+    """Greedy texts that were compared."""
     identical_texts: int
+    """Those of them that are the torch model's."""
     quantized: QuantizedReport | None = None
+    """The same of the quantised graph, where there is one."""
 
     @property
     def passed(self) -> bool:
-        """Whether the float32 graph is within rounding, and the quantised one too."""
+        """True where the float32 graph is within rounding, and the quantised one too."""
         # A NaN is not below anything.
         quantized = self.quantized is None or self.quantized.error <= self.quantized.bound
         return self.error <= self.bound and quantized
@@ -117,7 +127,7 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the torch model says in float32: the logits of each case, and the greedy texts behind the prompts."""
+    """The torch model's answers in float32: the logits of each case, and the greedy texts behind the prompts."""
 
     prompts: list[Ids]
     cases: list[tuple[Ids, Ids, tuple[int, ...]]]
@@ -136,10 +146,12 @@ class Expected:
             ConfigError: a model in another dtype.
         """
         if model.dtype != torch.float32:
-            raise ConfigError(f"the model is {model.dtype}; wanted float32, as the exported one is: load it as float32")
+            raise ConfigError(
+                f"the model is {model.dtype}", "float32, as the exported one is", "load it with dtype=torch.float32"
+            )
         prompts = _prompts(model.config.vocab_size, tokenizer)
         cases = _cases(model, prompts)
-        with attention_implementation(model, "sdpa"):
+        with attention_implementation(model, STANDARD):
             logits = [_torch_logits(model, *case) for case in cases]
             return cls(prompts, cases, logits, _greedy(model, *_padded(prompts)))
 
@@ -157,7 +169,7 @@ def check_float32(model: DiffTransformerForCausalLM, path: str | Path, expected:
     """
     expected = expected or Expected.of(model)
     decoder = OnnxDecoder(path)
-    with attention_implementation(model, "sdpa"):
+    with attention_implementation(model, STANDARD):
         try:
             exact = [_torch_logits(model.double(), *case) for case in expected.cases]
         finally:
@@ -187,7 +199,7 @@ def check_quantized(
     """The report ``float32`` of the graph before it was quantised, with what its quantised form at ``path`` does."""
     expected = expected or Expected.of(model)
     decoder = OnnxDecoder(path)
-    with attention_implementation(model, "sdpa"), _rounded_weights(model, bits, block_size):
+    with attention_implementation(model, STANDARD), _rounded_weights(model, bits, block_size):
         rounded = np.concatenate([_torch_logits(model, *case) for case in expected.cases])
     wanted = np.concatenate(expected.logits)
     actual = np.concatenate([_onnx_logits(decoder, *case) for case in expected.cases])
@@ -279,7 +291,7 @@ def _torch_logits(model: DiffTransformerForCausalLM, ids: Ids, mask: Ids, pieces
 
 
 def _onnx_logits(decoder: OnnxDecoder, ids: Ids, mask: Ids, pieces: Sequence[int]) -> npt.NDArray[Any]:
-    """The same, piece by piece through the cache where there is one."""
+    """Returns the same logits of the exported model, piece by piece through the cache where there is one."""
     if not decoder.has_cache:
         return decoder.logits(ids, mask)[0][mask == 1]
     outputs, cache, start = [], None, 0

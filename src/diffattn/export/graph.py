@@ -34,8 +34,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from diffattn.errors import UnsupportedError
 from diffattn.export.run import DATA_FILE, MODEL_FILE, PAST, PRESENT, require
 from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.implementation import attention_implementation
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.transformers_private import attention_implementation
 
 # The first with Attention and RMSNormalization.
 OPSET = 23
@@ -101,8 +101,9 @@ def to_graph(model: DiffTransformerForCausalLM, *, cache: bool = True) -> Any:
     kind = config.rope_parameters["rope_type"]
     if "dynamic" in kind or kind == "longrope":
         raise UnsupportedError(
-            f"rope_type is {kind!r}, whose frequencies depend on the length; wanted fixed ones, which a graph can "
-            "hold: default, linear, llama3 or yarn"
+            f"rope_type is {kind!r}, whose frequencies depend on the length",
+            "fixed frequencies, which a graph can hold",
+            "train the model with rope_type default, linear, llama3 or yarn",
         )
     # No two sizes are equal, and none is 0 or 1: what the tracer takes for equal or fixed is so.
     B, T, P = 2, 3, 5

@@ -21,18 +21,28 @@ from diffattn.progress import OnStage, Stage, unseen
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """What was written: ``weight_bytes`` of the initializers, ``file_bytes`` of the model's files on the disk."""
+    """The result of an export: what was written, and how well it was checked."""
 
     folder: Path
+    """Where the files are."""
     attention: str
+    """The variant, such as ``"diff_v1"``."""
     cache: bool
+    """Whether the graph takes and returns keys and values."""
     bits: int
+    """Bits of a weight in the layers' matrices; 32 for float32."""
     block_size: int | None
+    """Weights that share one scale; None for float32."""
     opset: int
+    """The version of ONNX's operators."""
     weight_bytes: int
+    """Bytes of the initializers."""
     file_bytes: int
+    """Bytes of the model's files on the disk."""
     seconds: float
+    """Seconds that the export took, with its check."""
     check: CheckReport | None
+    """The comparison with the torch model, where one was asked for."""
 
 
 def export_onnx(
@@ -67,7 +77,9 @@ def export_onnx(
     began = time.perf_counter()
     source = Path(folder)
     if bits is not None and bits not in BITS:
-        raise ConfigError(f"bits is {bits}; wanted one of {', '.join(map(str, BITS))}, or leave it out for float32")
+        raise ConfigError(
+            f"bits is {bits}", f"one of {', '.join(map(str, BITS))}", "choose one of them, or leave it out for float32"
+        )
     check_block_size(block_size)
     _check_source(source)
     target = Path(out) if out is not None else source / ("onnx" if bits is None else f"onnx-int{bits}")
@@ -108,7 +120,9 @@ def export_onnx(
 def _passed(report: CheckReport) -> CheckReport:
     if not report.passed:
         raise OnnxCheckError(
-            f"the exported graph computes something else, and was not kept: {'; '.join(report.lines())}"
+            f"the exported graph computes something else ({', '.join(report.lines())})",
+            "a graph that differs from the model by rounding alone",
+            "the graph was not kept; please report the model's config.json",
         )
     return report
 
@@ -117,9 +131,9 @@ def _check_source(source: Path) -> None:
     config = read_config(source)
     if config.get("model_type") != DiffTransformerConfig.model_type:
         raise UnsupportedError(
-            f"model_type is {config.get('model_type')!r} in {str(source / 'config.json')!r}; the ONNX export takes "
-            f"{DiffTransformerConfig.model_type} (softmax, diff_v1, diff_v2, gated, dex): diffattn convert makes one "
-            "of a Llama or diffllama checkpoint, optimum exports others as they are"
+            f"model_type is {config.get('model_type')!r} in {str(source / 'config.json')!r}",
+            DiffTransformerConfig.model_type,
+            "convert a checkpoint of Llama or diffllama with diffattn convert; optimum exports others as they are",
         )
 
 

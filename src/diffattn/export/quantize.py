@@ -11,14 +11,13 @@ up with zeros. λ, norms, biases and DEX's W_D stay float32. ::
 
 from __future__ import annotations
 
-import importlib
-import logging
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from diffattn.errors import ConfigError
+from diffattn.export import onnxruntime_private
 from diffattn.export.run import require
 
 BITS = (8, 4)
@@ -31,7 +30,9 @@ MICROSOFT = "com.microsoft"
 def check_block_size(block_size: int) -> None:
     """Raise a ``ConfigError`` for a block size that onnxruntime does not have."""
     if block_size not in BLOCK_SIZES:
-        raise ConfigError(f"block_size is {block_size}; wanted one of {', '.join(map(str, BLOCK_SIZES))}")
+        raise ConfigError(
+            f"block_size is {block_size}", f"one of {', '.join(map(str, BLOCK_SIZES))}", "leave it out for 32"
+        )
 
 
 def quantize(
@@ -60,13 +61,15 @@ def quantize(
     """
     if bits not in BITS or table_bits not in BITS:
         raise ConfigError(
-            f"bits is {bits}, table_bits {table_bits}; wanted one of {', '.join(map(str, BITS))} for each"
+            f"bits is {bits} and table_bits {table_bits}",
+            f"one of {', '.join(map(str, BITS))} for each",
+            "pass bits=8 and table_bits=8",
         )
     check_block_size(block_size)
     require("onnx", "onnxruntime")
     import onnx_ir
 
-    library = _library()
+    library = onnxruntime_private.quantizers()
 
     def options(width: int) -> Any:
         return library.DefaultWeightOnlyQuantConfig(
@@ -157,17 +160,5 @@ def _blocks(
     weight_VD: npt.NDArray[np.float32], options: Any
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
     """Packed (V, blocks, bytes of a block), scales (V, blocks) and packed zero points of rows cut into blocks."""
-    # It cuts columns into blocks.
-    return _library().DefaultWeightOnlyQuantizer(options).qbits_block_quant(np.ascontiguousarray(weight_VD.T))
-
-
-def _library() -> Any:
-    """onnxruntime's module, without the handler and level that it gives Python's root logger when it is imported."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    try:
-        return importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer")
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
-        logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
+    # The library cuts columns into blocks.
+    return onnxruntime_private.quantize_blocks(np.ascontiguousarray(weight_VD.T), options)

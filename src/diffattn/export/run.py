@@ -27,14 +27,16 @@ Floats = npt.NDArray[np.float32]
 
 
 def require(*packages: str) -> None:
-    """Say in one line which packages of the extra are missing.
+    """Checks that packages of the extra are installed.
 
     Raises:
         UnsupportedError: one of them cannot be found.
     """
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise UnsupportedError(
-            f"{' and '.join(missing)} not installed here; wanted for ONNX: pip install 'diffattn[onnx]'"
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
+            "the packages that the ONNX export needs",
+            "pip install 'diffattn[onnx]'",
         )
 
 
@@ -66,11 +68,12 @@ class OnnxDecoder:
         file = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise CheckpointError(
-                f"{str(path)!r} given; the folder of an exported model is wanted; it holds no {MODEL_FILE}: "
-                "write one with diffattn export --onnx"
+                f"{str(path)!r} holds no {MODEL_FILE}",
+                "the folder of an exported model",
+                "write one with diffattn export --onnx",
             )
         if threads is not None and threads < 1:
-            raise ConfigError(f"threads is {threads}; wanted at least 1, or leave it out")
+            raise ConfigError(f"threads is {threads}", "a whole number from 1", "leave it out for onnxruntime's choice")
         options = onnxruntime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -83,19 +86,25 @@ class OnnxDecoder:
         # The library has one type for each of its states, all of them bare exceptions.
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{str(file)!r} cannot be loaded by onnxruntime: {reason}") from error
+            raise CheckpointError(
+                f"{str(file)!r} cannot be loaded by onnxruntime ({reason})",
+                "a model that diffattn export wrote",
+                "export it again",
+            ) from error
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         shapes = {value.name: value.shape for value in self.session.get_inputs()}
         self.past_names = [name for name in shapes if name.startswith(f"{PAST}.")]
         self.inputs = [name for name in shapes if name not in self.past_names]
         self.outputs = [value.name for value in self.session.get_outputs()]
         if "input_ids" not in shapes or self.outputs[0] != "logits":
-            raise CheckpointError(f"{str(file)!r} is no decoder that takes input_ids and gives logits; export it again")
+            raise CheckpointError(
+                f"{str(file)!r} is no decoder", "a model that takes input_ids and gives logits", "export it again"
+            )
         self._past_shapes = [shapes[name] for name in self.past_names]
 
     @property
     def has_cache(self) -> bool:
-        """Whether the graph takes keys and values of earlier tokens and returns those of all."""
+        """True where the graph takes keys and values of earlier tokens and returns those of all."""
         return bool(self.past_names)
 
     def empty_cache(self, batch: int) -> Cache:
@@ -123,8 +132,9 @@ class OnnxDecoder:
             attention_mask = np.ones((batch, cache.length + new), np.int64)
         if attention_mask.shape != (batch, cache.length + new):
             raise ConfigError(
-                f"attention_mask is {attention_mask.shape}; wanted {(batch, cache.length + new)}: every cached and "
-                "every new token of each row"
+                f"attention_mask is {attention_mask.shape}",
+                f"{(batch, cache.length + new)}",
+                "give a column for each cached and each new token",
             )
         # Positions count tokens, not padding, as in transformers' generate.
         positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, cache.length :]
@@ -157,7 +167,11 @@ class OnnxDecoder:
             stop: tokens that end a row, which is filled up with the first of them.
         """
         if temperature < 0 or not 0 < top_p <= 1:
-            raise ConfigError(f"temperature is {temperature}, top_p {top_p}; wanted 0 or more, and above 0 to 1")
+            raise ConfigError(
+                f"temperature is {temperature} and top_p {top_p}",
+                "a temperature from 0, and a top_p above 0 and up to 1",
+                "leave both out for the likeliest token",
+            )
         random = np.random.default_rng(seed)
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
         text, cache, going = input_ids, None, np.ones(len(input_ids), bool)

@@ -26,19 +26,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    causal_mask_function,
-    prepare_padding_mask,
-    sdpa_mask,
-)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.import_utils import is_tracing
 
 from diffattn.model.attention import RMSNormPerHead
 from diffattn.model.configuration import DIFF_FUSED
 from diffattn.model.masks import PackedCausal, is_compact
+from diffattn.model.transformers_private import (
+    causal_mask_function,
+    is_tracing,
+    prepare_padding_mask,
+    sdpa_attention_forward,
+    sdpa_mask,
+)
 from diffattn.ops.cpu import build
 from diffattn.ops.cpu import operator as fused_cpu
 from diffattn.ops.derivatives import through_sdpa

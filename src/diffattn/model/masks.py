@@ -25,11 +25,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
-from transformers.utils.generic import is_flash_attention_requested
-from transformers.utils.import_utils import is_tracing
 
 from diffattn.errors import ConfigError
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
+from diffattn.model.transformers_private import is_flash_attention_requested, is_tracing, makes_masks
 
 # What is hidden in a mask that is added to scores: −inf, and the lowest number of any dtype.
 HIDDEN = torch.finfo(torch.float16).min
@@ -90,7 +89,7 @@ def model_mask(
         options: keyword arguments of the pass: ``cu_seq_lens_q``, and ``cache`` of an engine.
     """
     implementation = config._attn_implementation
-    engine = implementation not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping or options.get("cache") is not None
+    engine = not makes_masks(implementation) or options.get("cache") is not None
     if engine or not getattr(config, "is_causal", True):
         # An engine keeps the keys itself and says who sees them.
         return create_causal_mask(config, x, attention_mask, past_key_values, position_ids)

@@ -29,6 +29,7 @@ from diffattn.model import fused  # noqa: F401 - registers the attention functio
 from diffattn.model.attention import ATTENTION, DexProjection, DifferentialLambda, Float32Module, SoftmaxAttention
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 from diffattn.model.masks import model_mask, positions_of_sequences
+from diffattn.model.transformers_private import check_cache_name, restore_when_stopped
 from diffattn.ops.half import quick_products
 
 # What makes the library load other tensors than those that a folder's config.json is about.
@@ -241,6 +242,7 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give exactly one of input_ids and inputs_embeds")
+        check_cache_name(kwargs)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -336,6 +338,5 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         except BaseException:
             self.set_attn_implementation(before)
             raise
-        # What the engine puts back when it stops.
-        manager._original_attn_impl = before
+        restore_when_stopped(manager, before)
         return manager

@@ -23,7 +23,13 @@ _NEEDED = (
     "transformers.modeling_utils",
     "transformers.models.llama.modeling_llama",
 )
-_OURS = ("diffattn.model.configuration", "diffattn.model.fused", "diffattn.model.attention", "diffattn.model.modeling")
+_OURS = (
+    "diffattn.model.configuration",
+    "diffattn.model.transformers_private",
+    "diffattn.model.fused",
+    "diffattn.model.attention",
+    "diffattn.model.modeling",
+)
 
 
 def register() -> None:

@@ -21,15 +21,18 @@ _SHIPPED = {
     "diffattn.model.configuration": "configuration_diff_transformer",
     "diffattn.model.attention": "diff_attention",
     "diffattn.model.masks": "diff_masks",
+    "diffattn.model.transformers_private": "diff_transformers_private",
     "diffattn.ops.half": "diff_half",
     "diffattn.ops.standard": "diff_standard",
     "diffattn.ops.derivatives": "diff_derivatives",
     "diffattn.ops.reference": "diff_reference",
+    "diffattn.ops.torch_private": "diff_torch_private",
     "diffattn.plan.shape": "diff_shape",
     "diffattn.config_fields": "diff_config_fields",
     "diffattn.variants": "diff_variants",
     "diffattn.quantities": "diff_quantities",
     "diffattn.errors": "diff_errors",
+    "diffattn.private_names": "diff_private_names",
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_diff_transformer.DiffTransformerConfig",

@@ -15,20 +15,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffattn.ops.torch_private import (
+    TransformType,
+    get_interpreter_stack,
+    get_unwrapped,
+    in_forward_mode,
+    in_transform,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+)
 
 
 def transformed() -> bool:
     """Whether this code runs in forward mode or within a transform of `torch.func`, `torch.vmap` included."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return in_forward_mode() or in_transform()
 
 
 def has_tangent(x: Any) -> bool:
     """Whether `x` is a tensor with a tangent of its own; those of the tensors that a transform wraps do not count."""
     # `vmap` has tangents in what it wraps only, and cannot unpack.
-    if not isinstance(x, Tensor) or _functorch.is_batchedtensor(x):
+    if not isinstance(x, Tensor) or is_batchedtensor(x):
         return False
     # PyTorch has one level of dual tensors; `torch.func.jvp` within another one wraps them.
     return forward_ad.unpack_dual(x, level=0).tangent is not None
@@ -44,8 +53,8 @@ def forward_mode(*tensors: Any) -> bool:
 def _layers(x: Any) -> list[Any]:
     """A tensor and what it wraps, from the innermost transform to none."""
     layers = [x]
-    while isinstance(x, Tensor) and _functorch.is_functorch_wrapped_tensor(x):
-        x = _functorch.get_unwrapped(x)
+    while isinstance(x, Tensor) and is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
         layers.append(x)
     return layers
 
@@ -54,8 +63,8 @@ def _beyond_first(tensors: Sequence[Any]) -> bool:
     """Whether the transforms around this code take more than one derivative, or one in forward mode."""
     if not transformed():
         return False
-    levels = _functorch.get_interpreter_stack() or []
-    kinds = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+    levels = get_interpreter_stack() or []
+    kinds = (TransformType.Grad, TransformType.Jvp)
     order = sum(level.key() in kinds for level in levels)
     # A transform within ordinary autograd, as in `torch.func.grad(f)(x).sum().backward()`.
     order += any(isinstance(x, Tensor) and _layers(x)[-1].requires_grad for x in tensors)
@@ -74,7 +83,7 @@ def through_sdpa(call: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor
         with sdpa_kernel(SDPBackend.MATH):
             return call(*tensors)
     output = call(*tensors)
-    if not output.requires_grad or torch._C._are_functorch_transforms_active():
+    if not output.requires_grad or in_transform():
         return output
     return _DifferentiableBackward.apply(call, output, *tensors)
 

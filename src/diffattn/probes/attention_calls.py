@@ -20,8 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffattn.errors import UnsupportedError
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
-from diffattn.model.implementation import attention_implementation
 from diffattn.model.masks import is_compact
+from diffattn.model.transformers_private import attention_function, attention_implementation
 
 # Numbers of a block of rows of all heads, about: 64 MiB in float32.
 BLOCK = 1 << 24
@@ -177,14 +177,12 @@ def served_by(model: PreTrainedModel, serve: Serve) -> Iterator[None]:
         norm = options.get("norm")
         return (output if norm is None else norm(output, norm.scale)).to(value.dtype), None
 
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as changes:
         try:
-            stack.enter_context(attention_implementation(model, implementation))
+            changes.enter_context(attention_implementation(model, implementation))
         except ValueError as error:
             raise UnsupportedError(_cannot(model, str(error).split(". ")[0])) from None
-        ALL_ATTENTION_FUNCTIONS[implementation] = shown
-        # Below it the library's own function of this name is still there.
-        stack.callback(ALL_ATTENTION_FUNCTIONS.__delitem__, implementation)
+        changes.enter_context(attention_function(implementation, shown))
         yield
     if not called:
         raise UnsupportedError(_cannot(model, "it does not use the attention interface of transformers"))

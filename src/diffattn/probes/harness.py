@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffattn.errors import ConfigError, DataError, UnsupportedError
+from diffattn.probes.lm_eval_private import evaluator, task_manager
 from diffattn.probes.options import MOST_TOGETHER, StudyOptions
 from diffattn.probes.study import Point, Study, Subject
 from diffattn.results.study import Axes
@@ -97,8 +98,7 @@ def measure_standard(
 
     options = options or StandardOptions()
     try:
-        from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
+        evaluate, HFLM = evaluator()
     except ImportError as error:
         given = f"lm-eval cannot be imported ({error})"
         raise UnsupportedError(given, "lm-eval for the standard tasks", "pip install 'diffattn[eval]'") from None
@@ -143,9 +143,7 @@ def measure_standard(
 @functools.cache
 def _known_tasks(library: bool) -> Any:
     """Returns the tasks that lm-eval can load; those of the library are thousands of files, read once."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=library)
+    return task_manager(library=library)
 
 
 def _loaded(known: Any, names: list[Any]) -> Any:

@@ -15,11 +15,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers.cli.serving.utils import ReasoningText, ToolCall
-
 from diffattn.serve.batching import Batch, End, Failure, Piece, Stream, Token
 from diffattn.serve.openai_request import Asked, RequestError
 from diffattn.serve.prompts import Prompt
+from diffattn.serve.transformers_private import ReasoningText, ToolCall
 
 
 @dataclass

@@ -13,15 +13,14 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cli.serving.utils import response_events_to_chunks
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diffattn.errors import CheckpointError, UnsupportedError
 from diffattn.model.decoding_ranges import DECODING
 from diffattn.serve.answer_text import Text
 from diffattn.serve.openai_request import Asked, RequestError
-from diffattn.serve.sampling import Likelihoods, Sampling, per_request
+from diffattn.serve.sampling import Likelihoods, Sampling
+from diffattn.serve.transformers_private import Engine, GenerationOutput, response_events_to_chunks
 
 # What OpenAI's interface gives where a completion does not say how long it may become.
 COMPLETION_TOKENS = 16
@@ -196,25 +195,13 @@ class Batch:
         self.live: dict[str, Stream] = {}
         self.stopping = self._waited = False
         self._defaults = _defaults(model)
-        self.engine: Any = model.init_continuous_batching(
-            GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1), _engine_config(model, context)
-        )
-        self.engine.logit_processor = per_request()
-        self.engine.start()
-        self.engine.add_request([0], request_id="start", max_new_tokens=1)
-        first = None
-        for _ in range(_START_SECONDS):
-            first = self.engine.get_result(timeout=1)
-            if first is not None or not self.engine.is_running():
-                break
-        fatal = self.engine.background_thread_status.fatal_error or (first.error if first is not None else None)
-        if fatal is not None or first is None or first.status != RequestStatus.FINISHED:
+        self.engine = Engine(model, _engine_config(model, context))
+        if (reason := self.engine.try_out(_START_SECONDS)) is not None:
             self.stop()
-            reason = " ".join(str(fatal).split()) if fatal is not None else "it generates nothing"
             raise UnsupportedError(f"continuous batching of transformers does not start here: {reason}")
 
     def is_alive(self) -> bool:
-        return self.engine.background_thread_status.fatal_error is None
+        return self.engine.failure() is None
 
     def start(
         self,
@@ -231,19 +218,14 @@ class Batch:
         Raises:
             RequestError: status 503: an engine that has ended or is about to.
         """
-        fatal = self.engine.background_thread_status.fatal_error
+        fatal = self.engine.failure()
         if fatal is not None:
             raise RequestError(f"the engine has ended: {fatal}", status=503)
         sampling = self._sampling(prompt, asked, index % asked.n)
         stream = Stream(self, name, index, queue, asked, sampling.likelihoods, parser)
-        # Before the request, whose first token may come at once.
-        self.engine.register_result_handler(name, stream.put)
         self.live[name] = stream
-        accepted = self.engine.add_request(
-            prompt, request_id=name, max_new_tokens=self._length(prompt, asked), streaming=True,
-            eos_token_id=self.ends, sampling=sampling,
-        )  # fmt: skip
-        if accepted is None:
+        length = self._length(prompt, asked)
+        if not self.engine.add(name, prompt, stream.put, max_new_tokens=length, ends=self.ends, sampling=sampling):
             stream.cancel()
             raise RequestError("the server is stopping", status=503)
         return stream
@@ -251,12 +233,10 @@ class Batch:
     def request_stop(self) -> None:
         """End every answer with an error, and the engine after the step that it is in; called on the event loop."""
         self.stopping = True
-        status = self.engine.background_thread_status
-        status.request_stop(status.HARD_STOP, 0)
+        self.engine.request_stop()
         for stream in list(self.live.values()):
             stream.stop()
-        # What the engine still has to say, nobody waits for, and the event loop may be gone by then.
-        self.engine.output_router.result_handlers.clear()
+        self.engine.forget_outputs()
 
     def stop(self) -> None:
         """End the engine; it is waited for no more a second time."""
@@ -264,15 +244,12 @@ class Batch:
             self.request_stop()
         if self.engine.is_running() and not self._waited:
             self._waited = True
-            self.engine.join(0.0, _STOP_SECONDS)
+            self.engine.join(_STOP_SECONDS)
 
     def forget(self, name: str, *, cancel: bool) -> None:
         self.live.pop(name, None)
         if cancel:
-            self.engine.cancel_request(name)
-            # The engine keeps the way of a cancelled request's output, on which one more token may come.
-            handlers = self.engine.output_router.result_handlers
-            asyncio.get_running_loop().call_later(_LATE_SECONDS, handlers.pop, name, None)
+            self.engine.cancel(name, _LATE_SECONDS)
 
     def _length(self, prompt: list[int], asked: Asked) -> int:
         room = self.context - len(prompt)
@@ -322,7 +299,7 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def _engine_config(model: PreTrainedModel, context: int) -> ContinuousBatchingConfig:
-    # RequestSampling needs to know the requests of each step, which neither a graph nor a step ahead can.
+    # The sampling of each request needs to know the requests of each step, which neither a graph nor a step ahead can.
     fixed: dict[str, Any] = {"use_cuda_graph": False, "use_async_batching": False}
     if model.device.type != "cpu":
         return ContinuousBatchingConfig(**fixed)

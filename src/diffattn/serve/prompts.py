@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.cli.serving.utils import BaseHandler, Modality
 
 from diffattn.serve import openai_request
 from diffattn.serve.openai_request import Asked, RequestError, check_text
+from diffattn.serve.transformers_private import template_messages
 
 # What a normaliser makes of a text may be shorter: NFKC turns letters of 4 bytes into letters of 1.
 _NORMALISED = 4
@@ -119,7 +119,7 @@ class Prompts:
         content = asked.content
         try:
             text: Any = self._tokenizer.apply_chat_template(
-                BaseHandler.get_processor_inputs_from_messages(content["messages"], Modality.LLM),
+                template_messages(content["messages"]),
                 add_generation_prompt=True,
                 tools=content.get("tools"),
                 tokenize=False,

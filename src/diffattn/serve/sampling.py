@@ -11,22 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from diffattn.model.decoding_ranges import GREEDY_BELOW
 
@@ -122,41 +111,3 @@ def shape_logits(logits: Tensor, sampling: Sampling, answer: Sequence[int]) -> T
     # In float64, which is never 0: minus the logarithm of an exponential is a Gumbel.
     noise = -np.log(generator.standard_exponential(len(logits)))
     return row[0] + torch.from_numpy(noise).to(row)
-
-
-class RequestSampling(ContinuousBatchingLogitsProcessor):
-    """Shapes each row of a batch's logits as its request asks, which ``add_request(..., sampling=...)`` gave."""
-
-    supported_kwargs: dict[str, type] = MappingProxyType({"sampling": Sampling})  # type: ignore[assignment]
-    ignored_kwargs: tuple[str, ...] = ()
-
-    def __init__(self) -> None:
-        self._requests: list[Any] = []
-
-    def fill_defaults(self, int32_tensor: Tensor) -> None:
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
-        # A tensor of numbers cannot hold a request; the engine that runs without graphs calls this, then __call__.
-        self._requests = [request.state for request in requests_with_new_token]
-        return torch.zeros(0, dtype=torch.int32)
-
-    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        for row, state in enumerate(self._requests):
-            sampling = state.logit_processor_kwargs.get("sampling")
-            if sampling is None or (sampling.plain and sampling.likelihoods is None):
-                continue
-            # What an evicted request had answered is part of its new prompt; the output tells them apart.
-            answer = state.to_generation_output().generated_tokens
-            if sampling.likelihoods is not None:
-                sampling.likelihoods.note(len(answer), scores[row])
-            scores[row] = shape_logits(scores[row], sampling, answer)
-        return scores
-
-
-def per_request() -> ContinuousBatchingLogitsProcessorList:
-    """The engine's processors where every request brings its own :class:`Sampling`."""
-    processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([RequestSampling()]))
-    # One line of the batch's input, which stays empty.
-    processors.tensors_required = 1
-    return processors

@@ -25,7 +25,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers import PreTrainedModel
-from transformers.cli.serving.utils import build_response_parser
 from transformers.utils import logging as transformers_logging
 
 from diffattn.errors import CheckpointError
@@ -35,6 +34,7 @@ from diffattn.serve.batching import Batch
 from diffattn.serve.hosts import CheckHosts, Hosts
 from diffattn.serve.openai_request import Asked, RequestError
 from diffattn.serve.prompts import LONGEST_BODY, Prompt, Prompts
+from diffattn.serve.transformers_private import build_response_parser
 
 # Bytes of a body that is read in the thread for small requests, which so never wait for the tokens of a long prompt.
 _SMALL_BODY = 2**16

@@ -13,6 +13,7 @@ from typing import Any
 from diffattn.checkpoint_files import read_config, read_tensors
 from diffattn.errors import UnsupportedError
 from diffattn.model.loading import check_weights
+from diffattn.serve import vllm_private
 from diffattn.serve.hosts import CheckHosts, Hosts
 
 PLUGIN = "diffattn"
@@ -62,7 +63,7 @@ def serve(
 def command(folder: Path, names: tuple[str, ...], host: str, port: int, dtype: str, context: int) -> list[str]:
     """How vLLM's server is started. No key: other users of a machine see a process' arguments."""
     return [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        sys.executable, "-m", vllm_private.SERVER,
         "--model", str(folder),
         "--served-model-name", *names,
         "--host", host,
@@ -100,9 +101,7 @@ def saved_dtype(folder: Path) -> str:
 
 def check_device(device: str) -> None:
     """Raise an ``UnsupportedError`` unless the installed vLLM runs on ``device``."""
-    from vllm.platforms import current_platform
-
-    built = current_platform.device_type
+    built = vllm_private.built_for()
     if built != device:
         raise UnsupportedError(
             f"device is {device!r} and the installed vLLM runs on {built or 'no device here'}; wanted that: leave out "

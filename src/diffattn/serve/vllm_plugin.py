@@ -6,16 +6,14 @@ call of each layer from its paged cache. It only has to know that our architectu
 
 from __future__ import annotations
 
+from diffattn.serve.vllm_private import add_architecture
+
 ARCHITECTURE = "DiffTransformerForCausalLM"
-BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 
 
 def register() -> None:
     """Make vLLM know our configuration and models. It calls this in each of its processes, and may call it again."""
-    from vllm import ModelRegistry
-
     from diffattn.model.registration import register as register_auto_classes
 
     register_auto_classes()
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, BACKEND)
+    add_architecture(ARCHITECTURE)

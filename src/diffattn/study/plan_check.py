@@ -21,8 +21,8 @@ from diffattn.checkpoint_files import check_safetensors
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.fused import DIFF_FUSED, serving_backend
-from diffattn.model.implementation import attention_implementation
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.transformers_private import attention_implementation
 from diffattn.plan.activations import ONE_MAP
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token, weight_bytes
 from diffattn.plan.hardware import Machine

@@ -18,6 +18,7 @@ import torch
 from diffattn.errors import UnsupportedError
 from diffattn.machine import cache_folder
 from diffattn.ops.cpu import compiling, shipped
+from diffattn.ops.torch_private import constant_while_compiled
 
 # What the kernel serves; products of the latter two are of float32 where the processor has none of bfloat16.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,8 +75,7 @@ def unavailable(dtype: torch.dtype) -> str | None:
     return _reason(outcome, dtype)
 
 
-# What torch.compiler.assume_constant_result does, which imports the compiler for it: two seconds of everyone's start.
-unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+constant_while_compiled(unavailable)
 
 
 def compile_kernel(*, force: bool = False) -> compiling.Built:

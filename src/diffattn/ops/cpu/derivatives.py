@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
 
 from diffattn.errors import UnsupportedError
+from diffattn.ops import torch_private
 from diffattn.ops.derivatives import has_tangent, pullback, transformed
 from diffattn.ops.reference import apply_map, softmax_map, visible_keys
 
@@ -143,13 +142,13 @@ def _register(
 ) -> None:
     """Registers an autograd kernel that calls the operator, or the formulas where an argument has a tangent."""
     op = getattr(torch.ops.diffattn, name).default
-    after = torch._C._after_autograd_keyset
+    after = torch_private.AFTER_AUTOGRAD
 
-    class Node(torch.autograd.function._SingleLevelFunction):
+    class Node(torch_private.SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
             # A Function switches both modes off, for the transforms outside of this one as well.
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+            with torch.enable_grad(), torch_private.forward_mode_enabled(True), torch_private.below_autograd():
                 outputs = op.redispatch(keyset & after, *args)
             *tensors, causal, scale = args
             ctx.numbers, ctx.alone = (causal, scale), _ALONE.get()
@@ -166,15 +165,15 @@ def _register(
     def kernel(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
         inside = transformed()
         # While a graph is traced, which a mode does, `transformed` does not see forward mode.
-        if (inside or torch._C._len_torch_dispatch_stack()) and any(has_tangent(x) for x in args):
+        if (inside or torch_private.modes_that_see_operators()) and any(has_tangent(x) for x in args):
             if _ALONE.get():
                 raise UnsupportedError(NO_FORWARD_MODE)
             return formulas(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and torch_private.any_requires_grad(*args):
             # Within a transform this is its own level, which is all that this kernel is called for.
-            with enable_single_level_autograd_function() if inside else nullcontext():
+            with torch_private.enable_single_level_autograd_function() if inside else nullcontext():
                 return Node.apply(keyset, *args)  # type: ignore[attr-defined]
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch_private.below_autograd():
             return op.redispatch(keyset & after, *args)
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)

@@ -1,0 +1,126 @@
+"""The names of ``transformers`` that our models use although the library does not promise to keep them.
+
+Beside these, a model of the library's sets and reads the attributes in :data:`CONTRACT`. Their names begin with an
+underscore, but every model that is written for the library has them; so they stand where they are used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import causal_mask_function as causal_mask_function
+from transformers.masking_utils import prepare_padding_mask as prepare_padding_mask
+from transformers.masking_utils import sdpa_mask as sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward as eager_attention_forward
+from transformers.utils.generic import is_flash_attention_requested as is_flash_attention_requested
+from transformers.utils.import_utils import is_tracing as is_tracing
+
+from diffattn.errors import UnsupportedError
+from diffattn.private_names import PrivateName
+
+CONTRACT = (
+    "_attn_implementation", "_can_compile_fullgraph", "_can_record_outputs", "_init_weights",
+    "_keep_in_fp32_modules_strict", "_no_split_modules", "_skip_keys_device_placement", "_supports_attention_backend",
+    "_supports_flash_attn", "_supports_flex_attn", "_supports_sdpa", "_tied_weights_keys", "_tp_plan",
+)  # fmt: skip
+
+
+def check_cache_name(options: Mapping[str, object]) -> None:
+    """Refuses a cache under the name that ``transformers`` has for it from 5.24 on, which our models do not read.
+
+    Without what was written before, they would write another text than they should. An engine's paged cache is of
+    another type; it has had this name before.
+
+    Args:
+        options: the keyword arguments of a pass that none of its parameters takes.
+
+    Raises:
+        UnsupportedError: there is such a cache.
+    """
+    if isinstance(options.get("cache"), Cache):
+        raise UnsupportedError(
+            f"transformers {version('transformers')} gives a model its keys and values as cache",
+            "a release below 5.24, which gives them as past_key_values",
+            "pip install 'transformers>=5.20,<5.24'",
+        )
+
+
+def makes_masks(implementation: str) -> bool:
+    """Returns whether the library makes a mask for an attention implementation; it makes none for an engine's."""
+    # A traced graph can look into this mapping, and not into the object around it.
+    return implementation in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+
+
+def restore_when_stopped(manager: Any, implementation: str) -> None:
+    """Has an engine give the model back this attention implementation when the engine stops."""
+    manager._original_attn_impl = implementation
+
+
+@contextlib.contextmanager
+def attention_implementation(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Runs a model under another attention implementation for as long as this lasts."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def attention_function(implementation: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Has another function serve the calls of an attention implementation for as long as this lasts."""
+    ALL_ATTENTION_FUNCTIONS[implementation] = function
+    try:
+        yield
+    finally:
+        # The library's own function shows again: this mapping lies over one that all models share.
+        del ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+_TESTED = ">=5.20,<5.24"
+_MASKS = (
+    "masks of padded and packed rows",
+    "the mask of an attention implementation is a promised part of the library's attention interface",
+)
+NAMES = (
+    PrivateName(
+        "transformers.integrations.sdpa_attention:sdpa_attention_forward", _TESTED,
+        "diff_fused wherever the CPU kernel does not serve a call",
+        "the library's sdpa function can be had from AttentionInterface without a model",
+    ),
+    PrivateName("transformers.masking_utils:causal_mask_function", _TESTED, *_MASKS),
+    PrivateName("transformers.masking_utils:prepare_padding_mask", _TESTED, *_MASKS),
+    PrivateName("transformers.masking_utils:sdpa_mask", _TESTED, *_MASKS),
+    PrivateName("transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS._global_mapping", _TESTED, *_MASKS),
+    PrivateName("transformers.utils.generic:is_flash_attention_requested", _TESTED, *_MASKS),
+    PrivateName(
+        "transformers.models.llama.modeling_llama:eager_attention_forward", _TESTED,
+        "attn_implementation='eager', and every import of our models",
+        "the library offers its eager function outside of a model",
+    ),
+    PrivateName(
+        "transformers.utils.import_utils:is_tracing", _TESTED,
+        "torch.compile, torch.export and the ONNX export of our models",
+        "torch.compiler.is_compiling answers for torch.export and torch.jit.trace, too",
+    ),
+    PrivateName(
+        "transformers.generation.continuous_batching.continuous_api:ContinuousBatchingManager._original_attn_impl",
+        _TESTED,
+        "a model stays under sdpa after it was served, which is slower",
+        "the engine asks the model for the implementation to put back",
+    ),
+    PrivateName(
+        "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.__delitem__", _TESTED,
+        "lens and the studies that read attention maps",
+        "AttentionInterface can be told to forget a function that was put over the library's own",
+    ),
+)  # fmt: skip

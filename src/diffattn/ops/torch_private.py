@@ -1,0 +1,88 @@
+"""The names of PyTorch that ``ops`` uses although PyTorch does not promise to keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C import _functorch
+from torch._functorch.utils import enable_single_level_autograd_function as enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from diffattn.private_names import PrivateName
+
+TransformType = _functorch.TransformType
+get_interpreter_stack = _functorch.get_interpreter_stack
+get_unwrapped = _functorch.get_unwrapped
+is_batchedtensor = _functorch.is_batchedtensor
+is_functorch_wrapped_tensor = _functorch.is_functorch_wrapped_tensor
+in_transform = torch._C._are_functorch_transforms_active
+any_requires_grad = torch._C._any_requires_grad
+modes_that_see_operators = torch._C._len_torch_dispatch_stack
+below_autograd = torch._C._AutoDispatchBelowAutograd
+AFTER_AUTOGRAD = torch._C._after_autograd_keyset
+SingleLevelFunction = torch.autograd.function._SingleLevelFunction
+forward_mode_enabled = forward_ad._set_fwd_grad_enabled
+
+
+def in_forward_mode() -> bool:
+    """Returns whether this code runs within ``torch.autograd.forward_ad.dual_level``."""
+    return forward_ad._current_level >= 0
+
+
+def constant_while_compiled(function: Callable[..., Any]) -> None:
+    """Has ``torch.compile`` call the function once, while it compiles, and take what it returns as a constant.
+
+    ``torch.compiler.assume_constant_result`` does the same, and imports the compiler: two seconds of every start.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+_TESTED = ">=2.13,<2.14"
+_TRANSFORMS = (
+    "second derivatives and forward mode of attention within torch.func raise an error",
+    "PyTorch has a public function that says which transforms of torch.func are active",
+)
+_KERNEL = (
+    "derivatives of the CPU kernel within torch.func, and in forward mode, raise an error",
+    "torch.library.register_autograd passes tangents on and works within torch.func",
+)
+NAMES = (
+    *(
+        PrivateName(f"torch._C._functorch:{name}", _TESTED, *_TRANSFORMS)
+        for name in (
+            "TransformType", "get_interpreter_stack", "get_unwrapped", "is_batchedtensor",
+            "is_functorch_wrapped_tensor",
+        )
+    ),
+    PrivateName("torch._C:_are_functorch_transforms_active", _TESTED, *_TRANSFORMS),
+    PrivateName(
+        "torch.autograd.forward_ad:_current_level", _TESTED,
+        "attention in forward mode returns no tangents", "torch.autograd.forward_ad says whether a level is open",
+    ),
+    *(
+        PrivateName(f"torch._C:{name}", _TESTED, *_KERNEL)
+        for name in (
+            "_AutoDispatchBelowAutograd", "_after_autograd_keyset", "_any_requires_grad", "_len_torch_dispatch_stack",
+        )
+    ),
+    PrivateName("torch.autograd.function:_SingleLevelFunction", _TESTED, *_KERNEL),
+    PrivateName("torch.autograd.forward_ad:_set_fwd_grad_enabled", _TESTED, *_KERNEL),
+    PrivateName("torch._functorch.utils:enable_single_level_autograd_function", _TESTED, *_KERNEL),
+    PrivateName(
+        "torch._dynamo.decorators:assume_constant_result._dynamo_marked_constant", _TESTED,
+        "torch.compile breaks the graph at each call of the CPU kernel",
+        "torch.compiler.assume_constant_result no longer imports the compiler",
+    ),
+    PrivateName(
+        "torch.nn:Module._apply", _TESTED,
+        "λ and the rotary frequencies are rounded when a model is cast to half precision",
+        "a parameter can be marked as one that keeps its dtype",
+    ),
+    PrivateName(
+        "ATen/native/CPUBlas.h:brgemm", _TESTED,
+        "the kernel does not compile (ops/cpu/csrc/problem.h), so attention takes the standard call",
+        "PyTorch offers products of small matrices in bfloat16 in a public header",
+    ),
+)  # fmt: skip
