@@ -62,6 +62,10 @@ wheels: $(READY)
 portable: $(READY)
 	$(BIN)/python -m tools.portability $(if $(AARCH64),--aarch64 $(AARCH64)) --out benchmarks/results/portability.jsonl $(ARGS)
 
+# The source archive and the wheel in dist/, checked, installed into a new environment and run there: docs/release.md.
+dist: $(READY)
+	$(BIN)/python -m tools.dist --out dist $(ARGS)
+
 # The documentation as a site in site/ that needs no network; a warning is an error. The two variables still the
 # advertisements of two packages.
 docs: $(READY)

@@ -1,52 +1,78 @@
-"""What the README shows is what a user gets."""
+"""What the README and the tutorials show is what a user gets."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from diffattn.cli.main import VERBS, main
+from diffattn.cli.options import check, options_of
+
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every line of shell."""
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_the_readme_is_read_in_one_sitting() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_library_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    examples = blocks("python")
-    assert examples
+    examples = blocks(README, "python")
+    assert len(examples) == 2
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})
 
 
-def test_commands_exist() -> None:
-    from diffattn.cli.main import VERBS
+@pytest.mark.parametrize("page", [README, *TUTORIALS], ids=lambda page: page.stem)
+def test_every_command_is_one_that_diffattn_takes(page: Path) -> None:
+    found = [words[1:] for words in commands(page) if words[0] == "diffattn"]
+    assert found
+    for words in found:
+        verb = next((name for name in (" ".join(words[:2]), words[0]) if name in VERBS), None)
+        assert verb, words
+        check(verb, options_of(VERBS[verb]), words[len(verb.split()) :])
 
+
+def test_the_two_commands_are_targets_of_make() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    commands = "\n".join(blocks("sh"))
-    targets = re.findall(r"^make ([\w-]+)", commands, re.MULTILINE)
-    assert {"compare", "test"} <= set(targets)
+    targets = {words[1] for page in PAGES for words in commands(page) if words[0] == "make" and len(words) > 1}
+    assert {"compare", "test"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    verbs = re.findall(r"diffattn ((?:scale|eval) \w+|[a-z]+)", commands)
-    assert verbs
-    assert set(verbs) <= set(VERBS)
 
 
-def test_the_plan_that_it_shows_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    from diffattn.cli.main import main
+def test_a_door_has_ten_commands_at_most() -> None:
+    for part in re.split(r"^## ", README.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        lines = re.findall(r"^```sh\n(.*?)^```", part, re.DOTALL | re.MULTILINE)
+        assert sum(len(block.splitlines()) for block in lines) <= 10, part.splitlines()[0]
 
-    command = re.search(r"diffattn (plan .*)", README)
-    assert command
-    assert main(command[1].split()) == 0
+
+def test_the_plan_that_the_docs_show_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    page = ROOT / "docs" / "plan.md"
+    command = next(words for words in commands(page) if words[:2] == ["diffattn", "plan"] and "--against" in words)
+    assert main(command[1:]) == 0
     printed = {line.rstrip() for line in capsys.readouterr().err.splitlines()}
-    shown = next(block for block in blocks("text") if "Prefill peak memory" in block).splitlines()
+    shown = next(block for block in blocks(page, "text") if "Prefill peak memory" in block).splitlines()
     assert len(shown) > 30
     assert [line for line in shown if line not in printed] == []
 
 
-def test_files_that_it_names_exist() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        # Pages that the build of the site makes; it checks links to them itself.
+        assert target.startswith("reference/") or (page.parent / target).exists(), target
