@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from diffattn.study.measured_machine import measure_machine as measure_machine
     from diffattn.study.options import CompareOptions as CompareOptions
     from diffattn.study.plan_check import measure_plan as measure_plan
+    from diffattn.train.continued import continue_training as continue_training
     from diffattn.train.recipe import Recipe as Recipe
     from diffattn.train.run import train as _train
 
@@ -61,6 +62,7 @@ _HOME = {
     "ablation": "scaling.ablation:ablation",
     "build_pair": "model.pairing:build_pair",
     "compare": "study.compare:compare",
+    "continue_training": "train.continued:continue_training",
     "convert_checkpoint": "convert.convert:convert",
     "diff_attention": "ops.dispatch:diff_attention",
     "evaluate": "probes.run:evaluate",

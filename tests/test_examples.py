@@ -1,0 +1,46 @@
+"""The scripts of ``examples/``, as a person runs them, at sizes that take seconds."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+from support.small_comparison import write_text
+from support.small_run import SHAPE
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from diffattn.data.packing import prepare_data
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    # The text's alone: the compiled kernel's stays where it is.
+    monkeypatch.setattr("diffattn.data.packing.cache_folder", lambda: tmp_path / "cache")
+
+
+def test_operation(capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module("operation")
+    assert float(capsys.readouterr().out.split(": ")[1]) < 1e-5
+
+
+def test_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = importlib.import_module("pair")
+    differences = pair.main(str(tmp_path / "runs"), write_text(tmp_path), SHAPE, steps=3, seeds=2)
+    assert len(differences) == 2
+    assert capsys.readouterr().out.count("nats per token") == 2
+    assert (tmp_path / "runs/softmax-seed1/result.json").exists()
+
+
+def test_llama_to_diff(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    tokenizer = prepare_data(text, vocab_size=SHAPE.vocab_size, context=32).tokenizer
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "max_position_embeddings": 32}  # fmt: skip
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=SHAPE.vocab_size, initializer_range=0.2, **sizes))
+    llama.save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    example = importlib.import_module("llama_to_diff")
+    assert example.main(str(tmp_path / "llama"), str(tmp_path / "out"), text, steps=2) < 1e-4
+    assert (tmp_path / "out/trained/model/config.json").exists()
