@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    "benchmarks/README.md": "benchmarks/README.md",
+    "benchmarks/README.md": "benchmarks/index.md",
 }
 ROOMS = {
     "ops": "The operation",
