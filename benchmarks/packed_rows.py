@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.rows import Writer, in_turns, pairwise, provenance, spread
 from diffattn.ops.cpu import build
 from diffattn.ops.cpu.operator import fused_cpu_diff_attention
+from diffattn.ops.reference import Call as Arguments
 
 HEADS, WIDTH = 8, 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,7 +45,7 @@ class Call:
         self.output = self.run()
 
     def run(self) -> Tensor:
-        return fused_cpu_diff_attention(*self.inputs, queries=self.queries)
+        return fused_cpu_diff_attention(Arguments(*self.inputs), queries=self.queries)
 
     def forward(self) -> float:
         began = time.perf_counter()

@@ -116,7 +116,7 @@ def _compile(case: Case, work: Path, cache: Path, aarch64: Path | None) -> dict[
         mock.patch("platform.machine", return_value=case.machine),
         mock.patch.object(torch, "__version__", torch_version),
     ):
-        recipe = compiling.Recipe.of(case.instructions)
+        recipe = compiling.BuildKey.of(case.instructions)
     if aarch64:
         # PyTorch's headers and libraries of that machine.
         site = aarch64 / "site/torch"

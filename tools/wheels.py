@@ -34,7 +34,7 @@ build = shipped.torch_build()
 if build is None:
     sys.exit(f"tools.wheels: torch {compiling.torch.__version__} given; wanted a build of PyTorch's own, +cpu or +cu")
 for instructions in sys.argv[2:] or compiling.INSTRUCTION_SETS[compiling.machine()]:
-    recipe = compiling.Recipe.of(instructions)
+    recipe = compiling.BuildKey.of(instructions)
     built = compiling.find(recipe) or compiling.build(recipe, force=False, keep=True)
     shutil.copytree(Path(built.path).parent, Path(sys.argv[1]) / build / instructions)
 """

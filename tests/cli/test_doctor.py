@@ -79,7 +79,10 @@ def test_a_failed_build_is_status_1_and_tells_the_way_out(
     assert result["model_attention"] == dict.fromkeys(DTYPES, "diff_fused, by the standard call")
     assert main(["doctor", "--build"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("diffattn: fused_cpu: the kernel could not be compiled (/absent/g++ not found); install")
+    assert last.startswith(
+        "diffattn: fused_cpu: the kernel could not be compiled (/absent/g++ not found); wanted a kernel"
+    )
+    assert "install a C++20 compiler" in last
     assert main(["doctor"]) == 0
 
 

@@ -15,6 +15,7 @@ from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 from diffattn.ops.cpu import operator as fused_cpu
+from diffattn.ops.reference import Call
 
 RANKS = 2
 MODELS = {
@@ -111,7 +112,7 @@ def test_each_rank_holds_its_heads_whole_pairs_with_their_key_head(name, ran):
 def test_the_kernel_serves_each_ranks_heads(name, ran):
     model = model_of(name)
     query = torch.zeros(1, 1, 2, 10)
-    available = fused_cpu.unsupported(query, query, query, query, torch.zeros(1, 1, 2, 20), torch.zeros(())) is None
+    available = fused_cpu.unsupported(Call(query, query, query, query, torch.zeros(1, 1, 2, 20), 0.0)) is None
     for rank in range(RANKS):
         found = load_file(ran / f"{name} {rank}.safetensors")
         heads = model.config.num_attention_heads // 2 // RANKS
@@ -160,7 +161,7 @@ def test_numbers_of_ranks_that_part_a_pair_or_a_key_head_are_refused(attention, 
 
 def test_dex_heads_of_a_rank_that_is_not_told_are_refused():
     attention = model_of("dex").model.layers[0].self_attn
-    with pytest.raises(UnsupportedError, match="does not say which ones are here, which DEX has to know"):
+    with pytest.raises(UnsupportedError, match="does not say which of them are here, which DEX has to know"):
         attention.combine(torch.zeros(1, 1, SHAPE.num_heads // 2, SHAPE.head_dim), None)
 
 

@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.backends import fused_cpu_diff_attention, standard_diff_attention
 from support.comparison import forward_and_gradients, make_inputs
 from support.fused_cases import needs_the_kernel, require_kernel
 from torch import Tensor
 
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.ops import dispatch
+from diffattn.ops.backend import Backend
 from diffattn.ops.cpu import build
 from diffattn.ops.cpu import operator as fused_cpu
-from diffattn.ops.dispatch import BACKENDS, Backend, diff_attention
-from diffattn.ops.reference import diff_attention_reference
-from diffattn.ops.standard import standard_diff_attention
+from diffattn.ops.dispatch import BACKENDS, diff_attention
+from diffattn.ops.reference import Call, diff_attention_reference
 
 X = make_inputs(B=2, T=5, S=7, H=6, G=3, D=4, Dv=11)
 
@@ -29,21 +30,21 @@ def call(**changes: Any) -> Tensor:
     return diff_attention(**{**X._asdict(), **changes})
 
 
-def refusing(*args: Any, **options: Any) -> str:
+def refusing(call: Call) -> str:
     return "picky: odd head widths are not supported"
 
 
-def unreachable(*args: Any, **options: Any) -> Tensor:
+def unreachable(call: Call) -> Tensor:
     raise AssertionError("a backend ran that had refused")
 
 
 def test_auto_is_the_first_backend_that_supports_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(BACKENDS) == ["fused_cpu", "standard", "reference"]
-    first = standard_diff_attention if fused_cpu.unsupported(*X[:6]) else fused_cpu.fused_cpu_diff_attention
+    first = standard_diff_attention if fused_cpu.unsupported(Call(*X[:6])) else fused_cpu_diff_attention
     assert call().equal(first(*X[:6]))
     double = make_inputs(T=5, S=7, dtype=torch.float64)
     assert diff_attention(*double[:6]).equal(standard_diff_attention(*double[:6]))
-    picky = {"picky": Backend(unreachable, refusing)}
+    picky = {"picky": Backend("picky", "none", refusing, unreachable)}
     monkeypatch.setattr(dispatch, "BACKENDS", {**picky, "reference": BACKENDS["reference"]})
     assert call().equal(diff_attention_reference(*X[:6]))
     monkeypatch.setattr(dispatch, "BACKENDS", picky)
@@ -54,10 +55,10 @@ def test_auto_is_the_first_backend_that_supports_the_call(monkeypatch: pytest.Mo
 def test_a_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(backend="reference").equal(diff_attention_reference(*X[:6]))
     assert call(backend="standard").equal(standard_diff_attention(*X[:6]))
-    monkeypatch.setitem(dispatch.BACKENDS, "picky", Backend(unreachable, refusing))
+    monkeypatch.setitem(dispatch.BACKENDS, "picky", Backend("picky", "none", refusing, unreachable))
     with pytest.raises(UnsupportedError, match="picky: odd head widths"):
         call(backend="picky")
-    with pytest.raises(ConfigError, match=r"'fast' is unknown; choose one of auto, fused_cpu, standard, .*, picky"):
+    with pytest.raises(ConfigError, match=r"'fast'; wanted one of auto, fused_cpu, standard, .*, picky"):
         call(backend="fast")
 
 
@@ -163,11 +164,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "G": ({"v": zeros(2, 7, 1, 11)}, "wanted the same sequence and groups"),
     "groups": (
         {"k1": zeros(2, 7, 4, 4), "k2": zeros(2, 7, 4, 4), "v": zeros(2, 7, 4, 11)},
-        "6 query heads cannot share 4 key/value groups",
+        "6 query heads with 4 key/value groups; wanted a multiple of the groups",
     ),
     "T > S": (
         {"k1": zeros(2, 3, 3, 4), "k2": zeros(2, 3, 3, 4), "v": zeros(2, 3, 3, 11)},
-        "5 queries over 3 keys with causal=True: the first 2 would see no key; wanted keys >= queries",
+        "5 queries over 3 keys with causal=True, so that the first 2 would see no key; wanted at least as many keys",
     ),
     "scale below 0": ({"scale": -1.0}, "scale=-1.0; wanted a number above 0"),
     "scale 0": ({"scale": 0}, "scale=0.0; wanted a number above 0"),
@@ -223,8 +224,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"key_padding": torch.zeros(2, 7, dtype=torch.bool, device="meta")},
         "key_padding is on meta and q1 on cpu; wanted one device",
     ),
-    "backend None": ({"backend": None}, "backend=None is unknown; choose one of auto, fused_cpu"),
-    "backend a list": ({"backend": ["standard"]}, r"backend=\['standard'\] is unknown; choose one of auto"),
+    "backend None": ({"backend": None}, "backend=None; wanted the name of a backend"),
+    "backend a list": ({"backend": ["standard"]}, r"backend=\['standard'\]; wanted the name of a backend"),
     "attention_mask": ({"key_padding": torch.ones(2, 7, dtype=torch.long)}, r"int64 \(2, 7\); wanted bool \(2, 7\)"),
     "key_padding shape": ({"key_padding": zeros(2, 5).bool()}, r"bool \(2, 5\); wanted bool \(2, 7\), True where"),
 }

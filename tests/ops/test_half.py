@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.backends import standard_diff_attention
 from support.comparison import compare, make_inputs
 from torch import Tensor
 
 from diffattn.ops import half
 from diffattn.ops.reference import diff_attention_reference
-from diffattn.ops.standard import standard_diff_attention
 
 HALVES = (torch.bfloat16, torch.float16)
 X86 = {"architecture": "x86_64"}

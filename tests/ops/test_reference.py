@@ -9,7 +9,13 @@ import torch
 from support.comparison import Inputs, make_inputs
 from torch import Tensor
 
-from diffattn.ops.reference import diff_attention_reference, softmax_attention_reference, visible_keys
+from diffattn.ops.reference import (
+    Call,
+    diff_attention_reference,
+    diff_maps_reference,
+    softmax_attention_reference,
+    visible_keys,
+)
 
 
 def padding(*rows: str) -> Tensor:
@@ -77,7 +83,7 @@ def test_visible_keys_are_as_drawn(queries: int, keys: int, causal: bool, pad: s
 
 def test_maps() -> None:
     x = make_inputs(B=2, T=3, S=5, H=6, G=3, dtype=torch.float64, key_padding=padding("#....", "....#"))
-    output, maps = diff_attention_reference(*x[:6], **x.options, return_maps=True)
+    output, maps = diff_attention_reference(*x[:6], **x.options), diff_maps_reference(Call(*x))
     seen = visible_keys(3, 5, True, x.key_padding, x.v.device).expand(2, 6, 3, 5)
     lam = x.lam.transpose(1, 2)
     for attention, total in ((maps.map_pos, torch.ones_like(lam)), (maps.map_neg, torch.ones_like(lam))):
@@ -112,5 +118,5 @@ def test_a_row_without_keys_is_zero_and_its_neighbours_are_untouched() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_result_has_the_dtype_of_v(dtype: torch.dtype) -> None:
     x = make_inputs(dtype=dtype)
-    output, maps = diff_attention_reference(*x[:6], return_maps=True)
+    output, maps = diff_attention_reference(*x[:6]), diff_maps_reference(Call(*x[:6]))
     assert {output.dtype, *(m.dtype for m in maps)} == {dtype}

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.backends import standard_diff_attention
 from support.comparison import Inputs, compare_forward_and_gradients, forward_and_gradients, make_inputs
 from support.known_wrong import KNOWN_WRONG, assert_rejects_known_wrong
 from torch import Tensor
 
 from diffattn.ops.reference import diff_attention_reference
-from diffattn.ops.standard import pad_queries, standard_diff_attention, subtract
+from diffattn.ops.standard import pad_queries, subtract
 
 
 def padded(keys: int, left: int, right: int) -> Tensor:

@@ -17,12 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from support.backends import fused_cpu_diff_attention
 from support.comparison import Inputs, make_inputs
 from support.fused_cases import CASES, DTYPES
 from torch import Tensor
 
 from diffattn.ops.cpu import compiling
-from diffattn.ops.cpu.operator import decodes, fused_cpu_decoding, fused_cpu_diff_attention, seeing_queries
+from diffattn.ops.cpu.operator import decodes, fused_cpu_decoding, seeing_queries
 
 SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-omit-frame-pointer"
 WIDTHS = [(1, 1), (2, 5), (3, 16), (17, 31), (31, 17), (64, 128), (127, 2), (255, 256), (256, 251)]

@@ -71,11 +71,17 @@ def lines(facts: dict[str, Any]) -> list[str]:
         *([_products(kernel["bf16_products"])] if kernel["bf16_products"] is not None else []),
         f"fused kernel's file: {kernel['path'] or 'none'}{origin}",
         *refused,
+        *(_backend(name, backend) for name, backend in facts["backends"].items()),
         *(f"diff_attention on CPU, {dtype}: {used}" for dtype, used in facts["diff_attention"].items()),
         *(f"the model's attention on CPU, {dtype}: {used}" for dtype, used in facts["model_attention"].items()),
         f"CUDA: {', '.join(facts['cuda']) or 'none'}",
         f"cache folder: {facts['cache']['path']}, {facts['cache']['bytes'] / 1e6:.1f} MB, {_writing(facts['cache'])}",
     ]
+
+
+def _backend(name: str, facts: dict[str, str | None]) -> str:
+    package = f", from {facts['package']}" if facts["package"] else ""
+    return facts["broken"] or f"backend {name}: {facts['hardware']}{package}"
 
 
 def _writing(cache: dict[str, Any]) -> str:

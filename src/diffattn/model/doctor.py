@@ -1,4 +1,4 @@
-"""What serves attention on this machine, for the operation and for the models."""
+"""Finds out what serves attention on this machine, for the operation and for the models."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 
+from diffattn.errors import UnsupportedError
 from diffattn.files import unwritable
 from diffattn.machine import processor_name
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.ops.backend import installed, load, package_of
 from diffattn.ops.cpu.build import DTYPES, status
 from diffattn.ops.dispatch import BACKENDS
 
 
 def examine() -> dict[str, Any]:
-    """What this machine runs and why, ready for JSON. Loads a kernel that was compiled before, but compiles none."""
+    """Returns what this machine runs and why, ready for JSON; it loads a kernel that was compiled before, no more."""
     kernel = status()
     config = DiffTransformerConfig(vocab_size=8, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
     with torch.device("meta"):
@@ -33,6 +35,7 @@ def examine() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "processor": processor_name(),
         "fused_cpu": asdict(kernel),
+        "backends": _backends(),
         "diff_attention": {dtype: backends[fused] for dtype, fused in serves.items()},
         "model_attention": {dtype: _model_attention(implementation, fused) for dtype, fused in serves.items()},
         "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -42,6 +45,21 @@ def examine() -> dict[str, Any]:
             "unwritable": unwritable(Path(kernel.cache)),
         },
     }
+
+
+def _backends() -> dict[str, dict[str, str | None]]:
+    """Returns what each backend runs on, the package that brings it where it is not ours, and why one does not load."""
+    found = {name: {"hardware": one.hardware, "package": None, "broken": None} for name, one in BACKENDS.items()}
+    for name, entry in installed().items():
+        if name in found:
+            continue
+        hardware, broken = None, None
+        try:
+            hardware = load(entry).hardware
+        except UnsupportedError as error:
+            broken = str(error)
+        found[name] = {"hardware": hardware, "package": package_of(entry), "broken": broken}
+    return found
 
 
 def _model_attention(implementation: str, fused: bool) -> str:

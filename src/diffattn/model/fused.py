@@ -43,7 +43,7 @@ from diffattn.ops.cpu import build
 from diffattn.ops.cpu import operator as fused_cpu
 from diffattn.ops.derivatives import through_sdpa
 from diffattn.ops.half import attention_inputs
-from diffattn.ops.reference import visible_keys
+from diffattn.ops.reference import Call, visible_keys
 from diffattn.ops.standard import open_dead_rows, pad_queries, subtract
 from diffattn.variants import ATTENTIONS
 
@@ -82,7 +82,7 @@ def diff_fused_attention(
     """
     if (
         _needs_standard_call(attention_mask, dropout, kwargs) is None
-        and fused_cpu.unsupported(query, key, query, key, value, lam) is None
+        and fused_cpu.unsupported(Call(query, key, query, key, value, lam)) is None
     ):
         queries = None if attention_mask is None else attention_mask[:, :, 0, 0]
         if fused_cpu.decodes(query, value):
@@ -94,9 +94,8 @@ def diff_fused_attention(
         # Views, whose backward is one stack or one concatenation; that of strided slices fills a buffer of zeros each.
         q1, q2 = q_BTNd.unflatten(2, (-1, 2)).unbind(3)
         k1, k2 = k_BSGW.chunk(2, dim=-1) if _holds_both_keys(query, key) else (k_BSGW, k_BSGW)
-        output = fused_cpu.fused_cpu_diff_attention(
-            q1, k1, q2, k2, v_BSGV, lam, causal=True, scale=scaling, queries=queries
-        )
+        call = Call(q1, k1, q2, k2, v_BSGV, lam, causal=True, scale=scaling)
+        output = fused_cpu.fused_cpu_diff_attention(call, queries=queries)
         return output if norm is None else norm(output, norm.scale), None
 
     if _holds_both_keys(query, key):
@@ -117,7 +116,7 @@ def diff_fused_attention(
 
 
 def serving_backend(attention: str, device: str, dtype: torch.dtype) -> str:
-    """What serves a causal call of a model by default, as ``diffattn.plan.cost.flops_per_token`` names it.
+    """Returns what serves a causal call of a model by default, as ``diffattn.plan.cost.flops_per_token`` names it.
 
     ``dtype`` is that of queries, keys and values, under autocast that of the products. Compiles the kernel if need be.
     """
@@ -211,7 +210,7 @@ def diff_fused_mask(
 
 
 def _sees_every_key(padding: Tensor | None) -> bool:
-    """Whether no key is padding; False while a graph is traced, which cannot depend on values."""
+    """Tells whether no key is padding; False while a graph is traced, which cannot depend on values."""
     return padding is None or (not is_tracing(padding) and bool(padding.all()))
 
 

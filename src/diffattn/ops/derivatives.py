@@ -30,12 +30,12 @@ from diffattn.ops.torch_private import (
 
 
 def transformed() -> bool:
-    """Whether this code runs in forward mode or within a transform of `torch.func`, `torch.vmap` included."""
+    """Tells whether this code runs in forward mode or within a transform of `torch.func`, `torch.vmap` included."""
     return in_forward_mode() or in_transform()
 
 
 def has_tangent(x: Any) -> bool:
-    """Whether `x` is a tensor with a tangent of its own; those of the tensors that a transform wraps do not count."""
+    """Tells whether `x` has a tangent of its own; those of the tensors that a transform wraps do not count."""
     # `vmap` has tangents in what it wraps only, and cannot unpack.
     if not isinstance(x, Tensor) or is_batchedtensor(x):
         return False
@@ -44,7 +44,7 @@ def has_tangent(x: Any) -> bool:
 
 
 def forward_mode(*tensors: Any) -> bool:
-    """Whether a derivative in forward mode is taken with respect to one of these, at any level of transforms."""
+    """Tells whether a derivative in forward mode is taken with respect to one of these, at any level of transforms."""
     if torch.compiler.is_compiling() or not transformed():
         return False
     return any(has_tangent(layer) for x in tensors for layer in _layers(x))
@@ -60,7 +60,7 @@ def _layers(x: Any) -> list[Any]:
 
 
 def _beyond_first(tensors: Sequence[Any]) -> bool:
-    """Whether the transforms around this code take more than one derivative, or one in forward mode."""
+    """Tells whether the transforms around this code take more than one derivative, or one in forward mode."""
     if not transformed():
         return False
     levels = get_interpreter_stack() or []

@@ -8,43 +8,43 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffattn.errors import ConfigError, UnsupportedError
+from diffattn.errors import ConfigError
+from diffattn.ops.backend import Backend, installed, load, refusal
 from diffattn.ops.cpu import operator as fused_cpu
-from diffattn.ops.reference import diff_attention_reference
+from diffattn.ops.reference import Call, diff_attention_reference
 from diffattn.ops.standard import standard_diff_attention
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Backend(NamedTuple):
-    """A way to compute differential attention. The functions take the arguments of `diff_attention`, less `backend`."""
-
-    run: Callable[..., Tensor]
-    supports: Callable[..., str | None]
-    run_by_name: Callable[..., Tensor] | None = None
-    """In place of `run` where it was asked for by name, if it then refuses derivatives that "auto" has all the same."""
-
-
-def _supports_everything(*args: Any, **options: Any) -> str | None:
+def _supports_everything(call: Call) -> str | None:
     return None
 
 
+def _by_definition(call: Call) -> Tensor:
+    return diff_attention_reference(*call[:6], causal=call.causal, scale=call.scale, key_padding=call.key_padding)
+
+
+_ANY_DEVICE = "every device of PyTorch"
 BACKENDS: dict[str, Backend] = {
     "fused_cpu": Backend(
-        fused_cpu.fused_cpu_diff_attention,
+        "fused_cpu",
+        "CPU, on Linux and macOS",
         fused_cpu.unsupported,
+        fused_cpu.fused_cpu_diff_attention,
         partial(fused_cpu.fused_cpu_diff_attention, formulas=False),
     ),
-    "standard": Backend(standard_diff_attention, _supports_everything),
-    "reference": Backend(diff_attention_reference, _supports_everything),
+    "standard": Backend("standard", _ANY_DEVICE, _supports_everything, standard_diff_attention),
+    "reference": Backend("reference", _ANY_DEVICE, _supports_everything, _by_definition),
 }
+# The backends of other packages that were asked for in this process.
+_loaded: dict[str, Backend] = {}
 
 
 def diff_attention(
@@ -82,7 +82,7 @@ def diff_attention(
             A query that sees no key at all gives zeros.
         backend: "auto", or a name from the table `BACKENDS`: "fused_cpu" (the compiled kernel, for float32, bfloat16
             and float16 on CPU), "standard" (one scaled_dot_product_attention call) or "reference" (the definition,
-            which holds both maps in memory).
+            which holds both maps in memory); or the name of a backend that another package brings.
 
     The inputs share one device and one dtype: float16, bfloat16, float32 or float64. Numbers may be numpy's.
 
@@ -94,8 +94,9 @@ def diff_attention(
         (B, T, H, Dv) in v's dtype. No norm and no factor (1 − λ_init) is applied: those belong to V1's layer.
 
     Raises:
-        ConfigError: shapes, dtypes or options that cannot work, or a backend name that is not in the table.
-        UnsupportedError: the backend that was asked for by name cannot serve this call, or a derivative of it.
+        ConfigError: shapes, dtypes or options that cannot work, or the name of a backend that there is not.
+        UnsupportedError: the backend that was asked for by name cannot serve this call, or a derivative of it, or
+            cannot be loaded.
 
     Source: arXiv 2410.05258v2, section 2.1, equation 1.
 
@@ -109,150 +110,169 @@ def diff_attention(
     if scale is not None:
         scale = _number("scale", scale, v.dtype)
         if scale < torch.finfo(torch.float32).tiny:
-            raise ConfigError(f"scale={scale}; wanted a number above 0, at least 1.2e-38, or None for 1/sqrt(D)")
-    args = (q1, k1, q2, k2, v, lam)
-    options: dict[str, Any] = {"causal": causal, "scale": scale, "key_padding": key_padding}
+            raise ConfigError(f"scale={scale}", "a number above 0, at least 1.2e-38", "pass None for 1/sqrt(D)")
+    call = Call(q1, k1, q2, k2, v, lam, causal, scale, key_padding)
 
     if backend == "auto":
         reasons = []
         for candidate in BACKENDS.values():
-            reason = candidate.supports(*args, **options)
+            reason = candidate.supports(call)
             if reason is None:
-                return candidate.run(*args, **options)
+                return candidate.run(call)
             reasons.append(reason)
-        raise UnsupportedError("; ".join(reasons))
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ConfigError(f"backend={backend!r} is unknown; choose one of {', '.join(['auto', *BACKENDS])}")
-    reason = BACKENDS[backend].supports(*args, **options)
+        raise refusal("; ".join(reasons))
+    if not isinstance(backend, str):
+        raise ConfigError(f"backend={backend!r}", "the name of a backend", 'pass text, such as "auto"')
+    named = BACKENDS.get(backend) or _of_another_package(backend)
+    reason = named.supports(call)
     if reason is not None:
-        raise UnsupportedError(reason)
-    run = BACKENDS[backend].run_by_name or BACKENDS[backend].run
-    return run(*args, **options)
+        raise refusal(reason)
+    return (named.run_by_name or named.run)(call)
+
+
+def _of_another_package(name: str) -> Backend:
+    """Returns a backend that another package brings, imported once in a process."""
+    if name not in _loaded:
+        others = installed()
+        if name not in others:
+            known = ", ".join(["auto", *BACKENDS, *others])
+            raise ConfigError(f"backend={name!r}", f"one of {known}", "correct the name, or install its package")
+        _loaded[name] = load(others[name])
+    return _loaded[name]
 
 
 def _check_tensors(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor) -> None:
-    """Ranks, dtypes, devices and shapes of the five tensors, in the order in which a mistake is easiest to read."""
+    """Checks ranks, dtypes, devices and shapes of the five tensors, in the order that makes a mistake easy to read."""
     tensors = {"q1": q1, "k1": k1, "q2": q2, "k2": k2, "v": v}
     for name, x in tensors.items():
         _check_dense(name, x)
         if x.dim() != 4:
             raise ConfigError(
-                f"{name} has {x.dim()} dimensions, {_shape(x)}; wanted (batch, sequence, heads, width): "
-                "unflatten the width of a projection into heads first"
+                f"{name} has {x.dim()} dimensions, {_shape(x)}",
+                "(batch, sequence, heads, width)",
+                "unflatten the width of a projection into heads first",
             )
         if 0 in x.shape[2:]:
-            raise ConfigError(f"{name} is {_shape(x)}; wanted at least one head and a width of at least 1")
+            raise ConfigError(f"{name} is {_shape(x)}", "at least one head and a width of at least 1", "correct it")
     if any((x.dtype, x.device) != (q1.dtype, q1.device) for x in tensors.values()):
         given = ", ".join(f"{name} {_dtype(x)} on {x.device}" for name, x in tensors.items())
-        raise ConfigError(f"inputs mix dtypes or devices ({given}); wanted one of each: cast or move them with .to()")
+        raise ConfigError(
+            f"inputs mix dtypes or devices ({given})", "one dtype and one device", "cast or move them with .to()"
+        )
     if q1.dtype not in DTYPES:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise ConfigError(f"inputs are {_dtype(q1)}; wanted one of {wanted}: cast them with .to()")
+        raise ConfigError(f"inputs are {_dtype(q1)}", f"one of {wanted}", "cast them with .to()")
     for first, second in (("q1", "q2"), ("k1", "k2")):
         if tensors[first].shape != tensors[second].shape:
             raise ConfigError(
-                f"{first} is {_shape(tensors[first])} and {second} is {_shape(tensors[second])}; "
-                "wanted equal shapes: both maps have the same heads and width"
+                f"{first} is {_shape(tensors[first])} and {second} is {_shape(tensors[second])}",
+                "equal shapes",
+                "give both maps the same heads and width",
             )
     if q1.shape[-1] != k1.shape[-1]:
         raise ConfigError(
-            f"q1 has width {q1.shape[-1]} and k1 has width {k1.shape[-1]}; wanted the same width: "
-            "V1 passes halves, q1 with k1 and q2 with k2, never the two halves joined"
+            f"q1 has width {q1.shape[-1]} and k1 has width {k1.shape[-1]}",
+            "the same width",
+            "pass the halves of V1 alone, q1 with k1 and q2 with k2, and not joined",
         )
     if not q1.shape[0] == k1.shape[0] == v.shape[0]:
         raise ConfigError(
-            f"batch is {q1.shape[0]} in q1, {k1.shape[0]} in k1 and {v.shape[0]} in v; wanted one batch size: "
-            "expand() the smaller ones"
+            f"batch is {q1.shape[0]} in q1, {k1.shape[0]} in k1 and {v.shape[0]} in v",
+            "one batch size",
+            "expand() the smaller ones",
         )
     if k1.shape[1:3] != v.shape[1:3]:
         raise ConfigError(
-            f"k1 is {_shape(k1)} and v is {_shape(v)}; wanted the same sequence and groups, (B, S, G): "
-            "each key belongs to one value"
+            f"k1 is {_shape(k1)} and v is {_shape(v)}",
+            "the same sequence and groups, (B, S, G)",
+            "give each key one value",
         )
     if q1.shape[2] % k1.shape[2]:
         raise ConfigError(
-            f"{q1.shape[2]} query heads cannot share {k1.shape[2]} key/value groups; "
-            "wanted a multiple of the groups: change either number"
+            f"{q1.shape[2]} query heads with {k1.shape[2]} key/value groups",
+            "a multiple of the groups",
+            "change either number",
         )
 
 
 def _check_dense(name: str, x: Any) -> None:
-    """That `x` is a tensor whose elements lie in memory one by one, which is what every backend reads."""
+    """Checks that `x` is a tensor whose elements lie in memory one by one, which is what every backend reads."""
     if not isinstance(x, Tensor):
-        raise ConfigError(f"{name} is of type {_type(x)}; wanted a tensor: make one of an array with torch.as_tensor()")
+        raise ConfigError(f"{name} is of type {_type(x)}", "a tensor", "make one of an array with torch.as_tensor()")
     if x.is_nested:
-        raise ConfigError(f"{name} is a nested tensor; wanted a dense one: pad it, and pass key_padding")
+        raise ConfigError(f"{name} is a nested tensor", "a dense one", "pad it, and pass key_padding")
     if x.layout != torch.strided:
-        raise ConfigError(f"{name} is {str(x.layout).removeprefix('torch.')}; wanted a dense tensor: call .to_dense()")
+        raise ConfigError(f"{name} is {str(x.layout).removeprefix('torch.')}", "a dense tensor", "call .to_dense()")
     if x.is_quantized:
-        raise ConfigError(f"{name} is quantized to {_dtype(x)}; wanted a dense tensor: call .dequantize()")
+        raise ConfigError(f"{name} is quantized to {_dtype(x)}", "a dense tensor", "call .dequantize()")
 
 
 def _python(x: Any) -> Any:
-    """Numpy's scalars, and its arrays without dimensions, as Python's."""
+    """Returns numpy's scalars, and its arrays without dimensions, as Python's numbers, and the rest as it is."""
     return x if isinstance(x, int | float | Tensor) or getattr(x, "shape", None) != () else x.item()
 
 
 def _number(name: str, x: Any, dtype: torch.dtype) -> float:
-    """A real number, Python's or numpy's, that is finite in what the backends compute in."""
+    """Returns a real number, Python's or numpy's, as a float that is finite in the dtype that backends compute in."""
     x = _python(x)
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         wanted = "a number or a tensor" if name == "lam" else "a number"
-        raise ConfigError(
-            f"{name} is of type {_type(x)}; wanted {wanted}: pass float({name}) if it stands for one number"
-        )
+        raise ConfigError(f"{name} is of type {_type(x)}", wanted, f"pass float({name}) if it stands for one number")
     largest = torch.finfo(torch.promote_types(dtype, torch.float32)).max
     try:
         number = float(x)
     except OverflowError:
         number = math.inf
     if not abs(number) <= largest:
-        raise ConfigError(f"{name}={number}; wanted a finite number, at most {largest:.2g}: see how it was computed")
+        raise ConfigError(f"{name}={number}", f"a finite number, at most {largest:.2g}", "see how it was computed")
     return number
 
 
 def _checked_lam(lam: Any, q1: Tensor) -> Tensor | float:
-    """λ as a float or as a tensor that fits the queries."""
+    """Returns λ as a float or as a tensor that fits the queries."""
     if not isinstance(lam, Tensor):
         return _number("lam", lam, q1.dtype)
     _check_dense("lam", lam)
     if not lam.dtype.is_floating_point:
-        raise ConfigError(f"lam is {_dtype(lam)}; wanted a floating-point dtype: cast it with .float()")
+        raise ConfigError(f"lam is {_dtype(lam)}", "a floating-point dtype", "cast it with .float()")
     # As elsewhere in PyTorch, a tensor of one number on the CPU goes with tensors on any device.
     if lam.device != q1.device and not (lam.dim() == 0 and lam.device.type == "cpu"):
-        raise ConfigError(f"lam is on {lam.device} and q1 on {q1.device}; wanted one device: move it with .to()")
+        raise ConfigError(f"lam is on {lam.device} and q1 on {q1.device}", "one device", "move it with .to()")
     batch, queries, heads, _ = q1.shape
     # Broadcasting aligns from the right; a dimension may be missing, 1, or equal.
     wanted = (batch, queries, heads)[max(0, 3 - lam.dim()) :]
     if lam.dim() > 3 or any(n not in (1, m) for n, m in zip(lam.shape, wanted, strict=True)):
         raise ConfigError(
-            f"lam is {_shape(lam)}; wanted a shape that broadcasts to (batch, queries, heads) = "
-            f"({batch}, {queries}, {heads}): for one value per sequence use lam[:, None, None]"
+            f"lam is {_shape(lam)}",
+            f"a shape that broadcasts to (batch, queries, heads) = ({batch}, {queries}, {heads})",
+            "for one value per sequence use lam[:, None, None]",
         )
     return lam
 
 
 def _check_masks(q1: Tensor, k1: Tensor, causal: bool, key_padding: Tensor | None) -> None:
-    """What hides keys, against shapes that have been checked."""
+    """Checks what hides keys, once the shapes have been checked."""
     batch, queries, keys = q1.shape[0], q1.shape[1], k1.shape[1]
     if not isinstance(causal, bool):
-        raise ConfigError(f"causal is of type {_type(causal)}; wanted True or False: pass bool(causal)")
+        raise ConfigError(f"causal is of type {_type(causal)}", "True or False", "pass bool(causal)")
     if causal and queries > keys:
         raise ConfigError(
-            f"{queries} queries over {keys} keys with causal=True: the first {queries - keys} would see no key; "
-            "wanted keys >= queries: pass the cached keys too, or causal=False"
+            f"{queries} queries over {keys} keys with causal=True, so that the first {queries - keys} would see no key",
+            "at least as many keys as queries",
+            "pass the cached keys too, or causal=False",
         )
     if key_padding is None:
         return
     _check_dense("key_padding", key_padding)
     if key_padding.dtype != torch.bool or key_padding.shape != (batch, keys):
         raise ConfigError(
-            f"key_padding is {_dtype(key_padding)} {_shape(key_padding)}; wanted bool ({batch}, {keys}), "
-            "True where a key is padding: for a 1/0 attention_mask pass attention_mask == 0"
+            f"key_padding is {_dtype(key_padding)} {_shape(key_padding)}",
+            f"bool ({batch}, {keys}), True where a key is padding",
+            "for a 1/0 attention_mask pass attention_mask == 0",
         )
     if key_padding.device != q1.device:
         raise ConfigError(
-            f"key_padding is on {key_padding.device} and q1 on {q1.device}; wanted one device: move it with .to()"
+            f"key_padding is on {key_padding.device} and q1 on {q1.device}", "one device", "move it with .to()"
         )
 
 

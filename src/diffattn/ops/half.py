@@ -31,7 +31,7 @@ _NUMBERS = 2**21
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this x86-64 processor has products of bfloat16 or float16, which PyTorch uses.
+    """Tells whether this x86-64 processor has products of bfloat16 or float16, which PyTorch uses.
 
     False on other processors too, which have not been asked.
     """
@@ -44,7 +44,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether PyTorch multiplies many rows of bfloat16 or float16 more slowly than float32 here.
+    """Tells whether PyTorch multiplies many rows of bfloat16 or float16 more slowly than float32 here.
 
     Measured on x86-64, and False elsewhere.
     """
@@ -54,7 +54,7 @@ def is_slow(dtype: torch.dtype) -> bool:
 
 
 def widens(x: Tensor) -> bool:
-    """Whether products of this tensor are made in float32: half precision on such a processor, without gradients."""
+    """Tells whether products of this tensor are made in float32: half precision, such a processor, no gradients."""
     if x.dtype not in _NAMES or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
         return False
     return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and is_slow(x.dtype)

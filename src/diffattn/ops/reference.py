@@ -16,10 +16,25 @@ padded: it is clean in float64, `torch.autograd.gradcheck` runs on it, and the m
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Call(NamedTuple):
+    """The arguments of one call of `diff_attention`, checked; shapes and meaning are described there."""
+
+    q1: Tensor
+    k1: Tensor
+    q2: Tensor
+    k2: Tensor
+    """The same object as `k1` where both maps share their keys."""
+    v: Tensor
+    lam: Tensor | float
+    causal: bool = True
+    scale: float | None = None
+    key_padding: Tensor | None = None
 
 
 class DiffMaps(NamedTuple):
@@ -31,7 +46,7 @@ class DiffMaps(NamedTuple):
 
 
 def visible_keys(queries: int, keys: int, causal: bool, key_padding: Tensor | None, device: torch.device) -> Tensor:
-    """Which key each query sees, as booleans that broadcast to (B, 1, T, S).
+    """Returns which keys each query sees, as booleans that broadcast to (B, 1, T, S).
 
     Causal is bottom-right aligned: query t sees keys up to S − T + t, so the last query sees every key. T = 3, S = 5:
 
@@ -94,38 +109,6 @@ def softmax_attention_reference(
     return apply_map(softmax_map(q, k, scale, visible), v)
 
 
-@overload
-def diff_attention_reference(
-    q1: Tensor,
-    k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
-    v: Tensor,
-    lam: Tensor | float,
-    *,
-    causal: bool = ...,
-    scale: float | None = ...,
-    key_padding: Tensor | None = ...,
-    return_maps: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def diff_attention_reference(
-    q1: Tensor,
-    k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
-    v: Tensor,
-    lam: Tensor | float,
-    *,
-    causal: bool = ...,
-    scale: float | None = ...,
-    key_padding: Tensor | None = ...,
-    return_maps: Literal[True],
-) -> tuple[Tensor, DiffMaps]: ...
-
-
 def diff_attention_reference(
     q1: Tensor,
     k1: Tensor,
@@ -137,21 +120,29 @@ def diff_attention_reference(
     causal: bool = True,
     scale: float | None = None,
     key_padding: Tensor | None = None,
-    return_maps: bool = False,
-) -> Tensor | tuple[Tensor, DiffMaps]:
+) -> Tensor:
     """Differential attention by its definition: (softmax(q1 k1ᵀ · scale) − λ · softmax(q2 k2ᵀ · scale)) v.
 
     Arguments are those of `diffattn.ops.dispatch.diff_attention`, which also checks them; this function does not.
-    `return_maps=True` returns `(output, DiffMaps(map_pos, map_neg, map_diff))`, each map (B, H, T, S) in v's dtype.
     The maps take O(B·H·T·S) memory: this is the definition, not a way to train.
 
     Source: arXiv 2410.05258v2, section 2.1, equation 1; for V2 the authors' post of 20 January 2026.
 
     >>> q1, k1, q2, k2, v = (torch.randn(2, 5, 4, 8) for _ in range(5))
-    >>> output, maps = diff_attention_reference(q1, k1, q2, k2, v, 0.8, return_maps=True)
-    >>> output.shape, maps.map_diff.sum(-1).allclose(torch.tensor(0.2), atol=1e-5)
-    (torch.Size([2, 5, 4, 8]), True)
+    >>> diff_attention_reference(q1, k1, q2, k2, v, 0.8).shape
+    torch.Size([2, 5, 4, 8])
     """
+    return apply_map(diff_maps_reference(Call(q1, k1, q2, k2, v, lam, causal, scale, key_padding)).map_diff, v)
+
+
+def diff_maps_reference(call: Call) -> DiffMaps:
+    """Returns the maps of a call by their definition: map_diff in v's dtype, the other two in that of the scores.
+
+    >>> q1, k1, q2, k2, v = (torch.randn(2, 5, 4, 8) for _ in range(5))
+    >>> diff_maps_reference(Call(q1, k1, q2, k2, v, 0.8)).map_diff.sum(-1).allclose(torch.tensor(0.2), atol=1e-5)
+    True
+    """
+    q1, k1, q2, k2, v, lam, causal, scale, key_padding = call
     batch, queries, heads, width = q1.shape
     scale = 1.0 / math.sqrt(width) if scale is None else scale
     visible = visible_keys(queries, k1.shape[1], causal, key_padding, q1.device)
@@ -159,8 +150,4 @@ def diff_attention_reference(
     map_pos = softmax_map(q1, k1, scale, visible)
     map_neg = softmax_map(q2, k2, scale, visible)
     lam_BHT1 = as_lam(lam, v).expand(batch, queries, heads).transpose(1, 2)[..., None]
-    map_diff = (map_pos - lam_BHT1 * map_neg).to(v.dtype)
-    output = apply_map(map_diff, v)
-    if return_maps:
-        return output, DiffMaps(map_pos, map_neg, map_diff)
-    return output
+    return DiffMaps(map_pos, map_neg, (map_pos - lam_BHT1 * map_neg).to(v.dtype))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from diffattn.ops.derivatives import through_sdpa
 from diffattn.ops.half import attention_inputs
-from diffattn.ops.reference import as_lam, visible_keys
+from diffattn.ops.reference import Call, as_lam, visible_keys
 
 
 def pad_queries(q: Tensor) -> Tensor:
@@ -69,28 +69,18 @@ def subtract(o: Tensor, lam: Tensor) -> Tensor:
     return torch.addcmul(signal.to(lam.dtype), lam, noise.to(lam.dtype), value=-1)
 
 
-def standard_diff_attention(
-    q1: Tensor,
-    k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
-    v: Tensor,
-    lam: Tensor | float,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    key_padding: Tensor | None = None,
-) -> Tensor:
+def standard_diff_attention(call: Call) -> Tensor:
     """Differential attention through exactly one `torch.nn.functional.scaled_dot_product_attention`.
 
-    Arguments and result are those of `diffattn.ops.dispatch.diff_attention`, which also checks them. Passing the same
-    tensor object as k1 and k2 selects the V2 form, whose keys are half as wide. The result has v's dtype. Derivatives
-    in forward mode and beyond the first hold every score (`diffattn.ops.derivatives.through_sdpa`).
+    The arguments are those of `diffattn.ops.dispatch.diff_attention`, which also checks them. Where k1 and k2 are one
+    tensor object, the call has the V2 form, whose keys are half as wide. The result has v's dtype. Derivatives in
+    forward mode and beyond the first hold every score (`diffattn.ops.derivatives.through_sdpa`).
 
     >>> q1, k1, q2, k2, v = (torch.randn(2, 5, 4, 8) for _ in range(5))
-    >>> standard_diff_attention(q1, k1, q2, k2, v, 0.8).shape
+    >>> standard_diff_attention(Call(q1, k1, q2, k2, v, 0.8)).shape
     torch.Size([2, 5, 4, 8])
     """
+    q1, k1, q2, k2, v, lam, causal, scale, key_padding = call
     value_width = v.shape[-1]
     scale = 1.0 / math.sqrt(q1.shape[-1]) if scale is None else scale
 

@@ -212,7 +212,7 @@ def test_a_killed_build_leaves_no_compilers_and_nothing_that_is_loaded(
     until(lambda: not any(lives(line) for line in pids.read_text().split()), 5)
     (left,) = folders(tmp_path)
     assert f".tmp-{run.pid}-" in left.name
-    assert compiling.find(compiling.Recipe.of_this_machine()) is None
+    assert compiling.find(compiling.BuildKey.of_this_machine()) is None
     # The lock of the dead process blocks no one, and what it left is cleared away.
     (tmp_path / "go").touch()
     capfd.readouterr()
@@ -298,7 +298,7 @@ def test_a_library_that_the_loader_refuses_is_made_anew_once(tmp_path: Path, mon
 
 @pytest.mark.parametrize("change", ["source", "header", "capability", "torch", "compiler"])
 def test_what_is_compiled_anew(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = compiling.Recipe.of_this_machine()
+    before = compiling.BuildKey.of_this_machine()
     if change == "compiler":
         compiler(tmp_path, monkeypatch, 'exec g++ "$@"')
     elif change == "capability":
@@ -309,7 +309,7 @@ def test_what_is_compiled_anew(change: str, tmp_path: Path, monkeypatch: pytest.
     else:
         path = compiling.SOURCES / ("two.cpp" if change == "source" else "one.h")
         path.write_text(path.read_text() + "\n")
-    assert compiling.Recipe.of_this_machine().folder != before.folder
+    assert compiling.BuildKey.of_this_machine().folder != before.folder
 
 
 def test_a_changed_source_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +336,7 @@ def test_without_a_compiler(
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "g++ not found" in str(compiling.no_compiler())
-    assert compiling.Recipe.of_this_machine().compiler == []
+    assert compiling.BuildKey.of_this_machine().compiler == []
 
 
 def test_without_a_compiler_what_another_machine_compiled_is_used(
@@ -454,7 +454,7 @@ def test_a_temporary_folder_that_others_may_write_is_not_used(
         os.chown(no_cache, 12345, -1)
     if what == "in a folder open to all":
         no_cache.parent.chmod(0o777)
-    assert compiling.find(compiling.Recipe.of_this_machine()) is None
+    assert compiling.find(compiling.BuildKey.of_this_machine()) is None
     assert build.unavailable(torch.float32) is None
     assert "so each process compiles the fused CPU kernel for itself alone; name a folder" in capsys.readouterr().err
     path = build.status().path
@@ -537,7 +537,7 @@ def test_a_disk_that_is_full_is_said(
 def test_a_folder_of_its_own_is_deleted_at_the_end(no_cache: Path, tmp_path: Path) -> None:
     no_cache.touch()
     program = PROCESS.replace(
-        "build.compile_kernel()", "compiling.build(compiling.Recipe.of_this_machine(), force=False)"
+        "build.compile_kernel()", "compiling.build(compiling.BuildKey.of_this_machine(), force=False)"
     )
     run = subprocess.run(
         [sys.executable, "-c", program, str(compiling.SOURCES)], capture_output=True, text=True, check=True
@@ -572,7 +572,7 @@ def test_a_system_that_is_not_served(
 def test_what_apples_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr("platform.machine", lambda: "arm64")
-    recipe = compiling.Recipe.of_this_machine()
+    recipe = compiling.BuildKey.of_this_machine()
     assert recipe.instructions == "DEFAULT"
     compiled, linked = [line for line in compiling._ninja_file(recipe).splitlines() if "command = " in line]
     assert "-march" not in compiled

@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.backends import fused_cpu_diff_attention
 from support.comparison import NAMES, Inputs, compare, forward_and_gradients, make_inputs, rounding_floors
 from support.fused_cases import CASES, both_dtypes, holes, padded, require_kernel
 from torch import Tensor
 
-from diffattn.ops.cpu.operator import fused_cpu_diff_attention, seeing_queries
+from diffattn.ops.cpu.operator import seeing_queries
 from diffattn.ops.reference import as_lam, diff_attention_reference, visible_keys
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.backends import fused_cpu_diff_attention
 from support.comparison import Inputs, compare, compare_forward_and_gradients, forward_and_gradients, make_inputs
 from support.fused_cases import CASES, both_dtypes, every_dtype, nearly_equal_maps, require_kernel
 from support.known_wrong import KNOWN_WRONG, assert_rejects_known_wrong, rms_norm
 from torch import Tensor
 
-from diffattn.ops.cpu.operator import fused_cpu_diff_attention
 from diffattn.ops.dispatch import diff_attention
 from diffattn.ops.reference import diff_attention_reference
 

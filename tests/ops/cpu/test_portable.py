@@ -45,7 +45,7 @@ def test_vectors(compiler: str, machine: str, instructions: str, monkeypatch: py
         pytest.skip(f"{compiler} is not told here to compile for {machine}")
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setenv("CXX", compiler)
-    flags = [*shlex.split(compiling.Recipe.of(instructions).flags), "-Werror", "-Wall", "-Wno-unknown-pragmas"]
+    flags = [*shlex.split(compiling.BuildKey.of(instructions).flags), "-Werror", "-Wall", "-Wno-unknown-pragmas"]
     includes = [argument for path in include_paths("cpu") for argument in ("-isystem", path)]
     command = [compiler, *flags, "-fsyntax-only", *includes, "-x", "c++", "-I.", "-include", "vector.h", "-"]
     run = subprocess.run(command, cwd=compiling.SOURCES, input=PROGRAM, capture_output=True, text=True, timeout=60)

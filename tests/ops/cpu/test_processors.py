@@ -19,7 +19,7 @@ from support.comparison import compare_forward_and_gradients, make_inputs
 from support.fused_cases import nearly_equal_maps
 from support.known_wrong import assert_rejects_known_wrong
 from diffattn.ops.cpu import build
-from diffattn.ops.cpu.operator import fused_cpu_diff_attention
+from support.backends import fused_cpu_diff_attention
 from diffattn.ops.reference import diff_attention_reference
 
 print(torch.backends.cpu.get_cpu_capability(), build.status().capability)

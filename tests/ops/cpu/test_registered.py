@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.backends import fused_cpu_diff_attention, standard_diff_attention
 from support.comparison import Inputs, compare, forward_and_gradients, make_inputs
 from support.fused_cases import both_dtypes, padded, require_kernel
 from torch import Tensor
@@ -15,10 +16,9 @@ from torch import Tensor
 from diffattn.errors import UnsupportedError
 from diffattn.ops.cpu import build
 from diffattn.ops.cpu import operator as fused_cpu
-from diffattn.ops.cpu.operator import fused_cpu_diff_attention, seeing_queries
+from diffattn.ops.cpu.operator import seeing_queries
 from diffattn.ops.dispatch import diff_attention
-from diffattn.ops.reference import diff_attention_reference
-from diffattn.ops.standard import standard_diff_attention
+from diffattn.ops.reference import Call, diff_attention_reference
 
 
 @pytest.fixture(autouse=True)
@@ -208,13 +208,13 @@ def test_refuses_in_a_sentence(refusal: str) -> None:
 
 
 def test_refuses_several_dtypes() -> None:
-    reason = fused_cpu.unsupported(*X[:4], X.v.bfloat16(), X.lam)
+    reason = fused_cpu.unsupported(Call(*X[:4], X.v.bfloat16(), X.lam))
     assert reason == "fused_cpu: inputs of several dtypes are not supported; cast them to one"
 
 
 def test_serves_the_widest() -> None:
     x = make_inputs(B=1, T=20, H=2, G=1, D=256, Dv=256)
-    assert fused_cpu.unsupported(*x[:6]) is None
+    assert fused_cpu.unsupported(Call(*x[:6])) is None
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
@@ -231,7 +231,7 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert diff_attention(*X[:6]).equal(diff_attention(*X[:6], backend="fused_cpu"))
     monkeypatch.setenv("DIFFATTN_FUSED", "0")
     assert diff_attention(*X[:6]).equal(standard_diff_attention(*X[:6]))
-    with pytest.raises(UnsupportedError, match=r"^fused_cpu: switched off by DIFFATTN_FUSED=0$"):
+    with pytest.raises(UnsupportedError, match=r"^fused_cpu: switched off by DIFFATTN_FUSED=0; wanted a backend"):
         diff_attention(*X[:6], backend="fused_cpu")
 
 

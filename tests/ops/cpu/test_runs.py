@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.backends import fused_cpu_diff_attention
 from support.comparison import Inputs, compare_forward_and_gradients, forward_and_gradients, make_inputs
 from support.fused_cases import CASES, both_dtypes, padded, require_kernel
 from torch import Tensor
 
-from diffattn.ops.cpu.operator import fused_cpu_diff_attention
 from diffattn.ops.reference import diff_attention_reference
 from diffattn.train.measure import peak_bytes
 

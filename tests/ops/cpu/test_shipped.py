@@ -39,7 +39,7 @@ def ship(*sets: str, torch_build: str = f"2.13.0-{COMMIT}") -> None:
         folder = shipped.FOLDER / torch_build / instructions
         folder.mkdir(parents=True)
         (folder / compiling.LIBRARY).write_bytes(instructions.encode())
-        facts = compiling.facts(compiling.Recipe.of(instructions), folder / compiling.LIBRARY, 15.0)
+        facts = compiling.facts(compiling.BuildKey.of(instructions), folder / compiling.LIBRARY, 15.0)
         (folder / "build.json").write_text(json.dumps(facts))
 
 

@@ -18,7 +18,7 @@ PROGRAM = """
 import torch
 from support.comparison import compare_forward_and_gradients, make_inputs
 from diffattn.ops.cpu import build
-from diffattn.ops.cpu.operator import fused_cpu_diff_attention
+from support.backends import fused_cpu_diff_attention
 from diffattn.ops.reference import diff_attention_reference
 
 print(build.unavailable(torch.float32))
@@ -44,7 +44,7 @@ def without_compilers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 @pytest.mark.skipif(shipped.torch_build() is None, reason=f"torch {torch.__version__} is not of the PyTorch project")
 def test_it_serves_without_a_compiler(tmp_path: Path, without_compilers: dict[str, str]) -> None:
     # Of this processor's instruction set alone: it is in the cache, where the other tests use it from.
-    instructions = compiling.Recipe.of_this_machine().instructions
+    instructions = compiling.BuildKey.of_this_machine().instructions
     wheel = wheels.build(tmp_path / "dist", [sys.executable], [instructions])
     assert wheel.name.startswith("diffattn-")
     assert "-py3-none-manylinux_2_" in wheel.name

@@ -20,38 +20,45 @@ from diffattn.machine import cache_folder
 from diffattn.ops.cpu import compiling, shipped
 from diffattn.ops.torch_private import constant_while_compiled
 
-# What the kernel serves; products of the latter two are of float32 where the processor has none of bfloat16.
+# The kernel serves these; products of the latter two are of float32 where the processor has none of bfloat16.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Status:
-    """What the kernel is and can do in this process; `dataclasses.asdict` gives JSON.
-
-    Fields: `active`, the dtypes that it serves; `reasons`, a sentence for each dtype that it does not; `pending`, True
-    where the first use will compile it; `path` of the finished library and its `compile_seconds`; `shipped`, whether a
-    wheel brought it, and `shipped_refused`, why one that a wheel brought is not used; `bf16_products`, whether
-    the processor multiplies bfloat16 (else its products are of float32), None while nothing is loaded.
-    """
+    """The state of the kernel in this process; `dataclasses.asdict` gives JSON."""
 
     active: tuple[str, ...]
+    """The dtypes that it serves."""
     reasons: dict[str, str]
+    """A sentence for each dtype that it does not serve."""
     pending: bool
+    """True where the first use will compile it."""
     path: str | None
+    """The file of the finished library."""
     shipped: bool
+    """Whether a wheel brought it."""
     shipped_refused: str | None
+    """Why one that a wheel brought is not used."""
     capability: str
+    """The instruction set of the processor, by PyTorch's name."""
     compiler: str | None
+    """The compiler and its version."""
     torch: str
+    """The version of PyTorch."""
     threads: int
+    """The threads that it uses."""
     bf16_products: bool | None
+    """Whether the processor multiplies bfloat16, else its products are of float32; None while nothing is loaded."""
     compile_seconds: float | None
+    """The seconds that compiling it took."""
     cache: str
+    """The cache folder."""
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What this process has settled on: the library, or why there is none, and what its bfloat16 products are of."""
+    """The library that this process has settled on, or why there is none, and whether it multiplies bfloat16."""
 
     built: compiling.Built | None
     failure: str | None
@@ -86,9 +93,9 @@ def compile_kernel(*, force: bool = False) -> compiling.Built:
     Raises: `UnsupportedError` with the reason and the way out.
     """
     global _outcome
-    recipe = compiling.Recipe.of_this_machine()
-    found = None if force else compiling.find(recipe) or shipped.find(recipe)
-    built = found or compiling.build(recipe, force=force, keep=True)
+    build_key = compiling.BuildKey.of_this_machine()
+    found = None if force else compiling.find(build_key) or shipped.find(build_key)
+    built = found or compiling.build(build_key, force=force, keep=True)
     with _lock:
         if _outcome is not None and _outcome.built is None:
             _outcome = None
@@ -96,22 +103,22 @@ def compile_kernel(*, force: bool = False) -> compiling.Built:
 
 
 def status() -> Status:
-    """What is active in this process and why; loads a kernel that was compiled before, but compiles none."""
+    """Returns what is active in this process and why; it loads a kernel that was compiled before, but compiles none."""
     outcome = None if _never() else _settle(may_compile=False)
-    recipe = compiling.Recipe.of_this_machine()
+    build_key = compiling.BuildKey.of_this_machine()
     waits = "fused_cpu: not compiled yet; the first use compiles it, or now: diffattn doctor --build"
-    none_yet = _never() or (waits if recipe.compiler else str(compiling.no_compiler()))
+    none_yet = _never() or (waits if build_key.compiler else _sentence(compiling.no_compiler()))
     reasons = {dtype: _reason(outcome, dtype) if outcome else none_yet for dtype in DTYPES}
-    built = outcome.built if outcome else compiling.find(recipe) or shipped.find(recipe)
+    built = outcome.built if outcome else compiling.find(build_key) or shipped.find(build_key)
     return Status(
         active=tuple(_name(dtype) for dtype, reason in reasons.items() if reason is None),
         reasons={_name(dtype): reason for dtype, reason in reasons.items() if reason is not None},
         pending=reasons[DTYPES[0]] == waits,
         path=built.path if built else None,
         shipped=built is not None and built.shipped,
-        shipped_refused=shipped.refused(recipe),
+        shipped_refused=shipped.refused(build_key),
         capability=torch.backends.cpu.get_cpu_capability(),
-        compiler=recipe.version,
+        compiler=build_key.version,
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         bf16_products=outcome.bf16_products if outcome else None,
@@ -123,6 +130,11 @@ def status() -> Status:
 def _never() -> str | None:
     off = os.environ.get("DIFFATTN_FUSED") == "0"
     return "fused_cpu: switched off by DIFFATTN_FUSED=0" if off else compiling.unserved_system()
+
+
+def _sentence(error: UnsupportedError) -> str:
+    """Returns an error as a backend answers that it does not serve a call: what is so, and the way out."""
+    return f"{error.given}; {error.way_out}"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -138,23 +150,23 @@ def _reason(outcome: _Outcome, dtype: torch.dtype) -> str | None:
 
 
 def _settle(*, may_compile: bool) -> _Outcome | None:
-    """The outcome of this process; None where there is none yet and it may not compile."""
+    """Returns the outcome of this process; None where there is none yet and it may not compile."""
     global _outcome
     with _lock:
         if _outcome is None:
             try:
                 _outcome = _load_or_compile(may_compile)
             except UnsupportedError as error:
-                _outcome = _Outcome(None, str(error), None)
-                compiling.say(str(error))
+                _outcome = _Outcome(None, _sentence(error), None)
+                compiling.say(_sentence(error))
         return _outcome
 
 
 def _load_or_compile(may_compile: bool) -> _Outcome | None:
-    recipe = compiling.Recipe.of_this_machine()
+    build_key = compiling.BuildKey.of_this_machine()
     # What was compiled here comes first: a person may have asked for it.
-    compiled = compiling.find(recipe)
-    for found in (compiled, shipped.find(recipe)):
+    compiled = compiling.find(build_key)
+    for found in (compiled, shipped.find(build_key)):
         if found is None:
             continue
         try:
@@ -166,7 +178,7 @@ def _load_or_compile(may_compile: bool) -> _Outcome | None:
                 raise
     if not may_compile:
         return None
-    built = compiling.build(recipe, force=compiled is not None)
+    built = compiling.build(build_key, force=compiled is not None)
     try:
         return _load(built)
     except UnsupportedError:
@@ -176,18 +188,19 @@ def _load_or_compile(may_compile: bool) -> _Outcome | None:
 
 def _load(built: compiling.Built) -> _Outcome:
     try:
-        # In a thread of its own, where no fake tensors, autocast or default device of the caller reach the question.
+        # A thread of its own keeps the caller's fake tensors, autocast and default device away from the question.
         with ThreadPoolExecutor(1) as apart:
             return _Outcome(built, None, apart.submit(_load_and_ask, built.path).result())
     except (OSError, RuntimeError, AttributeError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UnsupportedError(
-            f"fused_cpu: the compiled kernel could not be loaded ({reason}); "
-            "name another compiler with CXX, then run: diffattn doctor --build"
+            f"fused_cpu: the compiled kernel could not be loaded ({reason})",
+            "a kernel that loads",
+            "name another compiler with CXX, then run: diffattn doctor --build",
         ) from None
 
 
 def _load_and_ask(path: str) -> bool:
-    """Loads the library; whether the processor multiplies bfloat16."""
+    """Loads the library; returns whether the processor multiplies bfloat16."""
     torch.ops.load_library(path)
     return bool(torch.ops.diffattn.fused_cpu_bfloat16_products())

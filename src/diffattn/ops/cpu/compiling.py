@@ -72,8 +72,8 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What is compiled, and with what: everything that the name of its folder depends on."""
+class BuildKey:
+    """The sources, flags and compiler of a kernel: everything that the name of its folder depends on."""
 
     sources: dict[str, bytes]
     instructions: str
@@ -85,13 +85,13 @@ class Recipe:
     folder: str
 
     @classmethod
-    def of_this_machine(cls) -> Recipe:
+    def of_this_machine(cls) -> BuildKey:
         capability = torch.backends.cpu.get_cpu_capability()
         return cls.of(capability if capability in INSTRUCTION_SETS.get(machine(), {}) else "DEFAULT")
 
     @classmethod
-    def of(cls, instructions: str) -> Recipe:
-        """For an instruction set of this machine, which its processor need not have."""
+    def of(cls, instructions: str) -> BuildKey:
+        """Returns the key for an instruction set of this machine, which its processor need not have."""
         files = sorted(path for path in SOURCES.glob("*") if path.suffix in (".cpp", ".h"))
         sources = {path.name: path.read_bytes() for path in files}
         flags = f"{_FLAGS} {INSTRUCTION_SETS.get(machine(), {}).get(instructions, '')}".strip()
@@ -123,7 +123,7 @@ def machine() -> str:
 
 
 def unserved_system() -> str | None:
-    """One sentence where there is no kernel for this system, whatever its compiler."""
+    """Returns one sentence where there is no kernel for this system, whatever its compiler."""
     if sys.platform in _LINKING:
         return None
     return f"fused_cpu: the kernel serves Linux and macOS, not {sys.platform}, where the standard path serves"
@@ -133,16 +133,16 @@ def say(line: str) -> None:
     print(f"diffattn: {line}", file=sys.stderr, flush=True)
 
 
-def find(recipe: Recipe) -> Built | None:
-    """A finished and undamaged library of this recipe; of any compiler where this machine has none."""
+def find(build_key: BuildKey) -> Built | None:
+    """Returns a finished and undamaged library of this key; of any compiler where this machine has none."""
     folders: list[Path] = []
     for kernels in _places():
-        folders += [kernels / recipe.folder] if recipe.compiler else sorted(kernels.glob(f"{recipe.key}-*/"))
+        folders += [kernels / build_key.folder] if build_key.compiler else sorted(kernels.glob(f"{build_key.key}-*/"))
     return next((built for folder in folders if ".tmp-" not in folder.name and (built := read(folder))), None)
 
 
 def _places() -> list[Path]:
-    """Where kernels may lie. What another user may have put into a temporary folder is never loaded."""
+    """Returns the folders of kernels. What another user may have put into a temporary folder is never loaded."""
     roots = dict.fromkeys([cache_folder(), temporary_folder()])
     return [root / "kernels" for root in roots if root != temporary_folder() or is_private(root)]
 
@@ -159,60 +159,60 @@ def read(folder: Path) -> Built | None:
         return None
 
 
-def facts(recipe: Recipe, library: Path, seconds: float) -> dict[str, Any]:
-    """What build.json says of a library."""
+def facts(build_key: BuildKey, library: Path, seconds: float) -> dict[str, Any]:
+    """Returns what build.json says of a library."""
     return {
         "sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
-        "seconds": seconds, "compiler": recipe.version, "flags": recipe.flags, "torch": torch.__version__,
-        "digest": recipe.digest,
+        "seconds": seconds, "compiler": build_key.version, "flags": build_key.flags, "torch": torch.__version__,
+        "digest": build_key.digest,
     }  # fmt: skip
 
 
-def build(recipe: Recipe, *, force: bool, keep: bool = False) -> Built:
+def build(build_key: BuildKey, *, force: bool, keep: bool = False) -> Built:
     """Compile, unless another process does so first and `force` is off; with `keep` in the cache or not at all."""
     if unserved := unserved_system():
-        raise UnsupportedError(unserved)
-    if not recipe.compiler:
+        raise UnsupportedError(unserved, "Linux or macOS", "do without the kernel, or use it there")
+    if not build_key.compiler:
         raise no_compiler()
     asked = time.time()
     try:
         kernels = _writable_folder(keep)
-        log = kernels / f"{recipe.folder}.log"
-        with _held(kernels, recipe):
-            if not force and (built := read(kernels / recipe.folder)):
+        log = kernels / f"{build_key.folder}.log"
+        with _held(kernels, build_key):
+            if not force and (built := read(kernels / build_key.folder)):
                 return built
             if log.exists() and log.stat().st_mtime > asked:
                 # The process that this one waited for has just failed at the same.
                 raise _compile_error(log)
-            for left in kernels.glob(f"{recipe.folder}.tmp-*"):
+            for left in kernels.glob(f"{build_key.folder}.tmp-*"):
                 # Under the lock, so whoever made it was killed.
                 say("a process that compiled the fused CPU kernel was ended before it was done; its files are removed")
                 shutil.rmtree(left, ignore_errors=True)
-            return _build_in(kernels, recipe, log)
-    # The second is filelock's, on a file system without locks.
+            return _build_in(kernels, build_key, log)
+    # filelock raises NotImplementedError where the file system has no locks.
     except (OSError, NotImplementedError) as error:
         raise _not_compiled(str(error), "name a folder that can be written with DIFFATTN_CACHE") from error
 
 
-def _build_in(kernels: Path, recipe: Recipe, log: Path) -> Built:
+def _build_in(kernels: Path, build_key: BuildKey, log: Path) -> Built:
     """Compile under a temporary name and rename, so that no one ever sees half a library."""
-    folder = kernels / recipe.folder
-    prefix = f"{recipe.folder}.tmp-{os.getpid()}-"
+    folder = kernels / build_key.folder
+    prefix = f"{build_key.folder}.tmp-{os.getpid()}-"
     with tempfile.TemporaryDirectory(dir=kernels, prefix=prefix, ignore_cleanup_errors=True) as scratch:
         say("compiling the fused CPU kernel, once (about 30 s) …")
         began = time.monotonic()
-        library = _compile(recipe, Path(scratch) / "work", log)
+        library = _compile(build_key, Path(scratch) / "work", log)
         seconds = round(time.monotonic() - began, 1)
         new = Path(scratch) / "new"
         new.mkdir()
-        (new / "build.json").write_text(json.dumps(facts(recipe, library, seconds), indent=1))
+        (new / "build.json").write_text(json.dumps(facts(build_key, library, seconds), indent=1))
         os.rename(library, new / LIBRARY)
         if folder.exists():
             os.rename(folder, Path(scratch) / "old")
         os.rename(new, folder)
     log.unlink(missing_ok=True)
     say(f"compiled in {seconds:.0f} s → {folder / LIBRARY}")
-    return Built(str(folder / LIBRARY), seconds, recipe.digest)
+    return Built(str(folder / LIBRARY), seconds, build_key.digest)
 
 
 def _writable_folder(keep: bool) -> Path:
@@ -251,17 +251,17 @@ def _made(root: Path) -> Path:
 
 
 @contextmanager
-def _held(kernels: Path, recipe: Recipe) -> Iterator[None]:
+def _held(kernels: Path, build_key: BuildKey) -> Iterator[None]:
     """Waits for the process that builds the same; the system lets go of the lock of one that died."""
     import filelock
 
-    lock = kernels / f"{recipe.folder}.lock"
+    lock = kernels / f"{build_key.folder}.lock"
     held = filelock.FileLock(lock)
     try:
         held.acquire(timeout=0)
     except filelock.Timeout:
         # Its number is in the name of what it builds.
-        builds = "".join(path.name for path in kernels.glob(f"{recipe.folder}.tmp-*"))
+        builds = "".join(path.name for path in kernels.glob(f"{build_key.folder}.tmp-*"))
         number = re.search(r"\.tmp-(\d+)-", builds)
         who = f"process {number[1]}" if number else "another process"
         say(f"waiting for {who}, which compiles the fused CPU kernel (about 30 s) …")
@@ -275,12 +275,12 @@ def _held(kernels: Path, recipe: Recipe) -> Iterator[None]:
         held.release()
 
 
-def _compile(recipe: Recipe, work: Path, log: Path) -> Path:
+def _compile(build_key: BuildKey, work: Path, log: Path) -> Path:
     """Run ninja in the new folder `work` on a copy of the sources; what it said goes to `log` where it failed."""
     work.mkdir()
-    for name, content in recipe.sources.items():
+    for name, content in build_key.sources.items():
         (work / name).write_bytes(content)
-    (work / "build.ninja").write_text(_ninja_file(recipe))
+    (work / "build.ninja").write_text(_ninja_file(build_key))
     # The wheel's program lies beside the interpreter, which is on PATH only where the environment was activated.
     ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if ninja is None:
@@ -308,7 +308,7 @@ def _compile(recipe: Recipe, work: Path, log: Path) -> Path:
             if not isinstance(end, subprocess.TimeoutExpired):
                 raise
             minutes = f"{COMPILE_SECONDS / 60:.0f} minutes"
-            raise _not_compiled(f"{recipe.version} took over {minutes}", "name another compiler with CXX") from None
+            raise _not_compiled(f"{build_key.version} took over {minutes}", "name another compiler with CXX") from None
         finally:
             run.stdin.close()
     if os.environ.get("DIFFATTN_VERBOSE") == "1":
@@ -319,15 +319,15 @@ def _compile(recipe: Recipe, work: Path, log: Path) -> Path:
     return work / LIBRARY
 
 
-def _ninja_file(recipe: Recipe) -> str:
+def _ninja_file(build_key: BuildKey) -> str:
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    compiler = shlex.join(recipe.compiler)
+    compiler = shlex.join(build_key.compiler)
     includes = " ".join(f"-isystem {shlex.quote(path)}" for path in include_paths("cpu"))
     folders = " ".join(f"-L{shlex.quote(path)}" for path in library_paths("cpu"))
-    compiling = f"{compiler} {recipe.flags} -I. {includes} -c"
+    compiling = f"{compiler} {build_key.flags} -I. {includes} -c"
     linking = f"{compiler} -shared {folders} {_LINKING[sys.platform]} -lc10 -ltorch_cpu"
-    objects = {name: f"{name}.o" for name in recipe.sources if name.endswith(".cpp")}
+    objects = {name: f"{name}.o" for name in build_key.sources if name.endswith(".cpp")}
     lines = [
         f"rule compile\n  command = {compiling.replace('$', '$$')} $in -o $out",
         f"rule link\n  command = {linking.replace('$', '$$')} $in -o $out",
@@ -353,5 +353,7 @@ def no_compiler() -> UnsupportedError:
 
 def _not_compiled(reason: str, way_out: str) -> UnsupportedError:
     return UnsupportedError(
-        f"fused_cpu: the kernel could not be compiled ({reason}); {way_out}, then run: diffattn doctor --build"
+        f"fused_cpu: the kernel could not be compiled ({reason})",
+        "a kernel that compiles",
+        f"{way_out}, then run: diffattn doctor --build",
     )

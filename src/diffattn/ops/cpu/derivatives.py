@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffattn.errors import UnsupportedError
 from diffattn.ops import torch_private
+from diffattn.ops.backend import refusal
 from diffattn.ops.derivatives import has_tangent, pullback, transformed
 from diffattn.ops.reference import apply_map, softmax_map, visible_keys
 
-_NOT_SUPPORTED = "fused_cpu: {} are not supported; backend='auto', 'standard' and 'reference' have them"
-NO_FORWARD_MODE = _NOT_SUPPORTED.format("derivatives in forward mode")
-NO_SECOND_DERIVATIVE = _NOT_SUPPORTED.format("second derivatives")
+NO_FORWARD_MODE = "fused_cpu: derivatives in forward mode are not supported"
+NO_SECOND_DERIVATIVE = "fused_cpu: second derivatives are not supported"
 
 # Whether the calls of the operators that are made now, and derivatives of them later, are to be the kernel's or none.
 _ALONE = ContextVar("_ALONE", default=False)
@@ -56,7 +55,7 @@ def output(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """What the operator `fused_cpu` returns, with zeros for what its backward pass alone reads."""
+    """Returns what the operator `fused_cpu` returns, with zeros for what its backward pass alone reads."""
     map_pos, map_neg, lam_BHT1 = _maps(q1, k1, q2, k2, lam, queries, causal, scale)
     B, T, H, _ = q1.shape
     rows = map_pos.new_zeros(4, B, H, T)
@@ -76,7 +75,7 @@ def gradients(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the operator `fused_cpu_backward` returns."""
+    """Returns what the operator `fused_cpu_backward` returns."""
     map_pos, map_neg, lam_BHT1 = _maps(q1, k1, q2, k2, lam, queries, causal, scale)
     G, wide = k1.shape[2], map_pos.dtype
 
@@ -132,7 +131,7 @@ def _backward(ctx: Any, d_output: Tensor, d_rows: Tensor) -> tuple[Any, ...]:
 
 def _second_backward(ctx: Any, *d_gradients: Tensor) -> tuple[Any, ...]:
     if ctx.alone:
-        raise UnsupportedError(NO_SECOND_DERIVATIVE)
+        raise refusal(NO_SECOND_DERIVATIVE)
     arguments = (*ctx.saved_tensors, *ctx.numbers)
     return tuple(pullback(gradients, arguments, ctx.needs_input_grad[1:], d_gradients))
 
@@ -167,7 +166,7 @@ def _register(
         # While a graph is traced, which a mode does, `transformed` does not see forward mode.
         if (inside or torch_private.modes_that_see_operators()) and any(has_tangent(x) for x in args):
             if _ALONE.get():
-                raise UnsupportedError(NO_FORWARD_MODE)
+                raise refusal(NO_FORWARD_MODE)
             return formulas(*args)
         if torch.is_grad_enabled() and torch_private.any_requires_grad(*args):
             # Within a transform this is its own level, which is all that this kernel is called for.

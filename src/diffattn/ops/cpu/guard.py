@@ -41,7 +41,7 @@ def _watch(run: subprocess.Popen[bytes]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Where this process is killed as well."""
+    """Ends the compilers if this process is killed as well."""
     import ctypes
 
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)

@@ -28,7 +28,7 @@ from torch import Tensor
 from diffattn.ops import derivatives
 from diffattn.ops.cpu import build
 from diffattn.ops.cpu import derivatives as fused_cpu_derivatives
-from diffattn.ops.reference import as_lam
+from diffattn.ops.reference import Call, as_lam
 
 DTYPES = build.DTYPES
 MAX_WIDTH = 256
@@ -52,22 +52,12 @@ torch.library.define(
 )
 
 
-def unsupported(
-    q1: Tensor,
-    k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
-    v: Tensor,
-    lam: Tensor | float,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    key_padding: Tensor | None = None,
-) -> str | None:
+def unsupported(call: Call) -> str | None:
     """None where the kernel serves this call of `diff_attention`, else one sentence that says why it does not.
 
     The first call that gets as far as asking for the kernel compiles it (see `diffattn.ops.cpu.build`).
     """
+    q1, k1, q2, k2, v, lam, *_ = call
     if q1.device.type != "cpu":
         return f"fused_cpu: {q1.device.type} inputs are not supported; it serves cpu"
     if not q1.dtype == k1.dtype == q2.dtype == k2.dtype == v.dtype:
@@ -82,27 +72,19 @@ def unsupported(
     return build.unavailable(v.dtype)
 
 
-def fused_cpu_diff_attention(
-    q1: Tensor,
-    k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
-    v: Tensor,
-    lam: Tensor | float,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    key_padding: Tensor | None = None,
-    queries: Tensor | None = None,
-    formulas: bool = True,
-) -> Tensor:
+def fused_cpu_diff_attention(call: Call, *, queries: Tensor | None = None, formulas: bool = True) -> Tensor:
     """Differential attention through the compiled kernel, for calls to which `unsupported` answers None.
 
-    Arguments and result are those of `diffattn.ops.dispatch.diff_attention`, which also checks them. Passing the same
-    tensor object as k1 and k2 reads the keys once. `queries`, int32 (2, B, S), replaces `causal` and `key_padding`:
-    query t sees key s where ``queries[0, b, s] <= t < queries[1, b, s]``. The kernel has no second derivative; without
-    `formulas` on tensors in its place, which hold both maps, one that is taken raises `UnsupportedError`.
+    Where k1 and k2 are one tensor object, the keys are read once.
+
+    Args:
+        call: the arguments of `diffattn.ops.dispatch.diff_attention`, which also checks them.
+        queries: int32 (2, B, S), in place of the call's `causal` and `key_padding`: query t sees key s where
+            ``queries[0, b, s] <= t < queries[1, b, s]``.
+        formulas: whether second derivatives, which the kernel does not have, are those of formulas on tensors, which
+            hold both maps; otherwise one that is taken raises `UnsupportedError`.
     """
+    q1, k1, q2, k2, v, lam, causal, scale, key_padding = call
     B, T, H, D = q1.shape
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     if queries is None and key_padding is not None:
@@ -121,10 +103,10 @@ def fused_cpu_diff_attention(
 
 
 def decodes(query: Tensor, value: Tensor) -> bool:
-    """Whether `fused_cpu_decoding` serves a call, of those to which `unsupported` answers None.
+    """Tells whether `fused_cpu_decoding` serves a call, of those to which `unsupported` answers None.
 
-    Not where a graph is traced: it would hold for few queries only. Nor in forward mode or within `torch.func`: the
-    operator has no derivatives and cannot be batched.
+    It does not where a graph is traced, which would hold for few queries only, nor in forward mode or within
+    `torch.func`, because the operator has no derivatives and cannot be batched.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or derivatives.transformed():
         return False

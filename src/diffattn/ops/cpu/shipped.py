@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from diffattn.ops.cpu.compiling import Built, Recipe, read
+from diffattn.ops.cpu.compiling import BuildKey, Built, read
 
 FOLDER = Path(__file__).parent / "shipped"
 
@@ -26,29 +26,29 @@ def torch_build() -> str | None:
     return f"{release[1]}-{torch.version.git_version[:12]}" if release and torch.version.git_version else None
 
 
-def find(recipe: Recipe) -> Built | None:
+def find(build_key: BuildKey) -> Built | None:
     """The library for this processor, this PyTorch and these sources."""
-    return _look(recipe)[0]
+    return _look(build_key)[0]
 
 
-def refused(recipe: Recipe) -> str | None:
+def refused(build_key: BuildKey) -> str | None:
     """Why none of the shipped libraries is used; None where one is, and where none is shipped."""
-    return _look(recipe)[1]
+    return _look(build_key)[1]
 
 
-def _look(recipe: Recipe) -> tuple[Built | None, str | None]:
+def _look(build_key: BuildKey) -> tuple[Built | None, str | None]:
     builds = sorted(path.name for path in FOLDER.glob("*"))
     if not builds:
         return None, None
-    folder = FOLDER / str(torch_build()) / recipe.instructions
+    folder = FOLDER / str(torch_build()) / build_key.instructions
     if not folder.parent.is_dir():
         commit = str(torch.version.git_version)[:12]
         return None, f"it is for torch {', '.join(builds)}, not for {torch.__version__} of commit {commit}"
     if not folder.is_dir():
-        return None, f"none is for {recipe.instructions}"
+        return None, f"none is for {build_key.instructions}"
     built = read(folder)
     if built is None:
         return None, "it is damaged; install diffattn again"
-    if built.digest != recipe.digest:
+    if built.digest != build_key.digest:
         return None, "the sources or flags have changed since"
     return replace(built, shipped=True), None

@@ -239,7 +239,7 @@ def _keys(
 
 
 def row_statistics(d_out: Tensor, lam: Tensor, out: Tensor, o2: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row both log-sum-exps, D1, D2 and λ, float32 (5, B, H, T rounded up), and d_lam (B, T, H).
+    """Returns for each row both log-sum-exps, D1, D2 and λ, float32 (5, B, H, T rounded up), and d_lam (B, T, H).
 
     Rows behind T have a log-sum-exp of +inf. So no kernel has to ask where T ends.
     """

@@ -43,12 +43,12 @@ def _multiprocessors(index: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of the card; an H100's where the interpreter stands in for one."""
+    """Returns the number of the card's multiprocessors; an H100's where the interpreter stands in for one."""
     return 132 if device.type == "cpu" else _multiprocessors(device.index or 0)
 
 
 def heads_in_wave(device: torch.device, blocks_of_a_head: int, warps: int) -> int:
-    """As many heads as the card computes at once, when every one of their blocks has a place.
+    """Returns how many heads the card computes at once, when every one of their blocks has a place.
 
     They share keys and values in the card's cache, and the longest blocks of all of them begin first. With more heads
     at once they share less; with fewer the card waits for the last long blocks.

@@ -37,7 +37,7 @@ from diffattn.ops.triton.tiles import (
 
 @triton.jit
 def seen_keys(t, start, queries, b, B, T, S, CAUSAL: tl.constexpr, RANGES: tl.constexpr, KEYS: tl.constexpr):
-    """Which of KEYS keys each query sees."""
+    """Returns which of KEYS keys each query sees."""
     key = start + tl.arange(0, KEYS)
     if RANGES:
         first, end = queries_of(queries, b, B, start, S, KEYS)
@@ -189,7 +189,7 @@ def padded(width: int) -> int:
 
 
 def describable(x: Tensor) -> bool:
-    """Whether the copy engine takes tiles of (B, S, G, width): whole 16-byte steps, the last dimension dense."""
+    """Tells whether the copy engine takes tiles of (B, S, G, width): whole 16-byte steps, the last dimension dense."""
     step = 16 // x.element_size()
     return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n % step == 0 for n in x.stride()[:3])
 

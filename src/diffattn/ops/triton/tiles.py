@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tiles of strided tensors, visibility, the order of programs.
+"""The parts that the Triton kernels share: tiles of strided tensors, visibility, the order of programs.
 
 Triton reads these functions as part of the kernels. Rules that they and the kernels keep, each for a reason:
 
@@ -16,7 +16,7 @@ LOWEST = tl.constexpr(-1.0e30)
 
 @triton.jit
 def place(program, blocks, heads, section):
-    """Which block and which head (of batch × heads) a program computes: blocks descend, the longest causal rows first.
+    """Returns the block and the head (of batch × heads) of a program: blocks descend, the longest causal rows first.
 
     `section` heads take turns before the next ones begin: as many as the card computes at once, which share its cache.
     """
@@ -44,7 +44,7 @@ def rows_of(base, start, stride, limit, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 @triton.jit
 def tile_of(x, stride, b, head, start, limit, EDGE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
             BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """The same inside a loop: by the copy engine, where x describes (B, heads, rows, width), or by pointers to a head.
+    """Reads the same inside a loop: by the copy engine where x describes (B, heads, rows, width), else by pointers.
 
     Only where EDGE is set may the tile reach behind the last row. The copy engine fills with zeros there.
     """
