@@ -109,7 +109,7 @@ def test_dex_heads_are_one_list_or_one_for_each_layer(tmp_path: Path) -> None:
         convert(source, tmp_path / str(number), "dex", heads=heads)
         assert json.loads((tmp_path / str(number) / "config.json").read_text())["dex_heads"] == found
         torch.testing.assert_close(logits(tmp_path / str(number)), logits(source), rtol=0, atol=ROUNDING)
-    with pytest.raises(ConfigError, match="dex_heads has 2 lists"):
+    with pytest.raises(ConfigError, match="dex_heads with 2 lists"):
         convert(source, tmp_path / "wrong", "dex", heads=[[1], [2]])
 
 

@@ -207,7 +207,7 @@ def test_a_prompt_that_the_model_cannot_go_on_from_is_refused(loaded):
         with pytest.raises(ConfigError, match=message):
             continue_text(model, tokenizer, prompt)
     fewer = small_model("diff_v1")
-    with pytest.raises(CheckpointError, match="and the model knows 71; the model's own tokenizer is wanted"):
+    with pytest.raises(CheckpointError, match="and the model knows 71; wanted the model's own tokenizer"):
         continue_text(fewer, tokenizer, PROMPT)
 
 

@@ -92,15 +92,15 @@ def test_dex_takes_models_whose_heads_do_not_pair():
     )  # fmt: skip
     assert (config.head_dim, config.rope_width) == (6, 6)
     assert DiffTransformerForCausalLM(config)(tokens(1, 5)).logits.isfinite().all()
-    with pytest.raises(ConfigError, match="attention 'dex', whose heads are no difference of two maps"):
+    with pytest.raises(ConfigError, match="attention='dex', whose heads are no difference of two maps"):
         DiffTransformerForCausalLM(config).set_attn_implementation("diff_fused")
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"attention": "softmax", "dex_heads": [[0]]}, "dex_heads is given and attention is 'softmax'"),
-        ({"attention": "dex", "dex_heads": [[0]]}, "dex_heads has 1 lists; wanted one for each of the 3 layers"),
+        ({"attention": "softmax", "dex_heads": [[0]]}, "dex_heads with attention='softmax'; wanted attention='dex'"),
+        ({"attention": "dex", "dex_heads": [[0]]}, "dex_heads with 1 lists; wanted one list for each of the 3 layers"),
         ({"attention": "dex", "dex_heads": [[0], [12], []]}, "dex_heads of layer 1 is"),
         ({"attention": "dex", "dex_heads": [[0], [], [2, 2]]}, "dex_heads of layer 2 is"),
     ],

@@ -330,7 +330,7 @@ def test_a_differential_model_is_fused_where_nothing_was_asked_for(attention, tm
 
 def test_softmax_refuses_to_be_fused():
     with pytest.raises(
-        ConfigError, match=r"'diff_fused' and attention 'softmax', .* no difference of two maps; wanted"
+        ConfigError, match=r"'diff_fused' with attention='softmax', .* no difference of two maps; wanted"
     ):
         small_model("softmax", attn_implementation=DIFF_FUSED)
     with pytest.raises(ConfigError, match="no difference of two maps"):

@@ -122,7 +122,7 @@ def test_flex_attention_tells_sequences_apart():
         # Each call is another graph; of several it would make one for any size, which fails to compile on CPU.
         torch._dynamo.reset()
         assert_same_logits(model(ids, **given).logits[real], wanted[real])
-    with pytest.raises(ConfigError, match="flex_attention takes masks that hide a key or do not; wanted"):
+    with pytest.raises(ConfigError, match="with flex_attention, which hides a key or does not and adds none; wanted"):
         model(ids, attention_mask=torch.randn(3, 1, LENGTH, LENGTH))
 
 
@@ -169,9 +169,9 @@ def test_flash_attention_is_given_only_what_it_tells_apart(monkeypatch):
     real, positions, x = real_of(WHOLE), positions_of(WHOLE), ids[..., None].float()
     for mask, rows in ((real, 3), (real_of(PADDED), 1)):
         given = (x[:rows], mask[:rows], positions_of(PADDED if rows == 1 else WHOLE)[:rows])
-        with pytest.raises(ConfigError, match="which flash attention does not tell apart; wanted one row without"):
+        with pytest.raises(ConfigError, match="which flash attention does not separate; wanted one row without"):
             masks.model_mask(model.config, *given, None, {})
-    with pytest.raises(ConfigError, match="flash attention takes no 4-D attention_mask; wanted"):
+    with pytest.raises(ConfigError, match="4-D attention_mask with flash attention, which takes none; wanted"):
         masks.model_mask(model.config, x, VISIBLE, positions, None, {})
     model.set_attn_implementation("sdpa")
     assert masks.model_mask(model.config, x[:1], real[:1], positions[:1], None, {}) is None

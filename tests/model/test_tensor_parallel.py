@@ -140,8 +140,8 @@ def test_more_ranks_than_key_heads_are_refused_in_one_line(ran):
     said = json.loads((ran / "said.json").read_text())
     assert list(said) == ["one head"]
     assert said["one head"] == (
-        "tensor parallelism over 2 ranks given; each of the 1 key/value heads of the attention call stays on one rank "
-        "with all its query heads: take 1"
+        "tensor parallelism over 2 ranks; wanted a number of ranks that divides the 1 key/value heads of the attention "
+        "call: take 1"
     )
 
 

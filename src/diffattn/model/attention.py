@@ -65,7 +65,7 @@ class DifferentialLambda(Float32Module):
         return self.lambda_init - (noise - signal)
 
 
-# The base initialises gains, and engines replace norms, by names that hold or end in RMSNorm.
+# Keep "RMSNorm" in this name: the library initialises gains, and vLLM replaces norms, by names that contain it.
 class RMSNormPerHead(nn.RMSNorm):
     """``scale · RMSNorm(y)`` over the channels of each output head, in float32 or wider."""
 
@@ -75,7 +75,8 @@ class RMSNormPerHead(nn.RMSNorm):
         super().__init__(width, eps=eps, elementwise_affine=elementwise_affine)
         self.scale = scale
 
-    # vLLM swaps whatever computes the norm of its one input for a norm of its own, which has no scale.
+    # `scale` is an argument on purpose: vLLM replaces every RMSNorm whose forward has one input by its own norm, which
+    # would drop the scale.
     def forward(self, y_BTHV: Tensor, scale: float) -> Tensor:  # type: ignore[override]
         y = y_BTHV.to(torch.promote_types(y_BTHV.dtype, torch.float32))
         # The scale rides on the gain: one pass less over y, and one less over its gradient.
@@ -98,11 +99,11 @@ class SoftmaxAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.width = config.rope_width
-        # The configuration leaves neither open.
+        # A configuration always fills both in.
         assert config.head_dim is not None
         assert config.num_key_value_heads is not None
         self.head_dim, groups = config.head_dim, config.num_key_value_heads
-        # Read by the attention functions of transformers and by its engines.
+        # The attention functions of transformers and its engines read this.
         self.num_key_value_groups = config.num_attention_heads // groups
         self.scaling = self.width**-0.5
         self.is_causal = True
@@ -112,7 +113,7 @@ class SoftmaxAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(outputs, config.hidden_size, bias=config.attention_output_bias)
-        # Of each output head, where there is one.
+        # The norm of each output head, if the model has one.
         self.subln: RMSNormPerHead | None = None
         if config.normalizes_heads:
             scale = 1.0 - config.layer_lambda_init(layer_idx) if config.attention == "diff_v1" else 1.0
@@ -124,7 +125,10 @@ class SoftmaxAttention(nn.Module):
             self.k_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
 
     def combining_weights(self, x_BTD: Tensor) -> Tensor | None:
-        """What the heads are combined with: λ in float32, broadcastable to (B, T, H), or a gate (B, T, H, d)."""
+        """Returns what the heads are combined with: λ in float32, broadcastable to (B, T, H), or a gate (B, T, H, d).
+
+        None stands for nothing, as in softmax attention.
+        """
         return None
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -156,7 +160,7 @@ class SoftmaxAttention(nn.Module):
         return self.normalized(o_BTNW)
 
     def normalized(self, y_BTHV: Tensor) -> Tensor:
-        """The same, past the norm of each head where there is one."""
+        """Returns the output heads behind the norm of each head, or as they are where there is no norm."""
         return y_BTHV if self.subln is None else self.subln(y_BTHV, self.subln.scale)
 
     def forward(
@@ -169,28 +173,28 @@ class SoftmaxAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """``(B, T, D)`` to ``(B, T, D)``, with the call's attention weights where the implementation returns them."""
         q, k, v, lam = self.project(hidden_states)
-        # Read once: a configuration looks every name up twice.
+        # Read it once, because each access to a configuration looks the name up twice.
         implementation = self.config._attn_implementation
         fused = implementation == DIFF_FUSED
         q, k = self.position(q, k, position_embeddings, fused)
         q, k, v = self.lay_out(q, k, v, past_key_values)
-        # vLLM reads the source of this function for the one call and its scale.
+        # Do not restructure this: vLLM parses the source of this function to find the one attention call and `scaling`.
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if fused:
             kwargs |= {"lam": lam, "norm": self.subln}
         dtype = v.dtype
-        # A paged cache holds what it is given.
+        # A paged cache keeps queries, keys and values as they are, so they may not be converted here.
         if implementation == "sdpa" and kwargs.get("cache") is None:
             q, k, v, attention_mask = attention_inputs(q, k, v, attention_mask)
         attended, weights = interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        # vLLM gives all heads of a token as one row.
+        # vLLM returns all heads of a token as one row.
         o_BTNW = attended.reshape(*hidden_states.shape[:-1], -1, self.head_dim)
         y_BTHV = (o_BTNW if fused else self.combine(o_BTNW, lam)).to(dtype)
         return self.o_proj(y_BTHV.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class DifferentialAttention(SoftmaxAttention):
-    """What the variants share: the subtraction."""
+    """The subtraction, which V1 and V2 share."""
 
     def combine(self, o_BTNW: Tensor, lam: Tensor | None) -> Tensor:
         assert lam is not None
@@ -242,7 +246,7 @@ class DiffV2Attention(DifferentialAttention):
     def combine(self, o_BTNW: Tensor, lam: Tensor | None) -> Tensor:
         if not self.config.pairs_share_group:
             signal, noise = o_BTNW.unflatten(2, (-1, 2)).unbind(3)
-            # Of the next group: as many heads further as a group has.
+            # Take the noise of the next group, which is as many heads further as a group has heads.
             noise = noise.roll(-(self.num_key_value_groups // 2), dims=2)
             o_BTNW = torch.stack((signal, noise), dim=3).flatten(2, 3)
         return super().combine(o_BTNW, lam)
@@ -264,7 +268,7 @@ class GatedAttention(SoftmaxAttention):
 
 
 class DexProjection(Float32Module):
-    """What DEX subtracts from its heads' outputs: ``λ · O W_D``, of the chosen heads (arXiv 2505.16333).
+    """The part ``λ · O W_D`` of the chosen heads' outputs O, which DEX subtracts from them (arXiv 2505.16333).
 
     W_D starts at zero, so that a pretrained model keeps its function. λ = (1 − a)·λ_init + a·λ_learned moves from the
     paper's schedule by depth to what is learned, as training raises a from 0 to 1: were λ zero as well, no gradient
@@ -313,21 +317,22 @@ class DexAttention(SoftmaxAttention):
         return o_BTNW.index_add(2, index, self.dex(o_BTNW.index_select(2, index), rows), alpha=-1)
 
     def _combine_rank(self, o_BTNW: Tensor) -> Tensor:
-        """Of one rank of several, which holds an equal share of the heads, and W_D of all."""
+        """Subtracts on one rank of several, which holds an equal share of the heads, and W_D of all heads."""
         count = o_BTNW.shape[2]
         first = count * tensor_rank(self.q_proj.weight)
         rows = [row for row, head in enumerate(self.heads) if first <= head < first + count]
-        # Also where none of them is chosen, since all ranks sum their gradients of W_D.
+        # This runs even if no chosen head is on this rank, because all ranks sum their gradients of W_D.
         return self._subtract(o_BTNW, [self.heads[row] - first for row in rows], rows)
 
 
 def tensor_rank(weight: Tensor) -> int:
-    """Which share of a weight this rank of a tensor-parallel mesh holds, from 0."""
+    """Returns which part of a weight this rank of a tensor-parallel mesh holds, counted from 0."""
     mesh = getattr(weight, "device_mesh", None)
     if mesh is None:
         raise UnsupportedError(
-            "this engine spreads heads over ranks and does not say which ones are here, which DEX has to know; "
-            "wanted one rank, or tp_plan='auto' of transformers"
+            "an engine that spreads heads over ranks does not say which of them are here, which DEX has to know",
+            "one rank, or ranks that transformers made",
+            "run it on one rank, or load it with tp_plan='auto'",
         )
     return mesh.get_local_rank() if mesh.ndim == 1 else mesh.get_local_rank("tp")
 

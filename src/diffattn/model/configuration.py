@@ -26,11 +26,13 @@ def lambda_init_schedule(layer: int) -> float:
 
 
 def _check_activation(name: str) -> None:
-    # What the library itself imports late.
+    # The library itself imports this late, because it takes long.
     from transformers.activations import ACT2FN
 
     if name not in ACT2FN:
-        raise ConfigError(f"hidden_act is {shown(name)}; a function that transformers knows, such as silu, is wanted")
+        raise ConfigError(
+            f"hidden_act={shown(name)}", "an activation function of transformers", "use silu, for example"
+        )
 
 
 class DiffTransformerConfig(PreTrainedConfig):
@@ -132,37 +134,42 @@ class DiffTransformerConfig(PreTrainedConfig):
         parts = variant.query_factor * variant.join
         if self.subtracts_maps and self.num_attention_heads % 2:
             raise ConfigError(
-                f"num_attention_heads is {self.num_attention_heads}; {self.attention} pairs query heads, "
-                "so the one attention call needs an even number: choose one more or one less"
+                f"num_attention_heads={self.num_attention_heads} with attention={self.attention!r}",
+                "an even number, because query heads come in pairs",
+                "choose one more or one less",
             )
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads // parts
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ConfigError(
-                    f"hidden_size is {self.hidden_size}, num_attention_heads {self.num_attention_heads}, head_dim not "
-                    "given; wanted a hidden_size that num_attention_heads divides: change one of them or set head_dim"
+                    f"hidden_size={self.hidden_size}, num_attention_heads={self.num_attention_heads} and no head_dim",
+                    "a hidden_size that num_attention_heads divides",
+                    "change one of them or set head_dim",
                 )
             # n heads of width D / n are replaced; the one call has 2n of them under V2 and width 2d under V1.
             width = self.hidden_size // self.num_attention_heads
             self.head_dim = parts * width
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
-                f"num_attention_heads is {self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads}; "
-                f"each key/value head serves an equal number of query heads: choose a divisor of "
-                f"{self.num_attention_heads}"
+                f"num_key_value_heads={self.num_key_value_heads} with num_attention_heads={self.num_attention_heads}",
+                "a number of key/value heads that divides that of the query heads",
+                f"choose a divisor of {self.num_attention_heads}",
             )
         group = self.num_attention_heads // self.num_key_value_heads
         if self.subtracts_maps and group % 2:
             raise ConfigError(
-                f"num_attention_heads is {self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads}; "
-                f"both maps of a {self.attention} head share one key/value head, so their ratio must be even: "
-                "halve the key/value heads"
+                f"num_key_value_heads={self.num_key_value_heads} with num_attention_heads={self.num_attention_heads} "
+                f"and attention={self.attention!r}",
+                "an even ratio of the two, because both maps of a head share one key/value head",
+                "halve the key/value heads",
             )
         if self.rope_width % 2:
             raise ConfigError(
-                f"head_dim is {self.head_dim}; rotary positions turn pairs of channels"
-                f"{' of each half head' if variant.join > 1 else ''}: choose a multiple of {2 * variant.join}"
+                f"head_dim={self.head_dim} with rotary positions, which turn pairs of channels"
+                f"{' of each half head' if variant.join > 1 else ''}",
+                f"a multiple of {2 * variant.join}",
+                "change head_dim",
             )
         self._check_switches()
         self._check_dex_heads()
@@ -188,8 +195,9 @@ class DiffTransformerConfig(PreTrainedConfig):
                     )
         if not self.pairs_share_group and self.num_key_value_heads == 1:
             raise ConfigError(
-                "pairs_share_group is False and num_key_value_heads 1; wanted 2 or more, or both maps of a head share "
-                "the one there is: set num_key_value_heads"
+                "pairs_share_group=False with num_key_value_heads=1, so that both maps of a head share that one",
+                "2 or more key/value heads",
+                "set num_key_value_heads",
             )
 
     @property
@@ -211,7 +219,7 @@ class DiffTransformerConfig(PreTrainedConfig):
 
     @property
     def normalizes_heads(self) -> bool:
-        """Whether each output head passes an RMSNorm."""
+        """True where each output head passes an RMSNorm."""
         return self.record.norm if self.head_norm is None else self.head_norm
 
     def _check_dex_heads(self) -> None:
@@ -219,19 +227,19 @@ class DiffTransformerConfig(PreTrainedConfig):
             return
         known = range(self.num_attention_heads)
         if not self.record.chosen_heads:
-            raise ConfigError(
-                f"dex_heads is given and attention is {self.attention!r}; wanted attention 'dex': leave out dex_heads"
-            )
+            raise ConfigError(f"dex_heads with attention={self.attention!r}", "attention='dex'", "leave out dex_heads")
         if len(self.dex_heads) != self.num_hidden_layers:
             raise ConfigError(
-                f"dex_heads has {len(self.dex_heads)} lists; wanted one for each of the {self.num_hidden_layers} "
-                "layers, empty where no head subtracts"
+                f"dex_heads with {len(self.dex_heads)} lists",
+                f"one list for each of the {self.num_hidden_layers} layers",
+                "give an empty list to a layer in which no head subtracts",
             )
         for layer, heads in enumerate(self.dex_heads):
             if len(set(heads)) < len(heads) or not set(heads) <= set(known):
                 raise ConfigError(
-                    f"dex_heads of layer {layer} is {heads}; wanted each of 0 to {self.num_attention_heads - 1} at "
-                    "most once: correct the list"
+                    f"dex_heads of layer {layer} is {heads}",
+                    f"each of 0 to {self.num_attention_heads - 1} at most once",
+                    "correct the list",
                 )
 
     def layer_dex_heads(self, layer: int) -> list[int]:
@@ -240,18 +248,18 @@ class DiffTransformerConfig(PreTrainedConfig):
 
     @property
     def subtracts_maps(self) -> bool:
-        """Whether query heads come in pairs, one for the signal and one for the noise: V1 and V2."""
+        """True where query heads come in pairs, one for the signal and one for the noise: V1 and V2."""
         return self.record.maps > 1
 
     @property
     def has_map_diff(self) -> bool:
-        """Whether each output head is one difference of two softmax maps, times its values; ``diff_fused`` wants it."""
+        """True where each output head is one difference of two maps times its values, as ``diff_fused`` needs."""
         return self.subtracts_maps and self.pairs_share_group
 
     def tensor_parallel_plan(self) -> dict[str, str]:
-        """How ``tp_plan="auto"`` spreads the layers over ranks: whole heads, and columns of the feed-forward network.
+        """Returns how ``tp_plan="auto"`` spreads the layers: whole heads, and columns of the feed-forward network.
 
-        λ vectors, gains and DEX are on every rank, where they meet that rank's heads alone: their gradients are summed.
+        λ vectors, gains and DEX are on every rank and apply to that rank's heads alone: their gradients are summed.
         """
         attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
         own = {tensor.name.split(".")[0]: tensor.split for tensor in self.own_tensors()}
@@ -276,14 +284,16 @@ class DiffTransformerConfig(PreTrainedConfig):
         assert groups is not None
         if not self.pairs_share_group:
             raise ConfigError(
-                f"tensor parallelism over {ranks} ranks given and pairs_share_group is False, whose heads are of two "
-                "groups that may lie on two ranks; wanted one rank"
+                f"tensor parallelism over {ranks} ranks with pairs_share_group=False",
+                "one rank, because the two maps of a head might lie on two",
+                "run the model on one rank",
             )
         if groups % ranks:
-            wanted = ", ".join(str(size) for size in range(1, groups + 1) if groups % size == 0)
+            possible = ", ".join(str(size) for size in range(1, groups + 1) if groups % size == 0)
             raise ConfigError(
-                f"tensor parallelism over {ranks} ranks given; each of the {groups} key/value heads of the attention "
-                f"call stays on one rank with all its query heads: take {wanted}"
+                f"tensor parallelism over {ranks} ranks",
+                f"a number of ranks that divides the {groups} key/value heads of the attention call",
+                f"take {possible}",
             )
 
     @property

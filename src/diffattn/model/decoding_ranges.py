@@ -1,4 +1,4 @@
-"""What each number may be with which a text is asked for: one table, for the server and for ``diffattn generate``.
+"""The range of each number with which a text is asked for: one table, for the server and for ``diffattn generate``.
 
 The check and the words of an error are made from the same row, so that no message can state another range.
 """
@@ -58,7 +58,7 @@ _EITHER = {
     "min_p": Range(lowest=0, highest=1),
     "repetition_penalty": Range(lowest=0.01, highest=100),
 }
-# Of the fields of a request, those of OpenAI's interface as its reference has them.
+# The fields of a request to the server; those of OpenAI's interface have the ranges of its reference.
 REQUEST = _EITHER | {
     "max_tokens": Range(lowest=1, highest=_COUNT, whole=True),
     "max_completion_tokens": Range(lowest=1, highest=_COUNT, whole=True),
@@ -72,7 +72,7 @@ REQUEST = _EITHER | {
     "logprobs": Range(lowest=0, highest=20, whole=True),
     "top_logprobs": Range(lowest=0, highest=20, whole=True),
 }
-# Of ``diffattn generate``.
+# The options of ``diffattn generate``.
 DECODING = _EITHER | {
     "max_new_tokens": Range(lowest=1, highest=_COUNT, whole=True),
     "temperature": Range(lowest=0, highest=100),

@@ -31,7 +31,7 @@ from diffattn.config_fields import GENERATION, check, check_ids, layers_of, show
 from diffattn.errors import CheckpointError, ConfigError, DiffattnError, UnsupportedError
 from diffattn.files import read_object
 from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.tensors import check_layers, check_whole
+from diffattn.model.tensors import EVERY_TENSOR, ONE_CHECKPOINT, check_layers, check_whole
 
 DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -80,8 +80,9 @@ def check_tokens(model: PreTrainedModel, ids: Iterable[int]) -> None:
     rows, highest = model.get_input_embeddings().num_embeddings, max(ids, default=0)
     if highest >= rows:
         raise CheckpointError(
-            f"the tokenizer gives the token {highest} and the model knows {rows:,}; the model's own tokenizer is "
-            "wanted in its folder"
+            f"the tokenizer gives the token {highest} and the model knows {rows:,}",
+            "the model's own tokenizer",
+            "copy it into the model's folder",
         )
 
 
@@ -93,7 +94,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of :func:`load`, whose arguments and errors it has, where no tokenizer is wanted."""
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype={dtype!r}", f"one of {', '.join(DTYPES)}", "correct the name")
     place = resolve_device(device)
     config = check_weights(folder)
     with _quiet():
@@ -116,7 +117,11 @@ def load_model(
             raise
         # What a file asks for fails anywhere in the library, and in its own way.
         except Exception as error:
-            raise UnsupportedError(f"{str(folder)!r} cannot be loaded here: {_line(error)}") from error
+            raise UnsupportedError(
+                f"{str(folder)!r} cannot be loaded here ({_line(error)})",
+                "a model that this transformers loads",
+                "act on what it says, or take another model",
+            ) from error
     _check_report(folder, found)
     return model.eval()
 
@@ -149,8 +154,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """
     if not any((Path(folder) / name).is_file() for name in TOKENIZERS):
         raise CheckpointError(
-            f"{str(folder)!r} holds no tokenizer; {TOKENIZERS[0]} is wanted beside the weights: "
-            "save the tokenizer there with save_pretrained"
+            f"{str(folder)!r} holds no tokenizer",
+            f"{TOKENIZERS[0]} beside the weights",
+            "save the tokenizer there with save_pretrained",
         )
     for name in _TOKENIZER_FILES:
         if (Path(folder) / name).is_file():
@@ -162,10 +168,18 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             tokenizer("a")
             return tokenizer
         except ImportError as error:
-            raise UnsupportedError(f"the tokenizer of {str(folder)!r} cannot be loaded here: {_line(error)}") from error
+            raise UnsupportedError(
+                f"the tokenizer of {str(folder)!r} cannot be loaded here ({_line(error)})",
+                "one whose program is installed",
+                "install what it names",
+            ) from error
         # The parser of tokenizer.json has no type for what it cannot read.
         except Exception as error:
-            raise CheckpointError(f"the tokenizer of {str(folder)!r} cannot be read: {_line(error)}") from error
+            raise CheckpointError(
+                f"the tokenizer of {str(folder)!r} cannot be read ({_line(error)})",
+                "whole files of a tokenizer",
+                "copy or download them again",
+            ) from error
 
 
 def resolve_device(device: str) -> str:
@@ -176,11 +190,11 @@ def resolve_device(device: str) -> str:
         UnsupportedError: cuda without a GPU that this torch can use.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device is {device!r}; wanted auto, cpu or cuda")
+        raise ConfigError(f"device={device!r}", "auto, cpu or cuda", "correct the name")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError("device is 'cuda', and torch sees no GPU here; wanted one, or cpu: leave --device out")
+        raise UnsupportedError("device='cuda', and torch sees no GPU here", "a GPU, or cpu", "leave --device out")
     return device
 
 
@@ -189,25 +203,30 @@ def _check_folder(folder: Path) -> dict[str, TensorEntry]:
     config = read_config(folder)
     if (folder / "adapter_config.json").exists():
         raise UnsupportedError(
-            f"{str(folder)!r} holds an adapter; whole weights are wanted: merge it into its model with peft first"
+            f"{str(folder)!r} holds an adapter", "whole weights", "merge it into its model with peft first"
         )
     if config.get("transformers_weights"):
         raise UnsupportedError(
-            f"{str(folder)!r} names its weights in transformers_weights; model.safetensors is wanted: rename the file"
+            f"{str(folder)!r} names its weights in transformers_weights", "model.safetensors", "rename the file"
         )
     kind = config.get("model_type")
     if kind == DiffTransformerConfig.model_type and config.get("quantization_config"):
         raise UnsupportedError(
-            f"{str(folder)!r} has a quantization_config; weights as they were before are wanted: take that folder"
+            f"{str(folder)!r} has a quantization_config",
+            "weights that are not quantised",
+            "take the folder as it was before",
         )
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         what = "brings its own program, which is never run" if "auto_map" in config else "is not known here"
         raise UnsupportedError(
-            f"model_type is {shown(kind)} in {str(folder / CONFIG)!r}, an architecture that {what}; wanted "
-            "diff_transformer or one of transformers' own"
+            f"model_type is {shown(kind)} in {str(folder / CONFIG)!r}, an architecture that {what}",
+            "diff_transformer or one of transformers' own",
+            "take another model",
         )
     if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedError(f"model_type is {kind!r} in {str(folder)!r}, which writes no text; a decoder is wanted")
+        raise UnsupportedError(
+            f"model_type is {kind!r} in {str(folder)!r}, which writes no text", "a decoder", "take another model"
+        )
     _check_generation(folder)
     return read_tensors(folder)
 
@@ -226,7 +245,7 @@ def _check_generation(folder: Path) -> None:
         if config.get("model_type") == DiffTransformerConfig.model_type and isinstance(rows, int):
             check_ids(values, rows)
     except ConfigError as error:
-        raise ConfigError(f"{str(file)!r}: {error}") from None
+        raise error.at(repr(str(file))) from None
 
 
 def load_config(folder: str | Path) -> Any:
@@ -241,10 +260,14 @@ def load_config(folder: str | Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ConfigError as error:
-        raise ConfigError(f"{str(file)!r}: {error}") from None
+        raise error.at(repr(str(file))) from None
     # A file can hold anything, and each configuration class complains in its own way.
     except Exception as error:
-        raise CheckpointError(f"{str(file)!r} describes no model: {_line(error)}") from error
+        raise CheckpointError(
+            f"{str(file)!r} describes no model ({_line(error)})",
+            "the config.json of a model",
+            "copy or download it again",
+        ) from error
 
 
 def _check_foreign_size(folder: str | Path, config: Any, entries: dict[str, TensorEntry]) -> None:
@@ -262,13 +285,13 @@ def _check_foreign_size(folder: str | Path, config: Any, entries: dict[str, Tens
     held = sum(math.prod(entry["shape"]) for entry in entries.values())
     if built > held:
         raise CheckpointError(
-            f"the weights in {str(folder)!r} are {held:,} numbers, and the model of config.json has {built:,}; files "
-            "of one checkpoint are wanted"
+            f"the weights in {str(folder)!r} are {held:,} numbers, and the model of config.json has {built:,}",
+            *ONE_CHECKPOINT,
         )
 
 
 def positions_of(config: Any) -> int | None:
-    """How many positions a model of this configuration knows; None: any number."""
+    """Returns how many positions a model of this configuration knows; None for any number."""
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return None if limit is None else int(limit)
 
@@ -280,17 +303,18 @@ def _check_report(folder: str | Path, found: dict[str, Any]) -> None:
         name, saved, wanted = mismatched[0]
         raise CheckpointError(
             f"{where} do not fit config.json: {name} is {_shape(saved)} there and {_shape(wanted)} by config.json"
-            f"{_more(mismatched)}; files of one checkpoint are wanted"
+            f"{_more(mismatched)}",
+            *ONE_CHECKPOINT,
         )
     if missing := sorted(found["missing_keys"]):
-        raise CheckpointError(f"{where} lack {missing[0]}{_more(missing)}; every tensor is wanted, none is made up")
+        raise CheckpointError(f"{where} lack {missing[0]}{_more(missing)}", *EVERY_TENSOR)
     if unexpected := sorted(found["unexpected_keys"]):
         raise CheckpointError(
-            f"{where} hold {unexpected[0]}{_more(unexpected)}, for which the model of config.json has no place; "
-            "files of one checkpoint are wanted"
+            f"{where} hold {unexpected[0]}{_more(unexpected)}, which the model of config.json does not have",
+            *ONE_CHECKPOINT,
         )
     if errors := found.get("error_msgs"):
-        raise CheckpointError(f"{where} cannot be loaded: {_line(next(iter(errors)))}")
+        raise CheckpointError(f"{where} cannot be loaded ({_line(next(iter(errors)))})", *ONE_CHECKPOINT)
 
 
 def _more(names: list[Any]) -> str:
@@ -302,14 +326,14 @@ def _shape(sizes: Iterable[int]) -> str:
 
 
 def _line(error: object) -> str:
-    """What a library says, as one line of a size that can be read."""
+    """Returns what a library says as one line, cut to a length that can be read."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} …"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's report of what it loaded, which is said here in one line."""
+    """Silences the library's report of what it loaded, which is said here in one line."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

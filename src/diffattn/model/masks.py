@@ -55,7 +55,7 @@ class PackedCausal:
 
 
 def is_compact(mask: Tensor) -> bool:
-    """Whether a mask is the fused kernel's own, int32 (2, B, 1, 1, S): no other one has five dimensions."""
+    """Tells whether a mask is the fused kernel's own, int32 (2, B, 1, 1, S): no other one has five dimensions."""
     return mask.dim() == 5
 
 
@@ -77,7 +77,7 @@ def model_mask(
     past_key_values: Cache | None,
     options: dict[str, Any],
 ) -> Any:
-    """What the layers' attention function takes as its mask: None for causal, else what the implementation is made for.
+    """Returns the mask for the layers' attention function: None for causal, else of the kind that it is made for.
 
     Args:
         config: names the implementation.
@@ -154,8 +154,9 @@ def _first_places(
         real = attention_mask.to(device=x.device, dtype=torch.bool)
         if not tracing and real.shape[1] < offset + T:
             raise ConfigError(
-                f"attention_mask is {tuple(real.shape)} for {offset} cached and {T} new tokens; wanted a column for "
-                "each of them"
+                f"attention_mask is {tuple(real.shape)} for {offset} cached and {T} new tokens",
+                "a column for each of them",
+                "pass the mask of the cached tokens too",
             )
     if not tracing and offset > 0:
         _check_continued(position_ids, real, int(offset))
@@ -168,7 +169,9 @@ def _first_places(
         if not tracing and (offset > 0 or int(cu_seq_lens[0]) != 0 or int(cu_seq_lens[-1]) != B * T):
             raise ConfigError(
                 f"cu_seq_lens_q runs from {int(cu_seq_lens[0])} to {int(cu_seq_lens[-1])} for {B * T} tokens behind "
-                f"{offset} cached; wanted 0 to {B * T} and no cached tokens"
+                f"{offset} cached",
+                f"0 to {B * T} and no cached tokens",
+                "correct it, or pass an empty cache",
             )
         number = _sequence_of(cu_seq_lens, torch.arange(B * T, device=x.device)).view(B, T)
         starts = starts | ((place > offset) & (number != number.roll(1, -1)))
@@ -206,13 +209,14 @@ def _check_continued(position_ids: Tensor, real: Tensor | None, offset: int) -> 
         row = int(wrong.int().argmax())
         raise ConfigError(
             f"position_ids begin at {int(first[row])} behind {int(held[row])} cached tokens of row {row}, and a cache "
-            "does not keep where its sequences begin; wanted positions that count on, each sequence in a row of its "
-            "own, or a 4-D attention_mask"
+            "does not keep where its sequences begin",
+            "positions that count on",
+            "give each sequence a row of its own, or pass a 4-D attention_mask",
         )
 
 
 def _is_made(attention_mask: Any, implementation: str) -> bool:
-    """Whether a mask is one that this module or the library has made for the implementation, of no type of a user's."""
+    """Tells whether this module or the library made a mask for the implementation; no mask of a user's has its type."""
     if isinstance(attention_mask, Tensor):
         return implementation == DIFF_FUSED and is_compact(attention_mask)
     return implementation == "flex_attention" and isinstance(attention_mask, BlockMask)
@@ -222,23 +226,27 @@ def _check_kind(attention_mask: Any) -> None:
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
         given = f"of {attention_mask.dim()} dimensions" if isinstance(attention_mask, Tensor) else type(attention_mask)
         raise ConfigError(
-            f"attention_mask is {given}; wanted a tensor (batch, keys), or (batch, heads or 1, queries, keys)"
+            f"attention_mask is {given}",
+            "a tensor (batch, keys), or (batch, heads or 1, queries, keys)",
+            "pass one of these, or none",
         )
     added = attention_mask.dim() == 2 and attention_mask.is_floating_point() and not is_tracing(attention_mask)
     if added and (attention_mask < 0).any():
         raise ConfigError(
-            "attention_mask (batch, keys) holds numbers below 0; wanted 1 for a token and 0 for padding, or four "
-            "dimensions for a mask that is added to the scores"
+            "attention_mask (batch, keys) holds numbers below 0",
+            "1 for a token and 0 for padding",
+            "give a mask that is added to the scores four dimensions",
         )
 
 
 def _check_flash(x: Tensor, attention_mask: Tensor | None) -> None:
-    """Flash attention itself tells the sequences of one row apart, where none is padding."""
+    """Raises unless the sequences lie in one row without padding, which is what flash attention separates itself."""
     if is_tracing(x) or (x.shape[0] == 1 and (attention_mask is None or bool(attention_mask.bool().all()))):
         return
     raise ConfigError(
-        "packed sequences in several rows or with padding, which flash attention does not tell apart; wanted one row "
-        "without padding, or another attn_implementation"
+        "packed sequences in several rows or with padding, which flash attention does not separate",
+        "one row without padding",
+        "pack them so, or take another attn_implementation",
     )
 
 
@@ -250,11 +258,16 @@ def _whole_mask(config: DiffTransformerConfig, x: Tensor, mask: Tensor, past_key
     wanted = ((1, B), (1, config.num_attention_heads), (1, T), (keys,))
     if not is_tracing(mask) and any(size not in sizes for size, sizes in zip(mask.shape, wanted, strict=True)):
         raise ConfigError(
-            f"attention_mask is {tuple(mask.shape)}; wanted ({B} or 1, {config.num_attention_heads} or 1, {T} or 1, "
-            f"{keys}): batch, heads of the one attention call, queries, keys"
+            f"attention_mask is {tuple(mask.shape)}",
+            f"({B} or 1, {config.num_attention_heads} or 1, {T} or 1, {keys})",
+            "give it batch, heads of the one attention call, queries and keys",
         )
     if is_flash_attention_requested(config):
-        raise ConfigError("flash attention takes no 4-D attention_mask; wanted another attn_implementation")
+        raise ConfigError(
+            "a 4-D attention_mask with flash attention, which takes none",
+            "another attn_implementation",
+            "take sdpa, for example",
+        )
     mask = _visible(mask.to(x.device))
     if implementation == "flex_attention":
         return _block_mask(mask.expand(B, -1, T, -1))
@@ -269,8 +282,9 @@ def _whole_mask(config: DiffTransformerConfig, x: Tensor, mask: Tensor, past_key
 def _block_mask(visible: Tensor) -> BlockMask:
     if visible.dtype != torch.bool:
         raise ConfigError(
-            "attention_mask of numbers that are added to the scores, and flex_attention takes masks that hide a key or "
-            "do not; wanted bool, or another attn_implementation"
+            "an attention_mask of numbers with flex_attention, which hides a key or does not and adds none",
+            "a mask of bool",
+            "pass one, or take another attn_implementation",
         )
     one = visible.shape[1] == 1
 
@@ -292,13 +306,15 @@ def _visible(mask: Tensor) -> Tensor:
         visible = mask == 0
         if not visible.all() and (visible | (mask == 1)).all():
             raise ConfigError(
-                "attention_mask (batch, heads, queries, keys) holds 0.0 and 1.0, and floats are added to the scores; "
-                "wanted bool or int, or 0.0 where a query sees a key and -inf where it does not"
+                "attention_mask (batch, heads, queries, keys) holds 0.0 and 1.0, and floats are added to the scores",
+                "bool or int, or 0.0 where a query sees a key and -inf where it does not",
+                "convert it with .bool()",
             )
         return visible if (visible | (mask <= HIDDEN)).all() else mask
     if not traced and ((mask != 0) & (mask != 1)).any():
         raise ConfigError(
-            "attention_mask (batch, heads, queries, keys) of integers holds others than 0 and 1; wanted 1 where a "
-            "query sees a key, or floats for a mask that is added to the scores"
+            "attention_mask (batch, heads, queries, keys) of integers holds others than 0 and 1",
+            "1 where a query sees a key and 0 where it does not",
+            "pass floats for a mask that is added to the scores",
         )
     return mask != 0

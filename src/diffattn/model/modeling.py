@@ -32,7 +32,7 @@ from diffattn.model.masks import model_mask, positions_of_sequences
 from diffattn.model.transformers_private import check_cache_name, restore_when_stopped
 from diffattn.ops.half import quick_products
 
-# What makes the library load other tensors than those that a folder's config.json is about.
+# With one of these arguments the library loads other tensors than those that a folder's config.json describes.
 _OTHER_WEIGHTS = ("state_dict", "subfolder", "variant", "gguf_file", "key_mapping", "ignore_mismatched_sizes")
 
 
@@ -112,7 +112,7 @@ class DiffDecoderLayer(GradientCheckpointingLayer):
 
 
 class DiffTransformerPreTrainedModel(PreTrainedModel):
-    """What the models share: how engines may run them, and how their weights start."""
+    """The part that the models share: how engines may run them, and how their weights start."""
 
     config_class = DiffTransformerConfig
     base_model_prefix = "model"
@@ -138,25 +138,27 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
             requested_attention = DIFF_FUSED
         if requested_attention == DIFF_FUSED and not differential:
             raise ConfigError(
-                f"attn_implementation is {DIFF_FUSED!r} and attention {self.config.attention!r}, whose heads are no "
-                "difference of two maps; wanted 'sdpa', or leave it out"
+                f"attn_implementation={DIFF_FUSED!r} with attention={self.config.attention!r}, whose heads are no "
+                "difference of two maps",
+                "'sdpa'",
+                "leave it out",
             )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, remote_code: bool = False, **kwargs: Any) -> None:
-        """As any model of ``transformers``; with ``remote_code`` it can be loaded where diffattn is not installed.
+        """Saves the model as ``transformers`` does, with ``remote_code`` for those who do not have diffattn too.
 
-        The folder then holds the model's Python files too, and names them in its config.json, so that
+        With it the folder holds the model's Python files too, and names them in its config.json, so that
         ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` needs ``transformers`` alone.
         """
         from diffattn.model.remote_code import AUTO_MAP, write_remote_code
 
         if remote_code:
-            # First, since the base may upload what the folder holds.
+            # This comes first, because the base may upload what the folder holds.
             write_remote_code(save_directory)
             self.config.auto_map = dict(AUTO_MAP)
         elif hasattr(self.config, "auto_map"):
-            # Of the folder that it was loaded from.
+            # The model was loaded from a folder with such files.
             del self.config.auto_map
         super().save_pretrained(save_directory, **kwargs)
 
@@ -164,7 +166,7 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
     ) -> DiffTransformerPreTrainedModel:
-        """As any model of ``transformers``, once a folder's safetensors are known to fit its config.json.
+        """Loads a model as ``transformers`` does, once a folder's safetensors are known to fit its config.json.
 
         Raises:
             ConfigError: a field of config.json that cannot be.
@@ -182,7 +184,7 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
-        """As of any model of ``transformers``, for numbers of ranks that part no pair of heads."""
+        """Distributes a model as ``transformers`` does, over numbers of ranks that keep each pair of heads together."""
         if distributed_config is not None and distributed_config.tp_size > 1:
             model.config.check_tensor_parallel(distributed_config.tp_size)
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
@@ -196,7 +198,7 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """What ``generate`` calls where it makes the masks of a static cache before the pass."""
+        """Makes the mask of a pass over a static cache; ``generate`` calls it before the pass."""
         return model_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
 
     @torch.no_grad()
@@ -241,14 +243,16 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
         Rows may hold several sequences: ``position_ids`` that restart, or ``cu_seq_lens_q`` (see ``masks.py``).
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ConfigError("give exactly one of input_ids and inputs_embeds")
+            given = "no input_ids and no inputs_embeds" if input_ids is None else "both input_ids and inputs_embeds"
+            raise ConfigError(given, "exactly one of input_ids and inputs_embeds", "pass one of them")
         check_cache_name(kwargs)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None and isinstance(lengths := kwargs.get("cu_seq_lens_q"), Tensor):
             position_ids = positions_of_sequences(lengths.to(x.device), *x.shape[:2])
-        # Before ours are made: they are never packed, which a traced graph could not find out.
+        # Pass only positions that the caller gave, because packed sequences are found from them. Our own range is never
+        # packed, which a traced graph cannot know: it would build a mask of T × T.
         mask = model_mask(self.config, x, attention_mask, position_ids, past_key_values, kwargs)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -325,7 +329,7 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
-        """As of any model of ``transformers``, whose engine knows the standard call alone: its cache is paged.
+        """Starts the engine of ``transformers``, whose paged cache works with the standard call alone.
 
         Until the engine is stopped the model runs under ``sdpa``, or the flash implementation that the engine prefers.
         """

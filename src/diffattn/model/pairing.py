@@ -16,7 +16,7 @@ from diffattn.plan.shape import ModelShape
 from diffattn.variants import BASELINE
 
 MATCHES = ("parameters", "shape")
-# What makes a variant of a variant: the twin is the plain softmax model.
+# These change a variant; the twin is the plain softmax model all the same.
 _SWITCHES = {"head_norm", "lambda_form", "pairs_share_group"}
 _COUNTED = ("subln_affine", "head_norm", "lambda_form")
 _OF_THE_SHAPE = {
@@ -45,11 +45,12 @@ def pair_config(
     """The configuration of ``shape``'s variant: under ``match="parameters"`` V2's feed-forward width is narrowed, and
     gated attention's."""
     if match not in MATCHES:
-        raise ConfigError(f"match is {match!r}; wanted one of {', '.join(MATCHES)}")
+        raise ConfigError(f"match={match!r}", f"one of {', '.join(MATCHES)}", "correct the name")
     if of_the_shape := sorted(_OF_THE_SHAPE & config.keys()):
         raise ConfigError(
-            f"{', '.join(of_the_shape)} given beside the shape; wanted in it, because the pair is matched by its "
-            "numbers: use dataclasses.replace on the shape"
+            f"{', '.join(of_the_shape)} beside the shape, by whose numbers the pair is matched",
+            "these numbers in the shape",
+            "use dataclasses.replace on the shape",
         )
     if match == "parameters":
         counted = {name: config[name] for name in _COUNTED if name in config}

@@ -14,8 +14,8 @@ from types import ModuleType
 
 _CONFIG = "transformers.models.auto.configuration_auto"
 _MODEL = "transformers.models.auto.modeling_auto"
-# Importing our model needs these whole; where one of them is the reason that the Auto modules are being imported,
-# registration waits until it is done.
+# Our model imports these. If one of them is only half imported, because it is what imports the Auto classes, then
+# registration waits until it has finished.
 _NEEDED = (
     "transformers.generation.utils",
     "transformers.masking_utils",

@@ -84,7 +84,7 @@ def flattened(source: str) -> str:
 
 
 def _import(node: ast.Import | ast.ImportFrom) -> tuple[bool, list[str]]:
-    """Whether an import is of ours, and what stands for it: nothing for modules that are not shipped."""
+    """Returns whether an import is of ours, and the lines for it: none for modules that are not shipped."""
     if isinstance(node, ast.Import):
         return any(_is_ours(alias.name) for alias in node.names), []
     if node.level or not _is_ours(node.module):
@@ -114,7 +114,7 @@ def _needs(node: ast.AST, gone: set[str]) -> bool:
         return ours and not lines
     if isinstance(node, ast.Name):
         return node.id in gone
-    # As in importlib.resources.files("diffattn.plan").
+    # Such a string names a package, as importlib.resources.files("diffattn.plan") does.
     return isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_ours(node.value)
 
 

@@ -14,6 +14,9 @@ from diffattn.errors import CheckpointError
 from diffattn.model.configuration import DiffTransformerConfig
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
+# The last two parts of an error: what is wanted, and the way out.
+ONE_CHECKPOINT = ("config.json and weights of one checkpoint", "copy or download both again")
+EVERY_TENSOR = ("every tensor of the model, since none is made up", "copy or download the weights again")
 _BASE, _HEAD, _EMBEDDING = "model.", "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -74,8 +77,9 @@ def check_layers(layers: int, tensors: int) -> None:
     """Raise a ``CheckpointError`` for more layers than tensors, which would be built for nothing, by the million."""
     if layers > tensors:
         raise CheckpointError(
-            f"num_hidden_layers is {layers:,} and the weights are {tensors:,} tensors; wanted both of one checkpoint: "
-            "correct config.json, or copy the weights again"
+            f"num_hidden_layers is {layers:,} and the weights are {tensors:,} tensors",
+            "both of one checkpoint",
+            "correct config.json, or copy the weights again",
         )
 
 
@@ -94,12 +98,13 @@ def check_fitting(folder: str | Path, config: DiffTransformerConfig, entries: Ma
         name = mismatched[0]
         raise CheckpointError(
             f"{where} do not fit config.json: {name} is {_sizes(found[name])} there and {_sizes(wanted[name])} by "
-            f"config.json{_more(mismatched)}; files of one checkpoint are wanted"
+            f"config.json{_more(mismatched)}",
+            *ONE_CHECKPOINT,
         )
     last = f"model.layers.{config.num_hidden_layers - 1}."
     if not any(name.startswith(last) for name in found):
         missing = sorted(wanted.keys() - found.keys())
-        raise CheckpointError(f"{where} lack {missing[0]}{_more(missing)}; every tensor is wanted, none is made up")
+        raise CheckpointError(f"{where} lack {missing[0]}{_more(missing)}", *EVERY_TENSOR)
 
 
 def check_folder(folder: str | Path, config: DiffTransformerConfig | None = None) -> None:
@@ -124,19 +129,20 @@ def check_whole(folder: str | Path, config: DiffTransformerConfig, entries: Mapp
     for name, entry in entries.items():
         if entry["dtype"] not in _FLOATS:
             raise CheckpointError(
-                f"{printable(name)} in {str(folder)!r} is {entry['dtype']}; floating-point weights of at least 16 "
-                "bits are wanted: take the model as it was before it was quantised"
+                f"{printable(name)} in {str(folder)!r} is {entry['dtype']}",
+                "floating-point weights of at least 16 bits",
+                "take the model as it was before it was quantised",
             )
     wanted, found = tensor_shapes(config), _of_whole_model(entries)
     where = f"the weights in {str(folder)!r}"
     if config.tie_word_embeddings and (head := found.pop(_HEAD, None)) is not None:
         found.setdefault(_EMBEDDING, head)
     if missing := sorted(wanted.keys() - found.keys()):
-        raise CheckpointError(f"{where} lack {missing[0]}{_more(missing)}; every tensor is wanted, none is made up")
+        raise CheckpointError(f"{where} lack {missing[0]}{_more(missing)}", *EVERY_TENSOR)
     if unexpected := sorted(found.keys() - wanted.keys()):
         raise CheckpointError(
-            f"{where} hold {printable(unexpected[0])}{_more(unexpected)}, for which the model of config.json has no "
-            "place; files of one checkpoint are wanted"
+            f"{where} hold {printable(unexpected[0])}{_more(unexpected)}, which the model of config.json does not have",
+            *ONE_CHECKPOINT,
         )
 
 

@@ -1,6 +1,6 @@
-"""What a run knows of the model that it wrote, kept beside the weights so that it goes where they go.
+"""The record of how a model was trained, kept beside its weights so that it goes where they go.
 
-``training.json`` holds it, and the SHA-256 of the weights that it is said of: for others that were saved over them it
+``training.json`` holds it with the SHA-256 of the weights that it describes: of weights that were saved over them it
 says nothing.
 """
 
@@ -24,24 +24,26 @@ ENOUGH = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """How much a model was trained, and how well it predicts.
-
-    Fields: `attention`, the variant; `parameters`; `vocab_size`, tokens among which each next one is predicted;
-    `steps` and `tokens` of the run; `val_loss`, nats per token on held-out text; `continued`, whether the run began
-    from a model that was trained before, of which nothing is known here.
-    """
+    """The facts of a training: how much a model was trained, and how well it predicts."""
 
     attention: str
+    """The variant."""
     parameters: int
+    """The number of parameters."""
     vocab_size: int
+    """The tokens among which each next one is predicted."""
     steps: int
+    """The optimizer's steps."""
     tokens: int
+    """The tokens that were read in training, repeated ones counted again."""
     val_loss: float
+    """The loss on held-out text, in nats per token."""
     continued: bool
+    """True if the run began from a model that was trained before, of which nothing is known here."""
 
     @property
     def little(self) -> bool:
-        """Whether it was trained on far less than a model of its size needs."""
+        """True if it was trained on far less than a model of its size needs."""
         return not self.continued and self.tokens < ENOUGH * self.parameters
 
     @property
@@ -73,13 +75,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is said of weights, and the digest of those that it is said of."""
+    """The facts of a training that a file claims, before the weights are known to be those it describes."""
 
     trained: Trained
+    """The facts."""
     weights: object
+    """The digest of the weights that they are about, as the file has it."""
 
     def of_weights(self, folder: str | Path) -> Trained | None:
-        """What is said, where the folder has those weights. Reads all of them: a second for each 1.4 GB."""
+        """Returns the facts if the folder has those weights, else None; it reads them all, a second for each 1.4 GB."""
         return self.trained if self.weights == weights_digest(folder) else None
 
 
@@ -89,7 +93,7 @@ def write_trained(folder: Path, trained: Trained) -> None:
 
 
 def read_trained(folder: str | Path) -> Trained | None:
-    """What is known of the weights in a folder; None where nothing is, or where they are others.
+    """Reads the facts about the weights in a folder; None where there are none, or where the weights are others.
 
     Raises:
         CheckpointError: a file that holds something else, or weights that cannot be read.
@@ -99,7 +103,7 @@ def read_trained(folder: str | Path) -> Trained | None:
 
 
 def read_claim(folder: str | Path) -> Claim | None:
-    """What ``training.json`` says, before a weight is read; None where there is none.
+    """Reads ``training.json`` without reading the weights; None where there is no such file.
 
     Raises:
         CheckpointError: a file that holds something else.
@@ -111,7 +115,7 @@ def read_claim(folder: str | Path) -> Claim | None:
     values = read_object(file, way_out=way_out)
     weights = values.pop("weights", None)
     if values.keys() != {field.name for field in fields(Trained)} or not _sound(values):
-        raise CheckpointError(f"{str(file)!r} given; what a run of diffattn train writes is wanted there: {way_out}")
+        raise CheckpointError(f"{str(file)!r} holds something else", "what a run of diffattn train writes", way_out)
     return Claim(Trained(**values), weights)
 
 
