@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from diffattn.cli.arguments import check, chosen, parse
 from diffattn.cli.compare import compare
-from diffattn.cli.options import check, chosen, options_of, parse
+from diffattn.cli.options import options_of
 from diffattn.cli.train import train
 from diffattn.errors import ConfigError
 from diffattn.names import one_of
@@ -88,7 +89,7 @@ def test_a_choice_of_an_option_is_found_in_any_case(tmp_path: Path) -> None:
 
 
 def test_a_choice_that_two_names_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match="one of softmax, diff_v1, diff_v2, gated is wanted"):
+    with pytest.raises(ConfigError, match="wanted one of softmax, diff_v1, diff_v2, gated"):
         check("train", options_of(train), ["--attention", "diff"])
     assert parse("compare", compare, ["--match", "Shape", "--variants", "SOFTMAX", "V1"]) is not None
 

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 
 from diffattn.errors import ConfigError
 
+# The short names of number formats, which are accepted wherever the long ones are.
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 def one_of(
     text: object,

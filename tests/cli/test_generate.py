@@ -63,7 +63,8 @@ def test_json_is_one_object_and_a_dash_reads_stdin(folder, text, capsys, monkeyp
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"low\xff")))
     assert main(["generate", str(folder), "-"]) == 2
     assert (
-        capsys.readouterr().err == "diffattn: byte 3 of stdin is not UTF-8; a prompt in UTF-8 is wanted: convert it\n"
+        capsys.readouterr().err
+        == "diffattn: byte 3 of stdin, which is not UTF-8; wanted a prompt in UTF-8: convert it\n"
     )
 
 
@@ -71,7 +72,7 @@ MISTAKES = {
     "no folder": (["absent", PROMPT], "there is no folder 'absent'; wanted the folder of a checkpoint"),
     "no prompt": (["FOLDER", ""], "the prompt is empty"),
     "cold": (["FOLDER", PROMPT, "--temperature", "-1"], "temperature is -1.0"),
-    "not a number": (["FOLDER", PROMPT, "--temperature", "nan"], "a finite number is wanted"),
+    "not a number": (["FOLDER", PROMPT, "--temperature", "nan"], "wanted a finite number"),
     "no float32": (["FOLDER", PROMPT, "--temperature", "1e300"], "temperature is 1e+300"),
     "a seed beyond the generator's": (
         ["FOLDER", PROMPT, "--seed", "9" * 30],

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 import diffattn
-from diffattn.cli.main import GROUPS, VERBS, main
-from diffattn.cli.options import check, options_of
+from diffattn.cli.arguments import check
+from diffattn.cli.main import GROUPS, VERBS, load, main
+from diffattn.cli.options import options_of
 
 # Words of the code that say nothing to a person who runs it.
 JARGON = (
@@ -42,7 +43,7 @@ def test_a_page_fits_and_holds_no_riddle(name: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("name", list(VERBS))
 def test_every_option_has_a_sentence_and_what_happens_without_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(page(capsys, *name.split(), "--help").split())
-    for option in options_of(VERBS[name]):
+    for option in options_of(load(name)):
         assert option.help[:1].isupper() or option.help[:1].isdigit() or ":" in option.help.split()[0], option
         assert len(option.help.split()) >= 3, option
         assert option.help.endswith("."), option
@@ -65,7 +66,7 @@ def test_the_example_is_of_the_verb_and_has_its_options(name: str, capsys: pytes
     for example in examples:
         assert example.startswith(f"diffattn {name}")
         words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', example.removeprefix(f"diffattn {name}"))]
-        check(name, options_of(VERBS[name]), words)
+        check(name, options_of(load(name)), words)
 
 
 def test_the_pages_of_a_group_list_its_verbs_with_a_sentence_each(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +91,7 @@ def test_help_is_found_however_it_is_asked_for(capsys: pytest.CaptureFixture[str
 
 def test_optional_values_read_as_such(capsys: pytest.CaptureFixture[str]) -> None:
     train = page(capsys, "train", "--help")
-    assert re.search(r"--learning-rate FLOAT\n +Highest learning rate of the run\. Default: 0\.002", train)
+    assert re.search(r"--learning-rate FLOAT\n +Highest learning rate of the run\. \(default: 0\.002\)", train)
     assert re.search(r"--resume  +Go on with the run ", train)
     assert "--from FOLDER " in train
     assert "--shots INT ...\n" in page(capsys, "eval", "icl", "--help")

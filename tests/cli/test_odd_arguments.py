@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from support.small_comparison import write_shape, write_text
 
-from diffattn.cli.main import VERBS, main
-from diffattn.cli.options import options_of, parse
+from diffattn.cli.arguments import parse
+from diffattn.cli.main import VERBS, load, main
+from diffattn.cli.options import options_of
 from diffattn.cli.terminal.console import print_json
 from diffattn.errors import ConfigError
 from diffattn.files import command, write_json
@@ -102,7 +103,7 @@ def test_a_name_that_is_too_long_is_one_line(arguments: list[str], capsys: pytes
 @pytest.mark.parametrize("verb", VERBS)
 def test_numbers_of_hundreds_of_digits_are_refused(verb: str) -> None:
     """Of whole numbers those beyond 64 bits, of others those that are infinite; the last are without a digit."""
-    table = options_of(VERBS[verb])
+    table = options_of(load(verb))
     places = ["a"] * sum(option.positional for option in table)
     for option in table:
         if option.kind not in (int, float) or option.choices:
@@ -110,7 +111,7 @@ def test_numbers_of_hundreds_of_digits_are_refused(verb: str) -> None:
         for value in ("9" * 400, "-" + "9" * 400, "9" * 5000, *(["inf", "nan"] if option.kind is float else [])):
             values = [value] * option.together
             with pytest.raises(ConfigError) as raised:
-                parse(verb, VERBS[verb], [*places, option.name, *values])
+                parse(verb, load(verb), [*places, option.name, *values])
             assert option.name in str(raised.value)
             assert len(str(raised.value)) < 300
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.small_comparison import write_shape, write_text
 
-from diffattn.cli.main import VERBS, main
+from diffattn.cli.main import VERBS, load, main
 from diffattn.cli.options import options_of
 from diffattn.probes import run as evaluation
 from diffattn.sealed import sealed
@@ -146,7 +146,7 @@ def test_the_command_in_a_result_makes_it(verb: str, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("verb", VERBS)
 def test_where_help_is(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"diffattn {verb} --no-such-option-as-this") == 2
-    assert run(printed("; see ", capsys)) == 0
+    assert run(printed("see ", capsys)) == 0
     assert f"usage: diffattn {verb}" in capsys.readouterr().out
 
 
@@ -163,5 +163,5 @@ def test_every_verb_and_option_that_is_named_in_a_message_is_there() -> None:
     assert len(named) > 20
     for file, (verb, options) in named:
         assert verb in VERBS, (file, verb)
-        known = {option.name for option in options_of(VERBS[verb])} | {"--help"}
+        known = {option.name for option in options_of(load(verb))} | {"--help"}
         assert set(options.split()) <= known, (file, verb, options)

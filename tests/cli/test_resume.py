@@ -159,7 +159,7 @@ def test_an_option_that_contradicts_is_refused_before_data_is_prepared(
     line = refused([verb, "--resume", "--out", verb, *more], capsys)
     assert line.startswith(f"diffattn: {verb} was started with")
     assert words in line
-    assert line.endswith("is given; resume without it, or choose another --out\n")
+    assert line.endswith(" out, or choose another --out\n")
 
 
 @pytest.mark.parametrize("verb", ["train", "compare"])
@@ -175,7 +175,7 @@ def test_options_that_agree_may_be_given(
         assert main([verb, "--resume", "--out", verb, "--text", "moved", "--shape", "other.toml"]) == 0
         (Path("moved") / "00.txt").write_text("Another text.")
         line = refused([verb, "--resume", "--out", verb, "--text", "moved"], capsys)
-        assert "now --text moved is given" in line
+        assert "now --text moved;" in line
     finally:
         shutil.rmtree("moved")
         Path("other.toml").unlink()
@@ -210,8 +210,8 @@ def test_a_model_that_is_trained_on_goes_on_with_its_source(
         patch.setattr(RunCallback, "on_log", on_log)
         assert main([*arguments, "--out", "cut"]) == 130
     for more, words in (
-        (["--shape", "small.toml"], "cut was started without --shape, now --shape small.toml is given"),
-        (["--attention", "softmax"], "cut was started with --attention diff_v2, now --attention softmax is given"),
+        (["--shape", "small.toml"], "cut was started without --shape, now --shape small.toml;"),
+        (["--attention", "softmax"], "cut was started with --attention diff_v2, now --attention softmax;"),
         (["--learning-rate", "0.002"], "cut was started with --learning-rate 0.0001, now --learning-rate 0.002"),
     ):
         assert words in refused(["train", "--resume", "--out", "cut", *more], capsys)

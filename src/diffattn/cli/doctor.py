@@ -1,13 +1,12 @@
-"""``diffattn doctor``."""
+"""The verb ``diffattn doctor``."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 
-def doctor(*, build: bool = False, json: bool = False) -> Callable[[], int]:
+def doctor(*, build: bool = False, json: bool = False) -> int:
     """Say what diffattn uses on this machine: versions, processor, kernel, GPU, cache.
 
     Examples:
@@ -15,46 +14,41 @@ def doctor(*, build: bool = False, json: bool = False) -> Callable[[], int]:
 
     Args:
         build: Compile the fused kernel now, also where it was compiled before; exit status 1 where that fails.
-        json: Print all of it as JSON on stdout.
     """
+    from diffattn.cli.terminal.board import Board
+    from diffattn.cli.terminal.console import print_json
+    from diffattn.cli.terminal.screen import screen, wrapped
+    from diffattn.errors import UnsupportedError
+    from diffattn.progress import Stage
 
-    def call() -> int:
-        from diffattn.cli.terminal.board import Board
-        from diffattn.cli.terminal.console import print_json
-        from diffattn.cli.terminal.screen import screen, wrapped
-        from diffattn.errors import UnsupportedError
-        from diffattn.progress import Stage
+    failure = None
+    with Board(keep=False) as board:
+        board.importing()
+        from diffattn.model.doctor import examine
+        from diffattn.ops.cpu.build import compile_kernel
 
-        failure = None
-        with Board(keep=False) as board:
-            board.importing()
-            from diffattn.model.doctor import examine
-            from diffattn.ops.cpu.build import compile_kernel
-
-            if build:
-                board(Stage("compiling the kernel"))
-                try:
-                    compile_kernel(force=True)
-                except UnsupportedError as error:
-                    failure = str(error)
-            facts = examine() | ({"build_failure": failure} if build else {})
-        if json:
-            print_json(facts)
-        else:
-            shown, console = lines(facts), screen()
-            if console.is_terminal:
-                # A pipe keeps a fact on its line, for who searches it.
-                shown = [wrapped(line, console.width, indent="  ") for line in shown]
-            print("\n".join(shown), file=sys.stderr)
-        if failure is not None:
-            print(f"diffattn: {failure}", file=sys.stderr)
-        return 0 if failure is None else 1
-
-    return call
+        if build:
+            board(Stage("compiling the kernel"))
+            try:
+                compile_kernel(force=True)
+            except UnsupportedError as error:
+                failure = str(error)
+        facts = examine() | ({"build_failure": failure} if build else {})
+    if json:
+        print_json(facts)
+    else:
+        shown, console = lines(facts), screen()
+        if console.is_terminal:
+            # A pipe keeps a fact on its line, for who searches it.
+            shown = [wrapped(line, console.width, indent="  ") for line in shown]
+        print("\n".join(shown), file=sys.stderr)
+    if failure is not None:
+        print(f"diffattn: {failure}", file=sys.stderr)
+    return 0 if failure is None else 1
 
 
 def lines(facts: dict[str, Any]) -> list[str]:
-    """What `examine` found, for a person."""
+    """Returns the lines that tell a person what ``examine`` found."""
     kernel = facts["fused_cpu"]
     dtypes = dict.fromkeys(kernel["active"], "active") | kernel["reasons"]
     if not kernel["active"] and len(set(dtypes.values())) == 1:

@@ -1,61 +1,57 @@
-"""``diffattn eval``: the paper's studies, each a verb of its own."""
+"""The verbs of ``diffattn eval``: a verb for each study, ours and those of plug-ins."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Annotated, Any
 
 from diffattn.cli.options import WIDTH
 from diffattn.probes.options import EvaluateOptions
-from diffattn.probes.registry import OURS, listing, load_study, plug_ins
+from diffattn.probes.registry import listing, load_study
 
 
-def _verb(study: str) -> Callable[..., Callable[[], int]]:
+def __getattr__(study: str) -> Callable[..., int]:
+    """Returns the verb of a study, as if this file had a function of its name.
+
+    Raises:
+        AttributeError: a name of Python's own.
+        ConfigError: there is no study of this name.
+        UnsupportedError: the study is of a plug-in that is broken.
+    """
+    if study.startswith("__"):
+        raise AttributeError(study)
+    record = load_study(study)
+
     def verb(
-        models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
-        *,
+        models: Annotated[tuple[str, ...], {"value": "MODEL"}],
         options: Any,
-        text: str = "sotu",
-        field: str = "text",
-        lossy_tokenizer: bool = False,
-        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-        device: Literal["auto", "cpu", "cuda"] = "auto",
-        keep: Path | None = None,
+        shared: EvaluateOptions,
+        *,
         png: Path | None = None,
         json: bool = False,
-    ) -> Callable[[], int]:
-        def call() -> int:
-            from diffattn.cli.terminal.console import Console, print_json
-            from diffattn.files import check_files
+    ) -> int:
+        from diffattn.cli.terminal.console import Console, print_json
+        from diffattn.files import check_files
 
-            check_files(png=png)
-            with Console(f"eval {study}", Path(), resume=False, kept="nothing" if keep is None else "rows") as console:
-                console.importing()
-                from diffattn.probes.run import evaluate
-                from diffattn.report.study_chart import study_rows, write_study_png
+        check_files(png=png)
+        with Console(f"eval {study}", Path(), resume=False, kept="rows" if shared.keep else "nothing") as console:
+            console.importing()
+            from diffattn.probes.run import evaluate
+            from diffattn.report.study_chart import study_rows, write_study_png
 
-                shared = EvaluateOptions(
-                    text=text, text_column=field, lossy_tokenizer=lossy_tokenizer, dtype=dtype, device=device,
-                    keep=keep,
-                )  # fmt: skip
-                result = evaluate(
-                    study, models, options, shared, command=console.command, on_progress=console.counted,
-                    on_stage=console, on_note=console.note,
-                ).to_json()  # fmt: skip
-            console.rows(study_rows(result))
-            if png is not None:
-                write_study_png(result, png)
-            if json:
-                print_json(result)
-            return 0
+            result = evaluate(
+                study, models, options, shared, command=console.command, on_progress=console.counted,
+                on_stage=console, on_note=console.note,
+            ).to_json()  # fmt: skip
+        console.rows(study_rows(result))
+        if png is not None:
+            write_study_png(result, png)
+        if json:
+            print_json(result)
+        return 0
 
-        return call
-
-    record = load_study(study)
     verb.__annotations__["options"] = record.options
     verb.__doc__ = f"""{record.sentence}
 
@@ -65,28 +61,8 @@ def _verb(study: str) -> Callable[..., Callable[[], int]]:
     Args:
         models: Model folders, of diffattn or any language model of transformers; NAME=FOLDER,FOLDER is one model of
             several seeds.
-        text: What to read: a file, a folder, or a data set's id; only the part that is held out from training is read.
-        field: Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet.
-        lossy_tokenizer: Use a tokenizer that loses more than 1% of the text.
-        dtype: Number format of the weights; auto: as in the file.
-        device: Where to run: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one.
-        keep: Folder to keep what is measured, so that a study that was stopped can go on.
-        png: Picture file to write the chart into.
-        json: Print the result as JSON on stdout.
     """
     return verb
-
-
-EVAL: dict[str, Callable[..., Callable[[], int]]] = {f"eval {study}": _verb(study) for study in OURS}
-
-
-def plugged_in(word: str) -> Callable[..., Callable[[], int]] | None:
-    """Returns the verb of a plug-in's study; None where there is none of this name.
-
-    Raises:
-        UnsupportedError: the plug-in is broken.
-    """
-    return _verb(word) if word in plug_ins() else None
 
 
 def studies() -> str:

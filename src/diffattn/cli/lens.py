@@ -1,28 +1,25 @@
-"""``diffattn lens``."""
+"""The verb ``diffattn lens``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import tyro
+from diffattn.model.options import LoadOptions
+from diffattn.probes.lens_options import LensOptions
 
 
 def lens(
-    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    models: Annotated[tuple[str, ...], {"value": "MODEL"}],
+    options: LensOptions,
+    load: LoadOptions,
     *,
-    text: str,
     html: Path = Path("lens.html"),
     png: Path | None = None,
     layer: int = 0,
     head: int = 0,
-    layers: tuple[int, ...] | None = None,
-    answer: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
     json: bool = False,
-) -> Callable[[], int]:
+) -> int:
     """Write a web page that shows a model's attention maps over a text.
 
     Of a differential model it shows both maps and what is left of them. Two models are shown beside each other.
@@ -32,44 +29,35 @@ def lens(
 
     Args:
         models: One or two model folders.
-        text: The text that the model reads, up to 2048 tokens.
         html: File to write the page into.
         png: Picture file to write the maps of --layer and --head into.
         layer: Layer of the picture, counted from 0.
         head: Head of the picture, counted from 0.
-        layers: Layers that the page shows, counted from 0. Default: all.
-        answer: A part of the text; the page counts attention to anything else as noise.
-        dtype: Number format of the weights; auto: as in the file.
-        device: Where to run: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one.
         json: Print what the page holds as JSON on stdout.
     """
+    from diffattn.cli.arguments import command_line
+    from diffattn.cli.terminal.board import Board
+    from diffattn.cli.terminal.console import print_json
+    from diffattn.files import check_files, write_text
 
-    def call() -> int:
-        from diffattn.cli.arguments import command_line
-        from diffattn.cli.terminal.board import Board
-        from diffattn.cli.terminal.console import print_json
-        from diffattn.files import check_files, write_text
+    check_files(html=html, png=png)
+    with Board(keep=False) as board:
+        board.importing()
+        from diffattn.probes.lens import lens as read
+        from diffattn.probes.lens import names_of
+        from diffattn.report.lens_page import lens_pngs, render_lens, write_lens_pngs
 
-        check_files(html=html, png=png)
-        with Board(keep=False) as board:
-            board.importing()
-            from diffattn.probes.lens import lens as read
-            from diffattn.probes.lens import names_of
-            from diffattn.report.lens_page import lens_pngs, render_lens, write_lens_pngs
-
-            for picture in lens_pngs(names_of(models), png) if png is not None else ():
-                check_files(html=html, png=picture)
-            seen = read(
-                models, text, layers=layers, answer=answer, picture=None if png is None else (layer, head),
-                dtype=dtype, device=device, command=command_line(), on_stage=board,
-            )  # fmt: skip
-        result = seen.to_json()
-        if png is not None:
-            write_lens_pngs(result, png)
-        write_text(html, render_lens(result))
-        board.note(f"{html} shows {len(seen.tokens)} tokens; open it in a browser")
-        if json:
-            print_json(result)
-        return 0
-
-    return call
+        for picture in lens_pngs(names_of(models), png) if png is not None else ():
+            check_files(html=html, png=picture)
+        seen = read(
+            models, **vars(options), picture=None if png is None else (layer, head), **vars(load),
+            command=command_line(), on_stage=board,
+        )  # fmt: skip
+    result = seen.to_json()
+    if png is not None:
+        write_lens_pngs(result, png)
+    write_text(html, render_lens(result))
+    board.note(f"{html} shows {len(seen.tokens)} tokens; open it in a browser")
+    if json:
+        print_json(result)
+    return 0

@@ -1,8 +1,9 @@
-"""The command line: each verb is a thin front of a public Python function."""
+"""The command line: a table of verbs, each a thin front of a public Python function that is loaded when it is asked."""
 
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import os
 import shutil
@@ -12,36 +13,26 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from diffattn import __version__
-from diffattn.cli.ablation import ablation
-from diffattn.cli.arguments import remember
-from diffattn.cli.compare import compare
-from diffattn.cli.convert import convert
-from diffattn.cli.doctor import doctor
-from diffattn.cli.evaluate import EVAL, plugged_in, studies
-from diffattn.cli.export import export
-from diffattn.cli.generate import generate
-from diffattn.cli.lens import lens
-from diffattn.cli.options import WIDTH, help_of, nearest, parse, shortened, summary
-from diffattn.cli.plan import plan
-from diffattn.cli.scale import scale_fit, scale_run
-from diffattn.cli.serve import serve
-from diffattn.cli.train import train
+from diffattn.cli.arguments import nearest, parse, remember, shortened
+from diffattn.cli.options import WIDTH, help_of, summary
 from diffattn.errors import ConfigError, DiffattnError, TrainingError
+from diffattn.probes.registry import OURS, plug_ins
 
-VERBS: dict[str, Callable[..., Callable[[], int]]] = {
-    "compare": compare,
-    "train": train,
-    "plan": plan,
-    "scale run": scale_run,
-    "scale fit": scale_fit,
-    "generate": generate,
-    "serve": serve,
-    "convert": convert,
-    "export": export,
-    **EVAL,
-    "eval ablation": ablation,
-    "lens": lens,
-    "doctor": doctor,
+# By verb: the module and the function that is called with the verb's options, and returns the exit status.
+VERBS = {
+    "compare": "diffattn.cli.compare:compare",
+    "train": "diffattn.cli.train:train",
+    "plan": "diffattn.cli.plan:plan",
+    "scale run": "diffattn.cli.scale:scale_run",
+    "scale fit": "diffattn.cli.scale:scale_fit",
+    "generate": "diffattn.cli.generate:generate",
+    "serve": "diffattn.cli.serve:serve",
+    "convert": "diffattn.cli.convert:convert",
+    "export": "diffattn.cli.convert:export",
+    **{f"eval {study}": f"diffattn.cli.evaluate:{study}" for study in OURS},
+    "eval ablation": "diffattn.cli.ablation:ablation",
+    "lens": "diffattn.cli.lens:lens",
+    "doctor": "diffattn.cli.doctor:doctor",
 }
 GROUPS = {
     "scale": "Train models of growing size, and fit scaling laws to their losses.",
@@ -49,12 +40,20 @@ GROUPS = {
 }
 _ABOUT = "Differential Transformers, each next to the softmax Transformer that it replaces."
 _HELP = ("-h", "--help")
-_OF_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 _VERSION = ("-V", "--version")
+_UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+
+
+def load(verb: str) -> Callable[..., int]:
+    """Returns the function of a verb; no other verb's module is imported."""
+    # The study of a plug-in stands in no table.
+    module, _, function = VERBS.get(verb, f"diffattn.cli.evaluate:{verb.partition(' ')[2]}").partition(":")
+    found: Callable[..., int] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``diffattn``; the exit status is 0, 2 for a user's mistake, 1 for a run that failed, 130 for Ctrl-C."""
+    """Runs ``diffattn``; the exit status is 0, 2 for a user's mistake, 1 for a run that failed, 130 for Ctrl-C."""
     # Waiting threads that spin lose nearly all speed where other work shares the cores; read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
@@ -64,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if arguments is None else list(arguments))
     except TrainingError as error:
-        return _fail(str(error), status=1)
+        return _fail(error, status=1)
     except DiffattnError as error:
-        return _fail(str(error), status=2)
+        return _fail(error, status=2)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -74,11 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        # Of a path that was given; it is used in many places, and each of them may meet one that cannot be.
-        if error.errno not in _OF_A_PATH or not isinstance(error.filename, str | bytes):
+        # A path that was given is used in many places, and each of them may meet one that cannot be used.
+        if error.errno not in _UNUSABLE or not isinstance(error.filename, str | bytes):
             raise
-        given = shortened(os.fsdecode(error.filename))
-        return _fail(f"{given!r} cannot be used: {os.strerror(error.errno)}; check the path and its rights", status=2)
+        given = f"{shortened(os.fsdecode(error.filename))!r} ({os.strerror(error.errno)})"
+        return _fail(ConfigError(given, "a path that can be used", "check the path and its rights"), status=2)
 
 
 def _run(arguments: list[str]) -> int:
@@ -93,66 +92,66 @@ def _run(arguments: list[str]) -> int:
     if asked and (not arguments or arguments[0] in _HELP):
         return _say(overview())
     if arguments == ["eval", "--list"]:
+        from diffattn.cli.evaluate import studies
+
         return _say(studies())
     verb, rest = _verb(arguments, asked)
     if verb in GROUPS:
         return _say(overview(verb))
     if asked:
-        return _say(help_of(verb, VERBS[verb]))
-    return parse(verb, VERBS[verb], rest)()
+        return _say(help_of(verb, load(verb)))
+    status = parse(verb, load(verb), rest)()
+    return status() if callable(status) else status
 
 
 def _verb(arguments: list[str], asked: bool) -> tuple[str, list[str]]:
-    """The verb that is named, or a group of verbs where help is asked for, and the words behind it.
+    """Returns the verb that is named, or a group of verbs where help is asked for, and the words behind it.
 
     Raises:
         ConfigError: no verb, or one that there is not.
     """
     if not arguments:
-        raise ConfigError("a verb is missing; wanted one, such as diffattn compare; all of them: diffattn --help")
+        raise ConfigError("no verb", "one, such as diffattn compare", "all of them: diffattn --help")
     first, *rest = arguments
     if first in VERBS:
         return first, rest
     if first in GROUPS:
         second = next(iter(rest), "")
-        if first == "eval" and (study := plugged_in(second)) is not None:
-            VERBS[f"eval {second}"] = study
-        if f"{first} {second}" in VERBS:
+        if f"{first} {second}" in VERBS or (first == "eval" and second in plug_ins()):
             return f"{first} {second}", rest[1:]
         if asked and second.startswith("-"):
             return first, rest
         known = [name.partition(" ")[2] for name in VERBS if name.startswith(f"{first} ")]
-        near = nearest(second, known)
-        given = f"{shortened(second)!r} given behind it" if second else "nothing stands behind it"
-        wanted = f"perhaps you meant {near}" if near else f"wanted one of {', '.join(known)}"
-        raise ConfigError(f"diffattn {first}: {given}; {wanted}; see diffattn {first} --help")
+        given = f"diffattn {first} {shortened(repr(second))}" if second else f"diffattn {first} alone"
+        raise ConfigError(given, f"one of {', '.join(known)} behind {first}",
+                          f"{_meant(nearest(second, known))}see diffattn {first} --help")  # fmt: skip
     if first.startswith("-"):
         later = next((word for word in rest if word in VERBS or word in GROUPS), None)
-        behind = f"write it behind the verb: diffattn {later} {first} ..."
-        way = behind if later else "a verb is wanted first, such as diffattn compare"
-        raise ConfigError(f"{shortened(first)} given in place of a verb; {way}; see diffattn --help")
+        write = f"write diffattn {later} {first} ..." if later else "all verbs: diffattn --help"
+        raise ConfigError(f"{shortened(first)} before the verb", "the verb first, such as diffattn compare", write)
     # A study alone is known by the second of its words.
     full = {name: name for name in (*VERBS, *GROUPS)} | {name.partition(" ")[2]: name for name in VERBS if " " in name}
     near = nearest(first, full)
-    hint = f"perhaps you meant diffattn {full[near]}; " if near else ""
-    raise ConfigError(f"{shortened(first)!r} given; a verb of diffattn is wanted; {hint}see diffattn --help")
+    way_out = f"{_meant(near and f'diffattn {full[near]}')}see diffattn --help"
+    raise ConfigError(shortened(repr(first)), "a verb of diffattn", way_out)
+
+
+def _meant(near: str | None) -> str:
+    return f"perhaps you meant {near}; " if near else ""
 
 
 def overview(group: str | None = None) -> str:
-    """The verbs, or those of one group, with a sentence each."""
+    """Returns the verbs, or those of one group, with a sentence each."""
     width = min(WIDTH, shutil.get_terminal_size().columns)
     names = [name for name in VERBS if group is None or name.startswith(f"{group} ")]
     column = max(map(len, names)) + 4
     lines = [f"usage: diffattn {f'{group} ' if group else ''}VERB [OPTIONS]", ""]
     lines += [textwrap.fill(GROUPS[group] if group else _ABOUT, width), "", "verbs:"]
     for name in names:
-        lines.append(
-            textwrap.fill(
-                summary(VERBS[name]), width, initial_indent=f"  {name}".ljust(column), subsequent_indent=" " * column
-            )
-        )
-    first = "eval noise" if group == "eval" else "scale run" if group else "compare"
-    lines += ["", f"diffattn {first} --help says more of one verb, and so for each."]
+        first, later = f"  {name}".ljust(column), " " * column
+        lines.append(textwrap.fill(summary(load(name)), width, initial_indent=first, subsequent_indent=later))
+    example = "eval noise" if group == "eval" else "scale run" if group else "compare"
+    lines += ["", f"diffattn {example} --help says more of one verb, and so for each."]
     if group == "eval":
         lines += ["diffattn eval --list shows the studies, also those of plug-ins."]
     if group is None:
@@ -165,6 +164,6 @@ def _say(text: str) -> int:
     return 0
 
 
-def _fail(line: str, *, status: int) -> int:
-    print(f"diffattn: {line}", file=sys.stderr)
+def _fail(error: DiffattnError, *, status: int) -> int:
+    print(f"diffattn: {error}", file=sys.stderr)
     return status

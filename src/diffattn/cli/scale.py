@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from diffattn.cli.arguments import command_line
 from diffattn.errors import DataError
 from diffattn.files import command
@@ -21,7 +19,7 @@ def scale_run(
     variants: tuple[str, ...] = ("softmax", "diff_v1", "diff_v2"),
     seeds: int = 3,
     text: str = "sotu",
-    text_column: Annotated[str, tyro.conf.arg(name="field")] = "text",
+    text_column: Annotated[str, {"option": "field"}] = "text",
     vocab_size: int = 1024,
     context: int = 256,
     needles: float = 0.0,
@@ -95,10 +93,10 @@ def scale_run(
 
 
 def scale_fit(
-    points: Annotated[str, tyro.conf.Positional],
+    points: str,
     *,
     size: Literal["parameters", "non_embedding_parameters"] = "parameters",
-    at: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SIZE")] = (),
+    at: Annotated[tuple[str, ...], {"value": "SIZE"}] = (),
     bootstrap: int = 1000,
     seed: int = 0,
     png: Path | None = None,

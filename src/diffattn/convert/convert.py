@@ -13,12 +13,12 @@ from diffattn.config_fields import Config, dtype_name, shown
 from diffattn.convert import diffllama, llama, unilm
 from diffattn.convert.folder import check_destination, check_loads, read_folder, write_folder
 from diffattn.convert.layout import EMBEDDING, Tensors
+from diffattn.convert.options import TARGETS
 from diffattn.convert.reading import LLAMA_LIKE, OURS
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.variants import ATTENTIONS, DEFAULT
 
-TARGETS = ("softmax", "diff_v1", "diff_v2", "dex", "diffllama", "reference", "llama")
 _BITS = "every weight is kept bit for bit"
 
 

@@ -25,6 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from diffattn.config_fields import Config, dtype_name
 from diffattn.convert.layout import Tensors, twice_each_head
+from diffattn.convert.options import NOISE
 from diffattn.convert.reading import (
     LLAMA_LIKE,
     SHARED,
@@ -38,8 +39,6 @@ from diffattn.convert.reading import (
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.variants import BASELINE
-
-NOISE = ("copy", "perturbed")
 
 
 def to_softmax(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:

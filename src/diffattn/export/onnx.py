@@ -10,7 +10,8 @@ from diffattn.checkpoint_files import companions, copy_companions, read_config
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.export.check import CheckReport, Expected, OnnxCheckError, check_float32, check_quantized
 from diffattn.export.graph import GROUPED, OPSET, save, to_graph, weight_bytes
-from diffattn.export.quantize import BITS, check_block_size, quantize
+from diffattn.export.options import BITS, ExportOptions
+from diffattn.export.quantize import check_block_size, quantize
 from diffattn.export.run import DATA_FILE, MODEL_FILE, require
 from diffattn.files import whole_folder
 from diffattn.folders import own_folder
@@ -49,20 +50,19 @@ def export_onnx(
     folder: str | Path,
     out: str | Path | None = None,
     *,
-    cache: bool = True,
-    bits: int | None = None,
-    block_size: int = 32,
-    check: bool = False,
+    cache: bool = ExportOptions.cache,
+    bits: int | None = ExportOptions.bits,
+    block_size: int = ExportOptions.block_size,
+    check: bool = ExportOptions.check,
     on_stage: OnStage = unseen,
 ) -> OnnxExport:
     """Write ``model.onnx``, its configuration and its tokenizer into a folder, whole or not at all.
 
     Args:
         folder: a checkpoint of ours; half-precision weights are exported as float32.
-        out: where to. Default: ``onnx``, ``onnx-int8`` or ``onnx-int4`` in ``folder``.
+        out, block_size: see :class:`diffattn.export.options.ExportOptions`.
         cache: take and return keys and values, for decoding token by token.
         bits: 8 or 4 to quantise the weights (see ``diffattn.export.quantize``); ``None`` for float32.
-        block_size: weights that share one scale, with ``bits``: 16, 32, 64, 128 or 256.
         check: compare the written model with the torch model (see ``diffattn.export.check``); one that differs by
             more than rounding does not stay.
         on_stage: called with what is being done and how much of it is.

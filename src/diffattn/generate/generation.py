@@ -27,7 +27,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.generate.decoding import Decoding, check_assisted, generation_config
-from diffattn.model.loading import Device, Dtype, check_tokens, load, positions_of
+from diffattn.generate.options import GenerateOptions
+from diffattn.model.loading import check_tokens, load, positions_of
+from diffattn.model.options import Device, Dtype, LoadOptions
 from diffattn.progress import OnStage, Stage, unseen
 
 
@@ -55,23 +57,22 @@ def generate(
     prompt: str,
     decoding: Decoding | None = None,
     *,
-    chat: bool = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    attn_implementation: str | None = None,
-    assistant: str | Path | None = None,
+    chat: bool = GenerateOptions.chat,
+    dtype: Dtype = LoadOptions.dtype,
+    device: Device = LoadOptions.device,
+    attn_implementation: str | None = GenerateOptions.attn_implementation,
+    assistant: str | Path | None = GenerateOptions.assistant,
     on_text: Callable[[str], None] | None = None,
     on_stage: OnStage = unseen,
 ) -> Generated:
     """Continue a prompt with the model in a folder.
 
     Args:
-        folder, dtype, device, attn_implementation: as of :func:`diffattn.model.loading.load`.
+        folder: folder of a model, as :func:`diffattn.model.loading.load` takes it.
         prompt: the text to continue, or with ``chat`` what the user says.
-        decoding: default: greedy, at most 128 tokens.
-        chat: put the prompt into the tokenizer's chat template.
-        assistant: folder of a smaller model with the same tokenizer, which drafts tokens that the model then checks
-            several at a time. The text is the same (greedy) or as likely (drawn).
+        decoding: the choice of the next token. Default: that of :class:`diffattn.generate.decoding.Decoding`.
+        chat, attn_implementation, assistant: see :class:`diffattn.generate.options.GenerateOptions`.
+        dtype, device: see :class:`diffattn.model.options.LoadOptions`.
         on_text: called with each piece of text as soon as it is whole, in this thread; with beams once, at the end.
         on_stage: called with what is done before the first piece of text.
 

@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -31,11 +31,10 @@ from diffattn.config_fields import GENERATION, check, check_ids, layers_of, show
 from diffattn.errors import CheckpointError, ConfigError, DiffattnError, UnsupportedError
 from diffattn.files import read_object
 from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.options import Device, Dtype, LoadOptions
 from diffattn.model.tensors import EVERY_TENSOR, ONE_CHECKPOINT, check_layers, check_whole
 
 DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
-Dtype = Literal["auto", "float32", "bfloat16"]
-Device = Literal["auto", "cpu", "cuda"]
 _GENERATION = "generation_config.json"
 # Beside tokenizer.json, each an object where it is there.
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
@@ -43,8 +42,8 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_t
 
 def load(
     folder: str | Path,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = LoadOptions.dtype,
+    device: Device = LoadOptions.device,
     attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in evaluation mode and its tokenizer, from a folder; ours, or any that ``AutoModelForCausalLM`` loads.
@@ -88,8 +87,8 @@ def check_tokens(model: PreTrainedModel, ids: Iterable[int]) -> None:
 
 def load_model(
     folder: str | Path,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = LoadOptions.dtype,
+    device: Device = LoadOptions.device,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """The model of :func:`load`, whose arguments and errors it has, where no tokenizer is wanted."""

@@ -11,11 +11,11 @@ from torch import Tensor
 from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.options import MATCHES
 from diffattn.plan.cost import Parameters, count_parameters, match_parameters
 from diffattn.plan.shape import ModelShape
 from diffattn.variants import BASELINE
 
-MATCHES = ("parameters", "shape")
 # These change a variant; the twin is the plain softmax model all the same.
 _SWITCHES = {"head_norm", "lambda_form", "pairs_share_group"}
 _COUNTED = ("subln_affine", "head_norm", "lambda_form")

@@ -19,8 +19,10 @@ from diffattn.config_fields import shown
 from diffattn.errors import ConfigError, DataError, UnsupportedError
 from diffattn.generate.generation import check_prompt
 from diffattn.model.attention import DiffV1Attention
-from diffattn.model.loading import Device, Dtype, check_tokens, load, positions_of
+from diffattn.model.loading import check_tokens, load, positions_of
+from diffattn.model.options import Device, Dtype, LoadOptions
 from diffattn.probes.attention_calls import LayerCall, served_by
+from diffattn.probes.lens_options import LensOptions
 from diffattn.probes.maps import attention_maps, token_labels
 from diffattn.probes.options import fitting_length
 from diffattn.progress import OnStage, Stage, unseen
@@ -36,11 +38,11 @@ def lens(
     folders: Sequence[str | Path],
     text: str,
     *,
-    layers: Sequence[int] | None = None,
-    answer: str | None = None,
+    layers: Sequence[int] | None = LensOptions.layers,
+    answer: str | None = LensOptions.answer,
     picture: tuple[int, int] | None = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = LoadOptions.dtype,
+    device: Device = LoadOptions.device,
     command: str = "diffattn.lens(...)",
     on_stage: OnStage = unseen,
 ) -> LensResult:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
@@ -80,7 +80,7 @@ class EvaluateOptions:
 
     text: str = "sotu"
     """Text to read: a file, a folder, or a data set's id; only the held-out part of it is read."""
-    text_column: str = "text"
+    text_column: str = field(default="text", metadata={"option": "field"})
     """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
     lossy_tokenizer: bool = False
     """Use a tokenizer that loses more than 1% of the text."""

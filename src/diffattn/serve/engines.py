@@ -12,16 +12,17 @@ import socket
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from diffattn.checkpoint_files import checked_config, read_config, read_tensors
 from diffattn.config_fields import shown
 from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
+from diffattn.model.options import Device, Dtype, LoadOptions
 from diffattn.model.trained import read_trained
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.serve.hosts import Hosts
+from diffattn.serve.options import Engine, ServeOptions
 
-Engine = Literal["auto", "vllm", "transformers"]
 PLUGIN_GROUP = "vllm.general_plugins"
 # How each is installed, best first.
 INSTALL = {
@@ -33,16 +34,16 @@ _SERVER_PACKAGES = ("fastapi", "openai", "uvicorn")
 
 def serve(
     folder: str | Path,
-    engine: Engine = "auto",
+    engine: Engine = ServeOptions.engine,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    api_key: str | None = None,
-    model_name: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    max_context: int | None = None,
-    allow_host: Sequence[str] = (),
+    host: str = ServeOptions.host,
+    port: int = ServeOptions.port,
+    api_key: str | None = ServeOptions.api_key,
+    model_name: str | None = ServeOptions.model_name,
+    dtype: Dtype = LoadOptions.dtype,
+    device: Device = LoadOptions.device,
+    max_context: int | None = ServeOptions.max_context,
+    allow_host: Sequence[str] = ServeOptions.allow_host,
     on_note: Callable[[str], None] = lambda note: None,
     on_stage: OnStage = unseen,
 ) -> None:
@@ -50,15 +51,10 @@ def serve(
 
     Args:
         folder: of a model of ours: config.json, safetensors, a tokenizer.
-        engine: ``"auto"``: vLLM where it is installed, else ``transformers``.
-        host: address to listen on. Default: reached from this machine alone.
-        port: 0 takes one that is free.
-        api_key: that clients have to send as a bearer token. Default: none.
-        model_name: by which clients ask for the model; the folder as given is one too. Default: the folder's name.
-        dtype: of the weights. ``"auto"``: the checkpoint's.
-        device: ``"auto"``: the GPU where there is one.
-        max_context: tokens that prompt and answer may have together. Default, and at most: the model's positions.
+        engine, host, port, model_name, max_context: see :class:`diffattn.serve.options.ServeOptions`.
+        api_key: key that clients have to send as a bearer token. Default: none.
         allow_host: more names by which clients may call this machine; see :class:`diffattn.serve.hosts.Hosts`.
+        dtype, device: see :class:`diffattn.model.options.LoadOptions`.
         on_note: is given what a person should know: which engine, where, what is unsafe.
         on_stage: called with what is done before requests are answered.
 
@@ -99,13 +95,13 @@ def serve(
 
 def prepare(
     folder: str | Path,
-    engine: Engine = "auto",
+    engine: Engine = ServeOptions.engine,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    api_key: str | None = None,
-    model_name: str | None = None,
-    max_context: int | None = None,
+    host: str = ServeOptions.host,
+    port: int = ServeOptions.port,
+    api_key: str | None = ServeOptions.api_key,
+    model_name: str | None = ServeOptions.model_name,
+    max_context: int | None = ServeOptions.max_context,
 ) -> tuple[str, tuple[str, ...], socket.socket, int]:
     """What :func:`serve` finds out before it starts: the engine, the model's names, a listening socket, the context."""
     chosen = choose(engine)

@@ -15,6 +15,7 @@ from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.loading import check_weights, load_config, load_model, load_tokenizer
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
+from diffattn.train.options import TrainOptions
 from diffattn.train.own import to_keep
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import TrainResult
@@ -34,10 +35,10 @@ def continue_training(
     recipe: Recipe,
     out: str | Path,
     *,
-    text: str = "sotu",
-    text_column: str = "text",
-    context: int | None = None,
-    lossy_tokenizer: bool = False,
+    text: str = TrainOptions.text,
+    text_column: str = TrainOptions.text_column,
+    context: int | None = TrainOptions.context,
+    lossy_tokenizer: bool = TrainOptions.lossy_tokenizer,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
@@ -53,10 +54,8 @@ def continue_training(
         recipe: see :class:`diffattn.train.recipe.Recipe`; its seed is that of the order of the data. ``LEARNING_RATE``
             suits a pretrained model better than the recipe's own.
         out: the run folder; it must not hold a run unless ``resume``.
-        text: a file, a folder, or a data set's id.
-        text_column: the field of a row that holds the text.
+        text, text_column, lossy_tokenizer: see :class:`diffattn.train.options.TrainOptions`.
         context: tokens per block; default ``CONTEXT``, or the model's ``max_position_embeddings`` where that is less.
-        lossy_tokenizer: take a tokenizer that does not give 1% of the text's bytes back, or more.
         resume: continue from the last good checkpoint in ``out``; ``source`` has to be the same model still.
         on_progress: called after each step.
         on_stage: called with what is done beside the steps, and how much of it is.

@@ -9,6 +9,7 @@ from diffattn.plan.shape import ModelShape
 from diffattn.progress import OnStage, unseen
 from diffattn.train.callbacks import Progress
 from diffattn.train.continued import continue_training
+from diffattn.train.options import TrainOptions
 from diffattn.train.own import read_own
 from diffattn.train.record import TrainResult
 from diffattn.train.single import train_shape
@@ -19,8 +20,8 @@ def resume_training(
     *,
     text: str | None = None,
     source: str | Path | None = None,
-    shape: ModelShape | str = "3M",
-    match: str = "parameters",
+    shape: ModelShape | str = TrainOptions.shape,
+    match: str = TrainOptions.match,
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
     on_note: Callable[[str], None] = lambda line: None,

