@@ -6,7 +6,7 @@ python examples/pair.py runs/pair --steps 200 --seeds 3
 import argparse
 from statistics import fmean
 
-from diffattn import ModelShape, Recipe, build_pair, prepare_data, train_model
+from diffattn import ModelShape, Recipe, build_pair, load_shape, prepare_data, train_model
 
 
 def main(out: str, text: str, shape: ModelShape, steps: int, seeds: int) -> list[float]:
@@ -31,4 +31,4 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=100, help="steps of each run")
     parser.add_argument("--seeds", type=int, default=2, help="pairs to train")
     given = parser.parse_args()
-    main(given.out, given.text, ModelShape.load(given.shape), given.steps, given.seeds)
+    main(given.out, given.text, load_shape(given.shape), given.steps, given.seeds)
