@@ -135,7 +135,7 @@ def test_a_record_is_frozen():
 
 
 def test_few_places_ask_for_a_variant_by_its_name():
-    asks = re.compile(r'(==|!=|in|is) *[({\[]?"(' + "|".join(ATTENTIONS) + ')"')
+    asks = re.compile(r'(==|!=|\bin\b|\bis\b) *[({\[]?"(' + "|".join(ATTENTIONS) + ')"')
     root = Path(diffattn.__file__).parent
     exempt = {root / "variants.py", root / "model" / "attention.py"}
     found = [
