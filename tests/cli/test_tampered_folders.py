@@ -196,13 +196,13 @@ REFUSED |= {
     "weights too large": (weights(lambda tensors: [each.fill_(3e38) for each in tensors.values()]), "logits are no"),
     "weights renamed": (weights(lambda tensors: tensors.update({"model.x": tensors.pop(ONE)})), f"lack {ONE}"),
     "weights missing": (weights(lambda tensors: tensors.pop(ONE)), f"lack {ONE}"),
-    "weights extra": (weights(lambda tensors: tensors.update({"a\nb": torch.ones(3)})), "hold 'a\\nb', for which"),
+    "weights extra": (weights(lambda tensors: tensors.update({"a\nb": torch.ones(3)})), "hold 'a\\nb', which"),
     "weights transposed": (one(lambda w: w.T.contiguous()), f"{ONE} is 61×67 there and 67×61 by config.json"),
     "weights of size 0": (one(lambda w: w[:0]), f"{ONE} is 0×61 there"),
-    "weights int8": (one(lambda w: w.to(torch.int8)), "is I8; floating-point weights of at least 16 bits"),
-    "weights bool": (one(lambda w: w > 0), "is BOOL; floating-point weights"),
-    "weights float8": (one(lambda w: w.to(torch.float8_e4m3fn)), "is F8_E4M3; floating-point weights"),
-    "weights complex": (one(lambda w: w.to(torch.complex64)), "is C64; floating-point weights"),
+    "weights int8": (one(lambda w: w.to(torch.int8)), "is I8; wanted floating-point weights of at least 16 bits"),
+    "weights bool": (one(lambda w: w > 0), "is BOOL; wanted floating-point weights"),
+    "weights float8": (one(lambda w: w.to(torch.float8_e4m3fn)), "is F8_E4M3; wanted floating-point weights"),
+    "weights complex": (one(lambda w: w.to(torch.complex64)), "is C64; wanted floating-point weights"),
     "no tensor": (weights(lambda tensors: tensors.clear()), "num_hidden_layers is 3 and the weights are 0 tensors"),
     "weights empty": (file(WEIGHTS, b""), "is damaged"),
     "weights cut": (half(WEIGHTS), "is damaged"),
@@ -324,7 +324,7 @@ def test_weights_that_are_no_numbers_are_found_by_every_verb_that_reads_them(
 
 
 LENS = {
-    "no text": (["--text", ""], "the text has 0 tokens; wanted 2 to 2048"),
+    "no text": (["--text", ""], "the text has 0 tokens; wanted 2 to 2,048"),
     "half a character": (["--text", "low\udcff"], "character 3 of the text is no text; wanted a text in UTF-8"),
     "a longer text than the model reads": (["--text", "low " * 300], "tokens"),
     "an answer of nothing": (["--text", "low lower", "--answer", ""], "the answer '' is not in the text"),
