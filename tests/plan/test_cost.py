@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -46,8 +47,7 @@ def refused(call, *wanted: str) -> None:
         call()
     line = str(caught.value)
     assert "\n" not in line
-    assert "; wanted " in line or len(line.split("; ")) >= 3, line
-    assert "want" in line
+    assert re.search(r"; wanted .+: .+", line), line
     for words in wanted:
         assert words in line, line
 
@@ -138,7 +138,7 @@ def test_a_multiple_of_8_gives_way_to_the_nearest_integer():
 
 def test_no_width_matches():
     thin = dataclasses.replace(PRIME, intermediate_size=30)
-    refused(lambda: match_parameters(thin, "diff_v2"), "intermediate_size=30 given", "narrowed by 30.0", "widen")
+    refused(lambda: match_parameters(thin, "diff_v2"), "intermediate_size=30", "narrows it by 30.0", "widen")
     assert match_parameters(dataclasses.replace(PRIME, intermediate_size=31), "diff_v2").intermediate_size == 1
     odd = dataclasses.replace(PRIME, num_heads=8, head_dim=12)  # exact: 163 - 8·13/3, no integer
     refused(lambda: match_parameters(odd, "diff_v2", tolerance=0.0), "0.00%")
@@ -223,10 +223,10 @@ def test_cache_is_the_same_for_every_variant():
 
 def test_users_mistakes_are_one_line():
     for count in (count_parameters, match_parameters):
-        refused(lambda count=count: count(PRIME, "diff"), "attention='diff' given", "softmax, diff_v1, diff_v2")
+        refused(lambda count=count: count(PRIME, "diff"), "attention='diff'", "softmax, diff_v1, diff_v2")
     odd = dataclasses.replace(PRIME, num_kv_heads=3)
-    refused(lambda: count_parameters(odd, "diff_v1"), "num_kv_heads=3 given")
-    refused(lambda: cache_bytes_per_token(odd, "diff_v1", bytes_per_value=2), "num_kv_heads=3 given")
+    refused(lambda: count_parameters(odd, "diff_v1"), "num_kv_heads=3")
+    refused(lambda: cache_bytes_per_token(odd, "diff_v1", bytes_per_value=2), "num_kv_heads=3")
     refused(lambda: cache_bytes_per_token(PRIME, "diff_v1", bytes_per_value=0), "bytes_per_value=0;")
     for context in (0, True, 7.0):
         refused(lambda context=context: flops_per_token(PRIME, "softmax", context=context), f"context={context!r};")

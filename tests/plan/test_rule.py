@@ -15,7 +15,7 @@ def test_counts_are_read_as_people_write_them(text: str | int, count: int) -> No
 
 @pytest.mark.parametrize("text", ["", "-3", "0", "0.2", "M", "3X", "1.2.3", "nan", None])
 def test_what_is_no_count_is_one_line(text: object) -> None:
-    with pytest.raises(ConfigError, match="a count of at least 1 is wanted"):
+    with pytest.raises(ConfigError, match="wanted a whole number from 1"):
         parse_count(text)  # type: ignore[arg-type]
 
 
@@ -43,6 +43,6 @@ def test_non_embedding_leaves_the_vocabulary_out() -> None:
 
 @pytest.mark.parametrize(("wanted", "non_embedding"), [(1e3, True), (1e5, False), (1e16, False)])
 def test_what_the_rule_does_not_reach_is_one_line(wanted: float, non_embedding: bool) -> None:
-    with pytest.raises(ConfigError, match="is wanted, what the rule reaches") as caught:
+    with pytest.raises(ConfigError, match="parameters, which the rule reaches") as caught:
         shape_about(wanted, non_embedding=non_embedding)
     assert "\n" not in str(caught.value)

@@ -22,8 +22,7 @@ def refused(call, *wanted: str) -> None:
         call()
     line = str(caught.value)
     assert "\n" not in line
-    assert "; wanted " in line or len(line.split("; ")) >= 3, line
-    assert "want" in line
+    assert re.search(r"; wanted .+: .+", line), line
     for words in wanted:
         assert words in line, line
 
@@ -71,12 +70,12 @@ def test_sizes_are_positive_integers(key, value):
 
 
 def test_impossible_numbers_are_refused():
-    refused(lambda: small(hidden_size=61), "hidden_size=61 with num_heads=6 given", "set head_dim")
-    refused(lambda: small(num_kv_heads=4), "num_kv_heads=4 given", "divides num_heads", "num_kv_heads=6")
-    refused(lambda: small(head_dim=7), "head_dim=7 given", "even", "RoPE", "head_dim=8")
-    refused(lambda: small(hidden_size=66), "head_dim=11 given")
+    refused(lambda: small(hidden_size=61), "hidden_size=61 with num_heads=6", "set head_dim")
+    refused(lambda: small(num_kv_heads=4), "num_kv_heads=4", "divides num_heads", "num_kv_heads=6")
+    refused(lambda: small(head_dim=7), "head_dim=7", "even", "RoPE", "head_dim=8")
+    refused(lambda: small(hidden_size=66), "head_dim=11")
     refused(lambda: small(tie_word_embeddings=1), "tie_word_embeddings=1", "true or false")
-    refused(lambda: small(name=3), "name=3 given", "text is wanted")
+    refused(lambda: small(name=3), "name=3", "wanted text")
 
 
 @pytest.mark.parametrize("theta", [0, -1.0, True, "10000", float("nan"), float("inf"), None])
@@ -92,8 +91,8 @@ def test_every_variant_accepts_even_heads():
 def test_v1_needs_pairs_and_v2_does_not():
     odd_heads = small(num_heads=5)
     odd_groups = small(num_kv_heads=3)
-    refused(lambda: odd_heads.check_variant("diff_v1"), "num_heads=5 given", "an even number of heads", "diff_v2")
-    refused(lambda: odd_groups.check_variant("diff_v1"), "num_kv_heads=3 given", "set num_kv_heads=6", "diff_v2")
+    refused(lambda: odd_heads.check_variant("diff_v1"), "num_heads=5 for diff_v1", "a multiple of 2", "diff_v2")
+    refused(lambda: odd_groups.check_variant("diff_v1"), "num_kv_heads=3 for diff_v1", "set num_kv_heads=6", "diff_v2")
     small(num_kv_heads=6).check_variant("diff_v1")
     for attention in ("softmax", "diff_v2"):
         odd_heads.check_variant(attention)
@@ -101,8 +100,8 @@ def test_v1_needs_pairs_and_v2_does_not():
 
 
 def test_unknown_variant_names_the_known_and_the_nearest():
-    refused(lambda: small().check_variant("diffv1"), "'diffv1' given", "softmax, diff_v1, diff_v2", "mean 'diff_v1'?")
-    refused(lambda: small().check_variant(None), "attention=None given", "softmax, diff_v1, diff_v2")
+    refused(lambda: small().check_variant("diffv1"), "'diffv1'", "softmax, diff_v1, diff_v2", "mean 'diff_v1'?")
+    refused(lambda: small().check_variant(None), "attention=None", "softmax, diff_v1, diff_v2")
 
 
 def test_presets_are_listed_smallest_first_and_name_their_source():
@@ -141,8 +140,8 @@ def test_the_sizes_of_the_comparison():
 
 
 def test_unknown_preset_lists_the_presets():
-    refused(lambda: ModelShape.preset("3Mb"), "'3Mb' given", ", ".join(presets()), "did you mean '3M'?", ".toml")
-    refused(lambda: load_shape("nothing like it"), "'nothing like it' given", ", ".join(presets()))
+    refused(lambda: ModelShape.preset("3Mb"), "'3Mb'", ", ".join(presets()), "did you mean '3M'?", ".toml")
+    refused(lambda: load_shape("nothing like it"), "'nothing like it'", ", ".join(presets()))
 
 
 def write(folder: Path, text: str | bytes, name: str = "mine.toml") -> Path:
@@ -179,18 +178,18 @@ def test_presets_are_the_files_that_ship():
 
 def test_bad_files_are_refused_in_one_line(tmp_path):
     path = tmp_path / "mine.toml"
-    refused(lambda: load_shape(path), str(path), "there is none: check the path")
-    refused(lambda: ModelShape.from_toml(tmp_path), str(tmp_path), "a readable TOML file is wanted")
+    refused(lambda: load_shape(path), str(path), "is not there")
+    refused(lambda: ModelShape.from_toml(tmp_path), str(tmp_path), "cannot be read")
     for text, words in [
         (TOML + "\nnum_kv_heads =\n", ("valid TOML", "line 6")),
         (b"name = '\xff'", ("UTF-8", "byte 8")),
         (TOML + "\nhiden_size = 3", ("unknown key 'hiden_size'", "did you mean 'hidden_size'?")),
         (TOML + "\nzzz = 3", ("unknown key 'zzz'", "intermediate_size, vocab_size")),
         ("[shape]\n" + TOML, ("unknown key 'shape'",)),
-        (TOML.replace("num_layers = 3\n", ""), ("gives no num_layers;",)),
-        ("", ("gives no hidden_size, num_layers, num_heads, intermediate_size, vocab_size;",)),
+        (TOML.replace("num_layers = 3\n", ""), ("has no num_layers;",)),
+        ("", ("has no hidden_size, num_layers, num_heads, intermediate_size, vocab_size;",)),
         (TOML.replace("= 164", "= 164.5"), ("mine.toml", "intermediate_size=164.5")),
-        (TOML + "\nhead_dim = 3", ("mine.toml", "head_dim=3 given")),
+        (TOML + "\nhead_dim = 3", ("mine.toml", "head_dim=3")),
         (TOML + "\nrope_theta = 'big\\n'", ("mine.toml", "rope_theta=")),
     ]:
         write(tmp_path, text)

@@ -7,7 +7,7 @@ import torch
 from benchmarks import plan_memory
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.fused import serving_backend
-from diffattn.plan.activations import ONE_MAP, layer, norm
+from diffattn.plan.activations import layer, norm
 from diffattn.plan.hardware import Machine, load_machine
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
 from diffattn.plan.setting import Precision, Setting
@@ -30,7 +30,7 @@ PAGE = Path(plan_memory.__file__).parents[1] / "docs" / "plan.md"
 
 def runs(attention: str, precision: str, backend: str) -> bool:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    return backend != "fused" or attention in ONE_MAP or serving_backend(attention, "cpu", dtype) == "fused"
+    return backend != "fused" or VARIANTS[attention].maps == 1 or serving_backend(attention, "cpu", dtype) == "fused"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What one decoder layer keeps for its backward pass, tensor by tensor, as autograd saves it in ``diffattn.model``.
+"""The tensors that one decoder layer keeps for its backward pass, as autograd saves them in ``diffattn.model``.
 
 The list was read off ``torch``'s own record of the step (torch 2.13 on CPU) and is held to it by a test. Letters: D, n,
 G, d, F, L, V as in ``ModelShape``; Q = n·d, twice that under V2; N the query heads of the one attention call (n, V2
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from diffattn.errors import ConfigError
 from diffattn.names import one_of
 from diffattn.plan.shape import ModelShape
+from diffattn.variants import BASELINE, VARIANTS
 
-# Attention whose output is one map's, so that there is nothing to subtract.
-ONE_MAP = ("softmax", "gated")
-BACKENDS = ("definition", "fused", "standard", "two_calls", "four_calls", "materialised")
+# The baseline has every backend: to it they are two, the standard call and maps that are written out.
+BACKENDS = tuple(VARIANTS[BASELINE].flops)
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,20 @@ class Layer:
 
 
 def check_backend(attention: str, backend: str) -> None:
-    """Raise unless the variant has the backend; return nothing.
+    """Raises unless the variant has the backend; returns nothing.
 
     Raises:
         ConfigError: an unknown backend, or two_calls and four_calls of V2, which is one call by nature.
 
     >>> check_backend("diff_v1", "fused")
     """
-    known = BACKENDS if attention != "diff_v2" else tuple(name for name in BACKENDS if not name.endswith("_calls"))
+    known = VARIANTS[attention].flops
     if backend not in known:
-        raise ConfigError(
-            f"backend={backend!r} given; a backend of {attention} is wanted; use one of {', '.join(known)}"
-        )
+        raise ConfigError(f"backend={backend!r}", f"a backend of {attention}", f"use one of {', '.join(known)}")
 
 
 def find_backend(text: str) -> str:
-    """A backend as people write it: in any case, or by a part that one alone has.
+    """Returns a backend as people write it: in any case, or by a part that one alone has.
 
     Raises:
         ConfigError: no backend has this name, or several have this part.
@@ -70,31 +68,24 @@ def find_backend(text: str) -> str:
     >>> find_backend("Two-Calls"), find_backend("mat")
     ('two_calls', 'materialised')
     """
-    return one_of(text, BACKENDS, given=f"backend={text!r} given", also={"materialized": "materialised"})
+    return one_of(text, BACKENDS, given=f"backend={text!r}", also={"materialized": "materialised"})
 
 
 def resolve(attention: str, backend: str) -> str:
-    """The backend whose tensors are counted: ``definition`` is ``fused``; of one map that is one standard call.
+    """Returns the backend whose tensors are counted: ``definition`` is ``fused``; of one map that is one standard call.
 
     >>> resolve("diff_v1", "definition"), resolve("softmax", "fused")
     ('fused', 'standard')
     """
-    if attention in ONE_MAP:
+    if VARIANTS[attention].maps == 1:
         return backend if backend == "materialised" else "standard"
     return "fused" if backend == "definition" else backend
 
 
-def heads(shape: ModelShape, attention: str) -> tuple[int, int]:
-    """N and W: how many query heads the one attention call has, and how wide they are.
-
-    >>> heads(ModelShape.preset("1.4B"), "diff_v1")
-    (16, 256)
-    """
-    return shape.num_heads * (1 + (attention == "diff_v2")), shape.head_dim * (1 + (attention == "diff_v1"))
-
-
 def norm(width: int, size: int, autocast: bool, readers: int) -> int:
-    """Per token, of an RMSNorm: its input and x̂ in float32, 1/rms, and its result once or, under autocast, per reader.
+    """Returns the bytes that an RMSNorm keeps per token.
+
+    Its input and x̂ in float32, 1/rms, and its result once or, under autocast, per reader.
 
     >>> norm(10, 4, False, 1), norm(10, 2, False, 1), norm(10, 2, True, 2)
     (124, 104, 124)
@@ -102,17 +93,8 @@ def norm(width: int, size: int, autocast: bool, readers: int) -> int:
     return 8 * width + 4 + size * width * (readers if autocast else 1)
 
 
-def readers(attention: str) -> int:
-    """How many products read the normed input of attention: q, k, v, and V2's λ or attention's gate.
-
-    >>> readers("softmax"), readers("gated")
-    (3, 4)
-    """
-    return 4 if attention in ("diff_v2", "gated") else 3
-
-
 def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocast: bool) -> Layer:
-    """What a decoder layer keeps and needs, with activations of ``size`` bytes.
+    """Returns the bytes that a decoder layer keeps and needs, with activations of ``size`` bytes.
 
     =================== ===================================================================================
     norms               input and x̂ in float32, result, 1/rms: ``(8 + a)·D + 4``; autocast casts the result anew
@@ -153,29 +135,30 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
     half = size < 4
     D, F, d = shape.hidden_size, shape.intermediate_size, shape.head_dim
     width, keys = shape.num_heads * d, shape.num_kv_heads * d
-    N, W = heads(shape, attention)
-    queries, output_heads = (2 * width if attention == "diff_v2" else width), (N if attention in ONE_MAP else N // 2)
-    padded = attention == "diff_v1" and backend in ("standard", "materialised")
+    variant = VARIANTS[attention]
+    N, groups, W = variant.heads(shape)
+    queries, output_heads = variant.query_width(shape), variant.output_heads(shape)
+    padded = variant.pads_queries and backend in ("standard", "materialised")
     materialised = backend == "materialised"
-    grouped = (shape.num_heads // shape.num_kv_heads) * (1 if attention in ONE_MAP else 2) > 1
-    spread = N * W if materialised and grouped else keys
-    before = norm(D, size, autocast, readers(attention)) + size * ((2 * width if padded else queries) + 2 * spread)
+    spread = N * W if materialised and groups < N else keys
+    before = norm(D, size, autocast, variant.readers) + size * ((2 * width if padded else queries) + 2 * spread)
     if backend == "fused":
         before += 4 * output_heads * 4
     elif not materialised:
         # sdpa keeps its result beside the log-sum-exp.
         before += 4 * N + size * N * W
-    if attention == "diff_v2":
+    if variant.weights == "head":
+        # λ of each token and head, in float32.
         before += 4 * output_heads
 
-    subtracted = attention not in ONE_MAP and backend != "fused"
+    subtracted = variant.maps > 1 and backend != "fused"
     behind = 0
-    if attention == "diff_v1":
+    if variant.norm:
         # Input and x̂ of the norm in float32, its result in the model's dtype, 1/rms.
         behind += (8 + size) * width + 4 * output_heads
     elif subtracted or backend == "fused" or materialised:
         behind += size * width
-    if attention == "gated":
+    if variant.gated:
         # The gate, and its product with the call's result.
         behind += 2 * size * width
     if subtracted:
@@ -184,7 +167,7 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
 
     residual = 4 if autocast else size
     gradients = 0 if materialised else (N * W if subtracted else width) + (2 * width if padded else queries) + 2 * keys
-    if attention == "gated":
+    if variant.gated:
         # That of the gate, which waits until those of q, k and v are there.
         gradients += width
     return Layer(

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from diffattn.errors import ConfigError
 from diffattn.plan import text
-from diffattn.plan.activations import BACKENDS, ONE_MAP, check_backend
 from diffattn.plan.estimate import DISK_DTYPES, Estimate, estimate
 from diffattn.plan.named_model import Model, named
 from diffattn.plan.result import BackendRow, Plan, PlannedModel, RatioRow
 from diffattn.plan.setting import DEFAULT_SETTING, Precision, Setting, resolve_dtype, resolve_precision
+from diffattn.variants import BASELINE, VARIANTS
 
 
 def plan(
@@ -137,11 +136,11 @@ def _at(found: Estimate, path: str) -> float | None:
 def _backend_rows(model: Model, setting: Setting) -> Iterator[BackendRow]:
     """Yields what each backend of the variant costs, and its maps beside those of a softmax model of the same shape."""
     # Softmax has nothing to subtract, so its other backends are the standard call by other names.
-    alike = ("standard", "materialised") if model.attention in ONE_MAP else backends_of(model.attention)
+    alike = ("standard", "materialised") if VARIANTS[model.attention].maps == 1 else backends_of(model.attention)
     for backend in alike:
         under = replace(setting, backend=backend)
         found = estimate(model.built, model.attention, under)
-        twin = estimate(model.shape, "softmax", replace(under, tp=1))
+        twin = estimate(model.shape, BASELINE, replace(under, tp=1))
         training = found.training
         yield BackendRow(
             model=model.name,
@@ -158,21 +157,13 @@ def _backend_rows(model: Model, setting: Setting) -> Iterator[BackendRow]:
         )
 
 
-def backends_of(attention: str) -> list[str]:
-    """The backends that a variant has.
+def backends_of(attention: str) -> tuple[str, ...]:
+    """Returns the backends that a variant has.
 
     >>> backends_of("diff_v2")
-    ['definition', 'fused', 'standard', 'materialised']
+    ('definition', 'fused', 'standard', 'materialised')
     """
-
-    def has(backend: str) -> bool:
-        try:
-            check_backend(attention, backend)
-        except ConfigError:
-            return False
-        return True
-
-    return [backend for backend in BACKENDS if has(backend)]
+    return tuple(VARIANTS[attention].flops)
 
 
 def precision_of(name: str, **dtypes: str | None) -> Precision:

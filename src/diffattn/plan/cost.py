@@ -1,4 +1,4 @@
-"""What a shape costs before anything is built: parameters, FLOPs per token, bytes of cache.
+"""The cost of a shape before anything is built: parameters, FLOPs per token, bytes of cache.
 
 The model that is counted: pre-RMSNorm decoder layers, softmax or differential attention with RoPE, a SwiGLU
 feed-forward network (gate, up, down), no biases, one final RMSNorm. D, n, G, d as in ``ModelShape``; F is
@@ -7,36 +7,17 @@ feed-forward network (gate, up, down), no biases, one final RMSNorm. D, n, G, d 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 from diffattn.errors import ConfigError
+from diffattn.plan.activations import check_backend
 from diffattn.plan.setting import BYTES
 from diffattn.plan.shape import ModelShape, check_positive_int
+from diffattn.variants import BASELINE, VARIANTS, Units
 
 PHASES = ("forward", "training")
-
-# FLOPs of attention per query-key pair and pair of baseline heads, in units of d: (products as wide as q and k,
-# products as wide as v). A product of width w costs 2w. The forms that a variant does not have are absent.
-#   V1 definition: two maps of width d, and one product of their difference with V of width 2d.
-#   V1 standard: the one call with q padded to [q1, 0] and [0, q2], so every width is 2d.
-#   V2 definition: four maps of width d, and two products of a difference with V of width d.
-#   materialised: the products of the definition, with every map written out.
-_SOFTMAX = (4, 4)
-_ATTENTION: dict[str, dict[str, tuple[int, int]]] = {
-    "softmax": dict.fromkeys(("definition", "fused", "standard", "two_calls", "four_calls", "materialised"), _SOFTMAX),
-    "diff_v1": {
-        "definition": (4, 4),
-        "fused": (4, 4),
-        "standard": (8, 8),
-        "two_calls": (4, 8),
-        "four_calls": (8, 8),
-        "materialised": (4, 4),
-    },
-    "diff_v2": {"definition": (8, 4), "fused": (8, 4), "standard": (8, 8), "materialised": (8, 4)},
-}
-# The gate of gated attention meets what softmax attention gives.
-_ATTENTION["gated"] = _ATTENTION["softmax"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +88,7 @@ def count_parameters(
     head_norm: bool | None = None,
     lambda_form: str = "sigmoid",
 ) -> Parameters:
-    """Count the parameters of one variant of a shape.
+    """Counts the parameters of one variant of a shape.
 
     Attention per layer: W_Q and W_O n·d·D each, W_K and W_V G·d·D each. V1 adds its four λ vectors, 4d, and the
     gain of its norm, 2d. V2 doubles W_Q and adds W_λ, D·n. Gated attention adds W_g, n·d·D. What a checkpoint has
@@ -131,24 +112,21 @@ def count_parameters(
     960
     """
     shape.check_variant(attention)
-    normed = attention == "diff_v1" if head_norm is None else head_norm
-    small = shape.head_dim * (2 if attention == "diff_v1" else 1) if normed and subln_affine else 0
-    if attention == "diff_v1":
-        small += 4 * shape.head_dim
-    if attention == "diff_v2" and lambda_form == "one":
-        small -= shape.hidden_size * shape.num_heads
+    variant = VARIANTS[attention]
+    own = variant.small_parameters(shape, head_norm=head_norm, subln_affine=subln_affine, lambda_form=lambda_form)
+    own += variant.matrix_parameters(shape, lambda_form=lambda_form)
     embedding = shape.vocab_size * shape.hidden_size
     return Parameters(
         embedding=embedding,
         lm_head=0 if shape.tie_word_embeddings else embedding,
-        attention=shape.num_layers * (_attention_matrices(shape, attention) + small) + shape.beside("attention"),
+        attention=shape.num_layers * (_projections(shape) + own) + shape.beside("attention"),
         feed_forward=shape.num_layers * 3 * shape.hidden_size * shape.intermediate_size + shape.beside("feed_forward"),
         norms=(2 * shape.num_layers + 1) * shape.hidden_size + shape.beside("norms"),
     )
 
 
 def match_parameters(shape: ModelShape, attention: str, *, tolerance: float = 0.005, **switches: Any) -> ModelShape:
-    """Return the shape with which a variant has as many parameters as the softmax twin has with the given one.
+    """Returns the shape with which a variant has as many parameters as the softmax twin has with the given one.
 
     Softmax and V1 return the shape as it is: V1's λ and gains are the whole difference. V2 spends n·d·D + D·n more per
     layer on W_Q and W_λ, so its feed-forward network gets narrower by (n·d + n)/3; gated attention, n·d·D more on W_g,
@@ -169,9 +147,9 @@ def match_parameters(shape: ModelShape, attention: str, *, tolerance: float = 0.
     >>> shape.intermediate_size, match_parameters(shape, "diff_v2").intermediate_size
     (512, 448)
     """
-    wanted = count_parameters(shape, "softmax").total
+    wanted = count_parameters(shape, BASELINE).total
     surplus = count_parameters(shape, attention, **switches).total - wanted
-    if attention not in ("diff_v2", "gated"):
+    if not VARIANTS[attention].narrower:
         return shape
     exact = shape.intermediate_size - surplus / (3 * shape.hidden_size * shape.num_layers)
     for width in (8 * round(exact / 8), round(exact)):
@@ -180,16 +158,17 @@ def match_parameters(shape: ModelShape, attention: str, *, tolerance: float = 0.
             if abs(count_parameters(narrowed, attention, **switches).total - wanted) <= tolerance * wanted:
                 return narrowed
     raise ConfigError(
-        f"intermediate_size={shape.intermediate_size} given; a matched {attention} wants it narrowed by "
-        f"{shape.intermediate_size - exact:.1f}, to a whole width of at least 1 within {tolerance:.2%} of {wanted} "
-        "parameters; widen intermediate_size or leave the pair unmatched"
+        f"intermediate_size={shape.intermediate_size} for a matched {attention}, which narrows it by "
+        f"{shape.intermediate_size - exact:.1f}",
+        f"a whole width of at least 1 within {tolerance:.2%} of {wanted} parameters",
+        "widen intermediate_size or leave the pair unmatched",
     )
 
 
 def flops_per_token(
     shape: ModelShape, attention: str, *, context: int, phase: str = "training", backend: str = "standard"
 ) -> Flops:
-    """FLOPs per token, averaged over one causal sequence.
+    """Returns FLOPs per token, averaged over one causal sequence.
 
     ``linear = 2 · (matrix parameters of the layers + V·D of the output projection)``; the embedding lookup is none.
     ``attention = L · n/2 · c · (T + 1)/2`` with T the context: a query sees (T + 1)/2 keys on average. Masked pairs are
@@ -235,7 +214,7 @@ def flops_per_token(
     """
     forms = _forms(shape, attention, context, backend)
     if phase not in PHASES:
-        raise ConfigError(f"phase={phase!r} given; a phase is wanted; use one of {', '.join(PHASES)}")
+        raise ConfigError(f"phase={phase!r}", "a phase", f"use one of {', '.join(PHASES)}")
     linear = _linear(shape, attention)
     training = phase == "training"
     # L · n/2 · (T + 1)/2 times c = units · d; every entry of the table is a multiple of 4, so this stays whole.
@@ -250,7 +229,7 @@ def flops_per_token(
 
 
 def decoding_flops_per_token(shape: ModelShape, attention: str, *, context: int, backend: str = "standard") -> Flops:
-    """FLOPs of one decoded token: a single query that sees every one of ``context`` keys, so nothing is masked.
+    """Returns FLOPs of one decoded token: a single query that sees every one of ``context`` keys, so nothing is masked.
 
     ``linear + L · n/2 · c · T``, with ``linear`` and c of ``flops_per_token``.
 
@@ -280,9 +259,10 @@ def decoding_flops_per_token(shape: ModelShape, attention: str, *, context: int,
 
 
 def cache_bytes_per_token(shape: ModelShape, attention: str, *, bytes_per_value: int) -> int:
-    """Bytes that one token keeps in the key/value cache: ``2 · G · d · L · bytes_per_value``, for every variant.
+    """Returns the bytes that one token keeps in the key/value cache.
 
-    V1 caches G/2 keys and G/2 values of width 2d, V2 what softmax does: the differential map costs no cache.
+    ``2 · G · d · L · bytes_per_value``, for every variant: V1 caches G/2 keys and G/2 values of width 2d, V2 what
+    softmax does, so the differential map costs no cache.
 
     Args:
         shape: the softmax Transformer being replaced.
@@ -303,7 +283,9 @@ def cache_bytes_per_token(shape: ModelShape, attention: str, *, bytes_per_value:
 
 
 def weight_bytes(shape: ModelShape, attention: str, *, dtype: str) -> int:
-    """Bytes of the parameters, in memory and (without the header) in the safetensors file; V1's λ stays float32.
+    """Returns the bytes of the parameters, in memory and (without the header) in the safetensors file.
+
+    V1's λ stays float32.
 
     Args:
         shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
@@ -319,42 +301,36 @@ def weight_bytes(shape: ModelShape, attention: str, *, dtype: str) -> int:
     6000768
     """
     if dtype not in BYTES:
-        raise ConfigError(f"dtype={dtype!r} given; a dtype is wanted; use one of {', '.join(BYTES)}")
+        raise ConfigError(f"dtype={dtype!r}", "a number format", f"use one of {', '.join(BYTES)}")
     return bytes_of(count_parameters(shape, attention).total, float32_parameters(shape, attention), dtype)
 
 
 def float32_parameters(shape: ModelShape, attention: str) -> int:
-    """How many parameters stay float32 whatever the dtype: V1's λ vectors."""
-    return 4 * shape.head_dim * shape.num_layers if attention == "diff_v1" else 0
+    """Counts the parameters that stay float32 whatever the dtype: V1's λ vectors."""
+    return VARIANTS[attention].float32_parameters(shape) * shape.num_layers
 
 
 def bytes_of(count: int, float32: int, dtype: str) -> int:
-    """Of ``count`` numbers of a dtype, ``float32`` of which stay float32; whole bytes, rounded up."""
+    """Returns the whole bytes, rounded up, of ``count`` numbers of a dtype, ``float32`` of which stay float32."""
     return -int(-(count - float32) * BYTES[dtype] // 1) + 4 * float32
 
 
-def _forms(shape: ModelShape, attention: str, context: int, backend: str) -> dict[str, tuple[int, int]]:
-    """The backends of a variant, once the four arguments are known to be possible ones."""
+def _forms(shape: ModelShape, attention: str, context: int, backend: str) -> Mapping[str, Units]:
+    """Returns FLOPs by backend, as a variant's record has them, once the four arguments are known to be possible."""
     shape.check_variant(attention)
     check_positive_int("context", context)
-    forms = _ATTENTION[attention]
-    if backend not in forms:
-        raise ConfigError(
-            f"backend={backend!r} given; a backend of {attention} is wanted; use one of {', '.join(forms)}"
-        )
-    return forms
+    check_backend(attention, backend)
+    return VARIANTS[attention].flops
 
 
 def _linear(shape: ModelShape, attention: str) -> int:
-    """FLOPs per token of the products with parameters, forward."""
-    matrices = shape.num_layers * (
-        _attention_matrices(shape, attention) + 3 * shape.hidden_size * shape.intermediate_size
-    )
+    """Returns FLOPs per token of the products with parameters, forward."""
+    attending = _projections(shape) + VARIANTS[attention].matrix_parameters(shape)
+    matrices = shape.num_layers * (attending + 3 * shape.hidden_size * shape.intermediate_size)
     return 2 * (matrices + shape.vocab_size * shape.hidden_size)
 
 
-def _attention_matrices(shape: ModelShape, attention: str) -> int:
-    """Parameters of one layer's attention that take part in a matrix product with the hidden states."""
+def _projections(shape: ModelShape) -> int:
+    """Returns the parameters of one layer's four projections of softmax attention."""
     n, G, d, D = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.hidden_size
-    plain = 2 * n * d * D + 2 * G * d * D
-    return plain + {"diff_v2": n * d * D + D * n, "gated": n * d * D}.get(attention, 0)
+    return 2 * n * d * D + 2 * G * d * D

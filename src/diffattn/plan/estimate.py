@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Generic, TypeVar
 
 from diffattn.errors import ConfigError
-from diffattn.plan.activations import heads, layer, norm, readers
+from diffattn.plan.activations import layer, norm
 from diffattn.plan.cost import (
     ByKind,
     Parameters,
@@ -23,6 +23,7 @@ from diffattn.plan.inference import InferenceMemory
 from diffattn.plan.memory import TrainingMemory, decoding_memory, prefill_memory, training_memory, training_moments
 from diffattn.plan.setting import BYTES, Setting
 from diffattn.plan.shape import ModelShape
+from diffattn.variants import VARIANTS
 
 DISK_DTYPES = ("fp32", "bf16", "int8", "int4")
 # How often decoding reads the cache where an attention call is made twice or four times: V1's two_calls read each key
@@ -296,7 +297,7 @@ def estimate(shape: ModelShape, attention: str, setting: Setting) -> Estimate:
     )
 
     one_more = decoding_flops_per_token(shape, attention, context=context + 1, backend=backend)
-    reads = _CACHE_READS.get(backend, 2) if attention == "diff_v1" else 2
+    reads = _CACHE_READS.get(backend, 2) if VARIANTS[attention].maps > 1 else 2
     decoding = phase(
         decoding_memory(shape, attention, setting),
         TokenFlops(one_more.model, one_more.executed),
@@ -325,16 +326,6 @@ def estimate(shape: ModelShape, attention: str, setting: Setting) -> Estimate:
     )
 
 
-def call_heads(shape: ModelShape, attention: str) -> tuple[int, int, int]:
-    """Returns query heads, key/value heads and width of the one attention call of a layer: what an engine and TP see.
-
-    >>> call_heads(ModelShape.preset("1.4B"), "diff_v1")
-    (16, 8, 256)
-    """
-    queries, width = heads(shape, attention)
-    return queries, shape.num_kv_heads // (2 if attention == "diff_v1" else 1), width
-
-
 def _rank(
     shape: ModelShape, attention: str, setting: Setting, prefill: InferenceMemory, decoding: InferenceMemory
 ) -> Rank:
@@ -347,7 +338,7 @@ def _rank(
     activations are not, the peak lies elsewhere than on one device. Inference is cut by tp alone.
     """
     fsdp, tp, precision = setting.fsdp, setting.tp, setting.precision
-    groups = call_heads(shape, attention)[1]
+    groups = VARIANTS[attention].heads(shape).groups
     if groups % tp:
         possible = [str(number) for number in range(1, groups + 1) if groups % number == 0]
         raise ConfigError(
@@ -357,7 +348,7 @@ def _rank(
         )
     size = int(BYTES[precision.activations])
     one = layer(shape, attention, backend=setting.backend, size=size, autocast=precision.autocast)
-    whole = norm(shape.hidden_size, size, precision.autocast, readers(attention))
+    whole = norm(shape.hidden_size, size, precision.autocast, VARIANTS[attention].readers)
     whole += norm(shape.hidden_size, size, precision.autocast, 2)
     cut = one.token - whole
 

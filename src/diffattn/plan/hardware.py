@@ -26,7 +26,7 @@ _VENDORS = ("nvidia", "geforce", "amd")
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine can do at most.
+    """The most that a machine can do.
 
     Args:
         name: what it is called.
@@ -58,15 +58,18 @@ class Machine:
         if self.flops is not None:
             if not isinstance(self.flops, Mapping) or not {"fp32", "bf16"} <= set(self.flops) <= set(DTYPES):
                 raise ConfigError(
-                    f"machine {self.name!r} gives flops={self.flops!r}; FLOP/s for fp32 and bf16 (and fp16, else that "
-                    "of bf16) are wanted; write them as an object of these names"
+                    f"machine {self.name!r} has flops={self.flops!r}",
+                    "FLOP/s for fp32 and bf16 (and fp16, else that of bf16)",
+                    "write them as an object of these names",
                 )
             for dtype, rate in self.flops.items():
                 _check_rate(self.name, f"flops of {dtype}", rate)
             object.__setattr__(self, "flops", {"fp16": self.flops["bf16"], **self.flops})
 
     def seconds(self, flops: float, moved: float, dtype: str) -> float | None:
-        """Least seconds of work, by the roofline: ``max(flops / rate, moved / bandwidth)``; None: a rate is unknown.
+        """Returns the least seconds of work, by the roofline; None: a rate is unknown.
+
+        ``max(flops / rate, moved / bandwidth)``.
 
         Source: Williams, Waterman, Patterson, "Roofline" (2009).
         """
@@ -75,7 +78,7 @@ class Machine:
         return max(flops / self.flops[dtype], moved / self.bandwidth)
 
     def read_seconds(self, size: float) -> float | None:
-        """Least seconds to read a file of ``size`` bytes; None: the disk is unknown."""
+        """Returns the least seconds to read a file of ``size`` bytes; None: the disk is unknown."""
         return None if self.disk is None else size / self.disk
 
     def to_json(self) -> dict[str, object]:
@@ -88,8 +91,9 @@ def _check_rate(name: str, key: str, value: object) -> None:
         return
     if not is_number(value) or not 0 < value <= _FASTEST:
         raise ConfigError(
-            f"machine {name!r} gives {key}={value!r}; a number above 0 (and at most 1e30) is wanted, or null where "
-            "it is unknown"
+            f"machine {name!r} has {key}={value!r}",
+            "a number above 0 and at most 1e30, or null",
+            "correct it, or write null where it is unknown",
         )
 
 
@@ -166,7 +170,7 @@ MACHINES: dict[str, Machine] = {
 
 
 def load_machine(name_or_path: str | Path) -> Machine:
-    """A machine by its name or a part of it, in any case, or from a JSON file with the fields of `Machine`.
+    """Returns a machine by its name or a part of it, in any case, or from a JSON file with the fields of ``Machine``.
 
     Raises:
         ConfigError: neither a known name nor a file, a part that several names have; a file that is no JSON object; an
@@ -179,20 +183,18 @@ def load_machine(name_or_path: str | Path) -> Machine:
     if not text.endswith(".json") and not (os.path.isfile(text) and plain(text) not in map(plain, MACHINES)):
         words = [word for word in text.split() if word.casefold() not in _VENDORS]
         return MACHINES[
-            one_of(
-                " ".join(words), MACHINES, given=f"machine {text!r} given", way_out="; or give the path of a .json file"
-            )
+            one_of(" ".join(words), MACHINES, given=f"machine {text!r}", way_out="; or give the path of a .json file")
         ]
     try:
         values = parse_json(Path(text).read_bytes())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise ConfigError(f"machine {text!r} given; a readable JSON file is wanted; correct this: {reason}") from error
+        raise ConfigError(f"machine {text!r} cannot be read ({reason})", "a JSON file", "correct the file") from error
     return machine_from(values, name=Path(text).stem)
 
 
 def machine_from(values: Any, *, name: str) -> Machine:
-    """A machine from the object of a JSON file; ``name`` is used where it gives none.
+    """Returns a machine from the object of a JSON file; ``name`` is used where it gives none.
 
     Raises:
         ConfigError: no object, or an unknown or impossible key.
@@ -202,11 +204,11 @@ def machine_from(values: Any, *, name: str) -> Machine:
     """
     keys = [one.name for one in fields(Machine)]
     if not isinstance(values, dict):
-        raise ConfigError(f"machine {name!r} is {values!r}; a JSON object is wanted with {', '.join(keys)}")
+        raise ConfigError(f"machine {name!r} is {values!r}", "a JSON object", f"write one with {', '.join(keys)}")
     for key in values:
         if key not in keys:
-            raise ConfigError(f"machine {name!r} gives the unknown key {key!r}; one of {', '.join(keys)} is wanted")
+            raise ConfigError(f"machine {name!r} has the unknown key {key!r}", f"one of {', '.join(keys)}", "rename it")
     for key in ("name", "source"):
         if not isinstance(values.get(key, ""), str):
-            raise ConfigError(f"machine {name!r} gives {key}={values[key]!r}; text is wanted; put it in quotes")
+            raise ConfigError(f"machine {name!r} has {key}={values[key]!r}", "text", "put it in quotes")
     return Machine(**{"name": name, **values})

@@ -1,13 +1,14 @@
-"""What prefill and decoding hold at the points at which the peak may lie. Letters as in ``activations.py``."""
+"""The bytes that prefill and decoding hold where the peak may lie. Letters as in ``activations.py``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffattn.plan.activations import ONE_MAP, heads, resolve
+from diffattn.plan.activations import resolve
 from diffattn.plan.cost import ByKind, bytes_of, count_parameters, float32_parameters
 from diffattn.plan.setting import BYTES, Setting
 from diffattn.plan.shape import ModelShape
+from diffattn.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,18 @@ class InferenceMemory(ByKind):
 
 
 class Inference:
-    """Sizes that prefill and decoding share."""
+    """The sizes that prefill and decoding share, and the bytes of both at each point at which the peak may lie."""
 
     def __init__(self, shape: ModelShape, attention: str, setting: Setting) -> None:
         setting.check(shape, attention)
         dtypes = setting.precision
-        self.shape, self.attention, self.batch, self.context = shape, attention, setting.batch, setting.context
+        self.shape, self.variant = shape, VARIANTS[attention]
+        self.batch, self.context = setting.batch, setting.context
         self.backend = resolve(attention, setting.backend)
         self.size, self.autocast = int(BYTES[dtypes.activations]), dtypes.autocast
         counted = count_parameters(shape, attention)
         self.weights = bytes_of(counted.total, float32_parameters(shape, attention), dtypes.weights)
-        small = counted.norms + (6 * shape.head_dim * shape.num_layers if attention == "diff_v1" else 0)
+        small = counted.norms + self.variant.small_parameters(shape) * shape.num_layers
         # Autocast's copies, made on the way: those of the layers, and at the end that of the output projection.
         self.copies = 2 * (counted.non_embedding - small) if self.autocast else 0
         self.head_copy = 2 * shape.vocab_size * shape.hidden_size if self.autocast else 0
@@ -49,42 +51,45 @@ class Inference:
         self.cache_bytes = BYTES[dtypes.cache]
 
     def cache(self, tokens: int) -> int:
+        """Returns the bytes of the keys and values of that many tokens."""
         return int(2 * self.keys * self.shape.num_layers * tokens * self.cache_bytes)
 
     def at(self, cache: int, activations: int, scores: int = 0, head: bool = False) -> InferenceMemory:
+        """Returns the bytes at one point; ``head`` where the output projection is read there."""
         copies = self.copies + (self.head_copy if head else 0)
         return InferenceMemory(self.weights, cache, activations, scores, copies)
 
     def maps(self, queries: int, keys: int) -> int:
-        """Two copies of the scores in float32, or three that half precision makes of them; and the mask."""
-        N, _ = heads(self.shape, self.attention)
+        """Returns the bytes of two float32 copies of the scores, or three in half precision, and of the mask."""
+        N = self.variant.heads(self.shape).queries
         return self.batch * queries * keys * ((8 if self.size == 4 else 10) * N + self.size)
 
     def spread(self, keys: int) -> int:
-        """Keys and values repeated for every query head."""
-        N, W = heads(self.shape, self.attention)
+        """Returns the bytes of keys and values repeated for every query head."""
+        N, _, W = self.variant.heads(self.shape)
         return 2 * self.size * N * W * self.batch * keys if self.keys < N * W else 0
 
     def prefill(self) -> list[InferenceMemory]:
-        shape, a = self.shape, self.size
+        """Returns the bytes at each point of prefill at which the peak may lie."""
+        shape, variant, a = self.shape, self.variant, self.size
         tokens = self.batch * self.context
         D, F, keys, width = shape.hidden_size, shape.intermediate_size, self.keys, shape.num_heads * shape.head_dim
-        N, W = heads(shape, self.attention)
+        N, _, W = variant.heads(shape)
         residual = normed = 4 if self.autocast else a
         rope = 2 * a * shape.head_dim * self.context * (2 if self.autocast else 1)
-        queries = 2 * width if self.attention == "diff_v2" else width
-        padded = self.attention == "diff_v1" and self.backend in ("standard", "materialised")
+        queries = variant.query_width(shape)
+        padded = variant.pads_queries and self.backend in ("standard", "materialised")
         cache, hidden = self.cache(tokens), (residual + normed) * D
         call = a * ((2 * width if padded else queries) + 2 * keys)
         # It is made beside q, k and v, and waits for the call's result.
-        gate = a * width if self.attention == "gated" else 0
-        if self.attention in ONE_MAP or self.backend == "fused":
+        gate = a * width if variant.gated else 0
+        if variant.maps == 1 or self.backend == "fused":
             # And the product with the gate.
             result = a * width + 2 * gate
         else:
             # The call's result, the difference, and in half precision both its halves, in float32.
             result = a * N * W + (4 if a == 4 else 12) * width
-        if self.attention == "diff_v1":
+        if variant.norm:
             # In the norm: x̂ and the result in float32, and the cast input.
             result = a * (width if self.backend == "fused" else N * W) + (8 if a == 4 else 12) * width
             result += 4 * width if self.backend != "fused" and a == 4 else 0
@@ -102,6 +107,7 @@ class Inference:
         return found
 
     def decoding(self) -> list[InferenceMemory]:
+        """Returns the bytes at each point of a decoding step at which the peak may lie."""
         shape, a, B = self.shape, self.size, self.batch
         keys = self.context + 1
         new = self.cache(B)

@@ -1,4 +1,4 @@
-"""How much memory training, prefill and decoding hold at their peak, before anything is built.
+"""The memory that training, prefill and decoding hold at their peak, before anything is built.
 
 What is counted is what a tensor allocator hands out: parameters, gradients, optimizer state, activations, the cache.
 The interpreter, the libraries and the allocator's own rounding are not. The activations are those of ``diffattn.model``
@@ -19,6 +19,7 @@ from diffattn.plan.cost import ByKind, bytes_of, count_parameters, float32_param
 from diffattn.plan.inference import Inference, InferenceMemory
 from diffattn.plan.setting import BYTES, Setting
 from diffattn.plan.shape import ModelShape
+from diffattn.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -43,36 +44,10 @@ class TrainingMemory(ByKind):
     """Bytes that the passes need besides: gradients of activations, and autocast's copies of weights."""
 
 
-def moments(shape: ModelShape, attention: str, setting: Setting) -> dict[str, int]:
-    """Bytes alive at each point of a training step at which the peak may lie; ``training_memory`` is the largest.
-
-    With S what the forward pass saved (of all layers, or with checkpointing their inputs), per token:
-
-    ========================================= ===========================================================
-    end of the forward pass                   S, logits a·V (and their float32 copy), log-softmax 4·V
-    backward of the loss                      S, 12·V: log-softmax, its gradient, that of the logits
-    backward of the output projection         S, a·V, and V·D gradients
-    backward of the final norm                S, five float32 buffers of D, V·D gradients
-    last layer: feed-forward, attention       what all layers keep, and what the backward pass needs there
-    first layer: feed-forward, attention      what one layer keeps and needs, and all gradients but the last
-    gradient of the embedding                 all gradients; a tied one is summed of two
-    optimizer step                            weights, gradients, optimizer state
-    ========================================= ===========================================================
-
-    Weights and optimizer state are there always. Arguments and errors are those of ``training_memory``.
-
-    Source: the profiler's memory events on ``diffattn.model``.
-
-    >>> found = moments(ModelShape.preset("3M"), "softmax", Setting(context=2, precision="fp32"))
-    >>> max(found, key=found.get)
-    'gradient of the embedding'
-    """
-    found = training_moments(shape, attention, setting)
-    return {name: memory.total for name, memory in found.items()}
-
-
 def training_memory(shape: ModelShape, attention: str, setting: Setting) -> TrainingMemory:
-    """The peak of one training step: forward, backward, clipping, fused AdamW; the gradients are freed after it.
+    """Returns the peak of one training step: forward, backward, clipping, fused AdamW.
+
+    The gradients are freed after it.
 
     ``max over moments of (weights + gradients + optimizer + activations + scores + workspace)``.
 
@@ -87,7 +62,7 @@ def training_memory(shape: ModelShape, attention: str, setting: Setting) -> Trai
     Raises:
         ConfigError: an unknown name, a variant that the shape cannot carry, or training in integers.
 
-    Source: ``moments``; docs/plan.md gives the error against measured steps.
+    Source: ``training_moments``; docs/plan.md gives the error against measured steps.
 
     >>> shape = ModelShape.preset("3M")
     >>> training_memory(shape, "diff_v1", Setting(context=256, precision="fp32", backend="fused")).optimizer
@@ -98,7 +73,7 @@ def training_memory(shape: ModelShape, attention: str, setting: Setting) -> Trai
 
 
 def prefill_memory(shape: ModelShape, attention: str, setting: Setting) -> InferenceMemory:
-    """The peak of reading a prompt into the cache and giving one row of logits, without gradients.
+    """Returns the peak of reading a prompt into the cache and giving one row of logits, without gradients.
 
     ``weights + cache + the widest of: rotating q, subtracting and norming, maps, feed-forward, logits`` of one layer.
     Arguments and errors are those of ``training_memory``.
@@ -114,7 +89,7 @@ def prefill_memory(shape: ModelShape, attention: str, setting: Setting) -> Infer
 
 
 def decoding_memory(shape: ModelShape, attention: str, setting: Setting) -> InferenceMemory:
-    """The peak of decoding one token behind ``context`` cached ones.
+    """Returns the peak of decoding one token behind ``context`` cached ones.
 
     ``weights + cache + one new token in it + one layer's keys once more``: a dynamic cache grows by copying.
     Arguments and errors are those of ``training_memory``.
@@ -139,7 +114,29 @@ def inference_memory(shape: ModelShape, attention: str, setting: Setting) -> int
 
 
 def training_moments(shape: ModelShape, attention: str, setting: Setting) -> dict[str, TrainingMemory]:
-    """Returns the six kinds of bytes at each of ``moments``; arguments and errors are those of ``training_memory``."""
+    """Returns the bytes alive at each point of a training step at which the peak may lie.
+
+    With S what the forward pass saved (of all layers, or with checkpointing their inputs), per token:
+
+    ========================================= ===========================================================
+    end of the forward pass                   S, logits a·V (and their float32 copy), log-softmax 4·V
+    backward of the loss                      S, 12·V: log-softmax, its gradient, that of the logits
+    backward of the output projection         S, a·V, and V·D gradients
+    backward of the final norm                S, five float32 buffers of D, V·D gradients
+    last layer: feed-forward, attention       what all layers keep, and what the backward pass needs there
+    first layer: feed-forward, attention      what one layer keeps and needs, and all gradients but the last
+    gradient of the embedding                 all gradients; a tied one is summed of two
+    optimizer step                            weights, gradients, optimizer state
+    ========================================= ===========================================================
+
+    Weights and optimizer state are there always. Arguments and errors are those of ``training_memory``.
+
+    Source: the profiler's memory events on ``diffattn.model``.
+
+    >>> found = training_moments(ModelShape.preset("3M"), "softmax", Setting(context=2, precision="fp32"))
+    >>> max(found, key=lambda name: found[name].total)
+    'gradient of the embedding'
+    """
     setting.check(shape, attention)
     dtypes, batch, context = setting.precision, setting.batch, setting.context
     if not dtypes.trains:
@@ -160,7 +157,7 @@ def training_moments(shape: ModelShape, attention: str, setting: Setting) -> dic
     head = embedding = V * D
     of_layer = (counted.non_embedding - D) // L
     # Autocast's copies: of a layer's matrices (its norms stay), and of the output projection.
-    gains = (counted.norms - D) // L + (6 * shape.head_dim if attention == "diff_v1" else 0)
+    gains = (counted.norms - D) // L + VARIANTS[attention].small_parameters(shape)
     copies = 2 * (of_layer - gains) if autocast else 0
     head_copy = 2 * head if autocast else 0
     residual = 4 if autocast else size
@@ -242,11 +239,10 @@ def _kept(one: Layer, tokens: int, context: int) -> int:
 
 
 def _tied(shape: ModelShape, gradient: int, autocast: bool) -> int:
-    """The sum of both gradients of a tied embedding, which is written into one of them under autocast alone."""
+    """Returns the bytes of the sum of a tied embedding's two gradients; under autocast one of them takes it."""
     return shape.vocab_size * shape.hidden_size * gradient if shape.tie_word_embeddings and not autocast else 0
 
 
 def _tensors(shape: ModelShape, attention: str) -> int:
-    """How many parameters, each of which has its own step count in AdamW."""
-    own = {"softmax": 0, "diff_v1": 5, "diff_v2": 1, "gated": 1}[attention]
-    return shape.num_layers * (9 + own) + 2 + (not shape.tie_word_embeddings)
+    """Counts the tensors of parameters, each of which has its own step count in AdamW."""
+    return shape.num_layers * (9 + VARIANTS[attention].own_parameters) + 2 + (not shape.tie_word_embeddings)

@@ -12,11 +12,12 @@ from diffattn.names import one_of
 from diffattn.plan.checkpoints.shape import read_checkpoint
 from diffattn.plan.cost import match_parameters
 from diffattn.plan.rule import parse_count, shape_about
-from diffattn.plan.shape import VARIANTS, ModelShape, find_preset, presets
-from diffattn.quantities import short
+from diffattn.plan.shape import ModelShape, find_preset, presets
+from diffattn.quantities import COUNTS, short, whole
+from diffattn.variants import BASELINE, DEFAULT, VARIANTS
 
 # The paper's V1, and the softmax model that it equals.
-PAIR = ("diff_v1:6.8B", "softmax:11B")
+PAIR = (f"{DEFAULT}:6.8B", f"{BASELINE}:11B")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Model:
 
 
 def parse_model(text: str, *, variant: str | None = None) -> Model:
-    """A model as it is written on the command line: ``variant:size``.
+    """Reads a model as it is written on the command line: ``variant:size``.
 
     Size is a preset, the path of a ``.toml`` file, a checkpoint's folder or ``config.json``, or a count such as 11B:
     the shape nearest to it by the rule of ``shape_about``; about-6.8B is that too, where 6.8B is a preset. A checkpoint
@@ -69,11 +70,12 @@ def parse_model(text: str, *, variant: str | None = None) -> Model:
     if not colon:
         if variant is None or not _is_size(text):
             raise ConfigError(
-                f"model {short(text)} given; a variant and a size are wanted, such as diff_v1:6.8B or softmax:11B, or "
-                f"the folder of a checkpoint; put one of {', '.join(VARIANTS)} and a colon before it, or check the path"
+                f"model {short(text)}",
+                "a variant and a size, such as diff_v1:6.8B or softmax:11B, or the folder of a checkpoint",
+                f"put one of {', '.join(VARIANTS)} and a colon before it, or check the path",
             )
         name, size = variant, text
-    attention = one_of(name, VARIANTS, given=f"model {short(text)} given")
+    attention = one_of(name, VARIANTS, given=f"model {short(text)}")
     shape, called = _shape(size)
     shape.check_variant(attention)
     return Model(f"{attention}:{called}", attention, shape, match_parameters(shape, attention), text)
@@ -92,7 +94,7 @@ def named(model: str | Model | None, against: str | Model | None) -> list[Model]
         against = PAIR[1]
     found = [
         parse_model(each, variant=each_variant) if isinstance(each, str) else each
-        for each, each_variant in ((PAIR[0] if model is None else model, "diff_v1"), (against, "softmax"))
+        for each, each_variant in ((PAIR[0] if model is None else model, DEFAULT), (against, BASELINE))
         if each is not None
     ]
     if len(found) > 1 and found[0].name == found[1].name and found[0].built != found[1].built:
@@ -131,7 +133,7 @@ def _is_size(text: str) -> bool:
 
 
 def _shape(size: str) -> tuple[ModelShape, str]:
-    """The shape of a size, and what the size is called."""
+    """Returns the shape of a size, and the size's name."""
     if size in presets():
         return ModelShape.preset(size), size
     if size.endswith(".toml"):
@@ -139,20 +141,18 @@ def _shape(size: str) -> tuple[ModelShape, str]:
     if size and os.path.exists(size):
         return read_checkpoint(size).shape.plain(), _file_name(size)
     about = size.removeprefix("about-")
-    try:
-        count = parse_count(about)
-    except ConfigError as error:
-        if "clear number" in str(error):
-            raise
+    count = whole(about, COUNTS)
+    if count is None:
         raise ConfigError(
-            f"size {short(size)} given; a preset ({', '.join(presets())}), a .toml file, a checkpoint's folder or a "
-            "count such as 11B is wanted; there is no such file: check the path"
-        ) from None
+            f"size {short(size)}, and there is no such file",
+            f"a preset ({', '.join(presets())}), a .toml file, a checkpoint's folder or a count such as 11B",
+            "check the path or the number",
+        )
     preset = find_preset(about) if about == size else None
     return (ModelShape.preset(preset), preset) if preset else (shape_about(count), size)
 
 
 def _file_name(path: str) -> str:
-    """What a model in a file is called: its folder, where the file is a config.json."""
+    """Returns the name of a model in a file: that of its folder, where the file is a config.json."""
     name = os.path.basename(os.path.abspath(path))
     return folder_name(os.path.dirname(os.path.abspath(path)) if name == "config.json" else os.path.abspath(path))

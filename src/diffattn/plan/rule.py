@@ -8,12 +8,13 @@ from diffattn.errors import ConfigError
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.shape import ModelShape
 from diffattn.quantities import COUNTS, short, whole
+from diffattn.variants import BASELINE
 
 PAPER_VOCABULARY = 100_288
 
 
 def parse_count(text: str | int | float) -> int:
-    """A count as people write it: 200k, 1.3B, 6,8B, 8M, 4096; k, M, B and T are powers of 1000.
+    """Reads a count as people write it: 200k, 1.3B, 6,8B, 8M, 4096; k, M, B and T are powers of 1000.
 
     Raises:
         ConfigError: text that is no whole number from 1 to 10^18.
@@ -24,7 +25,7 @@ def parse_count(text: str | int | float) -> int:
     value = whole(text, COUNTS)
     if value is None:
         raise ConfigError(
-            f"{short(text)} given; a count of at least 1 is wanted, and a whole one, such as 4096, 200k, 8M or 1.3B"
+            f"{short(text)} given as a count", "a whole number from 1", "write it such as 4096, 200k, 8M or 1.3B"
         )
     return value
 
@@ -36,7 +37,7 @@ def shape_about(
     vocab_size: int = PAPER_VOCABULARY,
     context: int = 2048,
 ) -> ModelShape:
-    """The shape nearest to a number of parameters, by one rule.
+    """Returns the shape nearest to a number of parameters, by one rule.
 
     Width D is a multiple of 16 below 512, of 128 below 2048, else of 256. Depth ``L = round(√D / 2)``, at least 2,
     which is the paper's 32 layers at its width of 4096 (and 36 where it has 40 at 5120); from D = 2048 on up to two
@@ -62,16 +63,16 @@ def shape_about(
     """
 
     def size(shape: ModelShape) -> int:
-        counted = count_parameters(shape, "softmax")
+        counted = count_parameters(shape, BASELINE)
         return counted.non_embedding if non_embedding else counted.total
 
     low, high = 0, len(_WIDTHS) - 1
     smallest, largest = (size(_shape(_WIDTHS[end], vocab_size, context)) for end in (low, high))
     if not smallest / 1.5 <= parameters <= 1.5 * largest:
         raise ConfigError(
-            f"{parameters:g} {'non-embedding ' if non_embedding else ''}parameters given; from {smallest} to "
-            f"{largest:.2g} is wanted, what the rule reaches with a vocabulary of {vocab_size}; change one of the two, "
-            "or write the shape as a .toml file"
+            f"{parameters:g} {'non-embedding ' if non_embedding else ''}parameters with a vocabulary of {vocab_size}",
+            f"from {smallest} to {largest:.2g} parameters, which the rule reaches with it",
+            "change one of the two, or write the shape as a .toml file",
         )
     while low < high:
         middle = (low + high) // 2

@@ -17,6 +17,7 @@ from diffattn.plan.rule import shape_about
 from diffattn.plan.setting import DEFAULT_SETTING, FAR, Setting, parse_tokens
 from diffattn.plan.shape import ModelShape
 from diffattn.quantities import short, whole
+from diffattn.variants import BASELINE, DEFAULT
 
 AXES = ("context", "batch")
 # Halvings of the range in which the largest shape is looked for.
@@ -204,12 +205,12 @@ def fits(memory: int | str, model: str | Model | None = None, setting: Setting =
     """
     limit = parse_size(memory)
     given = named(model, None)[0]
-    variant = "diff_v1" if given.attention == "softmax" else given.attention
+    variant = DEFAULT if given.attention == BASELINE else given.attention
     rows = []
     for phase, need in _PEAKS.items():
         if phase == "training" and not setting.precision.trains:
             continue
-        for attention in (variant, "softmax"):
+        for attention in (variant, BASELINE):
             found = _largest_shape(need, attention, setting, limit)
             if found is None:
                 rows.append(FitRow(phase, "parameters", attention, None, None, None, limit))

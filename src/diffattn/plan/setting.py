@@ -51,7 +51,7 @@ class Precision:
         for key, value in vars(self).items():
             known = tuple(BYTES) if key in ("weights", "cache") else ("fp32", "bf16", "fp16")
             if value not in known and not (key == "master" and value is None):
-                raise ConfigError(f"{key}={value!r} given; a dtype is wanted there; use one of {', '.join(known)}")
+                raise ConfigError(f"{key}={value!r}", "a number format", f"use one of {', '.join(known)}")
 
     @property
     def autocast(self) -> bool:
@@ -87,7 +87,9 @@ PRECISIONS: dict[str, Precision] = {
 
 @dataclass(frozen=True, init=False)
 class Setting:
-    """How a model is run. Names are found as people write them: ``Setting(context="4k", machine="rtx 3060")``.
+    """The conditions under which a model is planned.
+
+    Names are found as people write them: ``Setting(context="4k", machine="rtx 3060")``.
 
     Raises:
         ConfigError: a number below 1, or a name that is not known.
@@ -148,7 +150,7 @@ class Setting:
             object.__setattr__(self, key, value)
 
     def check(self, shape: ModelShape, attention: str) -> None:
-        """Raise a ``ConfigError`` unless the shape can carry the variant, and the variant has the backend.
+        """Raises a ``ConfigError`` unless the shape can carry the variant, and the variant has the backend.
 
         >>> Setting(backend="fused").check(ModelShape.preset("3M"), "diff_v1")
         """
@@ -167,7 +169,7 @@ class Setting:
 
 
 def resolve_precision(precision: Precision | str) -> Precision:
-    """A precision by its name in ``PRECISIONS``, in any case; a ``Precision`` is returned as it is.
+    """Returns a precision by its name in ``PRECISIONS``, in any case; a ``Precision`` is returned as it is.
 
     Raises:
         ConfigError: no precision has this name.
@@ -177,11 +179,11 @@ def resolve_precision(precision: Precision | str) -> Precision:
     """
     if isinstance(precision, Precision):
         return precision
-    return PRECISIONS[one_of(precision, PRECISIONS, given=f"precision={precision!r} given", also=_LONG_NAMES)]
+    return PRECISIONS[one_of(precision, PRECISIONS, given=f"precision={precision!r}", also=_LONG_NAMES)]
 
 
 def resolve_dtype(text: str, part: str) -> str:
-    """A dtype of ``BYTES`` as people write it: in any case, or by PyTorch's name; ``part`` is what it is of.
+    """Returns a dtype of ``BYTES`` as people write it: in any case, or by PyTorch's name; ``part`` is what it is of.
 
     Raises:
         ConfigError: no dtype has this name.
@@ -189,7 +191,7 @@ def resolve_dtype(text: str, part: str) -> str:
     >>> resolve_dtype("BFloat16", "weights")
     'bf16'
     """
-    return one_of(text, BYTES, given=f"{part}={text!r} given", also=_LONG_NAMES | {"float16": "fp16"})
+    return one_of(text, BYTES, given=f"{part}={text!r}", also=_LONG_NAMES | {"float16": "fp16"})
 
 
 def parse_tokens(text: str | int, name: str = "context") -> int:

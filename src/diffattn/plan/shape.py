@@ -82,26 +82,29 @@ class ModelShape:
         if self.head_dim is None:
             if self.hidden_size % self.num_heads:
                 raise ConfigError(
-                    f"hidden_size={self.hidden_size} with num_heads={self.num_heads} given; without head_dim, a "
-                    "hidden_size that num_heads divides is wanted; change one of them or set head_dim"
+                    f"hidden_size={self.hidden_size} with num_heads={self.num_heads}, without head_dim",
+                    "a hidden_size that num_heads divides",
+                    "change one of them or set head_dim",
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"num_heads={self.num_heads} with num_kv_heads={self.num_kv_heads} given; a num_kv_heads that divides "
-                f"num_heads is wanted; leave it out for num_kv_heads={self.num_heads}"
+                f"num_heads={self.num_heads} with num_kv_heads={self.num_kv_heads}",
+                "a num_kv_heads that divides num_heads",
+                f"leave it out for num_kv_heads={self.num_heads}",
             )
         if self.head_dim % 2:
             raise ConfigError(
-                f"head_dim={self.head_dim} given; an even width is wanted, because RoPE rotates pairs of channels; "
-                f"set head_dim={self.head_dim + 1}"
+                f"head_dim={self.head_dim}",
+                "an even width, because RoPE rotates pairs of channels",
+                f"set head_dim={self.head_dim + 1}",
             )
         for key in ("name", "source"):
             if not isinstance(getattr(self, key), str):
-                raise ConfigError(f"{key}={getattr(self, key)!r} given; text is wanted; put it in quotes")
+                raise ConfigError(f"{key}={getattr(self, key)!r}", "text", "put it in quotes")
 
     def beside(self, part: str) -> int:
-        """Parameters of a part of ``Parameters`` that a checkpoint of this shape has beside those that a shape says.
+        """Returns the parameters of a part that a checkpoint of this shape has beside those that a shape says.
 
         >>> ModelShape.preset("3M").beside("norms")
         0
@@ -109,7 +112,7 @@ class ModelShape:
         return 0
 
     def plain(self) -> ModelShape:
-        """The shape without what a checkpoint of it has beside it.
+        """Returns the shape without what a checkpoint of it has beside it.
 
         >>> ModelShape.preset("3M").plain() is ModelShape.preset("3M")
         True
@@ -117,7 +120,7 @@ class ModelShape:
         return self
 
     def check_variant(self, attention: str) -> None:
-        """Raise unless this shape can carry the variant; return nothing.
+        """Raises unless this shape can carry the variant; returns nothing.
 
         V1 joins heads two by two: (q1, q2) of one output head, (k1, k2) of one key head, and two values of width d into
         one of width 2d. So n and G must be even. The others take every shape.
@@ -134,23 +137,26 @@ class ModelShape:
         """
         if attention not in VARIANTS:
             raise ConfigError(
-                f"attention={attention!r} given; one of {', '.join(VARIANTS)} is wanted{_nearest(attention, VARIANTS)}"
+                f"attention={attention!r}", f"one of {', '.join(VARIANTS)}", _nearest(attention, VARIANTS)
             )
-        if attention == "diff_v1" and self.num_heads % 2:
+        join = VARIANTS[attention].join
+        if self.num_heads % join:
             raise ConfigError(
-                f"num_heads={self.num_heads} given; diff_v1 wants an even number of heads, because it joins them two "
-                'by two; change num_heads or take attention="diff_v2"'
+                f"num_heads={self.num_heads} for {attention}",
+                f"a multiple of {join}, because it joins that many heads",
+                'change num_heads or pass attention="diff_v2"',
             )
-        if attention == "diff_v1" and self.num_kv_heads % 2:
-            # n is even and G is odd and divides n, so 2G divides n as well.
+        if self.num_kv_heads % join:
+            # n is a multiple of join and of G, and G is none of join, a prime: so join · G divides n as well.
             raise ConfigError(
-                f"num_kv_heads={self.num_kv_heads} given; diff_v1 wants an even number of key/value heads, because it "
-                f'joins them two by two; set num_kv_heads={2 * self.num_kv_heads} or take attention="diff_v2"'
+                f"num_kv_heads={self.num_kv_heads} for {attention}",
+                f"a multiple of {join}, because it joins that many key/value heads",
+                f'set num_kv_heads={join * self.num_kv_heads} or pass attention="diff_v2"',
             )
 
     @classmethod
     def preset(cls, name: str) -> ModelShape:
-        """A shape that comes with the package, by name, in any case; ``presets()`` lists them.
+        """Returns a shape that comes with the package, by its name in any case; ``presets()`` lists them.
 
         Raises:
             ConfigError: no preset has this name.
@@ -162,40 +168,41 @@ class ModelShape:
         name = find_preset(name) or name
         if name not in known:
             raise ConfigError(
-                f"preset {name!r} given; one of {', '.join(known)} is wanted{_nearest(name, known)}; "
-                "or give the path of a .toml file"
+                f"preset {name!r}",
+                f"one of {', '.join(known)}, or the path of a .toml file",
+                _nearest(name, known),
             )
         return known[name]
 
     @classmethod
     def from_toml(cls, path: str | Path) -> ModelShape:
-        """Read a shape from a TOML file whose keys are the fields of this class.
+        """Reads a shape from a TOML file whose keys are the fields of this class.
 
         Raises:
             ConfigError: the file is missing, unreadable or no TOML, or has an unknown, missing or impossible key.
 
         >>> ModelShape.from_toml("absent.toml")
         Traceback (most recent call last):
-        diffattn.errors.ConfigError: 'absent.toml' given; a TOML file is wanted; there is none: check the path
+        diffattn.errors.ConfigError: 'absent.toml' is not there; wanted a TOML file: check the path
         """
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise ConfigError(f"{str(path)!r} given; a TOML file is wanted; there is none: check the path") from None
+            raise ConfigError(f"{str(path)!r} is not there", "a TOML file", "check the path") from None
         except OSError as error:
             raise ConfigError(
-                f"{str(path)!r} given; a readable TOML file is wanted; the system says: {error.strerror}"
+                f"{str(path)!r} cannot be read ({error.strerror})", "a TOML file", "check the path and its rights"
             ) from error
         except UnicodeDecodeError as error:
             raise ConfigError(
-                f"{str(path)!r} given; a TOML file in UTF-8 is wanted; byte {error.start} is not UTF-8: save it again"
+                f"{str(path)!r} is not UTF-8 (byte {error.start})", "a TOML file in UTF-8", "save it again as UTF-8"
             ) from error
         return _parse(text, str(path), path.stem)
 
 
 def presets() -> tuple[str, ...]:
-    """Names of the shapes that come with the package, smallest first.
+    """Returns the names of the shapes that come with the package, smallest first.
 
     >>> presets()[:3]
     ('300K', '3M', '30M')
@@ -204,7 +211,7 @@ def presets() -> tuple[str, ...]:
 
 
 def find_preset(text: str) -> str | None:
-    """The preset that a text means: its name in any case, or its count written otherwise; None: it means none.
+    """Returns the preset that a text means: its name in any case, or its count written otherwise; None: no preset.
 
     >>> find_preset("6,8b"), find_preset("6800M"), find_preset("7B")
     ('6.8B', '6.8B', None)
@@ -214,7 +221,7 @@ def find_preset(text: str) -> str | None:
 
 
 def check_positive_int(key: str, value: object, *, most: int = MOST) -> None:
-    """Raise a ``ConfigError`` unless the value is an integer from 1 to ``most``; True is no integer here.
+    """Raises a ``ConfigError`` unless the value is an integer from 1 to ``most``; True is no integer here.
 
     >>> check_positive_int("context", 1)
     """
@@ -255,25 +262,25 @@ def _parse(text: str, origin: str, name: str) -> ModelShape:
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{origin!r} given; valid TOML is wanted; correct this: {error}") from error
+        raise ConfigError(f"{origin!r} is no TOML ({error})", "valid TOML", "correct that place") from error
     keys = [field.name for field in fields(ModelShape)]
     for key in values:
         if key not in keys:
             raise ConfigError(
-                f"{origin!r} gives the unknown key {key!r}; one of {', '.join(keys)} is wanted{_nearest(key, keys)}"
+                f"{origin!r} has the unknown key {key!r}", f"one of {', '.join(keys)}", _nearest(key, keys)
             )
     required = [field.name for field in fields(ModelShape) if field.default is MISSING]
     if missing := [key for key in required if key not in values]:
         raise ConfigError(
-            f"{origin!r} gives no {', '.join(missing)}; {', '.join(required)} are wanted; add what is missing"
+            f"{origin!r} has no {', '.join(missing)}", f"{', '.join(required)} in it", "add what is missing"
         )
     try:
         return ModelShape(**{"name": name, **values})
     except ConfigError as error:
-        raise ConfigError(f"{origin!r}: {error}") from None
+        raise error.at(repr(origin)) from None
 
 
 def _nearest(given: object, known: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in known}
     found = difflib.get_close_matches(str(given).lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[found[0]]!r}?" if found else "; correct the name"
+    return f"did you mean {by_lower[found[0]]!r}?" if found else "correct the name"

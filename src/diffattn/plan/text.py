@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 
 from diffattn.humanize import count, flops, seconds, size
-from diffattn.plan.activations import ONE_MAP
 from diffattn.plan.estimate import Estimate
 from diffattn.plan.hardware import MACHINES, GiB
 from diffattn.plan.memory import inference_memory
@@ -15,6 +14,7 @@ from diffattn.plan.result import BackendRow, Plan, PlannedModel
 from diffattn.plan.search import FitRow, SweepRow
 from diffattn.plan.setting import Precision, Setting
 from diffattn.plan.shape import BuiltShape
+from diffattn.variants import VARIANTS
 
 SMALL_MACHINES = ("RTX 3060 12GB", "Apple M2", "DDR5 desktop", "Raspberry Pi 5")
 SMALL_PRECISION = Precision("int4", "bf16", "bf16", "bf16", "bf16")
@@ -51,7 +51,8 @@ def _own_memory(one: PlannedModel) -> str:
 
 def _maps(one: PlannedModel, backends: Sequence[BackendRow]) -> str:
     """Says what the second map costs beside a softmax model of the same shape; nothing where there is one map."""
-    if one.attention in ONE_MAP:
+    variant = VARIANTS[one.attention]
+    if variant.maps == 1:
         return ""
     rows = [row for row in backends if row.model == one.name and row.attention == one.attention]
     held = [(row.backend, row.score_ratio_to_twin) for row in rows if row.score_ratio_to_twin is not None]
@@ -59,7 +60,7 @@ def _maps(one: PlannedModel, backends: Sequence[BackendRow]) -> str:
     ratio = held[0][1]
     doubled = ", ".join(backend for backend, its_ratio in held if its_ratio > 1.5)
     verdict = f"doubled in {doubled} alone" if doubled else "doubled in no backend"
-    because = "pairs the heads that are there" if one.attention == "diff_v1" else "has twice as many queries"
+    because = "has twice as many queries" if variant.query_factor > 1 else "pairs the heads that are there"
     cache = rows[0].cache_ratio_to_twin
     return (
         f" Beside a softmax model of its own shape, the memory of its attention maps is {verdict}, "

@@ -23,7 +23,6 @@ from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.fused import DIFF_FUSED, serving_backend
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.transformers_private import attention_implementation
-from diffattn.plan.activations import ONE_MAP
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token, weight_bytes
 from diffattn.plan.hardware import Machine
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
@@ -32,6 +31,7 @@ from diffattn.plan.shape import ModelShape
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.study.measured_machine import forget, main_memory, measure_machine
 from diffattn.train.measure import peak_bytes
+from diffattn.variants import VARIANTS
 
 # What can be built here; the planner knows more of both.
 PRECISIONS = ("fp32", "autocast", "bf16")
@@ -62,7 +62,7 @@ class Subject:
         self.autocasts = setting.precision.autocast
         dtype = torch.float32 if setting.precision.name == "fp32" else torch.bfloat16
         implementation = _IMPLEMENTATIONS[setting.backend]
-        if setting.backend == "fused" and attention in ONE_MAP:
+        if setting.backend == "fused" and VARIANTS[attention].maps == 1:
             implementation = "sdpa"
         elif setting.backend == "fused" and serving_backend(attention, "cpu", dtype) != "fused":
             raise UnsupportedError("backend='fused'", "a compiled kernel", "`diffattn doctor` says what fails")

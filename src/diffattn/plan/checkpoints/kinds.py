@@ -8,7 +8,7 @@ three matrices. Everything else is refused by its name: a count that is wrong by
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from diffattn.errors import ConfigError
 
@@ -16,7 +16,7 @@ OURS = "diff_transformer"
 
 
 class Kind(NamedTuple):
-    """How the ``config.json`` of one ``model_type`` is read; the defaults are those of a file that lacks the key.
+    """The way to read the ``config.json`` of one ``model_type``; the defaults are those of a file that lacks the key.
 
     ``bias`` of the projections of attention: ``"switch"`` where the file's ``attention_bias`` gives all four of them
     one, ``"qkv"`` where three always have one. ``window``: which layers look back no further than ``sliding_window``:
@@ -67,8 +67,8 @@ _FOREIGN = {
 _KNOWN = {"lambda_std_dev", "is_decoder", "decoder_start_token_id", "cross_attention_hidden_size"}
 
 
-def kind_of(values: Mapping[str, Any], file: str) -> Kind:
-    """The kind of a ``config.json``, once it is known to be one of ``KINDS`` with nothing foreign in it.
+def kind_of(values: Mapping[str, object], file: str) -> Kind:
+    """Returns the kind of a ``config.json``, once it is known to be one of ``KINDS`` with nothing foreign in it.
 
     Raises:
         ConfigError: another ``model_type``, code of its own, another class, quantised weights, or a key that speaks of
@@ -80,30 +80,34 @@ def kind_of(values: Mapping[str, Any], file: str) -> Kind:
         said = f"model_type {name!r}" if name is not None else "no model_type"
         own = ", with code of its own (auto_map)" if code else ""
         raise ConfigError(
-            f"{file!r} gives {said}{own}; what can be planned is {', '.join(KINDS)}: write its numbers as a .toml "
-            "file, if it is a decoder with one gated feed-forward network per layer"
+            f"{file!r} has {said}{own}",
+            f"one of {', '.join(KINDS)}",
+            "write its numbers as a .toml file, if it is a decoder with one gated feed-forward network per layer",
         )
     if name == OURS:
         return KINDS[name]
     if code:
         raise ConfigError(
-            f"{file!r} gives model_type {name!r} with code of its own (auto_map), which is never run; the {name} of "
-            "transformers is wanted: if it is that, remove auto_map"
+            f"{file!r} has model_type {name!r} with code of its own (auto_map), which is never run",
+            f"the {name} of transformers",
+            "remove auto_map, if it is that",
         )
     classes = values.get("architectures")
     if classes and (not isinstance(classes, list) or KINDS[name].architecture not in classes):
         said = ", ".join(map(str, classes)) if isinstance(classes, list) else repr(classes)
         raise ConfigError(
-            f"{file!r} gives model_type {name!r} and architectures {said}; {KINDS[name].architecture} is what can be "
-            "planned of that type: write its numbers as a .toml file"
+            f"{file!r} has model_type {name!r} and architectures {said}",
+            f"{KINDS[name].architecture}, which can be planned of that type",
+            "write its numbers as a .toml file",
         )
     for key, value in values.items():
         if value and key not in _KNOWN and _FOREIGN.intersection(key.casefold().split("_")):
-            what = (
-                "weights as they were before they were quantised are wanted: plan the model that it was made from, "
-                "with --weights-dtype int8 or int4"
-                if "quantization" in key or "compression" in key
-                else f"a plain {name} is wanted, without such parts: write its numbers as a .toml file"
-            )
-            raise ConfigError(f"{file!r} gives model_type {name!r} and {key}; {what}")
+            given = f"{file!r} has model_type {name!r} and {key}"
+            if "quantization" in key or "compression" in key:
+                raise ConfigError(
+                    given,
+                    "weights as they were before they were quantised",
+                    "plan the model that it was made from, with --weights-dtype int8 or int4",
+                )
+            raise ConfigError(given, f"a plain {name}, without such parts", "write its numbers as a .toml file")
     return KINDS[name]

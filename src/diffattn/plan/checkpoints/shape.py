@@ -8,26 +8,27 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from diffattn.checkpoint_files import INDEX, WEIGHTS, read_tensors, weight_files
-from diffattn.config_fields import check_config
+from diffattn.config_fields import Config, check_config
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import parse_json
 from diffattn.folders import no_model
 from diffattn.plan.checkpoints.kinds import OURS, Kind, kind_of
 from diffattn.plan.cost import count_parameters
-from diffattn.plan.shape import VARIANTS, BuiltShape, ModelShape, check_positive_int
+from diffattn.plan.shape import BuiltShape, ModelShape, check_positive_int
+from diffattn.variants import ATTENTIONS, BASELINE, DEFAULT, Heads
 
+Flag = TypeVar("Flag", bool, bool | None)
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 # Buffers among the weights: older versions saved those of rotary positions, and DEX has how far it is annealed.
 _BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\.annealed$")
 
 
 class Checkpoint(NamedTuple):
-    """What a planner knows of a checkpoint."""
+    """The facts that the planner needs of a checkpoint."""
 
     shape: ModelShape
     """The softmax Transformer that it replaces, with the checkpoint's own feed-forward width; a ``BuiltShape`` where it
@@ -39,7 +40,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """The softmax Transformer that a checkpoint replaces, its variant, and what of its files no plan holds.
+    """Returns the softmax Transformer that a checkpoint replaces, its variant, and what of its files no plan holds.
 
     Heads in the file are those of the one attention call; the shape's are the softmax model's:
 
@@ -68,7 +69,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     >>> read_checkpoint("absent")
     Traceback (most recent call last):
-    diffattn.errors.ConfigError: 'absent' given; a folder with a config.json is wanted; there is none: check the path
+    diffattn.errors.ConfigError: there is no config.json in 'absent'; wanted the folder of a model: check the path
     """
     file = Path(path)
     if file.suffix != ".json":
@@ -78,59 +79,70 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except (FileNotFoundError, NotADirectoryError):
         raise (
             no_model(file.parent, ConfigError)
-            or ConfigError(f"{str(path)!r} given; a folder with a config.json is wanted; there is none: check the path")
+            or ConfigError(f"there is no config.json in {str(path)!r}", "the folder of a model", "check the path")
         ) from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{str(file)!r} given; a readable config.json is wanted; it says: {reason}") from None
+        raise ConfigError(f"{str(file)!r} cannot be read ({reason})", "a config.json", "correct the file") from None
     if isinstance(values, dict) and "model_type" not in values and (other := no_model(file.parent, ConfigError)):
         raise other
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{str(file)!r} given; a decoder's config.json is wanted, with {', '.join(_SIZES)}; it lacks no JSON "
-            f"object: it holds a {type(values).__name__}"
+            f"{str(file)!r} holds a {type(values).__name__}",
+            f"a decoder's config.json, which is a JSON object with {', '.join(_SIZES)}",
+            "check the path",
         )
     if "model_type" in values:
         kind_of(values, str(file))
     if missing := [key for key in _SIZES if key not in values]:
         raise ConfigError(
-            f"{str(file)!r} given; a decoder's config.json is wanted, with {', '.join(_SIZES)}; it lacks "
-            f"{', '.join(missing)}: write the shape as a .toml file"
+            f"{str(file)!r} lacks {', '.join(missing)}",
+            f"a decoder's config.json, with {', '.join(_SIZES)}",
+            "write the shape as a .toml file",
         )
     kind = kind_of(values, str(file))
     try:
         shape, attention = _read(values, kind, file.resolve().parent.name)
     except ConfigError as error:
-        raise ConfigError(f"{str(file)!r}: {error}") from None
+        raise error.at(repr(str(file))) from None
     return Checkpoint(shape, attention, _hold_against_weights(shape, attention, file))
 
 
-def _read(values: dict[str, Any], kind: Kind, name: str) -> tuple[ModelShape, str]:
+def _read(values: Config, kind: Kind, name: str) -> tuple[ModelShape, str]:
     check_config(values)
     ours, diffllama = values["model_type"] == OURS, values["model_type"] == "diffllama"
-    attention = values.get("attention", "diff_v1") if ours else "softmax"
-    v1, v2 = attention == "diff_v1", attention == "diff_v2"
+    attention = values.get("attention", DEFAULT) if ours else BASELINE
+    variant = ATTENTIONS[attention]
     for key in _SIZES:
         check_positive_int(key, values[key])
 
     heads = values["num_attention_heads"]
     groups, width = values.get("num_key_value_heads", kind.kv_heads), values.get("head_dim", kind.head_dim)
     if groups is None:
-        groups = heads // 2 if v1 or v2 else heads
+        groups = heads // (variant.query_factor * variant.join)
     check_positive_int("num_key_value_heads", groups)
     if width is not None:
         check_positive_int("head_dim", width)
-    if v1 and width is not None and width % 2:
-        raise ConfigError(f"head_dim={width} given; an even width is wanted, because diff_v1 cuts it into two heads")
-    if v2 and heads % 2:
-        raise ConfigError(f"num_attention_heads={heads} given; an even number is wanted, because diff_v2 pairs them")
+    if width is not None and width % variant.join:
+        raise ConfigError(
+            f"head_dim={width} for {attention}",
+            f"a multiple of {variant.join}, because each head holds that many of softmax's",
+            "correct the file",
+        )
+    if heads % variant.query_factor:
+        raise ConfigError(
+            f"num_attention_heads={heads} for {attention}",
+            f"a multiple of {variant.query_factor}, because it has that many for each of softmax's",
+            "correct the file",
+        )
+    replaced = variant.replaced(Heads(heads, groups, width or 0))
     shape = ModelShape(
         hidden_size=values["hidden_size"],
         num_layers=values["num_hidden_layers"],
-        num_heads=heads // (2 if v2 else 1),
-        num_kv_heads=groups * (2 if v1 else 1),
+        num_heads=replaced.queries,
+        num_kv_heads=replaced.groups,
         # Where it is missing, d = D / n for every variant.
-        head_dim=None if width is None else width // (2 if v1 else 1),  # type: ignore[arg-type]
+        head_dim=None if width is None else replaced.width,  # type: ignore[arg-type]
         intermediate_size=values["intermediate_size"],
         vocab_size=values["vocab_size"],
         tie_word_embeddings=values.get("tie_word_embeddings", kind.tied),
@@ -141,7 +153,7 @@ def _read(values: dict[str, Any], kind: Kind, name: str) -> tuple[ModelShape, st
     )
     # DiffLlama's file has the softmax model's own heads, which it pairs.
     attention = "diff_v1" if diffllama else attention
-    planned = "softmax" if attention == "dex" else attention
+    planned = ATTENTIONS[attention].fitted_to or attention
     shape.check_variant(planned)
     extras = tuple(one for one in _extras(values, kind, shape, attention, ours=ours) if one[2])
     window = _window(values, kind, shape.num_layers)
@@ -149,8 +161,8 @@ def _read(values: dict[str, Any], kind: Kind, name: str) -> tuple[ModelShape, st
     return built, planned
 
 
-def _rope_theta(values: Mapping[str, Any]) -> Any:
-    """The base in the older or the newer layout; Gemma 3 has two, and that of the layers which see everything is it."""
+def _rope_theta(values: Config) -> Any:
+    """Returns the base, from the older or the newer layout; of Gemma 3's two, that of the layers that see all."""
     given = values.get("rope_theta")
     rope = values.get("rope_parameters")
     if given is None and isinstance(rope, dict):
@@ -159,10 +171,8 @@ def _rope_theta(values: Mapping[str, Any]) -> Any:
     return 10000.0 if given is None else given
 
 
-def _extras(
-    values: Mapping[str, Any], kind: Kind, shape: ModelShape, attention: str, *, ours: bool
-) -> list[tuple[str, str, int]]:
-    """What a shape does not say: the part of ``Parameters``, what it is, how many of all layers."""
+def _extras(values: Config, kind: Kind, shape: ModelShape, attention: str, *, ours: bool) -> list[tuple[str, str, int]]:
+    """Returns the parameters that a shape does not say: the part, what they are, how many in all layers."""
     L, D, F, n, G, d = (
         shape.num_layers, shape.hidden_size, shape.intermediate_size, shape.num_heads, shape.num_kv_heads,
         shape.head_dim,
@@ -170,7 +180,8 @@ def _extras(
     switch = _flag(values, "attention_bias") if ours or kind.bias == "switch" else False
     bias = switch or kind.bias == "qkv"
     output_bias = _flag(values, "attention_output_bias") if ours else switch
-    queries = n * d * (2 if attention == "diff_v2" else 1)
+    variant = ATTENTIONS[attention]
+    queries = variant.query_width(shape)
     found = [("attention", "biases", L * (bias * (queries + 2 * G * d) + output_bias * D))]
     if ours or kind.mlp_bias:
         found.append(("feed_forward", "biases", L * _flag(values, "mlp_bias") * (2 * F + D)))
@@ -179,34 +190,40 @@ def _extras(
         normed = n * d + G * d if kind.qk_norm == "all heads" else 2 * d
     found.append(("norms", "norms of queries and keys", L * normed))
     found.append(("norms", "further norms", L * kind.further_norms * D))
-    if attention in VARIANTS:
-        chosen: dict[str, Any] = {
-            "subln_affine": _flag(values, "subln_affine", True) if ours else attention != "diff_v1",
-            "head_norm": _flag(values, "head_norm", None) if ours else None,
-            "lambda_form": values.get("lambda_form", "sigmoid") if ours else "sigmoid",
-        }
-        plain = count_parameters(shape, attention).total
-        switches = count_parameters(shape, attention, **chosen).total - plain
-        found.append(("attention", "the norm of heads and λ", switches))
+    if variant.chosen_heads:
+        chosen = _chosen_heads(values, shape)
+        own = [math.prod(each.shape(D=D, d=d, H=chosen, V=d)) for each in variant.tensors if each.trained]
+        found.append(("attention", variant.title, sum(own)))
     else:
-        found.append(("attention", "DEX", _dex_heads(values, shape) * (d**2 + 1)))
+        # The norm of transformers' diffllama has no gain.
+        switched = count_parameters(
+            shape,
+            attention,
+            subln_affine=_flag(values, "subln_affine", True) if ours else not variant.norm,
+            head_norm=_flag(values, "head_norm", None) if ours else None,
+            lambda_form=values.get("lambda_form", "sigmoid") if ours else "sigmoid",
+        )
+        difference = switched.total - count_parameters(shape, attention).total
+        found.append(("attention", "the norm of heads and λ", difference))
     return found
 
 
-def _dex_heads(values: Mapping[str, Any], shape: ModelShape) -> int:
+def _chosen_heads(values: Config, shape: ModelShape) -> int:
+    """Counts the heads of all layers that have tensors of their own."""
     chosen = values.get("dex_heads")
     return shape.num_layers * shape.num_heads if chosen is None else sum(map(len, chosen))
 
 
-def _flag(values: Mapping[str, Any], key: str, default: Any = False) -> Any:
+def _flag(values: Config, key: str, default: Flag = False) -> Flag:
+    """Returns a switch of the file; the default where it is not there."""
     value = values.get(key, default)
     if value is not default and not isinstance(value, bool):
-        raise ConfigError(f"{key}={value!r} given; a truth value is wanted; use true or false")
+        raise ConfigError(f"{key}={value!r}", "a truth value", "use true or false")
     return value
 
 
-def _window(values: Mapping[str, Any], kind: Kind, layers: int) -> tuple[int, int] | None:
-    """How many layers look back over how many tokens alone."""
+def _window(values: Config, kind: Kind, layers: int) -> tuple[int, int] | None:
+    """Returns the number of layers that see a window of tokens alone, and its width; None: there are none."""
     width = values.get("sliding_window", kind.window_width)
     if kind.window == "none" or width is None:
         return None
@@ -235,7 +252,7 @@ def _window(values: Mapping[str, Any], kind: Kind, layers: int) -> tuple[int, in
 
 
 def _hold_against_weights(shape: ModelShape, attention: str, file: Path) -> dict[str, int]:
-    """Compare the count with the headers of the weights, where all of them are there; what in them is not counted."""
+    """Compares the count with the headers of the weights, where all of them are there; what in them is not counted."""
     folder = file.parent
     if file.name != "config.json" or not any(os.path.isfile(folder / name) for name in (WEIGHTS, INDEX)):
         return {}
@@ -252,7 +269,8 @@ def _hold_against_weights(shape: ModelShape, attention: str, file: Path) -> dict
     counted, held = count_parameters(shape, attention).total, sum(sizes.values())
     if held != counted:
         raise ConfigError(
-            f"{str(file)!r} says {counted:,} parameters and the weights beside it are {held:,}; two that agree are "
-            "wanted: the file is of another model, or the model has parts that it does not say"
+            f"{str(file)!r} says {counted:,} parameters and the weights beside it are {held:,}",
+            "two that agree",
+            "find the config.json of these weights, or write the shape as a .toml file if the model has further parts",
         )
     return {what: number for what, number in left_out.items() if number}
