@@ -22,7 +22,7 @@ from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.fused import DIFF_FUSED, diff_fused_attention, diff_fused_mask
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.ops.cpu import build
-from diffattn.probes.maps import attention_maps
+from diffattn.probes.lens import attention_maps
 
 DIFFERENTIAL = ("diff_v1", "diff_v2")
 SHAPES = {

@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from diffattn.errors import UnsupportedError
 from diffattn.probes import attention_calls as layer_calls
 from diffattn.probes.attention_calls import LayerCall, served_by
-from diffattn.probes.maps import attention_maps
+from diffattn.probes.lens import attention_maps
 
 VARIANTS = ("softmax", "diff_v1", "diff_v2", "dex", "gated")
 SWITCHED = [
@@ -84,12 +84,12 @@ def test_maps_of_one_head_as_lists(attention):
     maps = attention_maps(model, ids, layer=1, head=2)
     assert model.training
     expected = eager_maps(model, ids)[1]
-    lam = maps.pop("lam", None)
-    assert maps.keys() == expected.keys()
-    for name, weights in maps.items():
+    assert maps.maps.keys() == expected.keys()
+    for name, weights in maps.maps.items():
         torch.testing.assert_close(torch.tensor(weights), expected[name][2], rtol=0, atol=1e-5)
-    if lam is not None:
-        assert isinstance(lam, float if attention == "diff_v1" else list)
+    assert (maps.lam is None) == (maps.map_diff is None)
+    if maps.lam is not None:
+        assert isinstance(maps.lam, float if attention == "diff_v1" else list)
 
 
 @pytest.mark.parametrize("attention", VARIANTS)
@@ -131,7 +131,7 @@ def test_a_window_hides_what_lies_before_it():
 
 def test_maps_that_meet_values_of_their_own_are_not_read():
     model = small_model("diff_v2", pairs_share_group=False)
-    with pytest.raises(UnsupportedError, match="cannot be read: both maps of a head meet values of their own"):
+    with pytest.raises(UnsupportedError, match=r"cannot be read \(each map of a head has values of its own"):
         read(model, tokens(1, LENGTH))
     assert model.config._attn_implementation == "sdpa"
 
@@ -182,7 +182,7 @@ def test_scores_that_are_changed_are_refused_with_the_reason():
     model = llama()
     attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
     with (
-        pytest.raises(UnsupportedError, match="it changes its scores by softcap; wanted scaled products"),
+        pytest.raises(UnsupportedError, match=r"it changes its scores by softcap\); wanted a causal model"),
         served_by(model, lambda call: None),
     ):
         ALL_ATTENTION_FUNCTIONS["sdpa"](
@@ -192,7 +192,7 @@ def test_scores_that_are_changed_are_refused_with_the_reason():
 
 
 def test_a_model_whose_attention_is_never_called_is_refused_with_the_reason():
-    reason = "LlamaForCausalLM cannot be read: it does not use the attention interface"
+    reason = r"LlamaForCausalLM cannot be read \(it does not use the attention interface"
     with pytest.raises(UnsupportedError, match=reason), served_by(llama(), lambda call: None):
         pass
 

@@ -12,8 +12,7 @@ from diffattn.cli.main import main
 from diffattn.errors import CheckpointError, ConfigError, DataError
 from diffattn.model.loading import load
 from diffattn.probes import lens as lens_module
-from diffattn.probes.lens import lens
-from diffattn.probes.maps import attention_maps
+from diffattn.probes.lens import attention_maps, lens
 from diffattn.report.lens_page import render_lens, write_lens_pngs
 
 TEXT = "Line 3 is about rain. The magic number of Lima is 48219. Line 4 is about <b>old</b> wine. What is it? It is"

@@ -136,7 +136,7 @@ def test_minutes_decide_the_steps(tmp_path: Path) -> None:
 
 
 def test_maps_of_the_page_are_the_models_own(tmp_path: Path) -> None:
-    from diffattn.probes.maps import attention_maps
+    from diffattn.probes.lens import attention_maps
 
     compare(options(tmp_path, seeds=1, steps=2), out=tmp_path / "out")
     ids = torch.arange(5, 17)[None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -65,16 +66,15 @@ def __getattr__(study: str) -> Callable[..., int]:
     return verb
 
 
-def studies() -> str:
-    """Returns the name and the sentence of every study, ours and those of plug-ins, in at most 80 columns.
+def list_studies() -> int:
+    """Prints the name and the sentence of every study, ours and those of plug-ins, in at most 80 columns.
 
-    A plug-in that is broken has its line, and does not keep the others from theirs.
+    A plug-in that is broken has one line on stderr, and does not keep the others from theirs.
     """
     found, broken = listing()
-    column = max(len(name) for name, _ in found) + 4
-    lines = [
-        textwrap.fill(sentence, WIDTH, initial_indent=f"  {name}".ljust(column), subsequent_indent=" " * column)
-        for name, sentence in found
-    ]
-    lines += [textwrap.fill(str(error), WIDTH, subsequent_indent="  ") for error in broken]
-    return "\n".join(lines)
+    column = max(map(len, found)) + 4
+    for name, sentence in found.items():
+        print(textwrap.fill(sentence, WIDTH, initial_indent=f"  {name}".ljust(column), subsequent_indent=" " * column))
+    for error in broken:
+        print(f"diffattn: {error}", file=sys.stderr)
+    return 0

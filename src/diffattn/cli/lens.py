@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from diffattn.model.options import LoadOptions
-from diffattn.probes.lens_options import LensOptions
+from diffattn.probes.options import LensOptions
 
 
 def lens(

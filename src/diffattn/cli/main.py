@@ -92,9 +92,9 @@ def _run(arguments: list[str]) -> int:
     if asked and (not arguments or arguments[0] in _HELP):
         return _say(overview())
     if arguments == ["eval", "--list"]:
-        from diffattn.cli.evaluate import studies
+        from diffattn.cli.evaluate import list_studies
 
-        return _say(studies())
+        return list_studies()
     verb, rest = _verb(arguments, asked)
     if verb in GROUPS:
         return _say(overview(verb))

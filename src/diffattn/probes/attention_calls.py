@@ -1,4 +1,4 @@
-"""What the layers of a model attend to, read from their own queries, keys and λ while it runs.
+"""The attention of a model's layers, read from their own queries, keys and λ while the model runs.
 
 Every model that calls the attention interface of ``transformers`` can be read: ours, and its causal models that do not
 change their scores behind the product. Nothing of T × T is held: a study asks for the rows of the maps that it needs.
@@ -23,26 +23,29 @@ from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 from diffattn.model.masks import is_compact
 from diffattn.model.transformers_private import attention_function, attention_implementation
 
-# Numbers of a block of rows of all heads, about: 64 MiB in float32.
+# About so many scores of all heads are computed at once: 64 MiB in float32.
 BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """The one attention call of a layer: its maps are ``softmax(scale · queries[i] keys[i]ᵀ)``.
-
-    ``queries`` (B, T, H, d) and ``keys`` (B, S, G, d) are those of map_pos, and behind them, for a differential model,
-    those of map_neg; ``lam`` is then λ in float32, (B, T, H). ``value`` is (B, S, G, V). ``mask`` is None for causal,
-    the fused kernel's (see ``diffattn.model.masks.is_compact``), or a mask of ``scaled_dot_product_attention``.
-    """
+    """The one attention call of a layer: its maps are ``softmax(scale · queries[i] keys[i]ᵀ)``."""
 
     layer: int
+    """The layer, counted from 0."""
     queries: tuple[Tensor, ...]
+    """Queries (B, T, H, d) of map_pos, and behind them those of map_neg where the model is differential."""
     keys: tuple[Tensor, ...]
+    """Keys (B, S, G, d) of map_pos, and behind them those of map_neg where the model is differential."""
     value: Tensor
+    """Values, (B, S, G, V)."""
     lam: Tensor | None
+    """λ in float32, (B, T, H); None for a model with one map."""
     scale: float
+    """The number that the products of queries and keys are multiplied by."""
     mask: Tensor | None
+    """The mask: None for a causal one, the fused kernel's (``diffattn.model.masks.is_compact``), or one of
+    ``scaled_dot_product_attention``."""
 
     @property
     def heads(self) -> int:
@@ -50,13 +53,13 @@ class LayerCall:
         return self.queries[0].shape[2]
 
     def row_blocks(self) -> Iterator[range]:
-        """All rows, in blocks of which the scores of all heads are a matter of some ten megabytes."""
+        """Yields all rows, in blocks so small that the scores of all heads take some ten megabytes."""
         B, T, H, _ = self.queries[0].shape
         rows = max(1, BLOCK // (B * H * self.keys[0].shape[1]))
         return (range(start, min(start + rows, T)) for start in range(0, T, rows))
 
     def scores(self, which: int, rows: range, keys: range) -> Tensor:
-        """Scaled scores of map_pos (0) or map_neg (1) for some keys, (B, H, R, keys) in float32, hidden ones too."""
+        """Returns scaled scores of map_pos (0) or map_neg (1) for some keys, (B, H, R, keys), hidden ones too."""
         q_BRHd = self.queries[which][:, rows.start : rows.stop : rows.step].float() * self.scale
         k_BSGd = self.keys[which][:, keys.start : keys.stop].float()
         q_BGrd = q_BRHd.unflatten(2, (k_BSGd.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -64,7 +67,7 @@ class LayerCall:
         return scores.unflatten(2, (-1, len(rows))).flatten(1, 2)
 
     def logits(self, which: int, rows: range) -> Tensor:
-        """Scaled scores of map_pos (0) or map_neg (1), (B, H, R, S) in float32; −∞ where a query sees no key."""
+        """Returns scaled scores of map_pos (0) or map_neg (1), (B, H, R, S) in float32; −∞ where a key is hidden."""
         scores = self.scores(which, rows, range(self.keys[0].shape[1]))
         mask = self._mask(rows)
         if mask is None:
@@ -72,9 +75,9 @@ class LayerCall:
         return scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
 
     def seen_scores(self, which: int, block: int = 1 << 18) -> Iterator[Tensor]:
-        """Every score of a query and a key that it sees, once, in tensors of any shape that may hold zeros beside.
+        """Yields every score of a query and a key that it sees, once, in tensors of any shape with zeros among them.
 
-        In pieces of about ``block`` numbers, which the first caches hold. Under a causal mask nothing else is computed.
+        Each has about ``block`` numbers, which the first caches hold. Under a causal mask nothing else is computed.
         """
         T, S, H = self.queries[0].shape[1], self.keys[0].shape[1], self.heads
         for sequence in range(self.queries[0].shape[0]):
@@ -93,7 +96,7 @@ class LayerCall:
                     yield call.scores(0, rows, range(seen, rows.stop + S - T)).tril_(-1)
 
     def _one_map(self, which: int, sequence: int) -> LayerCall:
-        """One map of one sequence of the batch, as if the layer had no other, in float32."""
+        """Returns one map of one sequence of the batch, as if the layer had no other, in float32."""
         one = slice(sequence, sequence + 1)
         return replace(
             self,
@@ -105,6 +108,7 @@ class LayerCall:
         )
 
     def _mask_of(self, one: slice) -> Tensor | None:
+        """Returns the mask of some sequences of the batch."""
         if self.mask is None:
             return None
         if is_compact(self.mask):
@@ -112,29 +116,29 @@ class LayerCall:
         return self.mask[one] if len(self.mask) > 1 else self.mask
 
     def maps(self, rows: range) -> tuple[Tensor, ...]:
-        """``(map_pos,)`` or ``(map_pos, map_neg)``, each (B, H, R, S) in float32; a row without keys is zeros."""
+        """Returns ``(map_pos,)`` or ``(map_pos, map_neg)``, (B, H, R, S) in float32; a row without keys is zeros."""
         return tuple(self.logits(which, rows).softmax(dim=-1).nan_to_num_(0.0) for which in range(len(self.queries)))
 
     def lam_of(self, rows: range) -> Tensor | None:
-        """λ as it meets map_neg: (B, H, R, 1)."""
+        """Returns λ in the shape in which it multiplies map_neg: (B, H, R, 1)."""
         return None if self.lam is None else self.lam[:, rows.start : rows.stop : rows.step].transpose(1, 2)[..., None]
 
     def map_diff(self, rows: range) -> Tensor:
-        """``map_pos − λ · map_neg``, or map_pos where there is no other; (B, H, R, S) in float32."""
+        """Returns ``map_pos − λ · map_neg``, or map_pos where there is no other; (B, H, R, S) in float32."""
         return self.difference(self.maps(rows), rows)
 
     def difference(self, maps: tuple[Tensor, ...], rows: range) -> Tensor:
-        """The same of maps that are given."""
+        """Returns ``map_pos − λ · map_neg`` of the maps that are given."""
         lam = self.lam_of(rows)
         return maps[0] if lam is None else torch.addcmul(maps[0], lam, maps[1], value=-1)
 
     def _mask(self, rows: range) -> Tensor | None:
-        """Of these rows: bool, True where a query sees a key, or a number to be added; None where all see all."""
+        """Returns the mask of these rows: True where a query sees a key, or numbers to be added; None: all see all."""
         T, S = self.queries[0].shape[1], self.keys[0].shape[1]
         device = self.keys[0].device
         row = torch.arange(rows.start, rows.stop, rows.step, device=device)[:, None]
         if self.mask is None:
-            # Aligned at the end, which hides nothing from a single query.
+            # The mask is aligned at the end, so it hides nothing from a single query.
             return None if T == 1 else torch.arange(S, device=device) <= row + (S - T)
         if is_compact(self.mask):
             first, end = self.mask
@@ -147,12 +151,12 @@ Serve = Callable[[LayerCall], Tensor | None]
 
 @contextlib.contextmanager
 def served_by(model: PreTrainedModel, serve: Serve) -> Iterator[None]:
-    """While this lasts, every attention call of the model is shown to ``serve``.
+    """Shows every attention call of the model to ``serve`` for as long as this lasts.
 
     Args:
         model: any causal model of ``transformers``; its implementation is put back at the end.
-        serve: is given each layer's call, in order; what it returns, (B, T, H, V), is the output heads before V1's
-            norm, and None lets the model compute them as it would.
+        serve: a function that is given each layer's call, in order. It returns the output heads before V1's norm,
+            (B, T, H, V), or None to let the model compute them.
 
     Raises:
         UnsupportedError: the model does not use the attention interface, or changes its scores in a way that is not
@@ -161,7 +165,7 @@ def served_by(model: PreTrainedModel, serve: Serve) -> Iterator[None]:
     ours = isinstance(model.config, DiffTransformerConfig)
     differential = ours and model.config.has_map_diff
     if ours and not model.config.pairs_share_group:
-        raise UnsupportedError(_cannot(model, "both maps of a head meet values of their own, so there is no map_diff"))
+        raise _cannot(model, "each map of a head has values of its own, so there is no map_diff")
     implementation = DIFF_FUSED if differential else "sdpa"
     called: list[int] = []
     plain = ALL_ATTENTION_FUNCTIONS[implementation]
@@ -181,30 +185,33 @@ def served_by(model: PreTrainedModel, serve: Serve) -> Iterator[None]:
         try:
             changes.enter_context(attention_implementation(model, implementation))
         except ValueError as error:
-            raise UnsupportedError(_cannot(model, str(error).split(". ")[0])) from None
+            raise _cannot(model, str(error).split(". ")[0]) from None
         changes.enter_context(attention_function(implementation, shown))
         yield
     if not called:
-        raise UnsupportedError(_cannot(model, "it does not use the attention interface of transformers"))
+        raise _cannot(model, "it does not use the attention interface of transformers")
 
 
-def _cannot(model: PreTrainedModel, reason: str) -> str:
-    return (
-        f"the attention of {type(model).__name__} cannot be read: {reason}; wanted a causal model of transformers "
-        "whose scores are scaled products of queries and keys, such as Llama's or one of ours"
+def _cannot(model: nn.Module, reason: str) -> UnsupportedError:
+    """Returns the error for a model whose attention cannot be read."""
+    return UnsupportedError(
+        f"the attention of {type(model).__name__} cannot be read ({reason})",
+        "a causal model of transformers whose scores are scaled products of queries and keys",
+        "take a model such as Llama or one of diffattn",
     )
 
 
 def _layer_call(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> LayerCall:
-    """The call in our layout: heads behind tokens, one entry per map."""
+    """Returns the call in our layout: heads behind tokens, one entry per map.
+
+    Raises:
+        UnsupportedError: a layer that changes its scores behind the product.
+    """
     for name in ("softcap", "position_bias", "s_aux"):
         if options.get(name) is not None:
-            raise UnsupportedError(
-                f"the attention of {type(module).__name__} cannot be read: it changes its scores by {name}; wanted "
-                "scaled products of queries and keys"
-            )
+            raise _cannot(module, f"it changes its scores by {name}")
     q_BTNd, k_BSGW, v_BSGV = (x.transpose(1, 2) for x in (query, key, value))
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -61,7 +61,7 @@ class StandardOptions(StudyOptions):
 
 
 class TaskValues(NamedTuple):
-    """What a model did in one task."""
+    """The results of a model in one task."""
 
     values: dict[str, list[float]]
     """The value of every example, by metric: accuracy, accuracy with the answers' likelihoods divided by their length,

@@ -1,4 +1,4 @@
-"""In-context learning: classification from demonstrations in the prompt, where an answer can only be a label.
+"""Learning in context: classification from demonstrations in the prompt, where an answer can only be a label.
 
     input: …
     label: 3
@@ -75,7 +75,7 @@ class Permutations(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """How often a model classified rightly."""
+    """The classifications of a model that were right."""
 
     labels: list[str]
     """The labels to choose between."""

@@ -22,9 +22,7 @@ from diffattn.model.attention import DiffV1Attention
 from diffattn.model.loading import check_tokens, load, positions_of
 from diffattn.model.options import Device, Dtype, LoadOptions
 from diffattn.probes.attention_calls import LayerCall, served_by
-from diffattn.probes.lens_options import LensOptions
-from diffattn.probes.maps import attention_maps, token_labels
-from diffattn.probes.options import fitting_length
+from diffattn.probes.options import LensOptions, fitting_length
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.results.lens import LensLayer, LensModel, LensResult
 from diffattn.results.maps import AttentionMaps, MapSet
@@ -213,3 +211,53 @@ def _span(tokenizer: PreTrainedTokenizerBase, text: str, answer: str, ids: list[
         given = f"the answer {shown(answer)} has no token of its own in the text"
         raise DataError(given, "a word or more of the text", "give a longer part of it")
     return [inside[0], inside[-1] + 1]
+
+
+@torch.no_grad()
+def attention_maps(model: PreTrainedModel, input_ids: Tensor, *, layer: int, head: int) -> AttentionMaps:
+    """Returns the maps of one output head, and its λ.
+
+    Args:
+        model: a model whose attention can be read (``attention_calls.py``); its implementation and mode are left as
+            they were.
+        input_ids: ``(1, T)`` token ids; short, since the maps of all heads of a layer exist at once.
+        layer: the layer, counted from 0.
+        head: the output head, counted from 0.
+
+    Raises:
+        UnsupportedError: a model whose attention cannot be read.
+    """
+    found: list[AttentionMaps] = []
+
+    def read(call: LayerCall) -> None:
+        if call.layer != layer:
+            return
+        rows = range(input_ids.shape[1])
+        maps, lam = [weights[0, head] for weights in call.maps(rows)], call.lam_of(rows)
+        if lam is None:
+            found.append(AttentionMaps(map_pos=maps[0].tolist()))
+            return
+        lam_T1 = lam[0, head]
+        # One number for all tokens where the layer has one.
+        one = isinstance(model.get_decoder().layers[layer].self_attn, DiffV1Attention)
+        found.append(
+            AttentionMaps(
+                map_pos=maps[0].tolist(),
+                lam_map_neg=(lam_T1 * maps[1]).tolist(),
+                map_diff=(maps[0] - lam_T1 * maps[1]).tolist(),
+                lam=lam_T1[0, 0].item() if one else lam_T1[:, 0].tolist(),
+            )
+        )
+
+    training = model.training
+    try:
+        with served_by(model.eval(), read):
+            model(input_ids=input_ids, use_cache=False)
+    finally:
+        model.train(training)
+    return found[-1]
+
+
+def token_labels(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """Returns tokens as they are to be read: a leading space as ``·``, a line break as ``↵``."""
+    return [tokenizer.decode([token]).replace(" ", "·").replace("\n", "↵") for token in ids]

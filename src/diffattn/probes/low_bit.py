@@ -48,7 +48,7 @@ class LowBitOptions(StudyOptions):
 
 
 class LowBit(NamedTuple):
-    """What a model is with logits of one number of bits."""
+    """The quality of a model whose logits have one number of bits."""
 
     loss: list[float]
     """Held-out loss of each block, in nats per token."""

@@ -53,7 +53,7 @@ class NoiseOptions(StudyOptions):
 
 
 class MapShares(NamedTuple):
-    """What the last token attends to in one map."""
+    """The attention of the last token in one map."""
 
     shares: list[list[list[float]]]
     """The share of each span, by depth and by sample."""
@@ -109,7 +109,7 @@ def measure_noise(
 
 
 def span_sums(model: PreTrainedModel, prompts: Sequence[NeedlePrompt]) -> dict[str, Tensor]:
-    """Returns what the last token of each prompt attends to, per map: (prompts, layers, heads, spans) in float64.
+    """Returns the attention of the last token of each prompt, per map: (prompts, layers, heads, spans) in float64.
 
     Prompts have one length. Only the last row of a map is ever made.
     """

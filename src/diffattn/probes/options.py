@@ -1,12 +1,13 @@
-"""The options that all studies of ``diffattn eval`` share, and the base of each study's own; imports no torch."""
+"""The options of the lens, those that all studies share, and the base of each study's own; imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from diffattn.errors import ConfigError
+from diffattn.model.options import Device, Dtype
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 # Larger numbers are typing mistakes: such a study would take months, or more memory than there is.
@@ -84,9 +85,21 @@ class EvaluateOptions:
     """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
     lossy_tokenizer: bool = False
     """Use a tokenizer that loses more than 1% of the text."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Dtype = "auto"
     """Number format of the weights; auto: as in the file."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Device to run on: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one."""
     keep: Path | None = None
     """Folder to keep what is measured, so that a study that was stopped can go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LensOptions:
+    """The options of :func:`diffattn.probes.lens.lens` beside ``LoadOptions``."""
+
+    text: str
+    """The text that the model reads, up to 2048 tokens."""
+    layers: tuple[int, ...] | None = None
+    """Layers that the page shows, counted from 0. Default: all."""
+    answer: str | None = None
+    """A part of the text; the page counts attention to anything else as noise. Default: none."""

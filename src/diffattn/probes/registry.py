@@ -32,11 +32,6 @@ def plug_ins() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP) if point.name not in OURS}
 
 
-def study_names() -> list[str]:
-    """Returns the names of all studies: ours, then those of plug-ins."""
-    return [*OURS, *plug_ins()]
-
-
 def load_study(name: str) -> Study[Any]:
     """Returns a study by its name.
 
@@ -54,29 +49,37 @@ def load_study(name: str) -> Study[Any]:
     return _plugged_in(points[name])
 
 
+def listing() -> tuple[dict[str, str], list[UnsupportedError]]:
+    """Returns the sentence of each study by its name, and an error for each plug-in that is broken."""
+    found, broken = {}, []
+    for name in [*OURS, *plug_ins()]:
+        try:
+            found[name] = load_study(name).sentence
+        except UnsupportedError as error:
+            broken.append(error)
+    for point in entry_points(group=GROUP):
+        if point.name in OURS:
+            given = f"{_described(point)} has the name of one of diffattn's own"
+            broken.append(UnsupportedError(given, "another name", "update or uninstall the plug-in"))
+    return found, broken
+
+
 def _plugged_in(point: EntryPoint) -> Study[Any]:
-    package = point.dist.name if point.dist is not None else point.module
+    """Imports the study of another package."""
     try:
         study = point.load()
-    # Another package may raise anything while it is imported.
+    # The code of others may raise anything when it is imported.
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        given = f"the study {point.name!r} of the plug-in {package} cannot be loaded ({reason})"
-        raise UnsupportedError(given, f"{point.value} to be importable", "update or uninstall the plug-in") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        given = f"{_described(point)} cannot be imported ({reason})"
+        raise UnsupportedError(given, "a package that loads", "update or uninstall the plug-in") from error
     if not isinstance(study, Study) or study.name != point.name:
-        found = f"the study {study.name!r}" if isinstance(study, Study) else f"a {type(study).__name__}"
-        given = f"the study {point.name!r} of the plug-in {package} is {found}"
+        found = f"named {study.name!r}" if isinstance(study, Study) else f"a {type(study).__name__}"
         wanted = f"a diffattn.probes.study.Study named {point.name!r}"
-        raise UnsupportedError(given, wanted, "update or uninstall the plug-in")
+        raise UnsupportedError(f"{_described(point)} is {found}", wanted, "update or uninstall the plug-in")
     return study
 
 
-def listing() -> tuple[list[tuple[str, str]], list[UnsupportedError]]:
-    """Returns each study's name with its sentence, and an error for each plug-in that is broken."""
-    found, broken = [], []
-    for name in study_names():
-        try:
-            found.append((name, load_study(name).sentence))
-        except UnsupportedError as error:
-            broken.append(error)
-    return found, broken
+def _described(point: EntryPoint) -> str:
+    package = "an unknown package" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+    return f"the study {point.name!r} of {package}"

@@ -49,7 +49,7 @@ class Named(NamedTuple):
 
 @dataclass(frozen=True)
 class _Run(Result):
-    """What was measured of one run, as it is kept in a file."""
+    """The measured points of one run, as they are kept in a file."""
 
     folder: str
     parameters: int

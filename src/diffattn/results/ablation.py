@@ -1,4 +1,4 @@
-"""What an ablation measured: each variant with one thing changed, and its difference from the model it changes."""
+"""The result of an ablation: each variant with one thing changed, and its difference from the model it changes."""
 
 from __future__ import annotations
 

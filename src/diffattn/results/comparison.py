@@ -1,4 +1,4 @@
-"""What a comparison of variants measured: the content of ``result.json``, and the curves that its page shows."""
+"""The result of a comparison of variants: the content of ``result.json``, and the curves that its page shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A row of ``findings.jsonl``: what one study measured of one trained model."""
+"""A row of ``findings.jsonl``: the result of one study of one trained model."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _NAMES = {"arm": "attention"}
 
 @dataclass(frozen=True, kw_only=True)
 class LadderRun(Result):
-    """What is known of a run of a ladder before it is trained.
+    """The facts of a run of a ladder that are known before it is trained.
 
     In JSON the key of ``arm`` is ``attention``.
     """

@@ -1,4 +1,4 @@
-"""What the page of ``diffattn lens`` shows: the queries, keys and λ of one or two models on one text."""
+"""The content of the page of ``diffattn lens``: the queries, keys and λ of one or two models on one text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class LensModel(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class LensResult(Result):
-    """What ``diffattn lens`` read of one or two models."""
+    """The content of the page: one or two models on one text."""
 
     tokens: Sequence[str]
     """The tokens as they are to be read."""

@@ -1,4 +1,4 @@
-"""What a fit of scaling laws found: the points, the curves of every form, and which sizes have the same loss."""
+"""The result of a fit of scaling laws: the points, the curves of every form, and which sizes have the same loss."""
 
 from __future__ import annotations
 

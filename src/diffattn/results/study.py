@@ -1,4 +1,4 @@
-"""What a study measured of several models: points, each with the mean of every model and its difference."""
+"""The result of a study of several models: points, each with the mean of every model and its difference."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class PointResult(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class StudyTable:
-    """What the table and the chart of a study show."""
+    """The content of the table and of the chart of a study."""
 
     study: str
     """The name of the study, or what the table is of."""
@@ -83,7 +83,7 @@ class StudyModel(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult(Result):
-    """What one study measured of several models, as ``diffattn eval STUDY --json`` prints it."""
+    """The result of one study of several models, as ``diffattn eval STUDY --json`` prints it."""
 
     study: str
     """The name of the study."""

@@ -44,7 +44,7 @@ _MEASURES = ("learning_rate", "val_loss", "bits_per_byte", "train_tokens_per_sec
 
 @dataclass(frozen=True)
 class LadderProgress:
-    """How far a ladder is, at the start of a run and after each of its steps."""
+    """The progress of a ladder, at the start of a run and after each of its steps."""
 
     arm: str
     """The variant, or the variant with one change, that is trained now."""
@@ -216,7 +216,7 @@ class _Run:
 
     @functools.cached_property
     def facts(self) -> LadderRun:
-        """What is known of the run before it is trained."""
+        """The facts that are known before the run is trained."""
         config = self.arm.config(self.shape, self.options.match)
         built = config.shape()
         counted = parameters_of(config)

@@ -26,7 +26,7 @@ from diffattn.model.pairing import build_pair, pair_config
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token
 from diffattn.plan.named_model import load_shape
 from diffattn.plan.shape import ModelShape
-from diffattn.probes.maps import attention_maps, token_labels
+from diffattn.probes.lens import attention_maps, token_labels
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.report.compare_page import render_compare, render_picture
 from diffattn.results.comparison import ComparisonResult, CurvePoint, LossCurve, VariantResult

@@ -23,7 +23,7 @@ from diffattn.train.own import lasting
 
 @dataclass(frozen=True)
 class Plan(Result):
-    """How many steps each run has, and the measured costs that this follows from."""
+    """The number of steps of each run, and the measured costs that it follows from."""
 
     steps: int
     """Optimizer steps of each run."""
