@@ -38,7 +38,7 @@ _NO_TEXT = {b"PK": "a spreadsheet or another zip archive", b"\x1f\x8b": "gzip", 
 class _Row(NamedTuple):
     """A row of a file: where it stands, and its cells by the names of their columns."""
 
-    place: str
+    where: str
     cells: Mapping[str, object]
     # True where the file writes decimals with a comma, False with a point, None where it does not say.
     comma: bool | None = None
@@ -78,7 +78,7 @@ def read_points(source: str | Path, *, size: str = "parameters") -> list[Scaling
         raise DataError(f"{name} has no rows", "at least one row of points", "check that it is the right file")
     points = [_point(row, size) for row in rows]
     for axis, column in (("size", size), ("tokens", "tokens")):
-        empty = [row.place for row, point in zip(rows, points, strict=True) if getattr(point, axis) is None]
+        empty = [row.where for row, point in zip(rows, points, strict=True) if getattr(point, axis) is None]
         if empty and len(empty) < len(points):
             raise DataError(
                 f"{empty[0]} has no {column} and other rows have", "it in all rows or none", "fill the cell"
@@ -171,24 +171,24 @@ def _table(lines: list[tuple[int, str]], name: str) -> list[_Row]:
         raise DataError(f"{name} line {first} names {double} twice", "each column once", "rename one")
     rows: list[tuple[str, dict[str, str]]] = []
     for number, line in lines[1:]:
-        place = f"{name} line {number}"
-        cells = _cells(line, delimiter, place)
+        where = f"{name} line {number}"
+        cells = _cells(line, delimiter, where)
         if not any(cells):
             continue
         if len(cells) < len(header) or any(cells[len(header) :]):
             hint = ", or put a number with a decimal comma into quotes" if delimiter == "," else ""
             raise DataError(
-                f"{place} has {len(cells)} cells ({line.strip()[:60]})", f"{len(header)}, as in its header",
+                f"{where} has {len(cells)} cells ({line.strip()[:60]})", f"{len(header)}, as in its header",
                 f"correct the line{hint}",
             )  # fmt: skip
-        rows.append((place, dict(zip(header, cells, strict=False))))
+        rows.append((where, dict(zip(header, cells, strict=False))))
     numbers = [row[key] for _, row in rows for key in _NUMBERS if key in row]
     marks = set(map(writes_decimals, numbers)) - {None}
     comma = marks == {","} if len(marks) == 1 else None
     if not marks and delimiter == ";" and not any("." in number for number in numbers):
         # Semicolons stand between cells where commas are taken by decimals.
         comma = True
-    return [_Row(place, row, comma) for place, row in rows]
+    return [_Row(where, row, comma) for where, row in rows]
 
 
 def _known(title: str, mark: str) -> int:
@@ -205,13 +205,13 @@ def _columns(titles: Iterable[str]) -> list[str]:
     names = {plain(name): name for name in _COLUMNS}
     columns = [names.get(plain(str(title)), str(title).strip()) for title in titles]
     for name, others in _ALSO.items():
-        said = [place for place, column in enumerate(columns) if plain(column) in map(plain, others)]
+        said = [index for index, column in enumerate(columns) if plain(column) in map(plain, others)]
         if name not in columns and len(said) == 1:
             columns[said[0]] = name
     return columns
 
 
-def _cells(line: str, delimiter: str, place: str) -> list[str]:
+def _cells(line: str, delimiter: str, where: str) -> list[str]:
     """Returns the cells of one line.
 
     Raises:
@@ -221,7 +221,7 @@ def _cells(line: str, delimiter: str, place: str) -> list[str]:
         # Line by line, so that a quote that is not closed is a bad line and not the rest of the file.
         return [cell.strip() for cell in next(csv.reader([line.strip(" ")], delimiter=delimiter, strict=True))]
     except csv.Error as error:
-        given = f"{place} is no CSV ({error}): {line.strip()[:60]}"
+        given = f"{where} is no CSV ({error}): {line.strip()[:60]}"
         raise DataError(given, "cells between commas, with quotes that are closed", "correct the line") from None
 
 
@@ -244,13 +244,13 @@ def _json(text: str, lines: list[tuple[int, str]], name: str) -> list[_Row]:
                     f"{name} line {number} is no JSON ({error})", "a JSON object on each line", "correct the line"
                 ) from None
     rows = []
-    for place, row in found:
+    for where, row in found:
         if not isinstance(row, dict):
-            raise DataError(f"{place} is no JSON object", "a JSON object on each line", "correct it")
+            raise DataError(f"{where} is no JSON object", "a JSON object on each line", "correct it")
         columns = _columns(row)
         if double := next((column for column in _COLUMNS if columns.count(column) > 1), None):
-            raise DataError(f"{place} names {double} twice", "each name once", "rename one")
-        rows.append(_Row(place, dict(zip(columns, row.values(), strict=True))))
+            raise DataError(f"{where} names {double} twice", "each name once", "rename one")
+        rows.append(_Row(where, dict(zip(columns, row.values(), strict=True))))
     return rows
 
 
@@ -273,18 +273,18 @@ def _point(row: _Row, size: str) -> ScalingPoint:
         if row.cells.get(column) in (None, ""):
             found = ", ".join(name for name, cell in row.cells.items() if cell not in (None, ""))
             raise DataError(
-                f"{row.place} has no {column}, only {found[:80] or 'empty cells'}",
+                f"{row.where} has no {column}, only {found[:80] or 'empty cells'}",
                 f"the columns attention, val_loss and {size} or tokens",
                 "name the columns in the first line",
             )
     if not isinstance(attention, str):
-        raise DataError(f"{row.place}: attention is {attention!r}", "a name such as softmax", "correct the cell")
+        raise DataError(f"{row.where}: attention is {attention!r}", "a name such as softmax", "correct the cell")
     counts = {}
     for column in (size, "tokens"):
         empty = row.cells.get(column) in (None, "")
         counts[column] = None if empty else _number(row, column)
     if counts[size] is None and counts["tokens"] is None:
-        raise DataError(f"{row.place} has neither {size} nor tokens", "at least one of the two", "add the column")
+        raise DataError(f"{row.where} has neither {size} nor tokens", "at least one of the two", "add the column")
     known = {plain(name): name for name in VARIANTS}
     return ScalingPoint(
         attention=known.get(plain(attention), attention.strip()),
@@ -303,7 +303,7 @@ def _seed(row: _Row) -> int:
     """
     value = _number(row, "seed", least=0.0)
     if value != int(value):
-        given = f"{row.place}: seed is {row.cells['seed']!r}"
+        given = f"{row.where}: seed is {row.cells['seed']!r}"
         raise DataError(given, "a whole number", "correct the cell")
     return int(value)
 
@@ -320,15 +320,15 @@ def _number(row: _Row, column: str, *, least: float | None = None) -> float:
             raise ValueError
         value = float(given) if not isinstance(given, str) else _written(given, column, row.comma)
     except AmbiguousError as error:
-        said = f"{row.place}: {column} is {given!r}, which may mean two things"
+        said = f"{row.where}: {column} is {given!r}, which may mean two things"
         raise DataError(said, "a number that can be read in one way", str(error)) from None
     except ValueError:
-        raise DataError(f"{row.place}: {column} is {short(given)}", "a number", "correct the cell") from None
+        raise DataError(f"{row.where}: {column} is {short(given)}", "a number", "correct the cell") from None
     except OverflowError:
         value = math.inf
     if not math.isfinite(value) or (value <= 0 if least is None else value < least):
         raise DataError(
-            f"{row.place}: {column} is {value:g}",
+            f"{row.where}: {column} is {value:g}",
             f"a finite number {'above 0' if least is None else 'of at least 0'}",
             "leave out a run that diverged",
         )
