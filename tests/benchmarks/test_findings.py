@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from scaling.test_ladder import small, write_text
+from support.small_comparison import write_text
+from support.small_ladder import small
 
 from benchmarks import findings as command
 from diffattn.probes.long_context import LongContextOptions

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from scaling.test_ladder import small
 from support.small_comparison import write_text
+from support.small_ladder import small
 
 from diffattn.cli.main import main
 from diffattn.errors import ConfigError, DataError

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.small_comparison import write_text
+from support.small_ladder import small
 
 from diffattn.cli.main import main
 from diffattn.errors import ConfigError, DataError
@@ -18,14 +19,6 @@ from diffattn.scaling.options import LadderOptions, learning_rate_for
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "benchmarks" / "results" / "ladder.jsonl"
-
-
-def small(folder: Path, **changes: object) -> LadderOptions:
-    options = {
-        "sizes": ("38k", "7k"), "tokens": "100", "seeds": 2, "text": str(folder / "text"), "vocab_size": 300,
-        "context": 16, "batch_size": 2, "dtype": "float32", "device": "cpu",
-    }  # fmt: skip
-    return LadderOptions(**options | changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture

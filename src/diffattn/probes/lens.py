@@ -18,7 +18,6 @@ from diffattn.checkpoint_files import folder_name
 from diffattn.config_fields import shown
 from diffattn.errors import ConfigError, DataError, UnsupportedError
 from diffattn.generate.generation import check_prompt
-from diffattn.model.attention import DiffV1Attention
 from diffattn.model.loading import check_tokens, load, positions_of
 from diffattn.model.options import Device, Dtype, LoadOptions
 from diffattn.probes.attention_calls import LayerCall, served_by
@@ -26,6 +25,7 @@ from diffattn.probes.options import LensOptions, fitting_length
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.results.lens import LensLayer, LensModel, LensResult
 from diffattn.results.maps import AttentionMaps, MapSet
+from diffattn.variants import ATTENTIONS, BASELINE
 
 FLOAT32_BYTES = 12_000_000
 MOST_BYTES = 48_000_000
@@ -158,10 +158,10 @@ def _read(model: PreTrainedModel, name: str, ids: list[int], layers: Sequence[in
             f"at most {MOST_BYTES / 1e6:.0f} MB in a page",
             "name fewer layers with --layers, or give a shorter text",
         )
-    attention = getattr(model.config, "attention", "softmax")
+    attention = getattr(model.config, "attention", BASELINE)
     return LensModel(
         name=name,
-        attention=attention if isinstance(attention, str) else "softmax",
+        attention=attention if isinstance(attention, str) else BASELINE,
         heads=first.heads,
         groups=first.keys[0].shape[2],
         width=first.queries[0].shape[3],
@@ -179,7 +179,7 @@ def _different(keys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _layer(model: PreTrainedModel, call: LayerCall, kind: torch.dtype) -> LensLayer:
     """Returns the numbers of one layer."""
     lam = call.lam
-    if lam is not None and isinstance(model.get_decoder().layers[call.layer].self_attn, DiffV1Attention):
+    if lam is not None and _one_lambda(model):
         lam = lam[:, :1]
     return LensLayer(
         layer=call.layer,
@@ -187,6 +187,11 @@ def _layer(model: PreTrainedModel, call: LayerCall, kind: torch.dtype) -> LensLa
         keys=_encoded(torch.cat(_different(call.keys)), kind),
         lam=None if lam is None else _encoded(lam[0], torch.float32),
     )
+
+
+def _one_lambda(model: PreTrainedModel) -> bool:
+    """Tells if a differential model has one λ for all tokens of a layer."""
+    return ATTENTIONS[model.config.attention].weights == "layer"
 
 
 def _encoded(numbers: Tensor, kind: torch.dtype) -> str:
@@ -238,14 +243,12 @@ def attention_maps(model: PreTrainedModel, input_ids: Tensor, *, layer: int, hea
             found.append(AttentionMaps(map_pos=maps[0].tolist()))
             return
         lam_T1 = lam[0, head]
-        # One number for all tokens where the layer has one.
-        one = isinstance(model.get_decoder().layers[layer].self_attn, DiffV1Attention)
         found.append(
             AttentionMaps(
                 map_pos=maps[0].tolist(),
                 lam_map_neg=(lam_T1 * maps[1]).tolist(),
                 map_diff=(maps[0] - lam_T1 * maps[1]).tolist(),
-                lam=lam_T1[0, 0].item() if one else lam_T1[:, 0].tolist(),
+                lam=lam_T1[0, 0].item() if _one_lambda(model) else lam_T1[:, 0].tolist(),
             )
         )
 
