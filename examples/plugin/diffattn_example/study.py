@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from diffattn.probes.options import StudyOptions, fitting_length
-from diffattn.probes.study import Point, Study, Subject
+from diffattn.probes.study import Point, StudiedModel, Study
 from diffattn.results.study import Axes
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class FirstTokenOptions(StudyOptions):
         return replace(self, context=fitting_length(self.context, positions, most=256))
 
 
-def measure(subject: Subject, options: FirstTokenOptions) -> Iterator[Point]:
+def measure(subject: StudiedModel, options: FirstTokenOptions) -> Iterator[Point]:
     """Yields the share of each layer: a point for each layer, with a value for each text."""
     # Imported here, so that lists and help do not wait for it.
     import torch

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from diffattn.errors import ConfigError, DataError, UnsupportedError
 from diffattn.probes.lm_eval_private import evaluator, task_manager
 from diffattn.probes.options import MOST_TOGETHER, StudyOptions
-from diffattn.probes.study import Point, Study, Subject
+from diffattn.probes.study import Point, StudiedModel, Study
 from diffattn.results.study import Axes
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def _quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _measure(subject: Subject, options: StandardOptions) -> Iterator[Point]:
+def _measure(subject: StudiedModel, options: StandardOptions) -> Iterator[Point]:
     """Yields the values of every task and metric."""
     measured = measure_standard(subject.model, subject.tokenizer, subject.documents, options)
     # lm-eval itself shows how far it is within the tasks.

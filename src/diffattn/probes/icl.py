@@ -24,7 +24,7 @@ from diffattn.data.text import load_rows
 from diffattn.errors import ConfigError, DataError
 from diffattn.files import parse_json
 from diffattn.probes.options import MOST_SAMPLES, StudyOptions
-from diffattn.probes.study import Point, Study, Subject
+from diffattn.probes.study import Point, StudiedModel, Study
 from diffattn.results.study import Axes
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ def _examples(options: IclOptions) -> list[Example]:
     return synthetic_task(options.labels, examples=max(options.shots) + options.queries, seed=options.seed)
 
 
-def _measure(subject: Subject, options: IclOptions) -> Iterator[Point]:
+def _measure(subject: StudiedModel, options: IclOptions) -> Iterator[Point]:
     """Yields the accuracy at each number of demonstrations, and how much it depends on their order."""
     examples = _examples(options)
     found = measure_icl(subject.model, subject.tokenizer, examples, options, on_progress=subject.on_progress)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.probes.options import MOST_SAMPLES, StudyOptions, fitting_length
-from diffattn.probes.study import Point, Study, Subject
+from diffattn.probes.study import Point, StudiedModel, Study
 from diffattn.results.study import Axes
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def with_rope_base(model: PreTrainedModel, base: float) -> PreTrainedModel:
     return extended.to(model.device).eval()
 
 
-def _measure(subject: Subject, options: LongContextOptions) -> Iterator[Point]:
+def _measure(subject: StudiedModel, options: LongContextOptions) -> Iterator[Point]:
     """Yields the mean loss up to each position."""
     model, length = subject.model, options.length
     assert length is not None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from diffattn.errors import ConfigError
 from diffattn.probes.options import MOST_SAMPLES, StudyOptions, fitting_length
-from diffattn.probes.study import Point, Study, Subject
+from diffattn.probes.study import Point, StudiedModel, Study
 from diffattn.results.study import Axes
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def measure_low_bit(
     return found
 
 
-def _measure(subject: Subject, options: LowBitOptions) -> Iterator[Point]:
+def _measure(subject: StudiedModel, options: LowBitOptions) -> Iterator[Point]:
     """Yields the loss and the accuracy at each number of bits."""
     assert options.context is not None
     blocks = [block[None] for block in subject.first_blocks(options.samples, options.context)]

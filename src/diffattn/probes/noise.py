@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffattn.probes.options import DEPTHS, MOST_SAMPLES, MOST_TOGETHER, StudyOptions, fitting_length
-from diffattn.probes.study import Point, Study, Subject
+from diffattn.probes.study import Point, StudiedModel, Study
 from diffattn.results.study import Axes
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _summary(sums: Tensor, depths: int) -> MapShares:
     return MapShares(shares.unflatten(0, (depths, -1)).tolist(), heads)
 
 
-def _named_maps(subject: Subject, options: NoiseOptions) -> Iterator[tuple[str, MapShares]]:
+def _named_maps(subject: StudiedModel, options: NoiseOptions) -> Iterator[tuple[str, MapShares]]:
     """Yields the shares of each map, with the words that go before its panels' names."""
     from diffattn.data.needles import Haystack
 
@@ -165,7 +165,7 @@ def _named_maps(subject: Subject, options: NoiseOptions) -> Iterator[tuple[str, 
         yield f"{name}: ", found[name]
 
 
-def _by_depth(subject: Subject, options: NoiseOptions) -> Iterator[Point]:
+def _by_depth(subject: StudiedModel, options: NoiseOptions) -> Iterator[Point]:
     """Yields the shares of the answer and of noise at each depth."""
     import numpy as np
 
@@ -177,7 +177,7 @@ def _by_depth(subject: Subject, options: NoiseOptions) -> Iterator[Point]:
                 yield Point(f"{name}{what}", depth, values.tolist())
 
 
-def _by_head(subject: Subject, options: NoiseOptions) -> Iterator[Point]:
+def _by_head(subject: StudiedModel, options: NoiseOptions) -> Iterator[Point]:
     """Yields the mean shares of the answer and of noise in each layer and head."""
     for name, found in _named_maps(subject, options):
         for what, layers in found.by_head.items():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from diffattn.errors import DataError
 from diffattn.probes.options import MOST_TOGETHER, StudyOptions, fitting_length
-from diffattn.probes.study import Point, Study, Subject
+from diffattn.probes.study import Point, StudiedModel, Study
 from diffattn.results.study import Axes
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def measure_outliers(
     return Outliers(done, logits.summary(), hidden.summary())
 
 
-def _batches(subject: Subject, options: OutlierOptions) -> Iterator[Tensor]:
+def _batches(subject: StudiedModel, options: OutlierOptions) -> Iterator[Tensor]:
     """Yields the held-out text as batches of blocks."""
     import torch
 
@@ -176,7 +176,7 @@ def _batches(subject: Subject, options: OutlierOptions) -> Iterator[Tensor]:
         yield torch.stack(batch)
 
 
-def _measure(subject: Subject, options: OutlierOptions) -> Iterator[Point]:
+def _measure(subject: StudiedModel, options: OutlierOptions) -> Iterator[Point]:
     """Yields the largest magnitudes by their rank, and the median."""
     batches = _batches(subject, options)
     found = measure_outliers(subject.model, batches, tokens=options.tokens, on_progress=subject.on_progress)

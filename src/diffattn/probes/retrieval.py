@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import parse_json
 from diffattn.probes.options import DEPTHS, MOST_SAMPLES, MOST_TOGETHER, StudyOptions, fitting_length
-from diffattn.probes.study import Point, Study, Subject
+from diffattn.probes.study import Point, StudiedModel, Study
 from diffattn.results.study import Axes
 from diffattn.sealed import SEAL, append_row, unbroken
 
@@ -178,7 +178,7 @@ def _read(rows: Path | None) -> Iterator[tuple[Cell, list[bool]]]:
         yield Cell(*(row[name] for name in Cell._fields)), row["correct"]
 
 
-def _measure(subject: Subject, options: RetrievalOptions) -> Iterator[Point]:
+def _measure(subject: StudiedModel, options: RetrievalOptions) -> Iterator[Point]:
     """Yields the exact answers of each cell."""
     from diffattn.data.needles import Haystack
 

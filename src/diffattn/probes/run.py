@@ -28,7 +28,7 @@ from diffattn.machine import versions
 from diffattn.model.loading import load, load_config, positions_of
 from diffattn.probes.options import EvaluateOptions, StudyOptions
 from diffattn.probes.registry import load_study
-from diffattn.probes.study import Point, Subject
+from diffattn.probes.study import Point, StudiedModel
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.results.base import Result
 from diffattn.results.study import ModelPoint, PointResult, StudyModel, StudyResult
@@ -144,7 +144,7 @@ def evaluate(
                 model, tokenizer = load(folder, shared.dtype, shared.device)
                 on_stage(Stage(f"getting ready to measure {folder}"))
                 check_round_trip(tokenizer, documents, lossy=shared.lossy_tokenizer, on_note=on_note)
-                subject = Subject(
+                subject = StudiedModel(
                     model=model,
                     tokenizer=tokenizer,
                     documents=documents,

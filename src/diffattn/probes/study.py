@@ -41,7 +41,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class StudiedModel:
     """The model that a study measures, with what it is measured on."""
 
     model: PreTrainedModel
@@ -102,7 +102,7 @@ class Study(Generic[Options]):
     options: type[Options]
     """The options of the study: a frozen dataclass whose fields, with the sentences below them, are those of the
     command line."""
-    measure: Callable[[Subject, Options], Iterator[Point]]
+    measure: Callable[[StudiedModel, Options], Iterator[Point]]
     """The function that measures one model; it is given options that fit the models."""
     axes: Axes
     """The words on the axes of its chart."""
