@@ -7,10 +7,11 @@ import pytest
 
 from diffattn.cli.arguments import check, chosen, parse
 from diffattn.cli.compare import compare
+from diffattn.cli.main import VERBS, load
 from diffattn.cli.options import options_of
 from diffattn.cli.train import train
 from diffattn.errors import ConfigError
-from diffattn.names import one_of
+from diffattn.names import SHORT_DTYPES, one_of
 from diffattn.plan.hardware import MACHINES
 from diffattn.plan.named_model import load_shape
 from diffattn.plan.rule import parse_count
@@ -86,6 +87,18 @@ def test_a_choice_of_an_option_is_found_in_any_case(tmp_path: Path) -> None:
     assert check("train", options, meant) == {"attention", "device", "dtype", "out", "json"}
     # A word behind the one value that the option takes, or behind --, is no choice.
     assert chosen(options, ["--attention", "V2", "V2", "--", "V2"]) == ["--attention", "diff_v2", "V2", "--", "V2"]
+
+
+def test_short_names_of_number_formats_are_taken_by_every_verb_that_has_the_format() -> None:
+    taken = 0
+    for verb in VERBS:
+        options = options_of(load(verb))
+        for option in options:
+            for brief, name in SHORT_DTYPES.items():
+                if name in option.choices:
+                    assert chosen(options, [option.name, brief.upper()]) == [option.name, name]
+                    taken += 1
+    assert taken >= 2 * 13
 
 
 def test_a_choice_that_two_names_fit_is_refused() -> None:

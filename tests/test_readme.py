@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from diffattn.cli.main import VERBS, main
-from diffattn.cli.options import check, options_of
+from diffattn.cli.arguments import check
+from diffattn.cli.main import VERBS, load, main
+from diffattn.cli.options import options_of
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -44,7 +45,7 @@ def test_every_command_is_one_that_diffattn_takes(page: Path) -> None:
     for words in found:
         verb = next((name for name in (" ".join(words[:2]), words[0]) if name in VERBS), None)
         assert verb, words
-        check(verb, options_of(VERBS[verb]), words[len(verb.split()) :])
+        check(verb, options_of(load(verb)), words[len(verb.split()) :])
 
 
 def test_the_two_commands_are_targets_of_make() -> None:

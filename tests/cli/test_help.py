@@ -9,12 +9,15 @@ import pytest
 import diffattn
 from diffattn.cli.arguments import check
 from diffattn.cli.main import GROUPS, VERBS, load, main
-from diffattn.cli.options import options_of
+from diffattn.cli.options import description, options_of, summary
 
 # Words of the code that say nothing to a person who runs it.
+FRAGMENT = re.compile(
+    r"(As|By|For|From|How|In|Its|Of|On|That|The same|To|What|When|Where|Whether|Which|With)\b", re.IGNORECASE
+)
 JARGON = (
     "None", "STR", "PATH", "False", "True", "ours", "twin", "kwarg", "callable", "dataclass", "Literal", "positional",
-    "subcommand", "arm", "arms", "ranks", "pretokenizer", "autograd", "sealed", "DATA-ID",
+    "subcommand", "ranks", "pretokenizer", "autograd", "sealed", "DATA-ID",
 )  # fmt: skip
 
 
@@ -38,6 +41,23 @@ def test_a_page_fits_and_holds_no_riddle(name: str, capsys: pytest.CaptureFixtur
     assert [word for word in JARGON if re.search(rf"(?<![\w-]){word}(?![\w-])", text)] == []
     assert "[" not in text.split("\n\n", 1)[1]  # no [INT [INT ...]]
     assert "{None" not in text
+
+
+@pytest.mark.parametrize("name", list(VERBS))
+def test_no_text_of_help_begins_with_a_fragment(name: str) -> None:
+    verb = load(name)
+    options = [option.help for option in options_of(verb)]
+    begun = [*options, *description(verb).partition("For example:\n")[0].split("\n\n"), *GROUPS.values()]
+    assert [text for text in begun if FRAGMENT.match(text.strip())] == []
+
+
+@pytest.mark.parametrize("name", ["eval", "scale", ""])
+def test_a_list_of_verbs_says_what_each_does(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(page(capsys, *name.split(), "--help").split())
+    for verb in VERBS:
+        if verb.startswith(name):
+            assert f"{verb} {summary(load(verb))}" in text
+            assert re.match(r"[A-Z][a-z]+ .*[.?]$", summary(load(verb)))
 
 
 @pytest.mark.parametrize("name", list(VERBS))
@@ -105,13 +125,29 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_and_version_import_neither_torch_nor_transformers() -> None:
+    imported = imported_by(["--help"], ["--version"], ["eval", "--help"], ["train", "--help"])
+    assert not imported & {"torch", "transformers", "numpy"}
+
+
+def imported_by(*commands: list[str]) -> set[str]:
+    """The modules that a new process has imported once it has run the commands."""
     program = (
-        "import sys; from diffattn.cli.main import main; "
-        "[main([*words]) for words in (['--help'], ['--version'], ['eval', '--help'], ['train', '--help'])]; "
-        "sys.exit(bool({'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)))"
+        f"import sys; from diffattn.cli.main import main; [main(words) for words in {commands!r}]; print(*sys.modules)"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(run.stdout.splitlines()[-1].split())
+
+
+def test_the_list_of_verbs_is_shown_without_what_lays_out_a_page() -> None:
+    assert not imported_by(["--help"], ["--version"]) & {"tyro", "rich", "jinja2", "matplotlib", "scipy", "datasets"}
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "eval noise"])
+def test_no_other_verbs_module_is_imported(verb: str) -> None:
+    imported = imported_by([*verb.split(), "--help"])
+    own = {VERBS[name].partition(":")[0] for name in VERBS} & imported
+    assert own == {VERBS[verb].partition(":")[0]}
+    assert "torch" not in imported
 
 
 def test_a_reader_who_has_read_enough_of_the_help_ends_it_quietly() -> None:

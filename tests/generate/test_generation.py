@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.generate.decoding import Decoding
 from diffattn.generate.generation import continue_text, generate
-from diffattn.model.decoding_ranges import DECODING
+from diffattn.model.options import DECODING
 from diffattn.variants import DEFAULT_VARIANTS
 
 PROMPT = "lower löwe"

@@ -5,7 +5,7 @@ import math
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from diffattn.model.decoding_ranges import REQUEST, Range
+from diffattn.model.options import REQUEST, Range
 from diffattn.serve import openai_request
 from diffattn.serve.openai_request import RequestError, read
 

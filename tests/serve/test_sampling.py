@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from diffattn.model.decoding_ranges import GREEDY_BELOW, REQUEST
+from diffattn.model.options import GREEDY_BELOW, REQUEST
 from diffattn.serve.sampling import LEAST_LOGPROB, Likelihoods, Sampling, shape_logits
 
 LOGITS = torch.tensor([0.3, -1.2, 2.0, 1.1, -0.4, 0.9])

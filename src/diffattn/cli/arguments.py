@@ -212,14 +212,9 @@ def shortened(text: str, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[:length]}…"
 
 
-def named() -> frozenset[str]:
-    """Returns the parameters whose options stand in the words of the verb."""
-    return _named.get()
-
-
 def given(*records: object) -> dict[str, object]:
     """Returns the fields of a verb's dataclasses that were given on the command line, with their values."""
-    return {name: value for record in records for name, value in vars(record).items() if name in named()}
+    return {name: value for record in records for name, value in vars(record).items() if name in _named.get()}
 
 
 def check_given(folder: Path, beside: Mapping[str, object], own: Mapping[str, object], **names: str) -> None:

@@ -22,7 +22,7 @@ def lens(
 ) -> int:
     """Write a web page that shows a model's attention maps over a text.
 
-    Of a differential model it shows both maps and what is left of them. Two models are shown beside each other.
+    The page of a differential model shows both maps and what is left of them. Two models are shown beside each other.
 
     Examples:
         diffattn lens runs/first/model --text "We the people of the United States"

@@ -30,7 +30,7 @@ VERBS = {
     "convert": "diffattn.cli.convert:convert",
     "export": "diffattn.cli.convert:export",
     **{f"eval {study}": f"diffattn.cli.evaluate:{study}" for study in OURS},
-    "eval ablation": "diffattn.cli.ablation:ablation",
+    "eval ablation": "diffattn.cli.scale:ablation",
     "lens": "diffattn.cli.lens:lens",
     "doctor": "diffattn.cli.doctor:doctor",
 }

@@ -163,7 +163,8 @@ def _option(
     kind, choices, many, together = _values(annotation)
     choices = choices or tuple(map(str, more.get("choices", ())))
     words = more.get("option", parameter).replace("_", "-")
-    usual = "FILE" if parameter in _FILES else _METAVARS.get(kind, words.rpartition("-")[2].upper())
+    word = words.rpartition("-")[2].upper()
+    usual = "FILE" if parameter in _FILES else _METAVARS.get(kind, word.removesuffix("S") if many else word)
     metavar = more.get("value") or ("{" + ",".join(choices) + "}" if choices else usual)
     name = metavar if positional else f"--no-{words}" if kind is bool and default is True else f"--{words}"
     return Option(

@@ -62,7 +62,7 @@ def plan(
         activations_dtype: Format of the results of layers. Default: as --precision says.
         cache_dtype: Format of the keys and values that are kept; int8 and int4 too. Default: as --precision says.
         master_dtype: Format of the second copy of the weights. Default: as --precision says.
-        backend: How attention is computed: definition, fused, standard, two_calls, four_calls or materialised
+        backend: Way to compute attention: definition, fused, standard, two_calls, four_calls or materialised
             (docs/plan.md).
         checkpointing: Training saves memory by computing each layer twice.
         fsdp: GPUs that share weights, gradients and the optimizer's numbers.

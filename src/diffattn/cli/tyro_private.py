@@ -1,14 +1,7 @@
-"""All that is used of tyro, the library that lays out a help page and turns words into values.
+"""All that is used of tyro, which lays out help pages and turns words into values, and what it does not promise.
 
-Tested with tyro 1.0.17 up to, and without, 2. Two things here are promised by nobody, and a test asserts each:
-
-- The page of ``--help`` begins with its usage, up to the first empty line, and calls values without a name
-  "positional arguments". What breaks: the description of a verb would stand at another place of its page.
-- A mistake fills a box that is drawn with the characters in ``_BOX``. What breaks: the line of an error would hold
-  parts of the box.
-
-Remove the first when tyro keeps the lines of a description as they are given, and the second when it can return a
-mistake instead of printing it.
+The page of ``--help`` begins with its usage, up to the first empty line, and calls words without a name "positional
+arguments". A mistake fills a box that is drawn with the characters in ``_BOX``. A test asserts both.
 """
 
 from __future__ import annotations
@@ -22,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from diffattn.errors import ConfigError
+from diffattn.private_names import PrivateName
 
 if TYPE_CHECKING:
     from diffattn.cli.options import Option
@@ -66,3 +60,18 @@ def _record(options: Sequence[Option]) -> Any:
         field = dataclasses.field() if option.required else dataclasses.field(default=option.default)
         fields.append((f"option_{number}", Annotated[option.type, said, *marks], field))
     return dataclasses.make_dataclass("options", fields, kw_only=True)
+
+
+_TESTED = ">=1.0.17,<1.1"
+NAMES = (
+    PrivateName(
+        "tyro._backends._tyro_help_formatting:format_help", _TESTED,
+        "diffattn VERB --help: the description of the verb would stand at another place of its page",
+        "tyro keeps the lines of a description as they are given",
+    ),
+    PrivateName(
+        "tyro._fmtlib:_Box", _TESTED,
+        "the one line of a mistake that tyro alone finds: it would hold parts of the box",
+        "tyro returns a mistake instead of printing it",
+    ),
+)  # fmt: skip

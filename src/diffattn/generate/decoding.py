@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from diffattn.errors import ConfigError, UnsupportedError
-from diffattn.model.decoding_ranges import DECODING, GREEDY_BELOW
+from diffattn.model.options import DECODING, GREEDY_BELOW
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel

@@ -264,7 +264,7 @@ def _measure(subject: StudiedModel, options: StandardOptions) -> Iterator[Point]
 STUDY = Study(
     name="standard",
     title="Tasks of lm-eval",
-    sentence="Tasks of the program lm-eval; two of them need no network.",
+    sentence="Run tasks of the program lm-eval; two of them need no network.",
     source="arXiv 2410.05258v2, Table 1",
     options=StandardOptions,
     measure=_measure,

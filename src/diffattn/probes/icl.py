@@ -316,7 +316,7 @@ def _measure(subject: StudiedModel, options: IclOptions) -> Iterator[Point]:
 STUDY = Study(
     name="icl",
     title="In-context learning",
-    sentence="How well a model learns from examples in its prompt, and from their order.",
+    sentence="Measure how well a model learns from examples in its prompt, and from their order.",
     source="arXiv 2410.05258v2, section 3.5, Figures 6 and 7",
     options=IclOptions,
     measure=_measure,

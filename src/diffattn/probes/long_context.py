@@ -139,7 +139,7 @@ def _measure(subject: StudiedModel, options: LongContextOptions) -> Iterator[Poi
 STUDY = Study(
     name="long_context",
     title="Loss over a long text",
-    sentence="The mean loss up to each position of a long text.",
+    sentence="Measure the mean loss up to each position of a long text.",
     source="arXiv 2410.05258v2, section 3.3 and Figure 4",
     options=LongContextOptions,
     measure=_measure,

@@ -149,7 +149,7 @@ def _measure(subject: StudiedModel, options: LowBitOptions) -> Iterator[Point]:
 STUDY = Study(
     name="low_bit",
     title="Low-bit attention logits",
-    sentence="The loss where attention logits have 16, 8, 6 or 4 bits.",
+    sentence="Measure the loss where attention logits have 16, 8, 6 or 4 bits.",
     source="arXiv 2410.05258v2, section 3.7 and Figure 8",
     options=LowBitOptions,
     measure=_measure,

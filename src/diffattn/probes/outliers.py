@@ -192,7 +192,7 @@ def _measure(subject: StudiedModel, options: OutlierOptions) -> Iterator[Point]:
 STUDY = Study(
     name="outliers",
     title="Activation outliers",
-    sentence="The largest attention logits and hidden states of a model.",
+    sentence="Measure the largest attention logits and hidden states of a model.",
     source="arXiv 2410.05258v2, section 3.7 and Table 5",
     options=OutlierOptions,
     measure=_measure,

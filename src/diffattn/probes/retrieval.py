@@ -193,7 +193,7 @@ def _measure(subject: StudiedModel, options: RetrievalOptions) -> Iterator[Point
 STUDY = Study(
     name="retrieval",
     title="Retrieval of numbers from a long text",
-    sentence="How often a model finds numbers hidden in a long text.",
+    sentence="Measure how often a model finds numbers hidden in a long text.",
     source="arXiv 2410.05258v2, section 3.4, Table 2 and Figure 5",
     options=RetrievalOptions,
     measure=_measure,

