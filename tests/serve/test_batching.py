@@ -14,8 +14,9 @@ from diffattn.errors import CheckpointError, UnsupportedError
 from diffattn.serve import batching
 from diffattn.serve.answers import Answers
 from diffattn.serve.batching import Batch
-from diffattn.serve.openai_request import Asked, RequestError
+from diffattn.serve.openai_request import Asked
 from diffattn.serve.prompts import Prompt
+from diffattn.serve.request_error import RequestError
 
 CONTEXT = 128
 
@@ -135,7 +136,7 @@ def test_an_engine_that_does_not_start_says_why(folder, monkeypatch):
         raise RuntimeError("no such\ninstruction")
 
     monkeypatch.setattr(model, "forward", fails)
-    with pytest.raises(UnsupportedError, match=r"does not start here: no such instruction$"):
+    with pytest.raises(UnsupportedError, match=r"does not start here \(no such instruction\)"):
         Batch(model, tokenizer, CONTEXT)
 
 

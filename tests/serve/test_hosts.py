@@ -6,7 +6,7 @@ import pytest
 
 from diffattn.errors import ConfigError
 from diffattn.serve.hosts import CheckHosts, Hosts
-from diffattn.serve.openai_request import RequestError
+from diffattn.serve.request_error import RequestError
 
 LOOPBACK = Hosts.of("127.0.0.1", "127.0.0.1", ["models.example.org"])
 EVERYWHERE = Hosts.of("0.0.0.0", "0.0.0.0", ["models.example.org"])

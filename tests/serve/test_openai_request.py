@@ -1,13 +1,15 @@
 import inspect
 import json
 import math
+import re
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from diffattn.model.options import REQUEST, Range
 from diffattn.serve import openai_request
-from diffattn.serve.openai_request import RequestError, read
+from diffattn.serve.openai_request import read
+from diffattn.serve.request_error import RequestError
 
 
 def completion(**fields) -> bytes:
@@ -24,6 +26,8 @@ def refused(raw: bytes, *, chat: bool, param: str | None) -> str:
     error = caught.value.body["error"]
     assert (caught.value.status, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert "\n" not in error["message"]
+    # Three parts: what is given, what is wanted, the way out.
+    assert re.fullmatch(r".+; wanted .+: .+", error["message"])
     return error["message"]
 
 
@@ -166,17 +170,19 @@ def test_each_number_is_taken_to_both_ends_of_its_range_and_the_error_says_that_
     for value in outside:
         # Of a pair that has to agree, the first that is read is named.
         message = refused(body(value), chat=is_chat, param="n" if name == "best_of" else name)
-        assert message.endswith(f"wanted {'token ids, each with ' * (name == 'logit_bias')}{wanted}")
+        assert f"; wanted {'token ids, each with ' * (name == 'logit_bias')}{wanted}: " in message
         assert len(message) < 250
 
 
 def test_ranges_are_said_as_they_are():
     assert refused(completion(frequency_penalty=-3), chat=False, param="frequency_penalty") == (
-        "frequency_penalty is -3; wanted a number from -2 to 2"
+        "frequency_penalty is -3; wanted a number from -2 to 2: correct frequency_penalty, or leave it out"
     )
-    assert refused(completion(top_p=0), chat=False, param="top_p") == "top_p is 0; wanted a number above 0 and up to 1"
-    assert refused(completion(n=0), chat=False, param="n") == "n is 0; wanted a whole number from 1 to 128"
-    assert refused(completion(seed=2**63), chat=False, param="seed").endswith("to 9,223,372,036,854,775,807")
+    assert "top_p is 0; wanted a number above 0 and up to 1: " in refused(
+        completion(top_p=0), chat=False, param="top_p"
+    )
+    assert "n is 0; wanted a whole number from 1 to 128: " in refused(completion(n=0), chat=False, param="n")
+    assert "to 9,223,372,036,854,775,807: " in refused(completion(seed=2**63), chat=False, param="seed")
 
 
 def test_prompts_are_texts_or_token_ids_one_or_several():

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from diffattn.data.tokenizer import train_tokenizer
 from diffattn.serve import prompts
-from diffattn.serve.openai_request import RequestError
 from diffattn.serve.prompts import LONGEST_BODY, Prompt, Prompts
+from diffattn.serve.request_error import RequestError
 
 CONTEXT = 64
 NAMES = ("m", "other")
@@ -74,7 +74,7 @@ def test_several_prompts_and_token_ids_as_prompts(reader, tokenizer):
 def test_a_token_id_that_the_model_does_not_know_is_refused(reader, ids):
     error = refused(reader, prompt=ids)
     assert (error.status, error.body["error"]["param"]) == (400, "prompt")
-    assert "the model knows 320" in str(error)
+    assert "wanted an id from 0 to 319: " in str(error)
     assert len(str(error)) < 200
 
 
@@ -132,7 +132,10 @@ def test_a_prompt_and_an_answer_have_to_fit(reader, tokenizer):
     count = len(tokenizer(SENTENCES[0])["input_ids"])
     assert read(reader, prompt=SENTENCES[0], max_tokens=CONTEXT - count)
     error = refused(reader, prompt=SENTENCES[0], max_tokens=CONTEXT - count + 1)
-    assert f"the prompt has {count} and {CONTEXT - count + 1} more are asked for" in str(error)
+    assert (
+        f"the prompt has {count} tokens and {CONTEXT - count + 1} more are asked for; wanted at most {CONTEXT} "
+        in str(error)
+    )
     assert refused(reader, prompt=[1] * CONTEXT).body["error"]["code"] == "context_length_exceeded"
     assert refused(reader, prompt=[["1"]]).body["error"]["param"] == "prompt"
     assert refused(reader, prompt=[1], logit_bias={"320": 1}).body["error"]["param"] == "logit_bias"

@@ -28,7 +28,12 @@ class Text:
         self._held = ""
 
     def feed(self, token: int | None, *, last: bool) -> str:
-        """What may be sent now that ``token`` has come; ``last``: no other will follow. Empty after a stop text."""
+        """Returns the text that may be sent now that a token has come; it is empty after a stop text.
+
+        Args:
+            token: the token's id; None where only the end has come.
+            last: no other token will follow.
+        """
         if self.stopped:
             return ""
         if token is not None:
@@ -54,7 +59,7 @@ class Text:
         return text[len(before) :]
 
     def _begins_a_stop(self) -> int:
-        """Length of the longest end of the held text with which a stop text begins."""
+        """Returns the length of the longest end of the held text with which a stop text begins."""
         longest = min(len(self._held), max((len(stop) for stop in self._stops), default=0))
         ends = (size for size in range(longest, 0, -1) if any(s.startswith(self._held[-size:]) for s in self._stops))
         return next(ends, 0)

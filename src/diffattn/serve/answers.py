@@ -1,7 +1,7 @@
 """The answers to one request in the words of OpenAI's interface, whole or as events.
 
-Several prompts, and ``n`` answers to each, are as many answers of the engine; they share one queue, and ``index`` tells
-them apart: answers to the first prompt come first. Source: OpenAI's API reference, "The completion object", "The chat
+Several prompts, and ``n`` answers to each, are as many answers of the engine. They share one queue, and each has its
+``index``: answers to the first prompt come first. Source: OpenAI's API reference, "The completion object", "The chat
 completion object" and their chunks.
 """
 
@@ -11,23 +11,23 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffattn.serve.batching import Batch, End, Failure, Piece, Stream, Token
-from diffattn.serve.openai_request import Asked, RequestError
+from diffattn.serve.openai_request import Asked
 from diffattn.serve.prompts import Prompt
 from diffattn.serve.transformers_private import ReasoningText, ToolCall
 
 
 @dataclass
 class _Choice:
-    """What has come of one answer."""
+    """The part of one answer that has come."""
 
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[dict[str, object]] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     end: End | None = None
 
@@ -48,7 +48,7 @@ class Answers:
         parsers: one for each answer: of reasoning and tool calls, or None.
 
     Raises:
-        RequestError: status 503: an engine that has ended.
+        RequestError: status 503: the engine has ended.
     """
 
     def __init__(self, batch: Batch, model: str, asked: Asked, prompts: list[Prompt], parsers: list[Any]) -> None:
@@ -73,12 +73,12 @@ class Answers:
             raise
 
     def cancel(self) -> None:
-        """Free the places of what is not answered yet."""
+        """Frees the places of what is not answered yet."""
         for stream in self._streams:
             stream.cancel()
 
-    async def whole(self) -> dict[str, Any]:
-        """Everything in one object, once it is there.
+    async def whole(self) -> dict[str, object]:
+        """Returns everything in one object, once it is there.
 
         Raises:
             RequestError: status 500 or 503: the engine failed or stops.
@@ -86,7 +86,7 @@ class Answers:
         try:
             async for news in self._news():
                 if isinstance(news, Failure):
-                    raise RequestError(news.message, status=news.status)
+                    raise news.error
         finally:
             self.cancel()
         choices = [self._whole(index, choice) for index, choice in enumerate(self._choices)]
@@ -94,7 +94,7 @@ class Answers:
         return self._head | {"object": kind, "choices": choices, "usage": self._usage()}
 
     async def events(self) -> AsyncIterator[str]:
-        """Server-sent events, the last of which is the mark that OpenAI's clients wait for.
+        """Yields server-sent events, the last of which is the mark that OpenAI's clients wait for.
 
         Whoever sends them calls :meth:`cancel` once they are sent, or the client has left.
         """
@@ -105,7 +105,7 @@ class Answers:
                 yield self._event(index, {"text": self._prompt(index).text})
         async for news in self._news():
             if isinstance(news, Failure):
-                yield _data(RequestError(news.message, status=news.status).body)
+                yield _data(news.error.body)
                 break
             if isinstance(news, Piece):
                 for change in self._changes(news):
@@ -121,7 +121,7 @@ class Answers:
         yield "data: [DONE]\n\n"
 
     async def _news(self) -> AsyncIterator[Piece | End | Failure]:
-        """What comes, once it is noted in the choices, until all have ended."""
+        """Yields what comes, once it is noted in the choices, until all have ended."""
         while any(choice.end is None for choice in self._choices):
             news = await self._queue.get()
             if isinstance(news, Piece):
@@ -138,24 +138,28 @@ class Answers:
                 self._choices[news.index].end = news
             yield news
 
-    def _whole(self, index: int, choice: _Choice) -> dict[str, Any]:
+    def _whole(self, index: int, choice: _Choice) -> dict[str, object]:
         text = "".join(choice.text)
-        common = {"index": index, "logprobs": self._logprobs(index, choice.tokens), "finish_reason": choice.reason}
+        common: dict[str, object] = {
+            "index": index,
+            "logprobs": self._logprobs(index, choice.tokens),
+            "finish_reason": choice.reason,
+        }
         if not self._asked.is_chat:
             return common | {"text": (self._prompt(index).text or "") + text}
-        message: dict[str, Any] = {"role": "assistant", "content": text}
+        message: dict[str, object] = {"role": "assistant", "content": text}
         if choice.reasoning:
             message["reasoning_content"] = "".join(choice.reasoning)
         if choice.calls:
             message["tool_calls"] = choice.calls
         return common | {"message": message}
 
-    def _changes(self, piece: Piece) -> list[dict[str, Any]]:
-        """What a piece adds to its choice: one part of a chunk for each of its texts and calls."""
+    def _changes(self, piece: Piece) -> list[dict[str, object]]:
+        """Returns what a piece adds to its choice: one part of a chunk for each of its texts and calls."""
         logprobs = self._logprobs(piece.index, piece.tokens)
         if not self._asked.is_chat:
             return [{"text": "".join(piece.items), "logprobs": logprobs}]
-        deltas: list[dict[str, Any]] = []
+        deltas: list[dict[str, object]] = []
         calls = self._choices[piece.index].calls
         at = len(calls) - sum(isinstance(item, ToolCall) for item in piece.items)
         for item in piece.items:
@@ -164,11 +168,11 @@ class Answers:
                 at += 1
             else:
                 deltas.append({"reasoning_content" if isinstance(item, ReasoningText) else "content": str(item)})
-        changes: list[dict[str, Any]] = [{"delta": delta} for delta in deltas or [{}]]
+        changes: list[dict[str, object]] = [{"delta": delta} for delta in deltas or [{}]]
         changes[0]["logprobs"] = logprobs
         return changes
 
-    def _event(self, index: int, change: dict[str, Any], **beside: Any) -> str:
+    def _event(self, index: int, change: dict[str, object], **beside: object) -> str:
         choice = {"index": index, "logprobs": None, "finish_reason": self._choices[index].reason} | change
         return _data(self._head | {"object": self._chunk, "choices": [choice]} | beside)
 
@@ -184,7 +188,7 @@ class Answers:
         completion = sum(choice.end.tokens for choice in self._choices if choice.end is not None)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    def _logprobs(self, index: int, tokens: list[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, tokens: list[Token]) -> dict[str, object] | None:
         if self._asked.logprobs is None or not tokens:
             return None
         if self._asked.is_chat:
@@ -198,15 +202,15 @@ class Answers:
         }
 
     def _top(self, token: Token) -> dict[str, float]:
-        """By text, the likeliest first; the token that was taken is always among them."""
+        """Returns log-probabilities by text, the likeliest first; the token that was taken is always among them."""
         top: dict[str, float] = {}
         for each, logprob in [*token.likeliest, (token.id, token.logprob)]:
             # Two tokens may have one text: halves of characters.
             top.setdefault(self._spell(each), logprob)
         return top
 
-    def _chat_token(self, token: Token) -> dict[str, Any]:
-        def said(each: int, logprob: float) -> dict[str, Any]:
+    def _chat_token(self, token: Token) -> dict[str, object]:
+        def said(each: int, logprob: float) -> dict[str, object]:
             text = self._spell(each)
             whole = "\N{REPLACEMENT CHARACTER}" not in text
             return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
@@ -218,5 +222,5 @@ class Answers:
         return text
 
 
-def _data(content: dict[str, Any]) -> str:
+def _data(content: Mapping[str, object]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -18,7 +18,8 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTo
 from diffattn.errors import CheckpointError, UnsupportedError
 from diffattn.model.options import DECODING
 from diffattn.serve.answer_text import Text
-from diffattn.serve.openai_request import Asked, RequestError
+from diffattn.serve.openai_request import Asked
+from diffattn.serve.request_error import RequestError, stopping
 from diffattn.serve.sampling import Likelihoods, Sampling
 from diffattn.serve.transformers_private import Engine, GenerationOutput, response_events_to_chunks
 
@@ -38,38 +39,48 @@ _LATE_SECONDS = 60
 
 @dataclass(frozen=True)
 class Token:
-    """One token of an answer: where its text begins, its log-probability, and the likeliest tokens with theirs."""
+    """One token of an answer."""
 
     id: int
+    """The token's id."""
     offset: int
+    """Characters of the answer before its text."""
     logprob: float
+    """The natural logarithm of its probability."""
     likeliest: list[tuple[int, float]]
+    """The likeliest tokens in its place, each with its log-probability."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What has come of one answer: texts (also ``ReasoningText``) and ``ToolCall``, and the tokens that they are."""
+    """A part of one answer that has just come."""
 
     index: int
+    """The answer's place in its request."""
     items: list[Any]
+    """Texts (some of them ``ReasoningText``), and each ``ToolCall`` that is whole."""
     tokens: list[Token]
+    """The tokens that these are made of."""
 
 
 @dataclass(frozen=True)
 class End:
-    """One answer is whole. ``reason`` is ``"stop"`` or ``"length"``, ``tokens`` how many were generated."""
+    """The news that one answer is whole."""
 
     index: int
+    """The answer's place in its request."""
     reason: str
+    """``"stop"`` or ``"length"``."""
     tokens: int
+    """Tokens that were generated."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The engine could not go on with an answer; ``status`` is that of HTTP."""
+    """The news that the engine could not go on with an answer."""
 
-    message: str
-    status: int
+    error: RequestError
+    """The error that the client is told."""
 
 
 class Stream:
@@ -77,12 +88,12 @@ class Stream:
 
     Args:
         batch: the engine.
-        name: of the answer in the engine.
-        index: of the answer in its request.
+        name: the answer's name in the engine.
+        index: the answer's place in its request.
         queue: takes ``Piece``, then ``End``; or ``Failure``.
         asked: the request.
         likelihoods: what the engine notes for each token, or None.
-        parser: of reasoning and tool calls, or None for a model whose tokenizer describes none.
+        parser: reads reasoning and tool calls; None for a model whose tokenizer describes none.
     """
 
     def __init__(
@@ -113,7 +124,7 @@ class Stream:
             self._put(response_events_to_chunks(parser.initial_events))
 
     def put(self, output: GenerationOutput) -> None:
-        """Take what the engine has generated so far; called on the event loop, for each token."""
+        """Takes what the engine has generated so far; called on the event loop, for each token."""
         if self.ended:
             return
         done = output.is_finished()
@@ -126,7 +137,8 @@ class Stream:
             if self._text.stopped:
                 break
         if output.error is not None:
-            self._fail(f"the engine failed: {output.error}", 500)
+            failed = f"the engine failed ({output.error})"
+            self._fail(RequestError(failed, "an answer", "see the server's log, and send it again", status=500))
         elif self._text.stopped or done:
             stopped = self._text.stopped or output.generated_tokens[self._count - 1] in self._batch.ends
             if self._text.stopped:
@@ -137,17 +149,17 @@ class Stream:
             self._end(cancel=not done)
 
     def cancel(self) -> None:
-        """The client has left: the place in the batch is free from the next step on."""
+        """Frees the answer's place in the batch, from the next step on, since the client has left."""
         if not self.ended:
             self._end(cancel=True)
 
     def stop(self) -> None:
-        """The server is to stop: the client is told so at once, whatever step the engine is in."""
+        """Tells the client at once that the server is to stop, whatever step the engine is in."""
         if not self.ended:
-            self._fail("the server is stopping", 503)
+            self._fail(stopping())
 
-    def _fail(self, why: str, status: int) -> None:
-        self._queue.put_nowait(Failure(why, status))
+    def _fail(self, error: RequestError) -> None:
+        self._queue.put_nowait(Failure(error))
         self._end()
 
     def _send(self, text: str) -> None:
@@ -184,7 +196,7 @@ class Batch:
 
     Raises:
         UnsupportedError: an engine that does not start here, with what it says.
-        CheckpointError: a temperature or the like in generation_config.json that is none.
+        CheckpointError: a temperature or the like in generation_config.json that cannot be one.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
@@ -198,7 +210,10 @@ class Batch:
         self.engine = Engine(model, _engine_config(model, context))
         if (reason := self.engine.try_out(_START_SECONDS)) is not None:
             self.stop()
-            raise UnsupportedError(f"continuous batching of transformers does not start here: {reason}")
+            raise UnsupportedError(
+                f"continuous batching of transformers does not start here ({reason})", "an engine that generates",
+                "try diffattn generate, or --engine vllm",
+            )  # fmt: skip
 
     def is_alive(self) -> bool:
         return self.engine.failure() is None
@@ -213,25 +228,27 @@ class Batch:
         index: int = 0,
         parser: Any = None,
     ) -> Stream:
-        """Begin one answer: the ``index``-th of its request, of which ``n`` belong to each prompt.
+        """Begins one answer: the ``index``-th of its request, of which ``n`` belong to each prompt.
 
         Raises:
             RequestError: status 503: an engine that has ended or is about to.
         """
         fatal = self.engine.failure()
         if fatal is not None:
-            raise RequestError(f"the engine has ended: {fatal}", status=503)
+            raise RequestError(
+                f"the engine has ended ({fatal})", "an engine that runs", "start the server again", status=503
+            )
         sampling = self._sampling(prompt, asked, index % asked.n)
         stream = Stream(self, name, index, queue, asked, sampling.likelihoods, parser)
         self.live[name] = stream
         length = self._length(prompt, asked)
         if not self.engine.add(name, prompt, stream.put, max_new_tokens=length, ends=self.ends, sampling=sampling):
             stream.cancel()
-            raise RequestError("the server is stopping", status=503)
+            raise stopping()
         return stream
 
     def request_stop(self) -> None:
-        """End every answer with an error, and the engine after the step that it is in; called on the event loop."""
+        """Ends every answer with an error, and the engine after the step that it is in; called on the event loop."""
         self.stopping = True
         self.engine.request_stop()
         for stream in list(self.live.values()):
@@ -239,7 +256,7 @@ class Batch:
         self.engine.forget_outputs()
 
     def stop(self) -> None:
-        """End the engine; it is waited for no more a second time."""
+        """Ends the engine; it is waited for no more a second time."""
         if not self.stopping:
             self.request_stop()
         if self.engine.is_running() and not self._waited:
@@ -277,16 +294,16 @@ class Batch:
         )
 
 
-def _defaults(model: PreTrainedModel) -> dict[str, Any]:
-    """What a request that does not say gets: the model's own habits, else what OpenAI's interface has."""
-    defaults: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+def _defaults(model: PreTrainedModel) -> dict[str, float]:
+    """Returns what a request gets that does not say: the model's own defaults, else those of OpenAI's interface."""
+    defaults: dict[str, float] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     for name in defaults:
         own = getattr(model.generation_config, name)
         try:
             defaults[name] = defaults[name] if own is None else DECODING[name].read(own)
         except ValueError as wanted:
             raise CheckpointError(
-                f"{name} is {own!r} in generation_config.json; wanted {wanted}: correct it there, or leave it out"
+                f"{name} is {own!r} in generation_config.json", str(wanted), "correct it there, or leave it out"
             ) from None
     return defaults
 
@@ -300,17 +317,18 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 def _engine_config(model: PreTrainedModel, context: int) -> ContinuousBatchingConfig:
     # The sampling of each request needs to know the requests of each step, which neither a graph nor a step ahead can.
-    fixed: dict[str, Any] = {"use_cuda_graph": False, "use_async_batching": False}
+    fixed = {"use_cuda_graph": False, "use_async_batching": False}
     if model.device.type != "cpu":
         return ContinuousBatchingConfig(**fixed)
-    config = model.config
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    heads = model.config.num_key_value_heads * model.config.head_dim
+    token = 2 * model.config.num_hidden_layers * heads * model.dtype.itemsize
     free = _free_memory()
     tokens = max(context, min(_CPU_CACHE_TOKENS, free // 4 // token)) + _CPU_PAGE
     if tokens * token > free * 0.8:
         raise UnsupportedError(
-            f"one text of {context:,} tokens needs {tokens * token / 1e9:.1f} GB for its keys and values and "
-            f"{free / 1e9:.1f} GB are free; wanted more memory or a shorter context: --max-context"
+            f"one text of {context:,} tokens needs {tokens * token / 1e9:.1f} GB for its keys and values",
+            f"at most the {free / 1e9:.1f} GB that are free",
+            "pass a smaller --max-context",
         )
     return ContinuousBatchingConfig(
         page_size=_CPU_PAGE, num_blocks=math.ceil(tokens / _CPU_PAGE), max_batch_tokens=_CPU_STEP, **fixed

@@ -1,4 +1,4 @@
-"""Who may ask a server from a browser: requests whose ``Host`` or ``Origin`` is another site's are refused.
+"""Refuses requests whose ``Host`` or ``Origin`` is another site's: they come from a page in somebody's browser.
 
 A page may have its own name resolve to 127.0.0.1 once it is shown (DNS rebinding); the browser then lets it read the
 answers of a server on that machine, for which only the ``Host`` header still has the page's name. An address in place
@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from diffattn.errors import ConfigError
-from diffattn.serve.openai_request import RequestError
+from diffattn.serve.request_error import RequestError
 
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
 _HOST = re.compile(r"(?P<host>\[[^\[\]]*\]|[^:\[\]]*)(?::(?P<port>[0-9]{1,5}))?")
@@ -24,26 +24,24 @@ _HOST = re.compile(r"(?P<host>\[[^\[\]]*\]|[^:\[\]]*)(?::(?P<port>[0-9]{1,5}))?"
 
 @dataclass(frozen=True)
 class Hosts:
-    """The names and addresses by which clients may call this server.
-
-    Args:
-        names: in small letters.
-        loopback_only: whether the server listens on this machine alone; else every address is taken, none of which can
-            be rebound.
-    """
+    """The names and addresses by which clients may call this server."""
 
     names: frozenset[str]
+    """The names, in small letters."""
     loopback_only: bool
+    """Whether the server listens on this machine alone; else every address is taken, none of which can be rebound."""
 
     @classmethod
     def of(cls, listening: str, host: str, allowed: Iterable[str] = ()) -> Hosts:
-        """For a server that listens at the address ``listening``, as the name or address ``host`` said.
+        """Returns the hosts of a server.
 
         Args:
-            allowed: more names, of ``--allow-host``.
+            listening: the address that the server listens at.
+            host: the name or address by which it was told to.
+            allowed: more names, from ``--allow-host``.
 
         Raises:
-            ConfigError: one that is no name and no address.
+            ConfigError: one of these is no name and no address.
         """
         loopback = ipaddress.ip_address(listening.partition("%")[0]).is_loopback
         names = {"localhost", host.lower().strip("[]").removesuffix(".")}
@@ -53,14 +51,15 @@ class Hosts:
             plain = _plain(name)
             if plain is None or ":" in name.rpartition("]")[2]:
                 raise ConfigError(
-                    f"allow_host is {name!r}; wanted the name or the address of a machine, without http:// and "
-                    "without a port, such as models.example.org"
+                    f"allow_host is {name!r}",
+                    "the name or the address of a machine, without http:// and without a port",
+                    "pass --allow-host models.example.org",
                 )
             names.add(plain)
         return cls(frozenset(names), loopback)
 
     def allows(self, host: str) -> bool:
-        """Whether ``host``, as the header has it, is one of them.
+        """Returns whether a ``Host`` header names this server.
 
         >>> mine = Hosts(frozenset({"localhost"}), loopback_only=True)
         >>> [mine.allows(host) for host in ("LOCALHOST:8000", "127.0.0.2", "[::1]:80", "localhost.evil.com", "8.8.8.8")]
@@ -75,27 +74,30 @@ class Hosts:
         return address is not None and (address.is_loopback or not self.loopback_only)
 
     def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Headers of a request, their names in small letters, as ASGI has them.
+        """Checks the headers of a request.
+
+        Args:
+            headers: names in small letters and values, as ASGI has them.
 
         Raises:
-            RequestError: 400 without exactly one Host; 403 for another site's.
+            RequestError: status 400 unless there is exactly one ``Host``; 403 if it is another site's.
         """
         # Latin-1 holds every byte; no name has one beyond ASCII.
         found = [(name, value.decode("latin-1").strip()) for name, value in headers]
         hosts = [value for name, value in found if name == b"host"]
         if len(hosts) != 1:
-            raise RequestError(f"the request has {len(hosts)} Host headers; one is wanted")
+            raise RequestError(f"the request has {len(hosts)} Host headers", "one", "send the server's name in it")
         if not self.allows(hosts[0]):
             raise RequestError(
-                f"this server is not called {hosts[0][:200]!r}; if that is its name, start it with "
-                "--allow-host and the name",
+                f"the Host is {hosts[0][:200]!r}", "a name of this server",
+                "if that is its name, start it with --allow-host and the name",
                 status=403, code="host_not_allowed",
             )  # fmt: skip
         for name, origin in found:
             if name == b"origin" and not self._is_own(origin, hosts[0]):
                 raise RequestError(
-                    f"a page of {origin[:200]!r} may not use this server; if it is yours, start the server with "
-                    "--allow-host and the page's name",
+                    f"the request comes from a page of {origin[:200]!r}", "a page of this server's own machine",
+                    "if the page is yours, start the server with --allow-host and the page's name",
                     status=403, code="origin_not_allowed",
                 )  # fmt: skip
 
@@ -132,7 +134,7 @@ class CheckHosts:
 
 
 def _plain(host: str) -> str | None:
-    """A host without its port, in small letters, an address in its short form; None for what is no host."""
+    """Returns a host without its port, in small letters, an address in its short form; None for what is no host."""
     found = _HOST.fullmatch(host)
     if found is None or int(found["port"] or 0) > 65535:
         return None

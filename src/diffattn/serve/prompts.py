@@ -11,12 +11,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from diffattn.serve import openai_request
-from diffattn.serve.openai_request import Asked, RequestError, check_text
+from diffattn.serve.openai_request import Asked
+from diffattn.serve.request_error import RequestError, check_text
 from diffattn.serve.transformers_private import template_messages
 
 # What a normaliser makes of a text may be shorter: NFKC turns letters of 4 bytes into letters of 1.
 _NORMALISED = 4
-# Bytes for each token of the context, up to which a text is encoded at once. Prose has 4 or 5 to a token.
+# A text is encoded at once up to this many bytes for each token of the context. Prose has 4 or 5 to a token.
 _DENSE = 4
 # Characters of a longer text that are encoded at a time, to see whether the whole is worth it.
 _PIECE = 2**16
@@ -29,10 +30,12 @@ LONGEST_BODY = 32 * 2**20
 
 @dataclass(frozen=True)
 class Prompt:
-    """The ids that the engine is given, and the text that ``echo`` gives back: None where it was not asked for."""
+    """One prompt of a request, ready for the engine."""
 
     ids: list[int]
+    """The token ids that the engine is given."""
     text: str | None = None
+    """The text that ``echo`` gives back; None where it was not asked for."""
 
 
 class Prompts:
@@ -40,9 +43,9 @@ class Prompts:
 
     Args:
         tokenizer: the model's, a fast one.
-        name: of the model, for errors.
+        name: the model's name, for errors.
         context: tokens that prompt and answer may have together.
-        rows: of the model's embedding; a token's id is below it.
+        rows: rows of the model's embedding; a token's id is below it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, context: int, rows: int) -> None:
@@ -79,21 +82,24 @@ class Prompts:
             self._check(prompt.ids, asked)
         if asked.logit_bias and max(asked.logit_bias) >= self._rows:
             raise RequestError(
-                f"logit_bias names token {max(asked.logit_bias)}; the model knows {self._rows}", param="logit_bias"
-            )
+                f"logit_bias names token {max(asked.logit_bias)}", f"a token id below {self._rows}",
+                "leave other ids out", param="logit_bias",
+            )  # fmt: skip
         return asked, prompts
 
     def unknown_model(self, name: str) -> RequestError:
+        """Returns the answer to a request for another model."""
         return RequestError(
-            f"The model {name[:200]!r} does not exist; this server has {self._name!r}.",
+            f"model is {name[:200]!r}", f"{self._name!r}, the one that this server has", "ask for that one",
             status=404, param="model", code="model_not_found",
         )  # fmt: skip
 
     def too_long(self, size: int) -> RequestError:
-        """The answer to a body of ``size`` bytes, which was not read."""
+        """Returns the answer to a body of ``size`` bytes, which was not read."""
         return RequestError(
-            f"the body has {size:,} bytes and more; the context is {self._context:,} tokens, for which "
-            f"{self.longest_body:,} bytes are enough: shorten the prompt, or send several requests",
+            f"the body has {size:,} bytes and more",
+            f"at most {self.longest_body:,}, enough for a context of {self._context:,} tokens",
+            "shorten the prompt, or send several requests",
             status=413 if size > LONGEST_BODY else 400,
             code="context_length_exceeded",
         )
@@ -103,19 +109,18 @@ class Prompts:
             return Prompt(self._encode(given, "prompt", special=True), given if asked.echo else None)
         if len(given) <= self._context and max(given) >= self._rows:
             raise RequestError(
-                f"prompt has the token id {str(max(given))[:20]}; the model knows {self._rows:,}, from 0",
-                param="prompt",
-            )
+                f"prompt has the token id {str(max(given))[:20]}", f"an id from 0 to {self._rows - 1:,}",
+                "encode the prompt with the model's own tokenizer", param="prompt",
+            )  # fmt: skip
         text = self._tokenizer.decode(given, skip_special_tokens=True) if asked.echo else None
         return Prompt(given, text)
 
     def _chat_text(self, asked: Asked) -> str:
         if not self._tokenizer.chat_template:
             raise RequestError(
-                f"the model {self._name!r} has no chat template: ask /v1/completions, or add a chat_template to its "
-                "tokenizer",
-                param="messages",
-            )
+                f"messages are given and the model {self._name!r} has no chat template", "a prompt",
+                "ask /v1/completions, or add a chat_template to the model's tokenizer", param="messages",
+            )  # fmt: skip
         content = asked.content
         try:
             text: Any = self._tokenizer.apply_chat_template(
@@ -128,16 +133,18 @@ class Prompts:
         # A template is a program of the model's, which fails in its own ways over what a client gave it.
         except Exception as error:
             raise RequestError(
-                f"the chat template refuses the messages: {type(error).__name__}: {str(error)[:500]}", param="messages"
-            ) from error
+                f"the chat template refuses the messages ({type(error).__name__}: {str(error)[:500]})",
+                "messages that it can write", "correct the messages, or the model's template", param="messages",
+            ) from error  # fmt: skip
         return check_text(text, "messages")
 
     def _encode(self, text: str, param: str, *, special: bool) -> list[int]:
         size = len(text.encode())
         if size > self.longest_text:
             raise RequestError(
-                f"the context is {self._context:,} tokens and {param} has {size:,} bytes, more than the "
-                f"{self.longest_text:,} that so many tokens can stand for: shorten the prompt",
+                f"{param} has {size:,} bytes",
+                f"at most {self.longest_text:,}, all that a context of {self._context:,} tokens can stand for",
+                "shorten the prompt",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -158,18 +165,22 @@ class Prompts:
     def _check(self, prompt: list[int], asked: Asked) -> None:
         param = "messages" if asked.is_chat else "prompt"
         if not prompt:
-            raise RequestError("the prompt has no tokens; a text to go on from is wanted", param=param)
+            raise RequestError("the prompt has no tokens", "a text to go on from", "write one", param=param)
         room = self._context - len(prompt)
         if room < 1 or room < (asked.max_tokens or 0):
             raise self._no_room(f"{len(prompt):,}", param, asked.max_tokens)
         if max(prompt) >= self._rows:
-            raise RequestError(f"the prompt has token {max(prompt)}; the model knows {self._rows}", status=500)
+            raise RequestError(
+                f"the prompt has token {max(prompt)}", f"a token id below {self._rows}",
+                "serve the model with its own tokenizer", status=500,
+            )  # fmt: skip
 
     def _no_room(self, count: str, param: str, wanted: int | None = None) -> RequestError:
         more = f" and {wanted:,} more are asked for" if wanted is not None else ""
         return RequestError(
-            f"the context is {self._context:,} tokens; the prompt has {count}{more}: shorten the prompt or ask for "
-            "fewer tokens",
+            f"the prompt has {count} tokens{more}",
+            f"at most {self._context:,} tokens in all, which is the context",
+            "shorten the prompt, or ask for fewer tokens",
             param=param,
             code="context_length_exceeded",
         )

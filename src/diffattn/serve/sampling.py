@@ -1,4 +1,4 @@
-"""How each request of one batch draws its next token: its own temperature, penalties and seed.
+"""Draws the next token of each request in a batch with the request's own temperature, penalties and seed.
 
 A draw is the argmax of ``logit / temperature + noise``, where the noise of the t-th token of a request is a function
 of its seed and t alone (Gumbel-max). So requests that are greedy and requests that draw share one batch, whose argmax
@@ -25,11 +25,11 @@ LEAST_LOGPROB = -9999.0
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """As of ``openai_request.Asked``, with every default filled in.
+    """The options of one answer, as in ``openai_request.Asked``, with every default filled in.
 
     Args:
-        prompt: the ids of the prompt, of which ``repetition_penalty`` has to know.
-        likelihoods: where the model's own probabilities are noted for each token, or None.
+        prompt: the ids of the prompt, which ``repetition_penalty`` counts, too.
+        likelihoods: takes the model's own probabilities for each token; None where they are not asked for.
     """
 
     temperature: float = 0.0
@@ -50,7 +50,7 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether the next token is the likeliest, whatever came before."""
+        """True where the next token is the likeliest, whatever came before."""
         penalties = self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1
         return not (self.draws or penalties or self.logit_bias)
 
@@ -63,7 +63,7 @@ class Sampling:
 class Likelihoods:
     """The logarithms of the model's own probabilities for the tokens of one answer, before any option shapes them.
 
-    The engine's thread notes a place of the answer before it gives the token there, and the server takes it then.
+    The engine's thread notes them for a place of the answer, then gives the token there; then the server takes them.
 
     Args:
         top: how many of the likeliest tokens are wanted beside the one that was taken.
@@ -80,13 +80,13 @@ class Likelihoods:
         self._places[place] = logprobs, list(zip(tokens.tolist(), values.tolist(), strict=True))
 
     def take(self, place: int, token: int) -> tuple[float, list[tuple[int, float]]]:
-        """Of the token that was taken at ``place``, and of the likeliest ones there."""
+        """Returns those of the token that was taken at ``place``, and of the likeliest ones there."""
         logprobs, likeliest = self._places.pop(place)
         return float(logprobs[token]), likeliest
 
 
 def shape_logits(logits: Tensor, sampling: Sampling, answer: Sequence[int]) -> Tensor:
-    """Float32 logits ``(V,)`` whose argmax is the next token of a request that has answered ``answer`` so far."""
+    """Returns float32 logits ``(V,)`` whose argmax is the next token behind the tokens ``answer``."""
     if sampling.logit_bias:
         tokens = torch.tensor(list(sampling.logit_bias), device=logits.device)
         logits = logits.index_add(0, tokens, logits.new_tensor(list(sampling.logit_bias.values())))

@@ -32,11 +32,12 @@ from diffattn.model.loading import Device, Dtype, load
 from diffattn.serve.answers import Answers
 from diffattn.serve.batching import Batch
 from diffattn.serve.hosts import CheckHosts, Hosts
-from diffattn.serve.openai_request import Asked, RequestError
+from diffattn.serve.openai_request import Asked
 from diffattn.serve.prompts import LONGEST_BODY, Prompt, Prompts
+from diffattn.serve.request_error import RequestError, stopping
 from diffattn.serve.transformers_private import build_response_parser
 
-# Bytes of a body that is read in the thread for small requests, which so never wait for the tokens of a long prompt.
+# A body of at most this many bytes is read in the thread for small requests, so that it never waits for a long prompt.
 _SMALL_BODY = 2**16
 # A client reads no answer while it still sends, so what is too long is taken, and thrown away, up to here.
 _LONGEST_SENT = 2 * LONGEST_BODY
@@ -50,10 +51,10 @@ class App:
     """The HTTP interface of one model, ``app`` of which is the ASGI application.
 
     Args:
-        names: under which clients may ask for the model; answers have the first.
+        names: the names under which clients may ask for the model; answers have the first.
         model, batch: the model and the engine that runs it.
-        key: that a client has to send, or None.
-        hosts: by which clients may call the server.
+        key: the key that a client has to send, or None.
+        hosts: the names and addresses by which clients may call the server.
         on_ready: called once requests are taken.
     """
 
@@ -118,12 +119,12 @@ class App:
         return JSONResponse(body, status_code=200 if alive else 503)
 
     def stop(self) -> None:
-        """End everything that is being answered with an error that says why; called on the event loop."""
+        """Ends everything that is being answered with an error that says why; called on the event loop."""
         self.batch.request_stop()
         for work in self._working:
             work.cancel()
 
-    def _described(self) -> dict[str, Any]:
+    def _described(self) -> dict[str, object]:
         return {
             "id": self.names[0], "object": "model", "created": self.created, "owned_by": "diffattn",
             "max_model_len": self.batch.context,
@@ -142,7 +143,7 @@ class App:
         return JSONResponse(await self._while_here(request, answers.whole(), leaves=True))
 
     async def _while_here(self, request: Request, work: Any, *, leaves: bool = False) -> Any:
-        """The result of ``work``, which is cancelled once the client leaves or the server is to stop.
+        """Returns the result of ``work``, which is cancelled once the client leaves or the server is to stop.
 
         Args:
             leaves: whether to watch for the client, which can only be done once its whole body has come.
@@ -163,7 +164,7 @@ class App:
             raise ClientDisconnect
         except asyncio.CancelledError:
             if work.cancelled() and self.batch.stopping:
-                raise RequestError("the server is stopping", status=503) from None
+                raise stopping() from None
             raise
         finally:
             self._working.discard(work)
@@ -174,7 +175,11 @@ class App:
                         await task
 
     def _read(self, raw: bytes, chat: bool) -> tuple[Asked, list[Prompt], list[Any]]:
-        """In a thread of its own: the request, its prompts, and what reads reasoning and tool calls in each answer."""
+        """Reads a request in a thread of its own.
+
+        Returns:
+            The request, its prompts, and for each answer what reads its reasoning and tool calls.
+        """
         asked, prompts = self._prompts.read(raw, chat=chat, names=self.names)
         if not chat:
             return asked, prompts, [None] * (asked.n * len(prompts))
@@ -187,7 +192,12 @@ class App:
         # A page that a browser shows may send any other type to this machine without being asked whether it may.
         kind = request.headers.get("content-type", "")
         if kind.partition(";")[0].strip().lower() != "application/json":
-            raise RequestError(f"the content type is {kind[:80]!r}; application/json is wanted", status=415)
+            raise RequestError(
+                f"the content type is {kind[:80]!r}",
+                "application/json",
+                "send it in the header content-type",
+                status=415,
+            )
         most = self._prompts.longest_body
         parts: list[bytes] = []
         size = 0
@@ -209,8 +219,10 @@ class App:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.key.encode()):
             return
-        what = "Incorrect API key provided." if given else "You didn't provide an API key: Authorization: Bearer KEY."
-        raise RequestError(what, status=401, code="invalid_api_key")
+        raise RequestError(
+            "the API key is not this server's" if given else "no API key is given", "the key that the server was given",
+            "send the header Authorization: Bearer KEY", status=401, code="invalid_api_key",
+        )  # fmt: skip
 
     async def _refuse(self, request: Request, error: Exception) -> Response:
         """The answer to every mistake, theirs and ours, in the words of OpenAI's interface."""
@@ -218,9 +230,14 @@ class App:
             # Nobody reads it.
             return Response(status_code=499)
         if isinstance(error, HTTPException):
-            error = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
+            error = RequestError(
+                f"{request.method} {request.url.path} ({error.detail})", "an address that this server has",
+                "ask /v1/completions, /v1/chat/completions, /v1/models or /health", status=error.status_code,
+            )  # fmt: skip
         elif not isinstance(error, RequestError):
-            error = RequestError(f"{type(error).__name__} in the server; its log has more", status=500)
+            error = RequestError(
+                f"{type(error).__name__} in the server", "an answer", "see the server's log, which has more", status=500
+            )
         headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
         return JSONResponse(error.body, status_code=error.status, headers=headers)
 
@@ -246,7 +263,7 @@ async def _left(request: Request) -> None:
 
 
 class _Server(uvicorn.Server):
-    """One that ends open answers when it is told to stop, in place of waiting for them."""
+    """A server that ends open answers when it is told to stop, in place of waiting for them."""
 
     def __init__(self, config: uvicorn.Config, app: App) -> None:
         super().__init__(config)
@@ -269,7 +286,7 @@ def serve(
     context: int,
     on_ready: Callable[[str], None],
 ) -> None:
-    """Load the model and answer on ``listener`` until a signal ends it; see ``diffattn.serve.engines.serve``.
+    """Loads the model and answers on ``listener`` until a signal ends it; see ``diffattn.serve.engines.serve``.
 
     ``on_ready`` is given what runs, for a person, once requests are answered.
     """
@@ -278,8 +295,9 @@ def serve(
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise CheckpointError(
-            f"the tokenizer in {str(folder)!r} has {len(tokenizer):,} tokens and the model {rows:,}; the model's own "
-            "tokenizer is wanted there"
+            f"the tokenizer in {str(folder)!r} has {len(tokenizer):,} tokens",
+            f"one of at most {rows:,}, which is what the model knows",
+            "save the model's own tokenizer there",
         )
     # The engine says a failure to each client.
     transformers_logging.set_verbosity_error()

@@ -17,12 +17,12 @@ from diffattn.serve import vllm_private
 from diffattn.serve.hosts import CheckHosts, Hosts
 
 PLUGIN = "diffattn"
-# What vLLM's process knows of its hosts: it makes the middleware that it is given a name of by itself.
+# The environment variable with the hosts: vLLM's process makes the middleware by itself, from its name alone.
 HOSTS = "DIFFATTN_SERVE_HOSTS"
 
 
 class Guard(CheckHosts):
-    """vLLM's server takes any Host, and pages of any origin; see ``diffattn.serve.hosts``."""
+    """The check of hosts in front of vLLM's server, which takes any Host and pages of any origin."""
 
     def __init__(self, app: Any) -> None:
         names, loopback_only = json.loads(os.environ[HOSTS])
@@ -41,7 +41,7 @@ def serve(
     context: int,
     on_start: Callable[[str], None],
 ) -> None:
-    """Replace this process by vLLM's server, which signals then reach directly; see ``diffattn.serve.engines.serve``.
+    """Replaces this process by vLLM's server, which signals then reach directly; see ``diffattn.serve.engines.serve``.
 
     ``listener`` is closed: vLLM opens its address itself. ``on_start`` is given what will run, for a person.
 
@@ -61,7 +61,7 @@ def serve(
 
 
 def command(folder: Path, names: tuple[str, ...], host: str, port: int, dtype: str, context: int) -> list[str]:
-    """How vLLM's server is started. No key: other users of a machine see a process' arguments."""
+    """Returns the command that starts vLLM's server, without the key: others on a machine see a process' arguments."""
     return [
         sys.executable, "-m", vllm_private.SERVER,
         "--model", str(folder),
@@ -75,7 +75,10 @@ def command(folder: Path, names: tuple[str, ...], host: str, port: int, dtype: s
 
 
 def environment(key: str | None, hosts: Hosts) -> dict[str, str]:
-    """Of vLLM's server: the key, the hosts, our plugin where others are named, and nothing sent anywhere by default."""
+    """Returns the environment of vLLM's server.
+
+    It holds the key, the hosts, and our plug-in where others are named; by default nothing is sent anywhere.
+    """
     variables = dict(os.environ)
     variables.pop("VLLM_API_KEY", None)
     if key is not None:
@@ -90,7 +93,7 @@ def environment(key: str | None, hosts: Hosts) -> dict[str, str]:
 
 
 def saved_dtype(folder: Path) -> str:
-    """The dtype of a checkpoint: vLLM's own ``auto`` would round float32 weights to half of it."""
+    """Returns the dtype of a checkpoint: vLLM's own ``auto`` would round float32 weights to half of it."""
     config = read_config(folder)
     named = config.get("dtype") or config.get("torch_dtype")
     if isinstance(named, str):
@@ -100,10 +103,11 @@ def saved_dtype(folder: Path) -> str:
 
 
 def check_device(device: str) -> None:
-    """Raise an ``UnsupportedError`` unless the installed vLLM runs on ``device``."""
+    """Raises an ``UnsupportedError`` unless the installed vLLM runs on ``device``."""
     built = vllm_private.built_for()
     if built != device:
         raise UnsupportedError(
-            f"device is {device!r} and the installed vLLM runs on {built or 'no device here'}; wanted that: leave out "
-            "--device, or take --engine transformers"
+            f"device is {device!r}",
+            f"{built!r}, which the installed vLLM runs on" if built else "a device that the installed vLLM finds",
+            "leave out --device, or pass --engine transformers",
         )
