@@ -32,10 +32,10 @@ def test_the_readme_is_read_in_one_sitting() -> None:
 
 def test_library_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    examples = blocks(README, "python")
-    assert len(examples) == 2
+    examples = [*blocks(README, "python"), *blocks(ROOT / "docs" / "tutorials" / "researcher.md", "python")]
+    assert len(examples) == 3
     for example in examples:
-        exec(compile(example, "README.md", "exec"), {})
+        exec(compile(example, "a page", "exec"), {})
 
 
 @pytest.mark.parametrize("page", [README, *TUTORIALS], ids=lambda page: page.stem)
@@ -74,6 +74,10 @@ def test_the_plan_that_the_docs_show_is_the_plan(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_files_that_a_page_names_exist(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w/.-])(?:src|tests|tools|benchmarks|examples)/[\w/.-]+\.(?:py|jsonl|md)\b", text)
+    # NAME stands for a reader's own.
+    assert [name for name in named if "NAME" not in name and not (ROOT / name).exists()] == []
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         # Pages that the build of the site makes; it checks links to them itself.
         assert target.startswith("reference/") or (page.parent / target).exists(), target
