@@ -152,7 +152,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no heads": ({"q1": zeros(2, 5, 0, 4)}, r"q1 is \(2, 5, 0, 4\); wanted at least one head"),
     "dtypes": ({"v": X.v.bfloat16()}, "inputs mix dtypes or devices .*v bfloat16 on cpu.*cast or move"),
     "devices": ({"v": X.v.to("meta")}, "inputs mix dtypes or devices .*v float32 on meta"),
-    "integers": ({n: getattr(X, n).int() for n in X._fields[:5]}, "inputs are int32; wanted one of float16, bfloat16"),
+    "integers": ({n: getattr(X, n).int() for n in X._fields[:5]}, "inputs are int32; wanted one of float32, bfloat16"),
     "q1, q2": ({"q2": zeros(2, 5, 3, 4)}, r"q1 is \(2, 5, 6, 4\) and q2 is \(2, 5, 3, 4\); wanted equal shapes"),
     "k1, k2": ({"k2": zeros(2, 8, 3, 4)}, r"k1 is \(2, 7, 3, 4\) and k2 is \(2, 8, 3, 4\); wanted equal shapes"),
     "widths": (

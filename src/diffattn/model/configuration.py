@@ -209,7 +209,7 @@ class DiffTransformerConfig(PreTrainedConfig):
         """Lists the tensors that a layer of this model has and softmax attention has not, without the norm's gain."""
         return [tensor for tensor in self.record.tensors if tensor.exists(vars(self))]
 
-    def switches(self) -> dict[str, Any]:
+    def switches(self) -> dict[str, object]:
         """The fields by which this model computes something else than its variant as published."""
         published = self.record.switches
         found = {name: getattr(self, name) for name, plain in published.items() if getattr(self, name) != plain}
@@ -316,7 +316,7 @@ class DiffTransformerConfig(PreTrainedConfig):
         variant = ATTENTIONS.get(attention)
         shape.check_variant(attention if variant is None or variant.fitted_to is None else variant.fitted_to)
         heads = ATTENTIONS[attention].heads(shape)
-        fields: dict[str, Any] = {
+        fields: dict[str, object] = {
             "attention": attention,
             "vocab_size": shape.vocab_size,
             "hidden_size": shape.hidden_size,

@@ -86,10 +86,11 @@ def diff_fused_attention(
     ):
         queries = None if attention_mask is None else attention_mask[:, :, 0, 0]
         if fused_cpu.decodes(query, value):
-            of_norm: dict[str, Any] = {}
-            if norm is not None:
-                of_norm = {"gain": norm.weight, "norm_scale": norm.scale, "eps": norm.eps}
-            return fused_cpu.fused_cpu_decoding(query, key, value, lam, scale=scaling, queries=queries, **of_norm), None
+            gain, norm_scale, eps = (None, 1.0, None) if norm is None else (norm.weight, norm.scale, norm.eps)
+            output = fused_cpu.fused_cpu_decoding(
+                query, key, value, lam, scale=scaling, queries=queries, gain=gain, norm_scale=norm_scale, eps=eps
+            )
+            return output, None
         q_BTNd, k_BSGW, v_BSGV = (x.transpose(1, 2) for x in (query, key, value))
         # Views, whose backward is one stack or one concatenation; that of strided slices fills a buffer of zeros each.
         q1, q2 = q_BTNd.unflatten(2, (-1, 2)).unbind(3)
@@ -120,7 +121,7 @@ def serving_backend(attention: str, device: str, dtype: torch.dtype) -> str:
 
     ``dtype`` is that of queries, keys and values, under autocast that of the products. Compiles the kernel if need be.
     """
-    fused = ATTENTIONS[attention].maps > 1 and device == "cpu" and dtype in fused_cpu.DTYPES
+    fused = ATTENTIONS[attention].maps > 1 and device == "cpu" and dtype in build.DTYPES
     return "fused" if fused and build.unavailable(dtype) is None else "standard"
 
 

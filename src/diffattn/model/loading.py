@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +34,6 @@ from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.options import Device, Dtype, LoadOptions
 from diffattn.model.tensors import EVERY_TENSOR, ONE_CHECKPOINT, check_layers, check_whole
 
-DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 _GENERATION = "generation_config.json"
 # Beside tokenizer.json, each an object where it is there.
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
@@ -92,8 +91,8 @@ def load_model(
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """The model of :func:`load`, whose arguments and errors it has, where no tokenizer is wanted."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r}", f"one of {', '.join(DTYPES)}", "correct the name")
+    if dtype not in (dtypes := get_args(Dtype)):
+        raise ConfigError(f"dtype={dtype!r}", f"one of {', '.join(dtypes)}", "correct the name")
     place = resolve_device(device)
     config = check_weights(folder)
     with _quiet():
@@ -101,7 +100,7 @@ def load_model(
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
-                dtype=DTYPES[dtype],
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 attn_implementation=attn_implementation,
                 # A CPU's weights are mapped; naming the device would copy them.
                 device_map=None if place == "cpu" else place,

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from diffattn.checkpoint_files import INDEX, WEIGHTS, printable, read_tensors
+from diffattn.checkpoint_files import INDEX, WEIGHTS, HeaderEntry, printable, read_tensors
 from diffattn.errors import CheckpointError
 from diffattn.model.configuration import DiffTransformerConfig
 
@@ -83,7 +82,7 @@ def check_layers(layers: int, tensors: int) -> None:
         )
 
 
-def check_fitting(folder: str | Path, config: DiffTransformerConfig, entries: Mapping[str, Mapping[str, Any]]) -> None:
+def check_fitting(folder: str | Path, config: DiffTransformerConfig, entries: Mapping[str, HeaderEntry]) -> None:
     """Raise a ``CheckpointError`` where the header has a tensor in another shape, or a layer less than are asked for.
 
     Args:
@@ -120,7 +119,7 @@ def check_folder(folder: str | Path, config: DiffTransformerConfig | None = None
         check_fitting(folder, config or DiffTransformerConfig.from_pretrained(folder), entries)
 
 
-def check_whole(folder: str | Path, config: DiffTransformerConfig, entries: Mapping[str, Mapping[str, Any]]) -> None:
+def check_whole(folder: str | Path, config: DiffTransformerConfig, entries: Mapping[str, HeaderEntry]) -> None:
     """Raise a ``CheckpointError`` unless the header has the tensors of the configuration, no more and no less.
 
     Arguments as of :func:`check_fitting`. A tied output head may be stored or not, or be stored for the embedding.
@@ -146,7 +145,7 @@ def check_whole(folder: str | Path, config: DiffTransformerConfig, entries: Mapp
         )
 
 
-def _of_whole_model(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
+def _of_whole_model(entries: Mapping[str, HeaderEntry]) -> dict[str, tuple[int, ...]]:
     """Shapes by the names that the tensors have in the model with its output head."""
     inner = not any(name.startswith(_BASE) for name in entries)
     return {f"{_BASE}{name}" if inner else name: tuple(entry["shape"]) for name, entry in entries.items()}

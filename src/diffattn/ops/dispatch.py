@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffattn.config_fields import DTYPES
 from diffattn.errors import ConfigError
 from diffattn.ops.backend import Backend, installed, load, refusal
 from diffattn.ops.cpu import operator as fused_cpu
 from diffattn.ops.reference import Call, diff_attention_reference
 from diffattn.ops.standard import standard_diff_attention
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Inputs of these are taken: the dtypes that a configuration may name.
+_TAKEN = tuple(getattr(torch, name) for name in DTYPES)
 
 
 def _supports_everything(call: Call) -> str | None:
@@ -159,9 +161,8 @@ def _check_tensors(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor) ->
         raise ConfigError(
             f"inputs mix dtypes or devices ({given})", "one dtype and one device", "cast or move them with .to()"
         )
-    if q1.dtype not in DTYPES:
-        wanted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise ConfigError(f"inputs are {_dtype(q1)}", f"one of {wanted}", "cast them with .to()")
+    if q1.dtype not in _TAKEN:
+        raise ConfigError(f"inputs are {_dtype(q1)}", f"one of {', '.join(DTYPES)}", "cast them with .to()")
     for first, second in (("q1", "q2"), ("k1", "k2")):
         if tensors[first].shape != tensors[second].shape:
             raise ConfigError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from diffattn.errors import ConfigError
+from diffattn.model.options import Device, Dtype
 from diffattn.names import one_of
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.rule import parse_count, shape_about
@@ -16,8 +17,6 @@ from diffattn.train.recipe import Recipe
 from diffattn.variants import BASELINE, DEFAULT_VARIANTS
 
 Match = Literal["parameters", "shape"]
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 def learning_rate_for(non_embedding_parameters: int) -> float:

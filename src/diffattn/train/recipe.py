@@ -6,12 +6,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from diffattn.errors import ConfigError
+from diffattn.model.options import Device, Dtype
 
-DTYPES = ("auto", "float32", "bfloat16")
-DEVICES = ("auto", "cpu", "cuda")
+DTYPES, DEVICES = get_args(Dtype), get_args(Device)
 MOST = 10**9
 """The largest count: more steps than anybody trains, and few enough that their products are exact everywhere."""
 # Fields that have no option of the command line: they are the same in every run that it starts.

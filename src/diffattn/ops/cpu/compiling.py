@@ -159,7 +159,7 @@ def read(folder: Path) -> Built | None:
         return None
 
 
-def facts(build_key: BuildKey, library: Path, seconds: float) -> dict[str, Any]:
+def facts(build_key: BuildKey, library: Path, seconds: float) -> dict[str, str | float | None]:
     """Returns what build.json says of a library."""
     return {
         "sha256": hashlib.sha256(library.read_bytes()).hexdigest(),

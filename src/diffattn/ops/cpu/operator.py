@@ -30,7 +30,6 @@ from diffattn.ops.cpu import build
 from diffattn.ops.cpu import derivatives as fused_cpu_derivatives
 from diffattn.ops.reference import Call, as_lam
 
-DTYPES = build.DTYPES
 MAX_WIDTH = 256
 # Queries of a call that is split over its keys, as csrc/ops.cpp has it.
 DECODING_QUERIES = 8
@@ -62,8 +61,8 @@ def unsupported(call: Call) -> str | None:
         return f"fused_cpu: {q1.device.type} inputs are not supported; it serves cpu"
     if not q1.dtype == k1.dtype == q2.dtype == k2.dtype == v.dtype:
         return "fused_cpu: inputs of several dtypes are not supported; cast them to one"
-    if v.dtype not in DTYPES:
-        served = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    if v.dtype not in build.DTYPES:
+        served = ", ".join(str(dtype).removeprefix("torch.") for dtype in build.DTYPES)
         return f"fused_cpu: {str(v.dtype).removeprefix('torch.')} inputs are not supported; it serves {served}"
     if max(q1.shape[-1], v.shape[-1]) > MAX_WIDTH:
         return f"fused_cpu: heads of {max(q1.shape[-1], v.shape[-1])} are not supported; it serves widths up to 256"
