@@ -173,7 +173,7 @@ class DiffTransformerConfig(PreTrainedConfig):
             )
         self._check_switches()
         self._check_dex_heads()
-        # Read by transformers and by engines, which shard by it; never saved.
+        # transformers and engines read this and shard by it; it is never saved.
         self.base_model_tp_plan = self.tensor_parallel_plan()
         super().__post_init__(**kwargs)
         assert self.rope_parameters is not None

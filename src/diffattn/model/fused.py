@@ -130,7 +130,7 @@ def _holds_both_keys(query: Tensor, key: Tensor) -> bool:
 
 
 def _needs_standard_call(mask: Tensor | None, dropout: float, options: dict[str, Any]) -> str | None:
-    """None where mask and options of a call can be the kernel's, else one sentence that says why they cannot."""
+    """Returns None where the kernel takes the mask and options of a call, else one sentence that says why not."""
     if mask is not None and not is_compact(mask):
         return "diff_fused: a mask of its own per query and key needs the standard call"
     if dropout:
@@ -139,7 +139,7 @@ def _needs_standard_call(mask: Tensor | None, dropout: float, options: dict[str,
     if options.get("is_causal") is False:
         given.append("is_causal=False")
     if options.get("output_attentions"):
-        # Which says that it has none, as it does under its own name.
+        # The standard call then says that it returns no attention weights, as it does under its own name.
         given.append("output_attentions")
     return f"diff_fused: {', '.join(given)} needs the standard call" if given else None
 

@@ -35,7 +35,7 @@ from diffattn.model.options import Device, Dtype, LoadOptions
 from diffattn.model.tensors import EVERY_TENSOR, ONE_CHECKPOINT, check_layers, check_whole
 
 _GENERATION = "generation_config.json"
-# Beside tokenizer.json, each an object where it is there.
+# These lie beside tokenizer.json; each that is there holds a JSON object.
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 
 
@@ -45,7 +45,7 @@ def load(
     device: Device = LoadOptions.device,
     attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in evaluation mode and its tokenizer, from a folder; ours, or any that ``AutoModelForCausalLM`` loads.
+    """Loads a model in evaluation mode and its tokenizer from a folder; ours, or any of ``AutoModelForCausalLM``.
 
     Args:
         folder: with ``config.json``, safetensors (one file, or an index and its files) and a tokenizer.
@@ -113,7 +113,7 @@ def load_model(
             )
         except DiffattnError:
             raise
-        # What a file asks for fails anywhere in the library, and in its own way.
+        # A file may ask for something that fails anywhere in the library, with any kind of error.
         except Exception as error:
             raise UnsupportedError(
                 f"{str(folder)!r} cannot be loaded here ({_line(error)})",
@@ -271,7 +271,7 @@ def load_config(folder: str | Path) -> Any:
 def _check_foreign_size(folder: str | Path, config: Any, entries: dict[str, TensorEntry]) -> None:
     """Raise where a configuration of another library's asks for more than its weights hold, before that is built."""
     check_layers(layers_of(read_config(folder)), len(entries))
-    # Of quantised weights one number of the file is several of the model.
+    # Quantised weights hold several numbers of the model in one number of the file.
     if getattr(config, "quantization_config", None):
         return
     try:

@@ -30,7 +30,7 @@ from diffattn.errors import ConfigError
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 from diffattn.model.transformers_private import is_flash_attention_requested, is_tracing, makes_masks
 
-# What is hidden in a mask that is added to scores: −inf, and the lowest number of any dtype.
+# A mask that is added to scores hides a key by −inf or by the lowest number of any dtype, which are all at most this.
 HIDDEN = torch.finfo(torch.float16).min
 
 
@@ -60,7 +60,7 @@ def is_compact(mask: Tensor) -> bool:
 
 
 def positions_of_sequences(cu_seq_lens: Tensor, batch: int, length: int) -> Tensor:
-    """(B, T) positions that restart where a sequence of a flattened batch begins.
+    """Returns (B, T) positions that restart where a sequence of a flattened batch begins.
 
     >>> positions_of_sequences(torch.tensor([0, 2, 5]), 1, 5).tolist()
     [[0, 1, 0, 1, 2]]
@@ -141,7 +141,7 @@ def _first_places(
     past_key_values: Cache | None,
     cu_seq_lens: Tensor | None,
 ) -> Tensor | None:
-    """(B, T): the place in its row at which each token's sequence begins; None where every row is one sequence."""
+    """Returns (B, T), the place in its row where each token's sequence begins; None if every row is one sequence."""
     B, T = x.shape[:2]
     if position_ids is None:
         # Counted on from what the cache holds.
@@ -193,7 +193,7 @@ def _starts(position_ids: Tensor, real: Tensor | None) -> Tensor:
 
 def _check_continued(position_ids: Tensor, real: Tensor | None, offset: int) -> None:
     """Refuses tokens whose positions say that they do not continue all of what the cache holds."""
-    # So it is for all but left-padded rows, at the price of one number, and for those as they are decoded.
+    # This one number settles it for all rows that are not left-padded; the next line settles it for those in decoding.
     if int(position_ids.min()) >= offset:
         return
     if real is not None and position_ids.shape[1] == 1 and (position_ids[:, 0] + 1 >= real.sum(-1)).all():
@@ -251,7 +251,7 @@ def _check_flash(x: Tensor, attention_mask: Tensor | None) -> None:
 
 
 def _whole_mask(config: DiffTransformerConfig, x: Tensor, mask: Tensor, past_key_values: Cache | None) -> Any:
-    """A mask of four dimensions as the implementation takes it: bool, added in the model's dtype, or of blocks."""
+    """Returns a mask of four dimensions as the implementation takes it: bool, added in the model's dtype, or blocks."""
     implementation = config._attn_implementation
     B, T = x.shape[:2]
     keys = T if past_key_values is None else past_key_values.get_mask_sizes(T, 0)[0]

@@ -59,7 +59,7 @@ def write_remote_code(folder: str | os.PathLike) -> list[Path]:
 
 
 def flattened(source: str) -> str:
-    """A module's source with imports of our modules made relative, without what needs one that is not shipped.
+    """Returns a module's source with relative imports of our modules, without what needs one that is not shipped.
 
     >>> print(flattened('from diffattn.errors import ConfigError\\nfrom diffattn.ops import build\\nx = 1\\n'))
     from .diff_errors import ConfigError

@@ -51,7 +51,7 @@ def forward_mode(*tensors: Any) -> bool:
 
 
 def _layers(x: Any) -> list[Any]:
-    """A tensor and what it wraps, from the innermost transform to none."""
+    """Returns a tensor and what it wraps, from the innermost transform to none."""
     layers = [x]
     while isinstance(x, Tensor) and is_functorch_wrapped_tensor(x):
         x = get_unwrapped(x)

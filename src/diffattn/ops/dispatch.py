@@ -236,7 +236,7 @@ def _checked_lam(lam: Any, q1: Tensor) -> Tensor | float:
     _check_dense("lam", lam)
     if not lam.dtype.is_floating_point:
         raise ConfigError(f"lam is {_dtype(lam)}", "a floating-point dtype", "cast it with .float()")
-    # As elsewhere in PyTorch, a tensor of one number on the CPU goes with tensors on any device.
+    # A tensor of one number on the CPU goes with tensors on any device, as elsewhere in PyTorch.
     if lam.device != q1.device and not (lam.dim() == 0 and lam.device.type == "cpu"):
         raise ConfigError(f"lam is on {lam.device} and q1 on {q1.device}", "one device", "move it with .to()")
     batch, queries, heads, _ = q1.shape

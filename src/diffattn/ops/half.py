@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# As the processor's capabilities name them.
+# The names of these dtypes among the processor's capabilities.
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Fewer rows are quicker as they are; in between it depends on the matrix and the threads.
 MANY_ROWS = 32
-# Of a matrix at a time, in float32: 8 MB, for which the allocator has memory. That of a whole output head is new to the
-# process each time, which takes up to five times as long.
+# So many numbers of a matrix are converted at a time, 8 MB of float32, for which the allocator has memory. Memory for a
+# whole output head is new to the process each time, which takes up to five times as long.
 _NUMBERS = 2**21
 
 

@@ -45,7 +45,7 @@ def pad_queries(q: Tensor) -> Tensor:
 
 
 def _pad_pair(signal: Tensor, noise: Tensor) -> Tensor:
-    """(..., n/2, d) twice → (..., n, 2d): per pair the flat row [signal, 0, 0, noise], cut into two heads."""
+    """Makes (..., n, 2d) of two (..., n/2, d): per pair the flat row [signal, 0, 0, noise], cut into two heads."""
     # One stack is one write forward and two reads backward. Writing slices into zeros costs 2 to 3 times as much,
     # most of it in the backward pass, which copies the whole gradient once per slice.
     zeros = torch.zeros_like(signal)
@@ -131,7 +131,7 @@ def _mask(
 
 
 def open_dead_rows(visible: Tensor) -> tuple[Tensor, Tensor]:
-    """A mask (B, 1, T, S) that SDPA can take for `visible`, and the rows (B, T, 1, 1) whose output is to be zeros.
+    """Returns a mask (B, 1, T, S) that SDPA can take, and the rows (B, T, 1, 1) whose output is to be zeros.
 
     SDPA kernels disagree about a row without keys (zeros, NaN or a mean). Such a row is given every key, which is
     finite in all of them, forward and backward.

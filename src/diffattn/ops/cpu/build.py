@@ -70,7 +70,7 @@ _outcome: _Outcome | None = None
 
 
 def unavailable(dtype: torch.dtype) -> str | None:
-    """None where the compiled kernel is loaded and serves `dtype`, else one sentence: the reason and the way out.
+    """Returns None where the kernel is loaded and serves `dtype`, else one sentence: the reason and the way out.
 
     The first call in a process loads the kernel, or compiles it, which takes about 30 s on two cores and says so on
     stderr; whatever comes of that holds for the process. `torch.compile` takes the answer as a constant.
@@ -164,7 +164,7 @@ def _settle(*, may_compile: bool) -> _Outcome | None:
 
 def _load_or_compile(may_compile: bool) -> _Outcome | None:
     build_key = compiling.BuildKey.of_this_machine()
-    # What was compiled here comes first: a person may have asked for it.
+    # A kernel that was compiled here comes first, because a person may have asked for it.
     compiled = compiling.find(build_key)
     for found in (compiled, shipped.find(build_key)):
         if found is None:

@@ -57,18 +57,22 @@ INSTRUCTION_SETS = {
 }
 _FLAGS = "-O3 -std=c++20 -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
 _COMPILERS = ("g++", "c++", "clang++")
-# What the linker is told on each system that is served.
+# The options of the linker on each system that is served.
 _LINKING = {"linux": "-Wl,--no-as-needed", "darwin": "-undefined dynamic_lookup"}
 
 
 @dataclass(frozen=True)
 class Built:
-    """A finished library: its compiling seconds, the digest of sources and flags, and whether a wheel brought it."""
+    """A finished library."""
 
     path: str
+    """The file."""
     seconds: float
+    """The seconds that compiling it took."""
     digest: str = ""
+    """The digest of its sources and flags."""
     shipped: bool = False
+    """Whether a wheel brought it."""
 
 
 @dataclass(frozen=True)

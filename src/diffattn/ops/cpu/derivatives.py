@@ -30,7 +30,7 @@ from diffattn.ops.reference import apply_map, softmax_map, visible_keys
 NO_FORWARD_MODE = "fused_cpu: derivatives in forward mode are not supported"
 NO_SECOND_DERIVATIVE = "fused_cpu: second derivatives are not supported"
 
-# Whether the calls of the operators that are made now, and derivatives of them later, are to be the kernel's or none.
+# True while calls of the operators, and later derivatives of them, are to be the kernel's or an error.
 _ALONE = ContextVar("_ALONE", default=False)
 
 
@@ -109,7 +109,7 @@ def _maps(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both maps (B, H, T, S) and λ (B, H, T, 1), in float32 at least."""
+    """Returns both maps (B, H, T, S) and λ (B, H, T, 1), in float32 at least."""
     T, S = q1.shape[1], k1.shape[1]
     if queries is None:
         visible = visible_keys(T, S, causal, None, q1.device)

@@ -16,9 +16,9 @@ import subprocess
 import sys
 import threading
 
-# Of Linux, <sys/prctl.h>: the signal that a process gets when its parent ends.
+# From <sys/prctl.h> of Linux: this option sets the signal that a process gets when its parent ends.
 _SET_PARENT_DEATH_SIGNAL = 1
-# That ninja has to end its compilers.
+# The seconds that ninja has to end its compilers.
 _SECONDS = 5.0
 
 

@@ -52,7 +52,7 @@ torch.library.define(
 
 
 def unsupported(call: Call) -> str | None:
-    """None where the kernel serves this call of `diff_attention`, else one sentence that says why it does not.
+    """Returns None where the kernel serves this call of `diff_attention`, else one sentence that says why not.
 
     The first call that gets as far as asking for the kernel compiles it (see `diffattn.ops.cpu.build`).
     """
