@@ -7,7 +7,7 @@ import pytest
 
 from diffattn.errors import ConfigError
 from diffattn.plan.hardware import MACHINES
-from diffattn.plan.setting import DEFAULT_SETTING, PRECISIONS, Precision, Setting
+from diffattn.plan.setting import DEFAULT_SETTING, PRECISIONS, Precision, Setting, resolve_dtype
 from diffattn.plan.shape import ModelShape
 
 
@@ -19,6 +19,13 @@ def test_names_and_objects_make_the_same_setting() -> None:
     assert Setting(machine=None).machine is None
     with pytest.raises(FrozenInstanceError):
         named.context = 3
+
+
+@pytest.mark.parametrize(("short", "long"), [("fp32", "float32"), ("bf16", "bfloat16"), ("bf16", "BFloat16")])
+def test_a_format_has_the_name_that_the_other_commands_take(short: str, long: str) -> None:
+    assert Setting(precision=long) == Setting(precision=short)
+    assert resolve_dtype(long, "weights") == resolve_dtype(short, "weights") == short
+    assert resolve_dtype("float16", "weights") == "fp16"
 
 
 def test_a_machine_may_be_a_file(tmp_path: Path) -> None:

@@ -39,39 +39,40 @@ def plan(
 ) -> Callable[[], int]:
     """Say what one model or two need before they are built: memory, time, disk.
 
-    Nothing is trained and nothing is loaded, so it answers in a second.
+    Nothing is trained and nothing is loaded, so the answer comes in a second. docs/plan.md explains each number.
 
     Examples:
         diffattn plan --model diff_v1:6.8B --against softmax:11B --context 4096
         diffattn plan --model diff_v1:1.4B --against softmax:1.4B --fits 8GiB
 
     Args:
-        model: The model, as KIND:SIZE. KIND: softmax, diff_v1, diff_v2 or gated. SIZE: a preset such as 6.8B, a count
-            such as 11B, a .toml file or a model's folder. A folder alone brings its own kind, a size alone is
-            diff_v1's. Default: diff_v1:6.8B.
-        against: A second model to compare it with, written in the same way; a size alone is softmax's. Default: none,
-            or softmax:11B where no model is given either.
-        context: Tokens that a model reads at once; 4k means 4096.
-        batch: Texts that are computed together.
-        machine: H100 SXM, A100 80GB, RTX 4090, RTX 3060 12GB, Apple M2, DDR5 desktop, Raspberry Pi 5 (part of a name
-            is enough, such as "rtx 3060"), or a .json file.
-        precision: Number formats: fp32, autocast, bf16 or mixed (bf16 with a second copy of the weights in fp32).
-        weights_dtype: Format of the weights: fp32, bf16, fp16, int8, int4. Default: as --precision says.
-        gradients_dtype: Format of the gradients: fp32, bf16, fp16. Default: as --precision says.
-        optimizer_dtype: Format of what AdamW keeps of each weight. Default: as --precision says.
+        model: The model, as VARIANT:SIZE. VARIANT is softmax, diff_v1, diff_v2 or gated. SIZE is a preset such as 6.8B,
+            a count such as 11B, a .toml file or a model's folder. A folder alone brings its own variant; a size alone
+            means diff_v1. Default: diff_v1:6.8B.
+        against: A second model to compare it with, written in the same way; a size alone means softmax. Default: none,
+            or softmax:11B if no model is given either.
+        context: Number of tokens in one sequence; 4k means 4096.
+        batch: Number of sequences that are computed together.
+        machine: H100 SXM, A100 80GB, RTX 4090, RTX 3060 12GB, Apple M2, DDR5 desktop or Raspberry Pi 5 (a part of the
+            name is enough, such as "rtx 3060"), or a .json file.
+        precision: Number formats of all parts: float32, autocast (float32 weights, bfloat16 products), bfloat16 or
+            mixed (bfloat16 with a float32 copy of the weights). The short names fp32 and bf16 work too.
+        weights_dtype: Format of the weights: float32, bfloat16, float16, int8 or int4. Default: as --precision says.
+        gradients_dtype: Format of the gradients: float32, bfloat16 or float16. Default: as --precision says.
+        optimizer_dtype: Format of the two numbers that AdamW keeps for each weight. Default: as --precision says.
         activations_dtype: Format of the results of layers. Default: as --precision says.
-        cache_dtype: Format of the keys and values that are kept; int8 and int4 too. Default: as --precision says.
+        cache_dtype: Format of the keys and values in the cache; int8 and int4 work too. Default: as --precision says.
         master_dtype: Format of the second copy of the weights. Default: as --precision says.
-        backend: Way to compute attention: definition, fused, standard, two_calls, four_calls or materialised
-            (docs/plan.md).
-        checkpointing: Training saves memory by computing each layer twice.
-        fsdp: GPUs that share weights, gradients and the optimizer's numbers.
-        tp: GPUs that share the heads and the feed-forward network of each layer.
-        sweep: Answer for a range as well: context=1k:128k or batch=1:64.
-        fits: Memory with its unit, such as 8GiB or 24GB: say the largest shapes, contexts and batches that it holds.
-        measure: Also build the first model here and put what is measured beside what is predicted.
+        backend: Way to compute attention: standard, fused, definition or materialised. The planner also knows two_calls
+            and four_calls, two ways from the literature to compute V1 that diffattn itself does not have.
+        checkpointing: Save memory in training by computing each layer twice.
+        fsdp: Number of GPUs that share the weights, the gradients and the optimizer's numbers.
+        tp: Number of GPUs that share the heads and the feed-forward network of each layer.
+        sweep: Answer for several values as well: context=1k:128k or batch=1:64.
+        fits: An amount of memory, such as 8GiB or 24GB: say the largest models, contexts and batches that it holds.
+        measure: Also build the first model on this machine and print measured numbers beside the predicted ones.
         json: Print the answer as JSON on stdout.
-        html: File to write a web page into, with the same numbers and sliders.
+        html: File to write a web page into, with the same numbers and with sliders.
     """
 
     def call() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from diffattn.quantities import short, whole
 
 # Beyond this a context or a batch is a slip.
 FAR = 1 << 40
-# PyTorch's names of the same.
-_LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
+# PyTorch's names of the same, which the other commands take.
+_LONG_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 BYTES: dict[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5}
 
@@ -179,7 +180,7 @@ def resolve_precision(precision: Precision | str) -> Precision:
     """
     if isinstance(precision, Precision):
         return precision
-    return PRECISIONS[one_of(precision, PRECISIONS, given=f"precision={precision!r}", also=_LONG_NAMES)]
+    return PRECISIONS[_meant(precision, PRECISIONS, f"precision={precision!r}")]
 
 
 def resolve_dtype(text: str, part: str) -> str:
@@ -191,7 +192,13 @@ def resolve_dtype(text: str, part: str) -> str:
     >>> resolve_dtype("BFloat16", "weights")
     'bf16'
     """
-    return one_of(text, BYTES, given=f"{part}={text!r}", also=_LONG_NAMES | {"float16": "fp16"})
+    return _meant(text, BYTES, f"{part}={text!r}")
+
+
+def _meant(text: str, names: Iterable[str], given: str) -> str:
+    """Returns the one of our short names that a text means, which may be PyTorch's name of it."""
+    known = {_LONG_NAMES.get(name, name): name for name in names}
+    return known[one_of(text, known, given=given, also={name: long for long, name in known.items()})]
 
 
 def parse_tokens(text: str | int, name: str = "context") -> int:

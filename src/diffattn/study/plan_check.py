@@ -319,7 +319,9 @@ def _check_runs(setting: Setting) -> None:
     given = f"precision={precision!r}" if precision else "a format of a single part, such as --weights-dtype"
     if precision not in PRECISIONS:
         raise ConfigError(
-            given, f"for a model that is built, one of {', '.join(PRECISIONS)}", "pass one of them as --precision alone"
+            given,
+            "for a model that is built, one of float32, autocast, bfloat16",
+            "pass one of them as --precision alone",
         )
     if setting.backend not in BACKENDS:
         raise ConfigError(
