@@ -336,3 +336,10 @@ def test_where_nothing_fits_it_says_so() -> None:
         fits("1MiB")
     rows = fits("8GiB", setting=Setting(precision=precision_of("bf16", weights="int4")))
     assert {row.phase for row in rows} == {"inference"}
+
+
+def test_the_example_of_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(example, "docs/plan.md", "exec"), {})
+    assert "of the parameters of softmax:11B" in capsys.readouterr().out
