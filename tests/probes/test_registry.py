@@ -102,7 +102,7 @@ def test_the_example_measures_what_it_says(example, folder: Path) -> None:
 def test_the_verb_of_a_plug_in_has_help_options_and_json(example, folder: Path, capsys) -> None:
     assert main(["eval", "first_token", "--help"]) == 0
     page = " ".join(capsys.readouterr().out.split())
-    assert "How much of its attention each layer spends on the first token." in page
+    assert "Measure how much of its attention each layer spends on the first token." in page
     assert "--samples INT Texts that are read. (default: 8)" in page
     words = ["eval", "first_token", str(folder / "diff_v1"), "--text", str(folder / "text.txt"), "--context", "30",
              "--samples", "2", "--json", "--png", str(folder / "chart.png")]  # fmt: skip

@@ -158,8 +158,8 @@ def test_maps_of_the_page_are_the_models_own(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"variants": ("softmax", "diff_v9")}, ["diff_v9", "diff_v1"]),
-        ({"variants": ("softmax", "softmax")}, ["at most once"]),
-        ({"seeds": 0}, ["seeds is 0", "at least 1"]),
+        ({"variants": ("softmax", "softmax")}, ["at least one, each once"]),
+        ({"seeds": 0}, ["seeds is 0", "from 1 to 1,000"]),
         ({"steps": -3}, ["steps is -3", "at least 1"]),
         ({"steps": 3, "minutes": 2.0}, ["steps is 3", "minutes is 2.0", "leave one out"]),
         ({"steps": None, "minutes": 0.0}, ["minutes is 0.0"]),
@@ -182,7 +182,7 @@ def test_nothing_is_written_for_bad_text_or_shape(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="context is 64"):
         compare(CompareOptions(shape=good.shape, text=good.text, context=64), out=tmp_path / "out")
     odd = write_shape(tmp_path, num_heads=3, num_kv_heads=3, hidden_size=48)
-    with pytest.raises(ConfigError, match="even number of heads"):
+    with pytest.raises(ConfigError, match="num_heads=3 for diff_v1; wanted a multiple of 2"):
         compare(CompareOptions(shape=odd, text=good.text), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

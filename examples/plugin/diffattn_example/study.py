@@ -65,7 +65,7 @@ def measure(subject: StudiedModel, options: FirstTokenOptions) -> Iterator[Point
 STUDY = Study(
     name="first_token",
     title="Attention to the first token",
-    sentence="How much of its attention each layer spends on the first token.",
+    sentence="Measure how much of its attention each layer spends on the first token.",
     source="arXiv 2309.17453 (attention sinks)",
     options=FirstTokenOptions,
     measure=measure,

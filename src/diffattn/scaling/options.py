@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from diffattn.errors import ConfigError
-from diffattn.model.options import Device, Dtype
+from diffattn.model.options import MATCHES, Device, Dtype
 from diffattn.names import one_of
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.rule import parse_count, shape_about
@@ -15,8 +15,6 @@ from diffattn.plan.shape import ModelShape
 from diffattn.scaling.arms import ARMS
 from diffattn.train.recipe import Recipe
 from diffattn.variants import BASELINE, DEFAULT_VARIANTS
-
-Match = Literal["parameters", "shape"]
 
 
 def learning_rate_for(non_embedding_parameters: int) -> float:
@@ -58,7 +56,7 @@ class LadderOptions:
     """Tokens that a model reads at once."""
     needles: float = 0.0
     """Share of the training tokens, 0 to 1, that hide numbers in text and ask for them (docs/studies.md)."""
-    match: Match = "parameters"
+    match: str = field(default="parameters", metadata={"choices": MATCHES})
     """parameters: V2 gets a narrower feed-forward network, so that all have equally many parameters. shape: V2 keeps
     its width and has more parameters."""
     batch_size: int = 8
@@ -83,6 +81,8 @@ class LadderOptions:
                 raise ConfigError(
                     f"{name} is {' '.join(words) or 'empty'}", "at least one, each once", f"change --{name}"
                 )
+        if self.match not in MATCHES:
+            raise ConfigError(f"match is {self.match!r}", f"one of {', '.join(MATCHES)}", "change --match")
         if not 1 <= self.seeds <= 1000:
             raise ConfigError(f"seeds is {self.seeds}", "a number from 1 to 1,000", "leave --seeds out for 3")
         parse_count(self.tokens)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from diffattn.errors import ConfigError
+from diffattn.model.options import MATCHES, Device, Dtype
 from diffattn.names import one_of
 from diffattn.train.recipe import Recipe
 from diffattn.variants import DEFAULT_VARIANTS, VARIANTS
@@ -36,16 +36,16 @@ class CompareOptions:
     """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
     context: int | None = None
     """Tokens that a model reads at once. Default: as the shape says."""
-    match: Literal["parameters", "shape"] = "parameters"
+    match: str = field(default="parameters", metadata={"choices": MATCHES})
     """parameters: V2 gets a narrower feed-forward network, so that all have equally many parameters. shape: V2 keeps
     its width and has more parameters."""
     batch_size: int = 4
     """Blocks of --context tokens in each step."""
     learning_rate: float = 2e-3
     """Highest learning rate of each run."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Device to train on: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Dtype = "auto"
     """Number format of the products; the weights stay float32. auto: bfloat16 where the machine multiplies it fast,
     else float32."""
 
@@ -55,6 +55,8 @@ class CompareOptions:
         if not self.variants or len(set(self.variants)) < len(self.variants):
             given = f"variants is {' '.join(self.variants) or 'empty'}"
             raise ConfigError(given, "at least one, each once", "change --variants")
+        if self.match not in MATCHES:
+            raise ConfigError(f"match is {self.match!r}", f"one of {', '.join(MATCHES)}", "change --match")
         if not 1 <= self.seeds <= 1000:
             raise ConfigError(f"seeds is {self.seeds}", "a number from 1 to 1,000", "leave --seeds out for 2")
         if self.steps is not None and self.minutes is not None:
