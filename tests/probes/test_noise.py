@@ -41,15 +41,22 @@ def test_spans_are_sums_of_the_last_row_of_whole_maps(attention):
 
 
 @pytest.mark.parametrize("attention", MODELS)
-def test_shares_sum_to_one_per_depth_and_sample(attention):
+def test_shares_are_means_over_heads_divided_by_what_all_spans_have(attention):
     options = NoiseOptions(length=300, depths=(0.0, 1.0), samples=3, batch_size=2)
-    seen = []
-    result = measure_noise(reader(attention), HAY, options, on_progress=lambda *progress: seen.append(progress))
+    seen, model = [], reader(attention)
+    result = measure_noise(model, HAY, options, on_progress=lambda *progress: seen.append(progress))
     assert seen == [(2, 6), (4, 6), (6, 6)]
-    for entry in result.values():
+    asked = [
+        HAY.prompt(np.random.default_rng((0, index, sample)), length=300, depth=depth)
+        for index, depth in enumerate(options.depths)
+        for sample in range(3)
+    ]
+    sums = span_sums(model, asked)
+    assert result.keys() == sums.keys()
+    for name, entry in result.items():
+        totals = sums[name].flatten(1, 2).sum(1).unflatten(0, (2, 3))
         shares = torch.tensor(entry.shares)
-        assert shares.shape == (2, 3, len(SPANS))
-        torch.testing.assert_close(shares.sum(-1), torch.ones(2, 3), rtol=0, atol=1e-5)
+        torch.testing.assert_close(shares, (totals / totals.sum(-1)[..., None]).float(), rtol=0, atol=1e-5)
         # Nothing lies before a needle at the beginning, nothing behind one at the end.
         assert shares[0, :, SPANS.index("before")].abs().max() == 0
         assert shares[1, :, SPANS.index("behind")].abs().max() == 0
