@@ -3,12 +3,7 @@
 The table is made of the verb's signature. A parameter whose type is a dataclass stands for the fields of that
 dataclass, which belongs to the library; another one has its sentence in the verb's docstring. Keyword-only parameters
 are options, the others are words without a name. A field may say more in its ``metadata``, and a parameter in a mapping
-behind its type in ``Annotated``:
-
-- ``option``: its name on the command line, where that is not the field's own; None for a field that has none;
-- ``also``: older names of the option, which are accepted and not shown;
-- ``choices``: the values that are allowed, where they are a tuple of the library's;
-- ``value``: the word that stands for its value in the help, such as SIZE.
+behind its type in ``Annotated``: see ``More``.
 """
 
 from __future__ import annotations
@@ -20,10 +15,10 @@ import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 import docstring_parser
 
@@ -40,7 +35,18 @@ _HELP = {
 }
 _QUOTED = re.compile(r"``([^`]+)``")
 
-Verb = Callable[..., int]
+
+class More(TypedDict, total=False):
+    """Facts about an option that its name, its type and its default do not tell."""
+
+    option: str | None
+    """Its name on the command line, where that is not the name of the field; None for a field that is no option."""
+    also: tuple[str, ...]
+    """Older names of the option, which are accepted and not shown."""
+    choices: Collection[object]
+    """The values that are allowed, where the type does not say them."""
+    value: str
+    """The word that stands for the value in the help, such as SIZE."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,8 @@ def _fields(record: Any, owner: str) -> Iterator[Option]:
         said |= {entry.arg_name: entry.description or "" for entry in docstring_parser.parse_from_object(base).params}
     for field in dataclasses.fields(record):
         if field.metadata.get("option", field.name) is not None:
-            option = _option(field.name, hints[field.name], field.default, said.get(field.name, ""), field.metadata)
+            more = cast(More, field.metadata)
+            option = _option(field.name, hints[field.name], field.default, said.get(field.name, ""), more)
             yield dataclasses.replace(option, owner=owner)
 
 
@@ -154,15 +161,16 @@ def _option(
     annotation: Any,
     default: object,
     sentence: str,
-    more: Mapping[str, Any] = types.MappingProxyType({}),
+    more: More | None = None,
     *,
     positional: bool = False,
 ) -> Option:
     if typing.get_origin(annotation) is Annotated:
         annotation, more = typing.get_args(annotation)
+    more = more or More()
     kind, choices, many, together = _values(annotation)
     choices = choices or tuple(map(str, more.get("choices", ())))
-    words = more.get("option", parameter).replace("_", "-")
+    words = (more.get("option") or parameter).replace("_", "-")
     word = words.rpartition("-")[2].upper()
     usual = "FILE" if parameter in _FILES else _METAVARS.get(kind, word.removesuffix("S") if many else word)
     metavar = more.get("value") or ("{" + ",".join(choices) + "}" if choices else usual)

@@ -86,16 +86,16 @@ def _resume(options: TrainOptions, recipe: Recipe, console: Console) -> TrainRes
     from diffattn.train.resume import resume_training
 
     own = read_own(console.folder)
-    moved = _moved(own, console.folder, given(options, recipe))
+    text, source = _moved(own, console.folder, given(options, recipe))
     name = f"{own.attention if own.source is None else own.source.name} seed {own.recipe.seed}"
     return resume_training(
-        console.folder, shape=options.shape, match=options.match, **moved,
+        console.folder, text=text, source=source, shape=options.shape, match=options.match,
         on_progress=lambda step: console.progress(name, step), on_stage=console, on_note=console.note,
     )  # fmt: skip
 
 
-def _moved(own: Own, folder: Path, others: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns where text and source are now, once all that was given is known to be what the run has."""
+def _moved(own: Own, folder: Path, others: Mapping[str, object]) -> tuple[str | None, Path | None]:
+    """Returns the text and the source that were given, once all that was given is known to be what the run has."""
     from diffattn.checkpoint_files import weights_digest
     from diffattn.plan.named_model import load_shape
     from diffattn.train.own import same_shape, same_text
@@ -117,4 +117,5 @@ def _moved(own: Own, folder: Path, others: Mapping[str, Any]) -> dict[str, Any]:
     agreed = {name for name, value in others.items() if name in same and same[name](value)}
     rest = {name: value for name, value in others.items() if name not in agreed}
     check_given(folder, rest, has, source="from", text_column="field")
-    return {name: others[name] for name in agreed if name in ("text", "source")}
+    text, source = others.get("text"), others.get("source")
+    return None if text is None else str(text), source if isinstance(source, Path) else None

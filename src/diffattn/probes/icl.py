@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diffattn.data.text import load_rows
 from diffattn.errors import ConfigError, DataError
 from diffattn.files import parse_json
 from diffattn.probes.options import MOST_SAMPLES, StudyOptions
@@ -143,6 +142,8 @@ def _rows(source: str, label: str) -> Iterator[tuple[str, Any]]:
     """Yields the rows of a file or a data set, each with the words for where it stands."""
     path = Path(source)
     if not path.exists() and path.suffix not in (".json", ".jsonl"):
+        from diffattn.data.text import load_rows
+
         rows = load_rows(source)
         names = getattr(rows.features.get(label), "names", None) or []
         for number, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""What is being done, on stderr: live lines on a terminal; elsewhere a line a stage, and more while it lasts.
+"""Shows what is being done, on stderr: live lines on a terminal; elsewhere a line a stage, and more while it lasts.
 
 Lines for a file or a pipe wait a while, so that a mistake that is found at once is one line alone.
 """
@@ -25,10 +25,10 @@ WORTH_A_LINE = 1.0
 
 
 class Board:
-    """Shows stages, and lines that stay; inside ``with``, and as an `on_stage`.
+    """Shows stages, and lines that stay; inside ``with``, and as an ``on_stage``.
 
     Args:
-        keep: False: nothing stays of what is over, where it was over soon.
+        keep: False leaves no line of a stage that is over, where it was over soon.
     """
 
     def __init__(self, *, keep: bool = True) -> None:
@@ -47,7 +47,7 @@ class Board:
         self.close(failed=kind is not None)
 
     def __call__(self, stage: Stage) -> None:
-        """Begin a stage, or say how far it is: what the library calls."""
+        """Begins a stage, or says how far it is; the library calls this."""
         now = time.monotonic()
         if stage.name != self._stage:
             self._stage, self._began = stage.name, now
@@ -60,17 +60,17 @@ class Board:
         self._lines.show(stage.name, text, first=stage.name, passing=True)
 
     def run(self, name: str, text: str, done: int, total: int, *, first: str) -> None:
-        """The line of something that has numbers of its own; `first` begins it where lines do not change."""
+        """Shows the line of work that has numbers of its own; ``first`` begins it where lines do not change."""
         self._stage = ""
         self._lines.show(name, text, first=first, whole=done >= total)
 
     def note(self, line: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         self._lines.release()
         self.screen.print(line, soft_wrap=True, markup=False)
 
     def importing(self) -> None:
-        """Say what is waited for in the first seconds, and have the libraries say nothing themselves."""
+        """Says what is waited for in the first seconds, and keeps the libraries from showing bars and warnings."""
         self(Stage(f"{IMPORTING}torch and transformers"))
         from transformers.utils import logging
 
@@ -78,12 +78,12 @@ class Board:
         logging.set_verbosity_error()
 
     def close(self, *, failed: bool = False) -> None:
-        """The end of what changes; lines may follow on the same terminal."""
+        """Ends the lines that change; others may follow on the same terminal."""
         self._lines.close(failed)
 
 
 class _Live:
-    """Lines of a terminal, which change in their place."""
+    """The lines of a terminal, which change in their place."""
 
     def __init__(self, console: rich.console.Console, keep: bool) -> None:
         self._keep = keep
@@ -110,7 +110,7 @@ class _Live:
             self._progress.update(self._tasks[name], description=text or name, completed=int(whole))
 
     def _pass(self) -> None:
-        """The stage that was shown is over."""
+        """Ends the stage that was shown."""
         if not self._passing:
             return
         task, took = self._tasks.pop(self._passing), time.monotonic() - self._began
@@ -122,7 +122,7 @@ class _Live:
         self._passing = ""
 
     def release(self) -> None:
-        """Nothing is held back on a terminal."""
+        """Does nothing, since nothing is held back on a terminal."""
 
     def close(self, failed: bool) -> None:
         if failed and self._passing:
@@ -134,7 +134,7 @@ class _Live:
 
 
 class _Plain:
-    """Lines of a file or a pipe."""
+    """The lines of a file or a pipe."""
 
     def __init__(self, console: rich.console.Console, keep: bool) -> None:
         self._console, self._keep = console, keep
@@ -163,14 +163,14 @@ class _Plain:
             self._look()
 
     def _hold(self, name: str) -> None:
-        """Until when lines are held back, as a stage begins."""
+        """Decides, as a stage begins, until when lines are held back."""
         if name.startswith(IMPORTING):
             self._held_until = time.monotonic() + IMPORT_SECONDS
         elif not self._name or self._name.startswith(IMPORTING):
             self._held_until = time.monotonic() + HELD_SECONDS
 
     def release(self) -> None:
-        """Say what was held back, and hold nothing back any more."""
+        """Prints the lines that were held back, and holds back no more."""
         with self._lock:
             held, self._held = self._held, None
             for line in held or ():
@@ -192,7 +192,7 @@ class _Plain:
                 self._look()
 
     def _look(self) -> None:
-        """Say what is due: a stage that reports nothing is to be heard of too."""
+        """Prints the line that is due, also of a stage that reports nothing."""
         now = time.monotonic()
         if self._held is not None:
             if now < self._held_until:

@@ -1,4 +1,4 @@
-"""What a person sees of a run, on stderr: stages, a line of each model, the table, how to continue."""
+"""Shows a person how a run goes, on stderr: stages, a line of each model, the table, how to continue."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Console(Board):
         return f"stopped; what was trained is kept, go on with: {resume_command(self.verb, self.folder)}"
 
     def progress(self, name: str, step: Step, *, first: str | None = None) -> None:
-        """The line of one model that is trained."""
+        """Shows the line of one model that is trained."""
         text = f"{name:<16} step {step.step}/{step.steps}  loss {step.loss:.3f}  {step.tokens_per_second:,.0f} tokens/s"
         # Behind the last step comes the held-out loss, which is a stage of its own.
         if step.step < step.steps:
@@ -67,7 +67,7 @@ class Console(Board):
         self.run(name, text, step.step, step.steps, first=first)
 
     def counted(self, name: str, done: int, total: int) -> None:
-        """The line of one model that is measured, by what is done."""
+        """Shows the line of one model that is measured, by how much is done."""
         now = time.monotonic()
         began, before = self._counts.setdefault(name, (now, done))
         text = f"{name:<16} {done:,} of {total:,}"
@@ -76,7 +76,7 @@ class Console(Board):
         self.run(name, text, done, total, first=f"measuring {name}")
 
     def ladder(self, progress: LadderProgress) -> None:
-        """A line at the start of each run of a ladder, and the live line of its steps."""
+        """Prints a line at the start of each run of a ladder, and shows the live line of its steps."""
         name = f"{progress.arm} {progress.size:,} parameters, seed {progress.seed}"
         if progress.step is not None:
             self.progress(name, progress.step, first="")
@@ -85,11 +85,11 @@ class Console(Board):
         self.note(f"{progress.done} of {progress.runs} runs done{left}: training {name}")
 
     def rows(self, rows: list[list[str]]) -> None:
-        """A table; the first row is its header."""
+        """Prints a table; the first row is its header."""
         show(rows, self.screen)
 
     def table(self, result: Mapping[str, Any]) -> None:
-        """The comparison as the report has it, and the verdict of each pair."""
+        """Prints the comparison as the report has it, and the verdict of each pair."""
         from diffattn.report.format import compare_rows
 
         self.rows(compare_rows(result))
@@ -98,7 +98,7 @@ class Console(Board):
 
 
 def print_json(result: object) -> None:
-    """One JSON object on stdout."""
+    """Prints one JSON object on stdout."""
     text = json.dumps(result, indent=1, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -115,5 +115,5 @@ def _new(verb: str) -> Path:
 def _newest(verb: str) -> Path:
     found = sorted(path for path in RUNS.glob(f"{verb}-*") if (path / "config.json").exists())
     if not found:
-        raise ConfigError(f"no {verb} run in {RUNS}/ to resume; wanted its folder: name it with --out")
+        raise ConfigError(f"--resume, and no {verb} run in {RUNS}/", "a run to resume", "name its folder with --out")
     return found[-1]

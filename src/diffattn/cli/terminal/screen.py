@@ -1,4 +1,4 @@
-"""Where tables, sentences and progress of every command are written: stderr."""
+"""Writes what every command tells a person to stderr: tables, sentences and progress."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GLUED = re.compile(r"(?<=\d) (?=(?:[kMBT]|[KMGT]iB|[kMGTPE]?FLOP|GB|µs|ms|s|mi
 
 
 def screen() -> rich.console.Console:
-    """The terminal, as wide as it is; a file or a pipe takes lines of 80 characters, or of as many as COLUMNS says."""
+    """Returns the terminal, as wide as it is; the lines of a file or a pipe have 80 characters, or what COLUMNS says."""
     console = rich.console.Console(stderr=True, highlight=False)
     if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         console.width = WIDTH
@@ -23,7 +23,7 @@ def screen() -> rich.console.Console:
 
 
 def wrapped(text: str, width: int, *, indent: str = "") -> str:
-    """A text in lines that end between words, each but the first behind ``indent``.
+    """Returns a text in lines that end between words, each but the first behind ``indent``.
 
     What has no space stays whole, and so do a number and its unit, or a letter and its number.
 
@@ -36,7 +36,7 @@ def wrapped(text: str, width: int, *, indent: str = "") -> str:
 
 
 def say(*paragraphs: str) -> None:
-    """Print paragraphs on stderr, an empty line between two of them."""
+    """Prints paragraphs on stderr, an empty line between two of them."""
     console = screen()
     text = "\n\n".join(wrapped(paragraph, console.width) for paragraph in paragraphs)
     console.print(text, soft_wrap=True, markup=False, emoji=False)

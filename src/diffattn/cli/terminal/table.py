@@ -22,7 +22,7 @@ Rows = Sequence[Sequence[str]]
 
 
 def show(rows: Rows, console: Console | None = None) -> None:
-    """Print a table behind an empty line, or several with the same leading columns where one is too wide.
+    """Prints a table behind an empty line, or several with the same leading columns where one is too wide.
 
     Args:
         rows: cells as text; the first row is the header.
@@ -39,7 +39,7 @@ def show(rows: Rows, console: Console | None = None) -> None:
 
 
 def parts(rows: Rows, width: int) -> list[list[list[str]]]:
-    """The table cut into tables that fit a width, each with the leading columns that tell its rows apart.
+    """Returns the table cut into tables that fit a width, each with the leading columns that distinguish its rows.
 
     >>> [part[0] for part in parts([["name", "a" * 9, "b" * 9], ["x", "1", "2"]], 16)]
     [['name', 'aaaaaaaaa'], ['name', 'bbbbbbbbb']]
@@ -53,7 +53,7 @@ def parts(rows: Rows, width: int) -> list[list[list[str]]]:
 
 
 def _grouped(least: Sequence[int], keys: int, width: int) -> list[list[int]]:
-    """The columns behind the keys in groups that fit a width beside them, each as large as it can be."""
+    """Returns the columns behind the keys in groups that fit a width beside them, each as large as it can be."""
     groups: list[list[int]] = []
     for place in range(keys, len(least)):
         if groups and _total([least[column] for column in (*range(keys), *groups[-1], place)]) <= width:
@@ -64,7 +64,7 @@ def _grouped(least: Sequence[int], keys: int, width: int) -> list[list[int]]:
 
 
 def _keys(rows: Rows) -> int:
-    """How many leading columns tell all rows apart; one where none do."""
+    """Returns how many leading columns it takes to distinguish all rows; one where none do."""
     for count in range(1, len(rows[0])):
         if len({tuple(row[:count]) for row in rows[1:]}) == len(rows) - 1:
             return count if len(rows) > 2 else 1
@@ -76,7 +76,7 @@ def _is_number(cell: str) -> bool:
 
 
 def _least(column: Sequence[str]) -> int:
-    """The width below which a column of words is hard to read, or a number would be broken."""
+    """Returns the width below which a column of words is hard to read, or a number would be broken."""
 
     def of(cell: str) -> int:
         return max((cell_len(word) for word in cell.split()), default=0)
@@ -89,7 +89,7 @@ def _least(column: Sequence[str]) -> int:
 
 
 def _halves(cell: str) -> list[str]:
-    """A number and what stands behind it in brackets, between which a line may end; any other cell whole.
+    """Returns a number and the brackets behind it apart, since a line may end between them; any other cell whole.
 
     >>> _halves("5.70 (5.67, 5.72)"), _halves("27.3 ms")
     (['5.70', '(5.67, 5.72)'], ['27.3 ms'])
@@ -114,7 +114,7 @@ def _total(widths: Sequence[int]) -> int:
 
 
 def _widths(rows: Rows, width: int) -> list[int] | None:
-    """The width of each column: as wide as it would be, or narrower where words wrap; None: they do not fit."""
+    """Returns the width of each column, narrower than its widest cell where words wrap; None where they do not fit."""
     columns = list(zip(*rows, strict=True))
     widths, wanted = [_least(column) for column in columns], [max(map(cell_len, column)) for column in columns]
     spare = width - _total(widths)
@@ -139,7 +139,7 @@ def _table(rows: Rows, widths: Sequence[int]) -> Table:
 
 
 def _records(rows: Rows, console: Console) -> None:
-    """Each row as lines of its own, where not even two columns fit beside each other."""
+    """Prints each row as lines of its own, where not even two columns fit beside each other."""
     for row in rows[1:]:
         for title, cell in zip(rows[0], row, strict=True):
             line = f"{title}: {cell}" if title else cell
