@@ -59,8 +59,9 @@ def exists(name: str) -> bool:
 
 
 def sets(owner: Any, attribute: str) -> bool:
-    source = inspect.getsource(owner)
-    return f".{attribute} = " in source or f".{attribute}: " in source
+    # A class may leave it to its base.
+    owners = [each for each in owner.__mro__ if each is not object] if inspect.isclass(owner) else [owner]
+    return any(f".{attribute}{sign} " in inspect.getsource(each) for each in owners for sign in (" =", ":"))
 
 
 @pytest.mark.parametrize("entry", CASES)

@@ -4,7 +4,18 @@ import numpy as np
 import onnx_ir
 import pytest
 import torch
-from support.small_exports import ATTENTIONS, copy, decoder, layers, model_of, small_checkpoint, traced
+from support.small_exports import (
+    ATTENTIONS,
+    copy,
+    decoder,
+    every_option,
+    layers,
+    model_of,
+    small_checkpoint,
+    traced,
+    traced_checkpoint,
+    traced_every_option,
+)
 from support.small_folders import small_folder
 from support.small_models import SHAPE, assert_same_logits, tokens
 from transformers import GenerationConfig
@@ -134,13 +145,7 @@ def test_a_tied_embedding_is_in_the_file_once():
 
 
 def test_every_option_of_the_configuration_is_exported(tmp_path):
-    options = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True, "qk_norm": True}
-    rope = {"rope_type": "linear", "factor": 3.0, "rope_theta": 1000.0}
-    model = model_of("diff_v1", 1, tie_word_embeddings=False, rope_parameters=rope, **options)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    graph = onnx_graph.to_graph(model)
+    model, graph = every_option(), traced_every_option()
     assert onnx_graph.weight_bytes(graph) == pytest.approx(4 * model.num_parameters(), rel=0.02)
     ids, mask = padded(3, 11, padding=5)
     logits, _ = decoder(graph, tmp_path).logits(ids.numpy(), mask.numpy())
@@ -270,16 +275,14 @@ def test_the_verb_exports_checks_and_says_so(folder, tmp_path, capsys):
 
 
 def test_a_wrong_export_is_reported_and_not_kept(folder, tmp_path, capsys, monkeypatch):
-    right = onnx_graph.to_graph
-
     def wrong(model, **options):
-        graph = right(model, **options)
+        graph = copy(traced_checkpoint(folder))
         scaled(lambda inner: inner.initializers["model.norm.weight"], 1.001)(graph.graph)
         return graph
 
     monkeypatch.setattr(onnx_export, "to_graph", wrong)
     assert main(["export", str(folder), "--onnx", "--no-cache", "--check", "--out", str(tmp_path / "export")]) == 1
-    assert "the exported graph computes something else, and was not kept" in capsys.readouterr().err.splitlines()[-1]
+    assert "the exported graph computes something else (" in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -292,11 +295,11 @@ def llama(path):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--onnx", "{absent}"], "there is no folder .*; wanted the folder of a checkpoint"),
-        (["--onnx", "{file}"], "it is a file"),
+        (["--onnx", "{absent}"], "; wanted the folder of a checkpoint: "),
+        (["--onnx", "{file}"], "is a file; wanted the folder of a checkpoint: "),
         (["--onnx", "{empty}"], "holds no config.json"),
         (["--onnx", "{llama}"], "model_type is 'llama'"),
-        (["{folder}"], "no format named; wanted --onnx"),
+        (["{folder}"], "no format; wanted --onnx: "),
         (["--onnx", "{folder}", "--bits", "3"], "--bits"),
         (["--onnx", "{folder}", "--block-size", "48"], "block_size is 48; wanted one of 16, 32, 64, 128, 256"),
         (["--onnx", "{folder}", "--out", "{full}"], "wanted a new or an empty folder"),
@@ -326,7 +329,9 @@ def test_mistakes_are_one_line_and_nothing_is_written(options, line, folder, tmp
 def test_without_the_extra_one_line_says_how_to_install_it(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(onnx_run.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else True)
     assert main(["export", str(folder), "--onnx", "--out", str(tmp_path / "export")]) == 2
-    assert "onnxscript not installed here; wanted for ONNX: pip install 'diffattn[onnx]'" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "onnxscript is not installed; wanted " in shown
+    assert ": pip install 'diffattn[onnx]'" in shown
     assert list(tmp_path.iterdir()) == []
 
 

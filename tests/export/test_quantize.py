@@ -4,12 +4,22 @@ import numpy as np
 import onnx_ir
 import pytest
 import torch
-from support.small_exports import copy, decoder, model_of, small_checkpoint, traced
+from support.small_exports import (
+    copy,
+    decoder,
+    every_option,
+    model_of,
+    small_checkpoint,
+    traced,
+    traced_checkpoint,
+    traced_every_option,
+)
 from support.small_models import tokens
 
 from diffattn.cli.main import main
 from diffattn.errors import ConfigError
 from diffattn.export import graph as onnx_graph
+from diffattn.export import onnx as onnx_export
 from diffattn.export.check import check_float32, check_quantized
 from diffattn.export.quantize import BITS, quantize
 
@@ -108,8 +118,8 @@ def test_a_tied_table_is_stored_once(bits, tmp_path):
 
 
 def test_an_untied_head_has_its_own(tmp_path):
-    model = model_of("diff_v1", 1, tie_word_embeddings=False)
-    quantized = quantize(onnx_graph.to_graph(model, cache=False), 8)
+    model = every_option()
+    quantized = quantize(traced_every_option(), 8)
     assert {"model.embed_tokens.weight_Q8", "lm_head.weight_Q8"} <= set(quantized.graph.initializers)
     assert not {"model.embed_tokens.weight", "lm_head.weight"} & set(quantized.graph.initializers)
     assert error(quantized, model, tmp_path) < 0.08
@@ -162,8 +172,9 @@ def test_other_bits_and_blocks_are_refused(options):
         quantize(traced("diff_v1", True), **options)
 
 
-def test_the_verb_quantises_into_a_folder_of_its_own(tmp_path, capsys):
+def test_the_verb_quantises_into_a_folder_of_its_own(tmp_path, capsys, monkeypatch):
     folder = small_checkpoint(tmp_path / "checkpoint")
+    monkeypatch.setattr(onnx_export, "to_graph", lambda model, **options: copy(traced_checkpoint(folder)))
     assert main(["export", str(folder), "--onnx", "--no-cache", "--bits", "8", "--check"]) == 0
     assert "8 bits: RMS error" in capsys.readouterr().err
     types = [node.op_type for node in onnx_ir.load(folder / "onnx-int8/model.onnx").graph]

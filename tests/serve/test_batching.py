@@ -73,6 +73,22 @@ def test_requests_that_are_put_off_for_want_of_memory_have_the_answers_of_reques
     assert batch.live == {}
 
 
+def test_answers_of_softmax_are_those_of_generate_too(tmp_path):
+    folder = write_model(tmp_path / "softmax", "softmax", context=CONTEXT)
+    alone, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    batch = Batch(AutoModelForCausalLM.from_pretrained(folder), tokenizer, CONTEXT)
+
+    async def text(prompt: str) -> str:
+        whole = await begin(batch, prompt, temperature=0.0, max_tokens=30, logit_bias={}).whole()
+        return whole["choices"][0]["text"]
+
+    for prompt in SENTENCES[:2]:
+        ids = tokenizer(prompt, return_tensors="pt")
+        output = alone.generate(**ids, max_new_tokens=30, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert asyncio.run(text(prompt)) == tokenizer.decode(output, skip_special_tokens=True)
+    batch.stop()
+
+
 def test_a_cancelled_request_leaves_nothing_behind(batch, monkeypatch):
     monkeypatch.setattr(batching, "_LATE_SECONDS", 0.2)
 

@@ -434,13 +434,22 @@ def test_only_json_is_taken_which_no_foreign_page_can_send_unasked(server, goes_
         assert post(server, "/v1/completions", body, kind=kind)[0] == status
 
 
-@pytest.mark.parametrize(
-    ("attention", "sent", "status"), [("diff_v2", signal.SIGINT, 130), ("softmax", signal.SIGTERM, -signal.SIGTERM)]
-)
-def test_other_variants_are_served_and_a_signal_ends_the_server_with_its_streams(
-    attention: str, sent: signal.Signals, status: int, tmp_path
-):
-    folder = write_model(tmp_path / NAME, attention, template=False)
+def assert_a_signal_ends_it(served: Served, sent: signal.Signals, status: int, model: str) -> None:
+    stream = complete(served.client(), SENTENCES[0], model=model, max_tokens=4000, stream=True, logit_bias={"0": -100})
+    next(stream)
+    told = time.monotonic()
+    served.process.send_signal(sent)
+    with pytest.raises(openai.APIError):
+        list(stream)
+    assert served.process.wait(timeout=20) == status
+    assert time.monotonic() - told < 4
+    assert "Traceback" not in served.errors()
+    # Behind the line that it serves, nothing.
+    assert f"serving {model!r}" in served.errors().splitlines()[-1]
+
+
+def test_another_variant_is_served_by_another_name_and_ctrl_c_ends_the_server_with_its_streams(tmp_path):
+    folder = write_model(tmp_path / NAME, "diff_v2", template=False)
     with running(folder, "--model-name", "other", key=None) as served:
         client = served.client()
         alone = Alone(served)
@@ -448,14 +457,9 @@ def test_other_variants_are_served_and_a_signal_ends_the_server_with_its_streams
             assert complete(client, prompt, max_tokens=30, model="other").choices[0].text == alone.text(prompt, 30)
         with pytest.raises(openai.BadRequestError, match="chat template"):
             talk(client, "Hello", model="other")
-        stream = complete(client, SENTENCES[0], model="other", max_tokens=4000, stream=True, logit_bias={"0": -100})
-        next(stream)
-        told = time.monotonic()
-        served.process.send_signal(sent)
-        with pytest.raises(openai.APIError):
-            list(stream)
-        assert served.process.wait(timeout=20) == status
-        assert time.monotonic() - told < 4
-        assert "Traceback" not in served.errors()
-        # Behind the line that it serves, nothing.
-        assert "serving 'other'" in served.errors().splitlines()[-1]
+        assert_a_signal_ends_it(served, signal.SIGINT, 130, "other")
+
+
+def test_sigterm_ends_the_server_with_its_streams(server):
+    # The last test of this file: it ends the server that the others ask.
+    assert_a_signal_ends_it(server, signal.SIGTERM, -signal.SIGTERM, NAME)

@@ -1,10 +1,11 @@
-"""Small models as ONNX files, each traced once for the tests of a file."""
+"""Small models as ONNX files, each traced once for all tests of a run, whichever process they are in."""
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import onnx_ir
 import torch
 from support.small_folders import TOKENS, small_tokenizer
@@ -12,6 +13,7 @@ from support.small_models import SHAPE, small_model
 
 from diffattn.export.graph import save, to_graph
 from diffattn.export.run import OnnxDecoder
+from diffattn.model.loading import load_model
 from diffattn.model.modeling import DiffTransformerForCausalLM
 
 ATTENTIONS = ("softmax", "diff_v1", "diff_v2", "dex")
@@ -38,10 +40,57 @@ def small_checkpoint(path: Path) -> Path:
     return path
 
 
-@functools.cache
+class Traces:
+    """Graphs that were traced, which takes seconds for each, as files of a folder that the processes of a run share."""
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._read: dict[str, Any] = {}
+
+    def share(self, folder: Path) -> None:
+        """Has other processes find the graphs of this one."""
+        self._folder = folder
+
+    def get(self, name: str, trace: Callable[[], Any]) -> Any:
+        """Returns the graph of that name, which is not to be changed (see :func:`copy`)."""
+        if name not in self._read:
+            assert self._folder is not None, "only tests in tests/export may trace"
+            file = self._folder / f"{name}.onnx"
+            with filelock.FileLock(file.with_suffix(".lock")):
+                if not file.exists():
+                    onnx_ir.save(trace(), file)
+            self._read[name] = onnx_ir.load(file)
+        return self._read[name]
+
+
+TRACES = Traces()
+
+
 def traced(attention: str, cache: bool) -> Any:
-    """The graph of ``model_of(attention, layers(cache))``; not to be changed, see :func:`copy`."""
-    return to_graph(model_of(attention, layers(cache)), cache=cache)
+    """The graph of ``model_of(attention, layers(cache))``."""
+    name = f"{attention}-{'cache' if cache else 'whole'}"
+    return TRACES.get(name, lambda: to_graph(model_of(attention, layers(cache)), cache=cache))
+
+
+def traced_checkpoint(folder: Path) -> Any:
+    """The graph of :func:`small_checkpoint`, without a cache."""
+    return TRACES.get("checkpoint", lambda: to_graph(load_model(folder, "float32", "cpu"), cache=False))
+
+
+def every_option() -> DiffTransformerForCausalLM:
+    """A V1 model of one layer that has what a configuration can ask for: biases, norms, other rotary positions."""
+    options = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True, "qk_norm": True}
+    rope = {"rope_type": "linear", "factor": 3.0, "rope_theta": 1000.0}
+    model = model_of("diff_v1", 1, tie_word_embeddings=False, rope_parameters=rope, **options)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def traced_every_option() -> Any:
+    """The graph of :func:`every_option`, with a cache and a head of its own."""
+    return TRACES.get("every-option", lambda: to_graph(every_option()))
 
 
 def layers(cache: bool) -> int:

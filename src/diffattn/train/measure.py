@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from diffattn.data.packing import PreparedData, TrainingOrder
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.train.recipe import Recipe
+from diffattn.train.torch_private import memory_events
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,8 @@ def peak_bytes(function: Callable[[], None], alive: Iterable[Tensor], device: st
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     total = peak = sum(storages.values())
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in memory_events(profiler):
         total += event.nbytes()
         peak = max(peak, total)
     return peak
