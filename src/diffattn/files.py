@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from diffattn.errors import CheckpointError, ConfigError, TrainingError, one_line
 
@@ -223,7 +223,14 @@ def read_object(path: Path, *, way_out: str) -> dict[str, Any]:
     return values
 
 
-def file_facts(path: Path, size: int | None = None) -> dict[str, int | str]:
+class FileFacts(TypedDict):
+    """The number of bytes of a file and its SHA-256, by which a change of it is noticed."""
+
+    bytes: int
+    sha256: str
+
+
+def file_facts(path: Path, size: int | None = None) -> FileFacts:
     """The number of bytes and the SHA-256 of a file, or of its first ``size`` bytes."""
     with path.open("rb") as stream:
         if size is None:

@@ -89,7 +89,7 @@ def test_tables_and_rows_in_a_folder(tmp_path) -> None:
 
 def test_a_folder_of_tables_without_the_field_names_what_there_is(tmp_path) -> None:
     (tmp_path / "a.csv").write_text("content,n\none,1\n")
-    with pytest.raises(DataError, match="columns: content, n; name one of them with --field"):
+    with pytest.raises(DataError, match="wanted one of content, n: name the column with --field"):
         read_corpus(tmp_path)
     # Of rows that are made to hold text it is an error, whatever stands beside them.
     (tmp_path / "b.txt").write_text("text")

@@ -100,7 +100,7 @@ def test_packed_text_is_unpacked_by_its_content(tmp_path, pack, name: str) -> No
     path.write_bytes(pack(b"plain\r\ntext\n") + pack(b"and more"))
     assert _texts(path) == ["plain\r\ntext\nand more"]
     path.write_bytes(pack(b"plain text" * 99)[:-9])
-    assert "cannot be read" in _refused(path)
+    assert "cannot be unpacked" in _refused(path)
 
 
 @pytest.mark.parametrize(
@@ -228,15 +228,21 @@ def test_conversations_are_text(tmp_path, row: dict, ending: str) -> None:
 
 def test_a_conversation_under_another_name_is_found_by_field(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_bytes(_lines([{"turns": MESSAGES}]))
-    assert "fields with text: turns; name one of them with --field" in _refused(tmp_path / "a.jsonl")
+    assert "wanted a field with text, here: turns: name one of them with --field" in _refused(tmp_path / "a.jsonl")
     assert _texts(tmp_path / "a.jsonl", text_column="turns") == ["user: Hi\n\nassistant: Hello!"]
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ('{"text": null}', "which holds null; fields with text: none; write text there, or remove the row"),
-        ('{"text": 5, "body": "b"}', "which holds a number; fields with text: body; name one of them with --field"),
+        (
+            '{"text": null}',
+            "which holds null; wanted a field with text, here: none: write text there, or remove the row",
+        ),
+        (
+            '{"text": 5, "body": "b"}',
+            "which holds a number; wanted a field with text, here: body: name one of them with --field",
+        ),
         ('{"text": true}', "which holds true or false"),
         ('{"text": {"value": "nested"}}', "which holds an object"),
         ('{"text": ["a", "b"]}', "which holds a list"),
@@ -291,7 +297,7 @@ def test_a_line_of_many_megabytes_is_read(tmp_path) -> None:
         (b"text,n\nfine,1\nshort\n", "line 3 has 1 cells"),
         (b'text,n\n"open,1\n', "is not CSV"),
         (b'text,n\n"a"b,1\n', "line 2 is not CSV"),
-        (b"words,n\na,1\n", "no column 'text'; columns: words, n; name one of them with --field"),
+        (b"words,n\na,1\n", "no column 'text'; wanted one of words, n: name the column with --field"),
     ],
 )
 def test_a_table_that_is_not_right_is_one_line_with_its_number(tmp_path, data: bytes, words: str) -> None:

@@ -92,10 +92,10 @@ def test_less_than_one_block_is_refused(tmp_path):
     path = tmp_path / "t.bin"
     np.arange(4, dtype="<u2").tofile(path)
     line = error_line(lambda: TokenBlocks(path, dtype="<u2", context=5, part="c, held-out part"))
-    assert line == "c, held-out part: 4 tokens, one block takes 5; give more text or a shorter context"
+    assert line == "c, held-out part: 4 tokens; wanted at least 5, for one block: give more text or a shorter context"
     path.write_bytes(b"")
     assert "0 tokens" in error_line(lambda: TokenBlocks(path, dtype="<u2", context=5))
-    assert "context=1" in error_line(lambda: TokenBlocks(path, dtype="<u2", context=1), ConfigError)
+    assert "context is 1" in error_line(lambda: TokenBlocks(path, dtype="<u2", context=1), ConfigError)
 
 
 def test_an_epoch_takes_every_block_once_and_epochs_differ(blocks):
@@ -137,7 +137,7 @@ def test_samples_are_int64_inputs_and_equal_labels(blocks):
 def test_an_order_out_of_range_is_refused(blocks):
     for seed, samples in ((-1, 5), (0, 0)):
         line = error_line(lambda s=seed, n=samples: TrainingOrder(blocks, seed=s, num_samples=n), ConfigError)
-        assert f"seed={seed}, num_samples={samples}" in line
+        assert f"seed is {seed} and num_samples is {samples}" in line
     with pytest.raises(IndexError):
         TrainingOrder(blocks, seed=0, num_samples=5)[5]
 
@@ -334,7 +334,9 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
 def test_too_little_text_names_its_part(tmp_path):
     corpus = Corpus.of("tiny", [Document("a", "some words here"), Document("b", "few")])
     line = error_line(lambda: prepare_data(corpus, vocab_size=257, context=8, cache_dir=tmp_path))
-    assert line == "tiny, held-out part: 4 tokens, one block takes 8; give more text or a shorter context"
+    assert (
+        line == "tiny, held-out part: 4 tokens; wanted at least 8, for one block: give more text or a shorter context"
+    )
 
 
 def test_the_default_corpus_is_packed_and_then_found_at_once(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def test_compressed_files_are_read(tmp_path, suffix, compress):
     (tmp_path / f"b.jsonl{suffix}").write_bytes(compress(b'{"text": "row"}\n'))
     assert texts(read_corpus(tmp_path)) == ["plain", "row"]
     (tmp_path / f"a.txt{suffix}").write_bytes(compress(b"plain" * 99)[:-9])
-    assert f"a.txt{suffix}: cannot be read" in error_line(lambda: read_corpus(tmp_path))
+    assert f"a.txt{suffix}: cannot be unpacked" in error_line(lambda: read_corpus(tmp_path))
 
 
 def test_a_folder_is_read_in_the_order_of_its_names_without_hidden_files(tmp_path):
@@ -82,8 +82,8 @@ def test_jsonl_rows_are_documents(tmp_path):
     ("row", "words"),
     [
         ('{"text": ', "line 2 is not JSON"),
-        ('{"body": "b", "n": 3}', "line 2 has no text in field 'text'; fields with text: body"),
-        ('{"text": null}', "fields with text: none"),
+        ('{"body": "b", "n": 3}', "line 2 has no text in field 'text'; wanted a field with text, here: body"),
+        ('{"text": null}', "wanted a field with text, here: none"),
         ('["text"]', "line 2 has no text"),
         ('{"text": "\\ud800"}', "rows.jsonl#1: not UTF-8: a lone surrogate at character 0"),
     ],
@@ -164,7 +164,9 @@ def test_a_dataset_is_read_by_split_and_column(local_dataset):
     assert texts(read_corpus(local_dataset)) == ["one", "two"]
     assert texts(read_corpus(f"{local_dataset}:default:test")) == ["three"]
     assert texts(read_corpus(f"{local_dataset}::train[:1]")) == ["one"]
-    assert "no column 'body'; columns: text, n" in error_line(lambda: read_corpus(local_dataset, text_column="body"))
+    assert "no column 'body'; wanted one of text, n" in error_line(
+        lambda: read_corpus(local_dataset, text_column="body")
+    )
     assert "column 'n' holds int" in error_line(lambda: read_corpus(local_dataset, text_column="n"))
     assert "datasets cannot load it" in error_line(lambda: read_corpus(f"{local_dataset}:default:nosplit"))
     assert "datasets cannot load it" in error_line(lambda: read_corpus(f"{local_dataset}:noconfig"))
@@ -173,7 +175,10 @@ def test_a_dataset_is_read_by_split_and_column(local_dataset):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'org/set' doesn't exist\non the Hub"), "unknown"),
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset 'org/set' doesn't exist\non the Hub"),
+            "neither a file here nor",
+        ),
         (ConnectionError("Couldn't reach\n'org/set'"), "cannot be reached"),
         (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer supported"),
     ],

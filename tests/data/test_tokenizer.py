@@ -97,7 +97,7 @@ def test_too_little_text_gives_fewer_tokens():
 
 
 def test_a_vocabulary_below_the_bytes_is_refused():
-    with pytest.raises(ConfigError, match="vocab_size=256: wanted at least 257"):
+    with pytest.raises(ConfigError, match="vocab_size is 256; wanted at least 257"):
         train_tokenizer(TEXTS, 256)
     assert len(train_tokenizer(TEXTS, 257)) == 257
 

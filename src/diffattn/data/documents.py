@@ -1,34 +1,35 @@
-"""A document: the unit of text, and what a conversation is as text."""
+"""The document, which is the unit of text, and the text of a conversation."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 SEPARATOR = "<|endoftext|>"
+# A message of a conversation, whose values may be anything until it is read.
+Message = dict[str, object]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A named text: the unit that is held out, and that a separator follows in a token file.
-
-    ``chat`` is a conversation as JSON, a list of ``{"role": …, "content": …}``, or empty. ``text`` is then what
-    :func:`chat_text` makes of it, by which it is split, counted and read by tokenizers without a chat template.
-    """
+    """A named text. Whole documents are held out, and in a token file a separator follows each."""
 
     name: str
     text: str
+    """The text, or that of :func:`chat_text` for a conversation. It decides the split and all counts, and tokenizers
+    without a chat template read it."""
     chat: str = ""
+    """The conversation as JSON, a list of ``{"role": …, "content": …}``; empty for other text."""
 
 
-# Names of the fields of a message, and of who speaks, beside those that templates take.
+# The names of a message's fields, and other names of the speakers than those that chat templates know.
 _FIELDS = (("role", "content"), ("from", "value"))
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
-def is_chat(value: object) -> TypeGuard[list[dict[str, Any]]]:
-    """Whether a value of a row is a list of messages.
+def is_chat(value: object) -> TypeGuard[list[Message]]:
+    """Returns whether a value of a row is a list of messages.
 
     >>> is_chat([{"role": "user", "content": "Hi"}]), is_chat(["Hi"])
     (True, False)
@@ -36,11 +37,11 @@ def is_chat(value: object) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and bool(value) and all(_fields(message) is not None for message in value)
 
 
-def read_chat(value: list[dict[str, Any]]) -> str:
-    """Messages as the JSON of a :class:`Document`.
+def read_chat(value: list[Message]) -> str:
+    """Returns messages as the JSON of a :class:`Document`.
 
     Raises:
-        ValueError: a message without text; says which.
+        ValueError: a message without text; its text says which.
     """
     messages = []
     for number, message in enumerate(value, 1):
@@ -48,7 +49,7 @@ def read_chat(value: list[dict[str, Any]]) -> str:
         assert names is not None
         role, content = (message[name] for name in names)
         if isinstance(content, list):
-            # Parts, as of a model that also sees pictures.
+            # A message to a model that also sees pictures has several parts.
             parts = [part.get("text") if isinstance(part, dict) else part for part in content]
             texts = [part for part in parts if isinstance(part, str)]
             content = "".join(texts) if len(texts) == len(parts) else None
@@ -59,7 +60,7 @@ def read_chat(value: list[dict[str, Any]]) -> str:
 
 
 def chat_text(chat: str) -> str:
-    r"""A conversation as plain text: who speaks, a colon, what is said; a blank line between two messages.
+    r"""Returns a conversation as plain text: speaker, colon and words of each message, with blank lines between them.
 
     >>> chat_text('[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]')
     'user: Hi\n\nassistant: Hello!'

@@ -1,4 +1,4 @@
-"""The text files of a folder in the order of their names, and what of the folder is left out, and why."""
+"""Finds the text files of a folder, in the order of their names, and counts the other files by the reason."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ READ = (*PLAIN, *LINES, *TABLES, *PARQUET)
 
 
 class Folder:
-    """The files to be read, by their names in the folder, and how many others there are of each kind.
+    """The files of a folder that are read, by their names in it, and the number of other files of each kind.
 
-    Real folders come first, then what links lead to that is not read already, so that a file has one name, the same as
-    it would have without links.
+    Real folders come first, then the targets of links that are not read already. So a file has one name, the same as it
+    would have without links.
 
     Args:
         path: an existing folder.
+
     Raises:
-        DataError: a folder in it that cannot be listed.
+        DataError: a folder inside that cannot be listed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,12 +47,14 @@ class Folder:
         self.names.sort()
 
     def _walk(self, name: str) -> None:
-        """Take in a folder and those below it; links to folders are put aside."""
+        """Adds the files of a folder and of those below it; keeps links to folders for later."""
         try:
             entries = sorted(os.scandir(self.path / name), key=lambda entry: entry.name)
         except OSError as error:
             raise DataError(
-                f"{shown(self.path / name)}: cannot be read ({error.strerror}); check the folder and its permissions"
+                f"{shown(self.path / name)}: cannot be read ({error.strerror})",
+                "a folder that can be listed",
+                "check the folder and its permissions",
             ) from None
         self._seen.add(_identity(os.stat(self.path / name)))
         for entry in entries:
@@ -82,7 +85,7 @@ class Folder:
             self.names.append(inner)
 
     def say(self, on_note: Callable[[str], None]) -> None:
-        """Say in a line how many files were left out, and why; nothing where none was."""
+        """Reports in one line how many files were left out, and why; reports nothing if none was."""
         reasons = [f"{reason}: {count}" for reason, count in sorted(self.left_out.items())]
         if self._others:
             kinds = sorted(self._others, key=lambda kind: (-self._others[kind], kind))

@@ -1,4 +1,4 @@
-"""What a file is, told by its content as much as by its name; what is not read is refused with the way out."""
+"""Recognises what a file holds, by its content as much as by its name, and refuses what cannot be read as text."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
 from diffattn.data.rows import Row, is_object, json_array, json_file, json_lines, parquet_rows, table_rows
-from diffattn.errors import DataError
+from diffattn.errors import DataError, one_line
 from diffattn.files import parse_json
 
-# Endings by what is in the file; a folder's tables and .json files are read where they have the field that is wanted.
+# Endings by the content of the file. A folder's tables and .json files are read if they have the field that is wanted.
 PLAIN, LINES, TABLES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".json", ".csv", ".tsv"), (".parquet",)
 _SEPARATOR_LINE = re.compile(r"(?m)^(?:<\|endoftext\|>|\f)\r?(?:\n|\Z)")
 _WEB_PAGE = re.compile(r"\s*(?:<!doctype html|<html[\s>])", re.IGNORECASE)
-# Lines of a file of no ending of ours that have to be JSON objects for it to be taken for JSON lines.
+# A file with an unknown ending counts as JSON lines if this many of its lines are JSON objects.
 _LINES = 20
 
 
 def _unzstd(data: bytes) -> bytes:
-    # Of the standard library only from Python 3.14 on; datasets brings this one.
+    # The standard library has zstd only from Python 3.14 on; pyarrow comes with datasets.
     import pyarrow
 
     return pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd").read()
 
 
-# By ending: how the content begins, and what unpacks it.
+# For each ending: the first bytes of the content, and the function that unpacks it.
 _PACKED: dict[str, tuple[re.Pattern[bytes], Callable[[bytes], bytes]]] = {
     ".gz": (re.compile(rb"\x1f\x8b"), gzip.decompress),
     ".xz": (re.compile(rb"\xfd7zXZ\x00"), lzma.decompress),
@@ -38,38 +38,39 @@ _PACKED: dict[str, tuple[re.Pattern[bytes], Callable[[bytes], bytes]]] = {
 }
 PACKED = tuple(_PACKED)
 _AS_TEXT = "pandoc FILE -t plain -o FILE.txt"
-# How it begins, what it is, how to make text of it.
+# The first bytes of a file, its kind, and a way to make text of it.
 _REFUSED = (
     (b"%PDF-", "a PDF", "pdftotext FILE"),
     (b"\xd0\xcf\x11\xe0", "a file of an office program", "save it as text there"),
     (b"{\\rtf", "rich text", _AS_TEXT),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x FILE, and give the folder"),
     (b"Rar!\x1a\x07", "a rar archive", "unrar x FILE, and give the folder"),
-    (b"\x04\x22\x4d\x18", "packed with lz4", "lz4 -d FILE"),
-    (b"\x1f\x9d", "packed with compress", "uncompress FILE"),
-    (b"SQLite format 3\x00", "a database of SQLite", "write the table with the text as a .csv file"),
-    (b"ARROW1", "a file of Arrow", "write it as Parquet"),
-    (b"Obj\x01", "a file of Avro", "write it as Parquet"),
+    (b"\x04\x22\x4d\x18", "a file packed with lz4", "lz4 -d FILE"),
+    (b"\x1f\x9d", "a file packed with compress", "uncompress FILE"),
+    (b"SQLite format 3\x00", "an SQLite database", "write the table with the text as a .csv file"),
+    (b"ARROW1", "an Arrow file", "write it as Parquet"),
+    (b"Obj\x01", "an Avro file", "write it as Parquet"),
 )
 _DOCUMENTS = (".docx", ".odt", ".epub", ".pptx", ".xlsx", ".ods")
 
 
 def ending(name: str) -> str:
-    """The ending that says what is in a file, in small letters: of ``A.TXT.gz`` it is ``.txt``."""
+    """The ending that names the content of a file, in small letters; that of ``A.TXT.gz`` is ``.txt``."""
     path = PurePath(name.lower())
     return PurePath(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
 def rows_of(name: str, data: bytes, field: str, on_note: Callable[[str], None]) -> Iterator[Row]:
-    """The texts of a file.
+    """Yields the texts of a file.
 
     Args:
-        name: of the file, as it is named in errors; its ending says what the content does not.
-        data: its content, packed or not.
-        field: of a row of JSON, CSV or Parquet: what holds the text.
-        on_note: called where the content is read as something that the name does not say.
+        name: the name of the file in errors; its ending decides what the content leaves open.
+        data: the content of the file, packed or not.
+        field: the field that holds the text in a row of JSON, CSV or Parquet.
+        on_note: called if the content is read as something else than the name says.
+
     Raises:
-        DataError: anything that cannot be read, with the place and the way out.
+        DataError: anything that cannot be read, with its position in the file.
     """
     data = _unpacked(name, data)
     kind = ending(name)
@@ -78,7 +79,9 @@ def rows_of(name: str, data: bytes, field: str, on_note: Callable[[str], None]) 
         return
     if kind in PARQUET:
         raise DataError(
-            f"{name}: its name says Parquet, its content does not; it is damaged or cut short: get it again"
+            f"{name}: its name says Parquet, its content does not",
+            "a whole Parquet file",
+            "get it again, since it is damaged or cut short",
         )
     _check(name, kind, data)
     text = _decoded(name, data)
@@ -97,27 +100,32 @@ def rows_of(name: str, data: bytes, field: str, on_note: Callable[[str], None]) 
     else:
         if _WEB_PAGE.match(text):
             if kind not in PLAIN:
-                raise DataError(f"{name}: a web page, whose tags are not text; make text of it first: {_AS_TEXT}")
+                raise DataError(f"{name}: it is a web page", "a file of text", f"make text of it first: {_AS_TEXT}")
             on_note(f"{name} is a web page: its tags are read as text")
         yield from (Row(part, "", "") for part in _SEPARATOR_LINE.split(text))
 
 
 def _unpacked(name: str, data: bytes) -> bytes:
-    """The content without what packs it, which may be packed again."""
+    """Returns the unpacked content, also if it was packed several times."""
     said = PurePath(name.lower()).suffix
     if said in PACKED and not _PACKED[said][0].match(data):
-        raise DataError(f"{name}: cannot be read (its name says {said}, its content does not); name it what it is")
+        raise DataError(
+            f"{name}: its name says {said}, its content does not", f"a {said} file", "correct the ending of its name"
+        )
     while unpack := next((unpack for begins, unpack in _PACKED.values() if begins.match(data)), None):
         try:
             data = unpack(data)
         except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"{name}: cannot be read ({reason}); it is damaged or cut short: get it again") from None
+            raise DataError(
+                f"{name}: cannot be unpacked ({one_line(error)})",
+                "a whole file",
+                "get it again, since it is damaged or cut short",
+            ) from None
     return data
 
 
 def _check(name: str, kind: str, data: bytes) -> None:
-    """Refuse what begins as something else than text."""
+    """Raises a DataError if the content begins like another kind of file than text."""
     what, way = next(((what, way) for magic, what, way in _REFUSED if data.startswith(magic)), ("", ""))
     if data.startswith(b"PK\x03\x04"):
         is_document = kind in _DOCUMENTS
@@ -128,11 +136,11 @@ def _check(name: str, kind: str, data: bytes) -> None:
     elif kind == ".ipynb":
         what, way = "a notebook", "jupyter nbconvert --to markdown FILE"
     if what:
-        raise DataError(f"{name}: {what}, which is not read; make text of it first: {way}")
+        raise DataError(f"{name}: it is {what}", "a file of text", f"make text of it first: {way}")
 
 
 def _decoded(name: str, data: bytes) -> str:
-    """The content as UTF-8; whatever else it seems to be is named."""
+    """Returns the content read as UTF-8; raises a DataError that names the encoding that it seems to have instead."""
     wide = next((form for mark, form in _MARKS if data.startswith(mark)), None) or _without_mark(data[:4096])
     try:
         text = data.decode().removeprefix("\ufeff")
@@ -140,11 +148,9 @@ def _decoded(name: str, data: bytes) -> str:
         if wide is None and _is_binary(data[:4096]):
             raise _not_text(name) from None
         what = f"not UTF-8 at byte {error.start} (0x{data[error.start]:02x})"
-        raise DataError(
-            f"{name}: {what}; convert it first, for example: iconv -f {wide or 'latin1'} -t utf-8"
-        ) from None
+        raise _not_utf8(name, what, wide or "latin1") from None
     if wide is not None:
-        raise DataError(f"{name}: not UTF-8 but {wide}; convert it first, for example: iconv -f {wide} -t utf-8")
+        raise _not_utf8(name, f"not UTF-8 but {wide}", wide)
     if _is_binary(data[:4096]):
         raise _not_text(name)
     return text
@@ -155,7 +161,7 @@ _MARKS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"), (b"\
 
 
 def _without_mark(data: bytes) -> str | None:
-    """The name of UTF-16 that has no mark of byte order: every second byte of most letters is 0."""
+    """The name of a UTF-16 text without a byte-order mark, in which every second byte of most letters is 0, or None."""
     if not data:
         return None
     even, odd = data[::2].count(0), data[1::2].count(0)
@@ -165,17 +171,21 @@ def _without_mark(data: bytes) -> str | None:
 
 
 def _is_binary(data: bytes) -> bool:
-    """Whether the beginning of a file has more signs that no text has than a text may by accident."""
+    """Returns whether the beginning of a file has more control characters than a text may have by accident."""
     controls = sum(data.count(byte) for byte in (*range(9), *range(14, 27)))
     return controls > len(data) / 20
 
 
 def _not_text(name: str) -> DataError:
-    return DataError(f"{name}: no text but a program's data; give a file of text")
+    return DataError(f"{name}: no text but a program's data", "a file of text", "choose another file")
+
+
+def _not_utf8(name: str, what: str, encoding: str) -> DataError:
+    return DataError(f"{name}: {what}", "text in UTF-8", f"convert it first, for example: iconv -f {encoding} -t utf-8")
 
 
 def _array(text: str) -> list[object] | None:
-    """The rows of a text that is one JSON array of objects."""
+    """The rows of a text that is one JSON array of objects; None for any other text."""
     if not text[:4096].lstrip().startswith("["):
         return None
     try:

@@ -1,20 +1,19 @@
-"""Real text mixed with passages in which something earlier has to be looked up, for models that are to be studied.
+"""Mixes real text with passages in which something earlier has to be looked up, to train models for the studies.
 
-Blocks are cut into pieces that do not see each other, and each piece is of a kind, drawn by share:
+Blocks are cut into pieces that do not see each other, and the kind of each piece is drawn at random:
 
-- text, as everywhere;
-- repeats: random tokens, or random digits, again and again from the first on, so that each is found behind its last
-  occurrence;
-- needles: whole documents of ``diffattn.data.needles``, no question parted from its text:
+- text, as in other training;
+- repeats: a sequence of random tokens, or of random digits, again and again, so that each token can be found after its
+  last occurrence;
+- needles: whole documents of ``diffattn.data.needles``, so that no question is cut off from its text:
 
       <|endoftext|> … text. The magic number of Lima is 48219. More text …
 
       What is the magic number of Lima? The magic number of Lima is 48219.<|endoftext|>
 
-Pieces are of 16 tokens at first and of the whole context at last (staged training, Press et al. 2021, arXiv
-2012.15832): in a short piece little stands beside what is to be found, and a small model that is given the whole
-context at once has not learned to look anything up after millions of tokens (docs/studies.md). Held-out text stays as
-it is.
+Pieces have 16 tokens at first and the whole context in the end (staged training, Press et al. 2021, arXiv 2012.15832):
+a short piece holds little else than what has to be found. A small model that gets the whole context from the start has
+not learned to look anything up after millions of tokens (docs/studies.md). The held-out text is not changed.
 """
 
 from __future__ import annotations
@@ -43,21 +42,21 @@ if TYPE_CHECKING:
 
     from diffattn.data.text import Corpus, Document
 
-# Part of the digest: changes when the samples do.
+# This number is part of the digest and has to change whenever the samples change.
 _FORMAT = 3
-# Characters of text around the needles: more takes a minute to encode, and no block shows what it is of.
+# The most characters of text around the needles: encoding more takes a minute and does not make the blocks more varied.
 _HAYSTACK_CHARACTERS = 4_000_000
 
 
 class Stage(NamedTuple):
-    """A part of a run."""
+    """A stage of a run, with its own length of pieces and its own share of needles."""
 
     until: float
-    """The share of the run's steps at which it ends."""
+    """The share of the run's steps at which the stage ends."""
     piece: int | None
-    """Tokens that see each other; None: the whole context."""
+    """The number of tokens that see each other; None for the whole context."""
     needles: float
-    """Of the pieces that are no text, the share with needles; the others repeat."""
+    """The share of needles among the pieces that are not text; the other ones are repeats."""
 
 
 STAGES = (
@@ -72,22 +71,22 @@ STAGES = (
 
 
 def check_share(share: float) -> None:
-    """Raise a `ConfigError` unless this can be a share of the training tokens: 0 to below 1."""
+    """Raises a ``ConfigError`` unless this can be a share of the training tokens: 0 to below 1."""
     if not 0 <= share < 1:
-        raise ConfigError(f"needles is {share}; wanted the share of the training tokens, 0 to below 1")
+        raise ConfigError(f"needles is {share}", "a share of the training tokens, 0 to below 1", "pass 0.5, say")
 
 
 def with_needles(
     data: PreparedData, corpus: Corpus, *, share: float, most_needles: int = 12, most_queries: int = 2
 ) -> PreparedData:
-    """The data with repeats and needles in its training blocks, in pieces that grow over a run.
+    """Returns the data with repeats and needles in its training blocks, in pieces that grow over a run.
 
     Args:
-        data: of ``prepare_data``.
-        corpus: what ``data`` was prepared from; the text around the needles is of the documents that it trains on.
-        share: of the training tokens that are repeats or needles, 0 to below 1; 0 leaves the data as they are.
-        most_needles: a document hides 1 to so many, fewer where it is short.
-        most_queries: and asks for 1 to so many at once, until all are asked for.
+        data: the result of ``prepare_data``.
+        corpus: the corpus that ``data`` was prepared from; its training documents give the text around the needles.
+        share: the share of the training tokens that are repeats or needles, 0 to below 1; 0 changes nothing.
+        most_needles: the most needles that a document hides; a short document hides fewer.
+        most_queries: the most needles that one question asks for; the questions of a document ask for all its needles.
 
     Raises:
         ConfigError: a share out of range, or a context too short for a needle and its question.
@@ -112,14 +111,15 @@ def with_needles(
 
 
 class Mixture:
-    """How blocks of text become samples of the mixture: ``mixture(order, batch_size)``."""
+    """The mixture: ``mixture(order, batch_size)`` gives its samples from those of the text."""
 
     def __init__(
         self, share: float, most_needles: int, most_queries: int, haystack: Haystack, *, vocab_size: int
     ) -> None:
         self.share, self.most_needles, self.most_queries, self.haystack = share, most_needles, most_queries, haystack
-        # Few different tokens at first: most of what is learned there is which token a vector stands for. Those of a
-        # needle are among them, and a quarter of all repeats is of digits: what is never repeated is not looked up.
+        # Early repeats use few different tokens, since a model first has to learn which token a vector stands for. The
+        # tokens of a needle are among them, and a quarter of all repeats are digits: a model looks up only tokens that
+        # it has seen repeated.
         tokenizer, told = haystack.tokenizer, [Needle("Lima", "48219")]
         ids = tokenizer([*map(str, range(10)), f" {told[0].sentence}\n\n{question(told)}"], add_special_tokens=False)
         self._digits = np.unique([each[-1] for each in ids["input_ids"][:10]])
@@ -131,8 +131,10 @@ class Mixture:
         return MixedOrder(self, order, batch_size)
 
     def repeats(self, random: np.random.Generator, length: int) -> npt.NDArray[np.int64]:
-        """Random tokens, repeated to ``length``; a period is a sixth to a half of it, of 16 · length different tokens
-        at most."""
+        """Returns ``length`` tokens: a random sequence of a sixth to a half of them, repeated.
+
+        The sequence draws from at most 16 · ``length`` different tokens.
+        """
         fewest, most = max(3, length // 6), max(4, length // 2)
         period = int(np.exp(random.uniform(np.log(fewest), np.log(most))))
         alphabet = self._digits if random.random() < 0.25 else self._alphabet[: 16 * length]
@@ -140,7 +142,7 @@ class Mixture:
         return np.tile(once, length // period + 1)[:length]
 
     def needles(self, random: np.random.Generator, length: int) -> npt.NDArray[np.int64]:
-        """Whole documents of ``length`` tokens together: one, two or four; one where several have no room."""
+        """Returns one, two or four whole documents of ``length`` tokens together; only one if more do not fit."""
         for count in (int(random.choice((1, 1, 2, 4))), 1):
             share = length // count
             lengths = [share] * (count - 1) + [length - share * (count - 1)]
@@ -160,14 +162,14 @@ class Mixture:
 
 
 class MixedOrder(Dataset[dict[str, torch.Tensor]]):
-    """The samples of a run on a mixture; a sample depends on the order's seed, its length and the index alone.
+    """The samples of a run on a mixture; a sample depends only on the order's seed, its length and the index.
 
-    Arguments:
-        mixture: what is drawn.
-        order: the blocks of text; a piece that is text is that piece of the block that the sample would be without the
-            mixture.
-        batch_size: samples of a step, which are all of one stage.
-    `mixed[i]` is `{"input_ids": int64 (pieces, tokens of a piece), "labels": the same}`; pieces times tokens is the
+    Args:
+        mixture: the mixture to draw from.
+        order: the blocks of text; a piece of text is a part of the block that the sample would be without the mixture.
+        batch_size: the number of samples in a step, which all belong to one stage.
+
+    ``mixed[i]`` is ``{"input_ids": int64 (pieces, tokens of a piece), "labels": the same}``; pieces times tokens is the
     context.
     """
 
@@ -178,7 +180,7 @@ class MixedOrder(Dataset[dict[str, torch.Tensor]]):
         return len(self.order)
 
     def stage(self, index: int) -> Stage:
-        """The stage of a sample, that of the first of its step."""
+        """The stage of a sample, which is that of the first sample of its step."""
         done = index // self.batch_size * self.batch_size / len(self)
         return next(stage for stage in STAGES if done < stage.until)
 
@@ -194,13 +196,13 @@ class MixedOrder(Dataset[dict[str, torch.Tensor]]):
 
     def _looked_up(self, random: np.random.Generator, length: int, needles: float) -> npt.NDArray[np.int64]:
         if random.random() < needles:
-            # A small vocabulary spells a question in more tokens than a short piece has.
+            # With a small vocabulary a question can have more tokens than a short piece.
             with contextlib.suppress(ConfigError):
                 return self.mixture.needles(random, length)
         return self.mixture.repeats(random, length)
 
 
 def _haystack(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> Haystack:
-    """The first documents, as many as make the characters that are wanted."""
+    """Returns the haystack of the first documents, as many as have the wanted number of characters."""
     lengths = np.cumsum([len(document.text) for document in documents])
     return Haystack(list(islice(documents, int((lengths < _HAYSTACK_CHARACTERS).sum()) + 1)), tokenizer)

@@ -1,11 +1,11 @@
-"""Needles in a haystack: magic numbers of cities hidden in real text, to be trained on and to be asked for.
+"""Hides needles in a haystack: magic numbers of cities in real text, to train on and to ask for.
 
     … text. The magic number of Lima is 48219. More text … The magic number of Oslo is 70035. …
 
     What is the magic number of Oslo? The magic number of Oslo is 70035.
 
-N needles are hidden, R of them are asked for at once. A needle stands between sentences. The first that is asked for
-lies at a given depth, the share of the text before it; the others lie anywhere.
+N needles are hidden, and R of them are asked for at once. A needle stands between sentences. The first one that is
+asked for lies at a given depth, which is the share of the text before it; the others lie anywhere.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ CITIES = (
 )  # fmt: skip
 DIGITS = 5
 _BEFORE_NUMBER = "The magic number of {} is"
-# Sentences that are encoded together.
+# The number of sentences that are encoded together.
 _AT_ONCE = 10_000
-# The end of a sentence: its mark, what closes a quotation, and the white space behind.
+# The end of a sentence: its mark, the end of a quotation, and the white space after it.
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+")
 
 
@@ -58,32 +58,34 @@ class Needle(NamedTuple):
 
 @dataclass(frozen=True)
 class NeedlePrompt:
-    """``ids`` ends where the model is to go on; ``answers`` are the numbers asked for, in order.
-
-    ``spans`` are half-open ranges of tokens, which join: ``bos`` (empty where the tokenizer has no such token), the
-    text ``before`` the first needle asked for, that needle's sentence, ``answer``, the text ``behind`` it, and the
-    ``query``.
-    """
+    """A prompt with needles in its text and a question at its end."""
 
     ids: list[int]
+    """The tokens; they end where the model has to continue."""
     spans: dict[str, tuple[int, int]]
+    """Half-open ranges of tokens without gaps: ``bos`` (empty if the tokenizer has no such token), the text ``before``
+    the first needle asked for, that needle's sentence (``answer``), the text ``behind`` it, and the ``query``."""
     answers: tuple[str, ...]
+    """The numbers that are asked for, in order."""
 
 
 def draw_needles(random: np.random.Generator, count: int) -> list[Needle]:
-    """Different cities, each with a random number of five digits.
+    """Returns different cities, each with a random number of five digits.
 
-    Raises: `ConfigError` for more needles than there are cities.
+    Raises:
+        ConfigError: more needles than there are cities.
     """
     if not 1 <= count <= len(CITIES):
-        raise ConfigError(f"{count} needles asked for; wanted 1 to {len(CITIES)}, one for each city that is known")
+        raise ConfigError(
+            f"{count} needles", f"1 to {len(CITIES)}, one for each city that is known", "ask for fewer needles"
+        )
     cities = random.choice(len(CITIES), count, replace=False)
     numbers = random.integers(10 ** (DIGITS - 1), 10**DIGITS, count)
     return [Needle(CITIES[city], str(number)) for city, number in zip(cities, numbers, strict=True)]
 
 
 def question(asked: Sequence[Needle]) -> str:
-    """The question for some needles and the beginning of its answer.
+    """Returns the question for some needles and the beginning of its answer.
 
     >>> question([Needle("Oslo", "70035"), Needle("Lima", "48219")])
     'What are the magic numbers of Oslo and Lima? The magic number of Oslo is'
@@ -95,7 +97,7 @@ def question(asked: Sequence[Needle]) -> str:
 
 
 def answer(asked: Sequence[Needle]) -> str:
-    """What follows the question: one sentence for each needle, with its city, as it stands in the text.
+    """Returns the text after the question: a sentence for each needle, with its city, as it stands in the text.
 
     >>> answer([Needle("Oslo", "70035"), Needle("Lima", "48219")])
     ' 70035. The magic number of Lima is 48219.'
@@ -104,7 +106,7 @@ def answer(asked: Sequence[Needle]) -> str:
 
 
 def is_answer(text: str, answers: Sequence[str]) -> bool:
-    """Whether the first numbers of a text are those asked for, in order.
+    """Returns whether the first numbers of a text are those asked for, in order.
 
     >>> is_answer(" 70035. That of Lima is 48219. 1", ["70035", "48219"]), is_answer(" 700351", ["70035"])
     (True, False)
@@ -113,7 +115,7 @@ def is_answer(text: str, answers: Sequence[str]) -> bool:
 
 
 def sentences(text: str) -> list[str]:
-    """A text cut behind its sentences; strung together they are the text again.
+    """Returns a text cut after each sentence; joined, the parts are the text again.
 
     >>> sentences("One. Two! Three")
     ['One. ', 'Two! ', 'Three']
@@ -123,25 +125,27 @@ def sentences(text: str) -> list[str]:
 
 
 class Haystack:
-    """Real text as tokens, cut behind its sentences, from which prompts of any length are cut.
+    """Real text as tokens, cut after each sentence, from which prompts of any length are made.
 
-    Arguments:
-        documents: the text; the longest that is asked for has to fit into all of them together.
-        tokenizer: of the model that is to read it.
-    Raises: `DataError` for text without the end of a sentence.
+    Args:
+        documents: the text; it has to be longer than the longest prompt.
+        tokenizer: the tokenizer of the model that will read it.
+
+    Raises:
+        DataError: text without the end of a sentence.
     """
 
     def __init__(self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         marks, self._behind = document_marks(tokenizer)
-        # Where nothing stands before a document, the token that texts begin with, if there is one.
+        # If nothing stands before a document, prompts begin with the tokenizer's first token of a text, if it has one.
         bos = tokenizer.bos_token_id
         self._before = marks or ([] if bos is None else [bos])
         parts = [" ".join(part.split()) for document in documents for part in sentences(document.text)]
         parts = [part for part in parts if part]
         if len(parts) < 2:
-            raise DataError("the haystack is one sentence or none; wanted text of several sentences: give more of it")
-        # One array: a list of a novel's tokens takes ten times the memory.
+            raise DataError("the haystack has less than two sentences", "text of several sentences", "give more text")
+        # An array, since a list of a novel's tokens takes ten times the memory.
         flat, lengths = array("i"), []
         for start in range(0, len(parts), _AT_ONCE):
             texts = [f" {part}" for part in parts[start : start + _AT_ONCE]]
@@ -154,12 +158,12 @@ class Haystack:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def answer_tokens(self, queries: int) -> int:
-        """Room for the answer to as many questions, whichever their cities and numbers."""
+        """The most tokens of an answer to this many questions, whatever their cities and numbers."""
         return queries * self._longest_sentence
 
     @cached_property
     def _longest_sentence(self) -> int:
-        # A token for each digit at most, the space before them and the full stop.
+        # At most a token for each digit, one for the space before them and one for the full stop.
         before = [f" {_BEFORE_NUMBER.format(city)}" for city in CITIES]
         return max(map(len, self.tokenizer(before, add_special_tokens=False)["input_ids"])) + DIGITS + 2
 
@@ -173,22 +177,25 @@ class Haystack:
         queries: int = 1,
         answered: bool = False,
     ) -> NeedlePrompt:
-        """A prompt of exactly ``length`` tokens (a haystack is cut off in its last sentence to make it so).
+        """Returns a prompt of exactly ``length`` tokens; the haystack's last sentence may be cut off for that.
 
-        Arguments:
-            random: what is drawn: the place in the text, cities, numbers, the places of the other needles.
-            length: tokens of the prompt, its question with them.
-            depth: from 0 to 1, the share of the text before the first needle asked for.
-            needles, queries: N and R, R at most N.
-            answered: ``length`` has room for the answer, too, and the prompt is shorter by it.
-        Raises: `ConfigError` for numbers that do not fit: no needle in the context, or more questions than needles.
+        Args:
+            random: the generator that draws the part of the text, the cities, the numbers and the other needles'
+                positions.
+            length: the number of tokens of the prompt, with its question.
+            depth: the share of the text before the first needle asked for, from 0 to 1.
+            needles, queries: the numbers N and R; R is at most N.
+            answered: True if ``length`` includes the answer, so that the prompt is shorter by it.
+
+        Raises:
+            ConfigError: numbers that do not fit: no needle in the context, or more questions than needles.
         """
         if not 1 <= queries <= needles:
             raise ConfigError(
-                f"{queries} of {needles} needles are asked for; wanted at least 1 and at most all of them"
+                f"{queries} of {needles} needles are asked for", "at least 1 and at most all", "correct the numbers"
             )
         if not 0 <= depth <= 1:
-            raise ConfigError(f"depth is {depth}; wanted 0, the beginning of the text, to 1, its end")
+            raise ConfigError(f"depth is {depth}", "0, the beginning of the text, to 1, its end", "correct it")
         drawn = draw_needles(random, needles)
         before = self._before
         query = self._encode(f"\n\n{question(drawn[:queries])}")
@@ -197,35 +204,38 @@ class Haystack:
         room = length - taken
         if room < 1:
             raise ConfigError(
-                f"a length of {length} tokens is asked for; {needles} needles and their question"
-                f"{' and answer' if answered else ''} take {taken}, so there is no needle in the context: wanted at "
-                f"least {taken + 1}"
+                f"a length of {length} tokens, of which {needles} needles and their question"
+                f"{' and answer' if answered else ''} take {taken}",
+                f"a length of at least {taken + 1}",
+                "take a longer context or fewer needles",
             )
         text = self._cut(random, room)
-        # Between sentences; the first needle at the place nearest to its depth.
-        places = np.array([0, *np.cumsum([len(ids) for ids in text])])
-        at = [int(np.abs(places - depth * room).argmin()), *random.integers(0, len(places), needles - 1).tolist()]
+        # Needles stand between sentences; the first one as near as possible to its depth.
+        gaps = np.array([0, *np.cumsum([len(ids) for ids in text])])
+        at = [int(np.abs(gaps - depth * room).argmin()), *random.integers(0, len(gaps), needles - 1).tolist()]
         ids, span = list(before), (0, 0)
-        for place in range(len(places)):
-            for index in [index for index in range(needles) if at[index] == place]:
+        for gap in range(len(gaps)):
+            for index in [index for index in range(needles) if at[index] == gap]:
                 if index == 0:
                     span = (len(ids), len(ids) + len(hidden[0]))
                 ids += hidden[index]
-            ids += text[place] if place < len(text) else []
+            ids += text[gap] if gap < len(text) else []
         ends = [0, len(before), *span, len(ids), len(ids) + len(query)]
         names = ("bos", "before", "answer", "behind", "query")
         spans = {name: (ends[i], ends[i + 1]) for i, name in enumerate(names)}
         return NeedlePrompt(ids + query, spans, tuple(needle.number for needle in drawn[:queries]))
 
     def document(self, random: np.random.Generator, *, length: int, most_needles: int, most_queries: int) -> list[int]:
-        """A document to train on, of exactly ``length`` tokens: text, needles anywhere in it, all of them asked for.
+        """Returns a training document of exactly ``length`` tokens: text, needles in it, and questions for all of them.
 
-        Arguments:
-            random: what is drawn, the number of needles with it.
-            length: tokens, with the marks before and behind a document.
-            most_needles: 1 to so many are hidden, as few as leave half of the document to the text.
-            most_queries: 1 to so many are asked for at once.
-        Raises: `ConfigError` for a length without room for one needle and its question.
+        Args:
+            random: the generator that draws everything, also the number of needles.
+            length: the number of tokens, with the marks before and after a document.
+            most_needles: the most needles; there are fewer if they would take more than half of the document.
+            most_queries: the most needles that one question asks for.
+
+        Raises:
+            ConfigError: a length without room for one needle and its question.
         """
         drawn = draw_needles(random, int(random.integers(1, most_needles + 1)))
         before = self._before
@@ -242,8 +252,9 @@ class Haystack:
         room = length - len(before) - 1 - sum(map(len, [*hidden, *questions]))
         if room < 1:
             raise ConfigError(
-                f"a document of {length} tokens is asked for; a needle and its question take {length - room}: wanted a "
-                f"context of at least {length - room + 1}"
+                f"a document of {length} tokens, of which a needle and its question take {length - room}",
+                f"a context of at least {length - room + 1}",
+                "take a longer context",
             )
         text = self._cut(random, room)
         for sentence in hidden:
@@ -252,11 +263,13 @@ class Haystack:
         return [token for part in parts for token in part]
 
     def _cut(self, random: np.random.Generator, room: int) -> list[list[int]]:
-        """Whole sentences from a random one on, the last cut off, of ``room`` tokens together."""
+        """Returns ``room`` tokens of whole sentences, from a random one on; the last one may be cut off."""
         total = int(self._ends[-1])
         if room > total:
             raise ConfigError(
-                f"a haystack of {room} tokens is asked for and the text has {total}; give more text or a shorter length"
+                f"a haystack of {room} tokens from a text of {total}",
+                f"at most {total}",
+                "give more text or a shorter length",
             )
         latest = int(np.searchsorted(self._ends, total - room, side="right"))
         start = int(random.integers(0, latest + 1)) if latest else 0

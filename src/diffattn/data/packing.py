@@ -1,4 +1,4 @@
-"""Token files as blocks of tokens: memory-mapped, cached by content, in an order that resumes exactly."""
+"""Turns text into token files, cached by content, and reads them as blocks in an order that resumes exactly."""
 
 import errno
 import hashlib
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from diffattn.data.roundtrip import check_round_trip
 from diffattn.data.text import Corpus, Split, read_corpus, split_by_document
 from diffattn.data.tokenizer import (
     FORMAT,
+    Manifest,
     byte_lengths,
     check_token_files,
     document_marks,
@@ -37,27 +38,60 @@ from diffattn.progress import OnStage, Stage, unseen
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# The age from which an unfinished folder in the cache counts as left behind by a killed process.
 STALE_SECONDS = 86_400
 
 
-class TokenBlocks:
-    """A token file seen as blocks of `context` tokens; the ragged end is left out.
+class TextFacts(TypedDict):
+    """The facts about a run's text that its ``config.json`` and reports hold."""
 
-    Arguments:
+    name: str
+    digest: str
+    documents: dict[str, int]
+    """Documents of each part, ``train`` and ``validation`` (the held-out one); so are the next three."""
+    bytes: dict[str, int]
+    tokens: dict[str, int]
+    blocks: dict[str, int]
+    vocab_size: int
+    context: int
+    note: str
+    """A sentence about an unusual split, or an empty text."""
+    tokenizer: NotRequired[str]
+    """The fingerprint of a tokenizer that was given and not trained."""
+    text_lost: NotRequired[float]
+    """The share of the text's bytes that the tokenizer loses."""
+    needles: NotRequired[dict[str, float]]
+    """The settings of a mixture with needles."""
+
+
+class TokenBlocks:
+    """A token file seen as blocks of ``context`` tokens; the ragged end is left out.
+
+    Args:
         path: a file of little-endian unsigned integers.
-        dtype: `"<u2"` or `"<u4"`.
+        dtype: the type of the integers, ``"<u2"`` or ``"<u4"``.
         context: tokens per block, at least 2.
-        part: what to call the file in an error.
-    `blocks[i]` is int64 of shape `(context,)`; `blocks.tokens` is the whole memory-mapped file.
-    Raises: `ConfigError` for a context below 2, `DataError` for fewer tokens than one block.
+        part: the name of the file in an error.
+
+    ``blocks[i]`` is int64 of shape ``(context,)``; ``blocks.tokens`` is the whole memory-mapped file.
+
+    Raises:
+        ConfigError: a context below 2.
+        DataError: fewer tokens than one block has.
     """
 
     def __init__(self, path: str | Path, *, dtype: str, context: int, part: str = "text") -> None:
         if context < 2:
-            raise ConfigError(f"context={context}: wanted at least 2, so that a block has a token to predict")
+            raise ConfigError(
+                f"context is {context}", "at least 2, so that a block has a token to predict", "pass a longer context"
+            )
         count = os.path.getsize(path) // np.dtype(dtype).itemsize
         if count < context:
-            raise DataError(f"{part}: {count} tokens, one block takes {context}; give more text or a shorter context")
+            raise DataError(
+                f"{part}: {count} tokens",
+                f"at least {context}, for one block",
+                "give more text or a shorter context",
+            )
         self.path, self.dtype, self.context, self.part = Path(path), dtype, context, part
         self.tokens = np.memmap(path, dtype=dtype, mode="r")
 
@@ -71,28 +105,35 @@ class TokenBlocks:
         return self.tokens[start : start + self.context].astype(np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A data loader's worker opens the file itself; the default would copy the tokens into the message.
+        # A worker process of a data loader opens the file itself; by default it would get a copy of all tokens.
         return partial(TokenBlocks, dtype=self.dtype, context=self.context, part=self.part), (self.path,)
 
 
 class TrainingOrder(Dataset[dict[str, torch.Tensor]]):
-    """The samples of a run: sample i is block `p[i % n]` of n, with p the permutation of epoch `i // n`.
+    """The samples of a run: sample i is block ``p[i % n]`` of n, with p the permutation of epoch ``i // n``.
 
     A permutation sorts n raw numbers of Philox seeded by (seed, epoch), which NumPy keeps the same in every version.
-    So a sample depends on seed and i alone, and a run that goes on at sample i sees what an uninterrupted one would
-    have seen. Read it in sequence: a sampler that shuffles again would undo this.
+    So a sample depends only on the seed and i, and a run that continues at sample i sees the same blocks as a run that
+    was not interrupted. Read the samples in sequence: a sampler that shuffles them again would undo this.
 
-    Arguments:
+    Args:
         blocks: the training part.
         seed: 0 or above.
         num_samples: samples of the whole run, at least 1; more than the blocks means several epochs.
-    `order[i]` is `{"input_ids": int64 (context,), "labels": the same}`.
-    Raises: `ConfigError` for a number out of range.
+
+    ``order[i]`` is ``{"input_ids": int64 (context,), "labels": the same}``.
+
+    Raises:
+        ConfigError: a number out of range.
     """
 
     def __init__(self, blocks: TokenBlocks, *, seed: int, num_samples: int) -> None:
         if seed < 0 or num_samples < 1:
-            raise ConfigError(f"seed={seed}, num_samples={num_samples}: wanted a seed from 0 and at least 1 sample")
+            raise ConfigError(
+                f"seed is {seed} and num_samples is {num_samples}",
+                "a seed from 0 and at least 1 sample",
+                "correct the numbers",
+            )
         self.blocks, self.seed, self.num_samples = blocks, seed, num_samples
         self._epoch, self._permutation = -1, np.empty(0, np.int64)
 
@@ -103,7 +144,7 @@ class TrainingOrder(Dataset[dict[str, torch.Tensor]]):
         return _sample(self.blocks[self.block_index(index)])
 
     def block_index(self, index: int) -> int:
-        """Give the number of the block that is sample `index` of the run."""
+        """Returns the number of the block that is sample ``index`` of the run."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
         epoch, place = divmod(index, len(self.blocks))
@@ -114,7 +155,7 @@ class TrainingOrder(Dataset[dict[str, torch.Tensor]]):
 
 
 class ValidationBlocks(Dataset[dict[str, torch.Tensor]]):
-    """The blocks of the held-out part in the order of the file, as `TrainingOrder` gives its samples."""
+    """The blocks of the held-out part in the order of the file, as samples like those of ``TrainingOrder``."""
 
     def __init__(self, blocks: TokenBlocks) -> None:
         self.blocks = blocks
@@ -133,30 +174,29 @@ def _sample(block: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What a run reads.
-
-    Fields: `tokenizer`; `train` and `validation` blocks; `facts`, what a report says of the text, ready for JSON;
-    `validation_bytes_per_token`, bytes of the text itself per predicted token (all but the first of a block, separators
-    included) of the held-out blocks, so that bits per byte = mean loss / ln 2 / `validation_bytes_per_token`, whatever
-    bytes the tokenizer loses; `mixture`, which makes samples of a mixture from those of the text, and how many of them
-    a step has (`data/mixture.py`).
-    """
+    """The data that a run reads."""
 
     tokenizer: "PreTrainedTokenizerFast"
     train: TokenBlocks
     validation: TokenBlocks
-    facts: dict[str, Any]
+    """The blocks of the held-out part."""
+    facts: TextFacts
+    """The facts that a report says about the text, ready for JSON."""
     validation_bytes_per_token: float
+    """Bytes of the text per predicted token of the held-out blocks, so that bits per byte is the mean loss / ln 2
+    divided by this. All tokens of a block but its first are predicted, separators too. It counts the bytes of the text,
+    also those that the tokenizer loses."""
     mixture: "Callable[[TrainingOrder, int], Dataset[dict[str, torch.Tensor]]] | None" = None
+    """Makes the samples of a mixture (``data/mixture.py``) from those of the text and the samples per step."""
 
     def order(self, *, seed: int, num_samples: int, batch_size: int) -> "Dataset[dict[str, torch.Tensor]]":
-        """Give the samples of a run, `batch_size` of them in each step: those of `TrainingOrder`, or of the mixture."""
+        """Returns the samples of a run, ``batch_size`` in each step, from ``TrainingOrder`` or from the mixture."""
         text = TrainingOrder(self.train, seed=seed, num_samples=num_samples)
         return text if self.mixture is None else self.mixture(text, batch_size)
 
     def sample_text(self, n_chars: int = 400) -> str:
-        """Give at most `n_chars` characters of the first held-out document: whole sentences, else whole words."""
-        # A character is four bytes at most, and a token one at least.
+        """Returns at most ``n_chars`` characters of the first held-out document: whole sentences, else whole words."""
+        # A character has at most four bytes, and a token at least one.
         ids = self.validation.tokens[: 4 * n_chars + 4].tolist()
         before, behind = document_marks(self.tokenizer)
         ids = ids[len(before) : ids.index(behind) if behind in ids else None]
@@ -181,29 +221,38 @@ def prepare_data(
     on_stage: OnStage = unseen,
     on_note: Callable[[str], None] = lambda line: None,
 ) -> PreparedData:
-    """Read text, hold documents out, train a tokenizer on the rest and pack both into blocks; or find it in the cache.
+    """Reads text, holds documents out, trains a tokenizer on the rest and packs both parts into blocks.
 
-    Arguments:
-        text: what `read_corpus` takes, or a `Corpus`.
-        vocab_size: tokens wanted, at least 257, of a tokenizer that is trained; or
-        tokenizer: one that is there, such as a pretrained model's. Exactly one of the two is given.
+    What was prepared before is found in the cache.
+
+    Args:
+        text: a source that ``read_corpus`` takes, or a ``Corpus``.
+        vocab_size: the number of tokens, at least 257, of a tokenizer that is trained; or
+        tokenizer: an existing tokenizer, such as that of a pretrained model. Pass exactly one of the two.
         context: tokens per block, at least 2.
         validation_fraction: share of the bytes to hold out, above 0 and at most 0.5.
         text_column: the field or column that holds the text.
-        lossy_tokenizer: take a tokenizer that does not give 1% of the text's bytes back, or more (`data/roundtrip.py`).
-        cache_dir: default `$DIFFATTN_CACHE`, else `$XDG_CACHE_HOME/diffattn`, else `~/.cache/diffattn`.
-        on_stage: called with what is being done and how much of it is.
-        on_note: called with a line that a person should see, such as what the tokenizer loses.
-    Returns: `PreparedData`; the same text and sizes always give the same tokens.
-    Raises: `DataError` for text that cannot be read or is too short, `ConfigError` for a size, a tokenizer or a cache
-    folder that cannot be used.
+        lossy_tokenizer: accept a tokenizer that loses more than 1% of the text's bytes (``data/roundtrip.py``).
+        cache_dir: the folder of the cache. Default: ``$DIFFATTN_CACHE``, else ``$XDG_CACHE_HOME/diffattn``, else
+            ``~/.cache/diffattn``.
+        on_stage: called with each stage of the work and how much of it is done.
+        on_note: called with a line that a person should see, such as how much the tokenizer loses.
+
+    Returns:
+        The data; the same text and sizes always give the same tokens.
+
+    Raises:
+        DataError: text that cannot be read or is too short.
+        ConfigError: a size, a tokenizer or a cache folder that cannot be used.
 
     >>> data = prepare_data("sotu", vocab_size=4096, context=256)  # doctest: +SKIP
     >>> len(data.train), len(data.validation), data.tokenizer.vocab_size  # doctest: +SKIP
     """
     vocabulary = vocab_size if tokenizer is None else tokenizer
     if vocabulary is None or (vocab_size is not None and tokenizer is not None):
-        raise ConfigError("vocab_size and tokenizer are both given, or neither; wanted exactly one of them")
+        raise ConfigError(
+            "vocab_size and tokenizer are both given, or neither", "exactly one of them", "pass vocab_size=4096, say"
+        )
     name = vocabulary if isinstance(vocabulary, int) else fingerprint(vocabulary)
     on_stage(Stage("reading the text"))
     corpus = text if isinstance(text, Corpus) else read_corpus(text, text_column=text_column, on_note=on_note)
@@ -228,25 +277,26 @@ def prepare_data(
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """Give the folder that token files are kept in: `cache_dir`, else what the environment says."""
+    """The folder that token files are kept in: ``cache_dir``, or else the one that the environment names."""
     return Path(os.path.expanduser(cache_dir)) if cache_dir else cache_folder()
 
 
 @contextmanager
 def cache_explained(root: Path) -> Iterator[None]:
-    """Say in one line that nothing can be written into the cache, and what to do: a `ConfigError`."""
+    """Turns an ``OSError`` of the block into a ``ConfigError`` about the cache folder."""
     try:
         yield
     except OSError as error:
         raise ConfigError(
-            f"cache folder {root} cannot be written ({error.strerror or error}); "
-            "name one that can: DIFFATTN_CACHE=/path/to/folder"
+            f"cache folder {root} cannot be written ({error.strerror or error})",
+            "a folder that can be written",
+            "name another: DIFFATTN_CACHE=/path/to/folder",
         ) from None
 
 
 def _open(
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     corpus: Corpus,
     split: Split,
     context: int,
@@ -259,7 +309,7 @@ def _open(
         )
         for side, part in (("train", f"{corpus.name}, training part"), ("validation", f"{corpus.name}, held-out part"))
     }
-    facts: dict[str, Any] = {
+    facts: TextFacts = {
         "name": corpus.name,
         "digest": corpus.digest,
         "documents": {side: len(documents[side]) for side in documents},
@@ -275,30 +325,34 @@ def _open(
 
 
 def _bytes_per_token(tokenizer: "PreTrainedTokenizerFast", blocks: TokenBlocks, text_bytes: int) -> float:
-    """Bytes of the text per predicted token: what tokens stand for, by which the text's own bytes are parted."""
+    """The bytes of the text per predicted token: each token gets its share of the text's bytes by its own length."""
     marks = document_marks(tokenizer)
     parts = np.ones(vocabulary_rows(tokenizer), np.int64)
     parts[[*marks[0], marks[1]]] = 0
-    # Of tokens that are not made of bytes, it is not known how many they stand for: as many as any other.
+    # If the tokenizer's tokens are not made of bytes, their lengths are not known, and each gets the same share.
     with suppress(ConfigError):
         lengths = byte_lengths(tokenizer)
         parts = lengths if lengths[blocks.tokens].any() else parts
     counted = int(parts[blocks.tokens].sum())
     if not counted:
-        raise ConfigError(f"{blocks.part}: the tokenizer makes no token of it; wanted one that reads this text")
+        raise ConfigError(
+            f"{blocks.part}: the tokenizer makes no token of it",
+            "a tokenizer for this text",
+            "choose another tokenizer",
+        )
     predicted = np.asarray(blocks.tokens[: len(blocks) * blocks.context]).reshape(-1, blocks.context)[:, 1:]
     return float(parts[predicted].mean()) * (text_bytes / counted)
 
 
 def _build(
     folder: Path, split: Split, digest: str, vocabulary: "int | PreTrainedTokenizerFast", on_stage: OnStage
-) -> dict[str, Any]:
-    """Make a cache folder under a temporary name and rename it, so that no one ever sees a half-written one."""
+) -> Manifest:
+    """Makes a cache folder under a temporary name and renames it, so that nobody ever sees a half-written one."""
     root = folder.parent
     root.mkdir(parents=True, exist_ok=True)
     prefix = f"{folder.name}.tmp-"
     for left in root.glob(f"{prefix}*"):
-        # What a killed process left behind; a younger one may still be at work.
+        # An old folder was left behind by a killed process; the process of a young one may still be working.
         with suppress(OSError):
             if time.time() - left.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(left)
@@ -311,8 +365,8 @@ def _build(
         try:
             os.rename(new, folder)
         except OSError as error:
-            # Another process was first, with the same content.
+            # Another process wrote the same content first.
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    manifest: Manifest = json.loads((folder / "manifest.json").read_text())
     return manifest

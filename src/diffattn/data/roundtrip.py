@@ -1,7 +1,7 @@
-"""Whether a tokenizer gives text back: encoded, decoded and compared, when the two first meet.
+"""Checks that a tokenizer gives text back: the text is encoded, decoded and compared before it is first used.
 
-A tokenizer that drops what it does not know, lower-cases or strips reads another text than the one that is given. Its
-model is then measured on less, and bits per byte of what is left would look better than they are.
+A tokenizer that drops unknown characters, lower-cases or strips reads another text than the one that it gets. Its model
+is then measured on less text, and the bits per byte of that rest would look better than they are.
 """
 
 from __future__ import annotations
@@ -16,22 +16,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_LOST = 0.01
-"""The share of a text's bytes that a tokenizer may lose without being asked for by name."""
-# What is tried: pieces of so many characters, evenly spread over the text; a short text whole.
+"""The share of a text's bytes that a tokenizer may lose without ``--lossy-tokenizer``."""
+# The number of pieces that are tried, and their characters: evenly spread over a long text, all of a short one.
 _PIECES, _CHARACTERS = 64, 4096
 
 
 class RoundTrip(NamedTuple):
-    """What came of encoding and decoding: ``lost`` of ``tried`` bytes, and the first place where they differ."""
+    """The outcome of encoding and decoding a text."""
 
     tried: int
+    """The bytes of text that were tried."""
     lost: int
+    """The bytes that did not come back."""
     given: str = ""
+    """The text at the first difference; empty if there is none."""
     returned: str = ""
+    """The text that came back there."""
 
     @property
     def share(self) -> float:
-        """From 0, all of it came back, to 1."""
+        """The share of the bytes that are lost, from 0 to 1."""
         return self.lost / self.tried if self.tried else 0.0
 
     def __str__(self) -> str:
@@ -41,16 +45,19 @@ class RoundTrip(NamedTuple):
 
 
 def round_trip(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> RoundTrip:
-    """Encode pieces of text, decode them, and count the bytes that did not come back.
+    """Encodes pieces of text, decodes them, and counts the bytes that did not come back.
 
-    Of each piece, what is lost is the larger of two numbers: the bytes of the text that are not, in their order, in
-    what came back, and the bytes that came back and are not in the text. A space before the piece does not count: many
-    tokenizers set one before every text or take one away.
+    The loss of a piece is the larger of two numbers: the bytes of the text that are missing, in their order, in what
+    came back, and the bytes that came back and are not in the text. A space before the piece does not count, since many
+    tokenizers put one before every text or remove one.
 
     Args:
-        tokenizer: any; spelled special tokens are taken for text where it can do so.
-        documents: all of 262,144 characters, or so many evenly spread over longer text. The choice is always the same.
-    Returns: a :class:`RoundTrip`.
+        tokenizer: any tokenizer; special tokens that are spelled out count as text if the tokenizer can do that.
+        documents: the text. All of it is tried up to 262,144 characters, else that many, evenly spread. The choice is
+            always the same.
+
+    Returns:
+        The bytes that were tried and lost, and the first difference.
 
     >>> from diffattn.data.tokenizer import train_tokenizer
     >>> round_trip(train_tokenizer([], 257), [Document("a", "Naïve 🦁")])
@@ -75,29 +82,34 @@ def check_round_trip(
     lossy: bool = False,
     on_note: Callable[[str], None] = lambda line: None,
 ) -> float:
-    """Say what a tokenizer loses of a text, and refuse one that loses more than ``MOST_LOST``.
+    """Reports what a tokenizer loses of a text, and refuses a tokenizer that loses more than ``MOST_LOST``.
 
     Args:
-        tokenizer, documents: as for :func:`round_trip`.
-        lossy: any loss is taken.
-        on_note: called with a line where anything is lost.
-    Returns: the share of the bytes that are lost.
-    Raises: `ConfigError` for a loss above ``MOST_LOST`` unless ``lossy``.
+        tokenizer, documents: the same as for :func:`round_trip`.
+        lossy: accept any loss.
+        on_note: called with a line if anything is lost.
+
+    Returns:
+        The share of the bytes that are lost.
+
+    Raises:
+        ConfigError: a loss above ``MOST_LOST`` unless ``lossy``.
     """
     found = round_trip(tokenizer, documents)
     which = f"the tokenizer of {tokenizer.name_or_path}" if tokenizer.name_or_path else "the tokenizer"
     if found.share > MOST_LOST and not lossy:
         raise ConfigError(
-            f"{which} loses text: {found}; wanted at most {MOST_LOST:.0%}: take another tokenizer, or say "
-            "--lossy-tokenizer to go on with what is left"
+            f"{which} loses text: {found}",
+            f"a loss of at most {MOST_LOST:.0%}",
+            "take another tokenizer, or pass --lossy-tokenizer to use the rest of the text",
         )
     if found.lost:
-        on_note(f"{which} loses text: {found}; bits per byte are of all bytes of the text")
+        on_note(f"{which} loses text: {found}; bits per byte count all bytes of the text")
     return found.share
 
 
 def _again(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
-    """Encoding and decoding in one."""
+    """Returns a function that encodes and decodes a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return lambda text: tokenizer.decode(
@@ -106,7 +118,7 @@ def _again(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     from diffattn.data.tokenizer import plain_backend
 
     backend = plain_backend(tokenizer)
-    # An unknown word is lost, and its sign is not of the text.
+    # An unknown word is lost; the token that stands for it is not part of the text.
     unknown = tokenizer.unk_token_id
 
     def again(text: str) -> str:
@@ -117,38 +129,38 @@ def _again(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
 
 
 def _pieces(documents: Sequence[Document]) -> Iterator[str]:
-    """What lies in the ranges that are tried, where all documents stand behind each other."""
+    """Yields the pieces of text that are tried, at equal distances over all documents in a row."""
     every = max(_CHARACTERS, -(-sum(len(document.text) for document in documents) // _PIECES))
     start = 0
     for document in documents:
         end = start + len(document.text)
-        for place in range(start - start % every, end, every):
-            piece = document.text[max(0, place - start) : max(0, place + _CHARACTERS - start)]
+        for position in range(start - start % every, end, every):
+            piece = document.text[max(0, position - start) : max(0, position + _CHARACTERS - start)]
             if piece:
                 yield piece
         start = end
 
 
 def _lost(given: bytes, returned: bytes) -> int:
-    """Bytes beside the longest common subsequence of two texts.
+    """The number of bytes outside the longest common subsequence of two texts.
 
     Source: Hyyrö, "Bit-parallel LCS-length computation revisited", 2004: a row of the table is one whole number.
     """
-    places: dict[int, int] = {}
-    for place, byte in enumerate(given):
-        places[byte] = places.get(byte, 0) | 1 << place
+    positions: dict[int, int] = {}
+    for position, byte in enumerate(given):
+        positions[byte] = positions.get(byte, 0) | 1 << position
     every = (1 << len(given)) - 1
     row = every
     for byte in returned:
-        found = row & places.get(byte, 0)
+        found = row & positions.get(byte, 0)
         row = ((row + found) | (row - found)) & every
     common = len(given) - row.bit_count()
     return max(len(given), len(returned)) - common
 
 
 def _difference(given: str, returned: str) -> tuple[str, str]:
-    """A few characters of both from the word on in which they first differ."""
-    unequal = (place for place, (mine, theirs) in enumerate(zip(given, returned, strict=False)) if mine != theirs)
+    """Returns a few characters of both texts from the word on in which they first differ."""
+    unequal = (index for index, (mine, theirs) in enumerate(zip(given, returned, strict=False)) if mine != theirs)
     same = next(unequal, min(len(given), len(returned)))
     start = max(0, given.rfind(" ", max(0, same - 12), same) + 1 or same - 3)
     return given[start : start + 16], returned[start : start + 16]

@@ -1,4 +1,4 @@
-"""Rows of JSON, CSV and Parquet as documents: which field holds the text, and what to say where none does."""
+"""Reads rows of JSON, CSV and Parquet as documents, and finds the field that holds the text."""
 
 from __future__ import annotations
 
@@ -9,72 +9,77 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from diffattn.data.documents import chat_text, is_chat, read_chat
-from diffattn.errors import DataError
+from diffattn.errors import DataError, one_line
 from diffattn.files import parse_json
 
 TEXT_FIELD = "text"
-# Taken where a row has no field of the name above.
+# The fields that are read if a row has no field of the name above.
 CHATS = ("messages", "conversations")
 
 
 class Row(NamedTuple):
-    """A text, the conversation that it is (or nothing), and where in the file it stands, such as ``line 3``."""
+    """A text of a file."""
 
     text: str
     chat: str
+    """The conversation as JSON; empty for other text."""
     where: str
+    """The position in the file, such as ``line 3``."""
 
 
 class NoFieldError(DataError):
-    """A file whose rows have no field of the name that is wanted."""
+    """A file whose rows do not have the field that is wanted."""
 
 
 def json_lines(name: str, text: str, field: str) -> Iterator[Row]:
-    """The rows of a file with one JSON value a line; blank lines are left out."""
-    # Not splitlines: a text in JSON may hold other line ends as they are.
+    """Yields the rows of a file with one JSON value a line; blank lines are left out."""
+    # str.splitlines would also split at other line ends, which a text in JSON may hold.
     for number, line in enumerate(text.split("\n"), start=1):
-        # Files that were strung together have marks of byte order inside.
+        # Files that were joined into one may have byte-order marks inside.
         line = line.strip().lstrip("\ufeff")
         if line:
             try:
                 row = parse_json(line)
             except ValueError as error:
                 raise DataError(
-                    f"{name}: line {number} is not JSON ({_short(error)}); one object per line is wanted: correct "
-                    "the line, or remove it"
+                    f"{name}: line {number} is not JSON ({one_line(error, 200)})",
+                    "one object per line",
+                    "correct the line, or remove it",
                 ) from None
             yield _row(name, f"line {number}", row, field)
 
 
 def json_array(name: str, rows: list[Any], field: str) -> Iterator[Row]:
-    """The rows of a file that is one JSON array."""
+    """Yields the rows of a file that is one JSON array."""
     for number, row in enumerate(rows, start=1):
         yield _row(name, f"row {number}", row, field)
 
 
 def json_file(name: str, text: str, field: str) -> Iterator[Row]:
-    """The rows of a ``.json`` file: an array, one object, or one object a line."""
+    """Yields the rows of a ``.json`` file: an array, one object, or one object a line."""
     try:
         content = parse_json(text)
     except ValueError as error:
         first = text.lstrip().split("\n", 1)[0]
         if not is_object(first):
             raise DataError(
-                f"{name}: not JSON ({_short(error)}); an array of objects, or one object per line, is wanted: correct "
-                "the file"
+                f"{name}: not JSON ({one_line(error, 200)})",
+                "an array of objects, or one object per line",
+                "correct the file",
             ) from None
         yield from json_lines(name, text, field)
         return
     if isinstance(content, dict) and (lists := [key for key, value in content.items() if _is_rows(value)]):
         raise NoFieldError(
-            f"{name}: one object, whose rows are under {lists[0]!r}; an array of objects is wanted: "
-            f"jq -c '.{lists[0]}[]' writes its rows one a line, as a .jsonl file"
+            f"{name}: one object, whose rows are under {lists[0]!r}",
+            "an array of objects",
+            f"write its rows into a .jsonl file: jq -c '.{lists[0]}[]'",
         )
     yield from json_array(name, content if isinstance(content, list) else [content], field)
 
 
 def table_rows(name: str, text: str, field: str, *, tabs: bool) -> Iterator[Row]:
-    """The rows of a CSV file with a header; columns are parted by a comma, a semicolon or a tab."""
+    """Yields the rows of a CSV file with a header; a comma, a semicolon or a tab separates its columns."""
     header_line = text.lstrip("\r\n").split("\n", 1)[0]
     separators = (
         "\t" if tabs else max(",;\t", key=lambda sign: (_has(header_line, sign, field), header_line.count(sign)))
@@ -92,22 +97,24 @@ def table_rows(name: str, text: str, field: str, *, tabs: bool) -> Iterator[Row]
                 column = _column(name, header, field)
             elif len(cells) != len(header):
                 raise DataError(
-                    f"{name}: {where} has {len(cells)} cells and the header {len(header)}; a cell with the sign that "
-                    f"parts columns, {separators!r}, has to stand in double quotes: correct the line"
+                    f"{name}: {where} has {len(cells)} cells and the header {len(header)}",
+                    f"as many, with double quotes around a cell that has the separator {separators!r} in it",
+                    "correct the line",
                 )
             else:
                 yield Row(cells[column], "", where)
     except csv.Error as error:
         raise DataError(
-            f"{name}: line {reader.line_num} is not CSV ({_short(error)}); a cell in double quotes is wanted to end "
-            "with them, and to double those inside: correct the line"
+            f"{name}: line {reader.line_num} is not CSV ({one_line(error, 200)})",
+            "cells whose double quotes are closed, with double quotes inside a cell written twice",
+            "correct the line",
         ) from None
     finally:
         csv.field_size_limit(limit)
 
 
 def parquet_rows(name: str, data: bytes, field: str) -> Iterator[Row]:
-    """The rows of a Parquet file."""
+    """Yields the rows of a Parquet file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -122,19 +129,21 @@ def parquet_rows(name: str, data: bytes, field: str) -> Iterator[Row]:
                 number += 1
                 yield _row(name, f"row {number}", {column: value}, column)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: a Parquet file that cannot be read ({_short(error)}); write it again") from None
+        raise DataError(
+            f"{name}: cannot be read as Parquet ({one_line(error, 200)})", "a whole Parquet file", "write it again"
+        ) from None
 
 
 def is_object(text: str) -> bool:
-    """Whether a text is one JSON object."""
+    """Returns whether a text is one JSON object."""
     try:
         return isinstance(parse_json(text), dict)
     except ValueError:
         return False
 
 
-def text_of(row: dict[str, Any], field: str) -> tuple[str, str] | None:
-    """The text of a row and the conversation that it is, if it is one; None where the field holds no text.
+def text_of(row: dict[str, object], field: str) -> tuple[str, str] | None:
+    """Returns the text of a row and its conversation, empty for other text; None if the field holds no text.
 
     Raises:
         ValueError: a conversation with a message that has no text.
@@ -155,17 +164,16 @@ def _row(name: str, where: str, row: Any, field: str) -> Row:
     try:
         found = text_of(row, field) if isinstance(row, dict) else None
     except ValueError as error:
-        raise DataError(
-            f"{name}: {where}: {error}; wanted one in each message: correct the row, or remove it"
-        ) from None
+        raise DataError(f"{name}: {where}: {error}", "text in each message", "correct the row, or remove it") from None
     if found is None:
         content = row if isinstance(row, dict) else {}
         fields = [str(key) for key, value in content.items() if isinstance(value, str) or is_chat(value)]
         holds = f", which holds {_kind(content[field])}" if field in content else ""
         way = "name one of them with --field" if fields else "write text there, or remove the row"
         raise NoFieldError(
-            f"{name}: {where} has no text in field {field!r}{holds}; fields with text: "
-            f"{', '.join(fields)[:200] or 'none'}; {way}"
+            f"{name}: {where} has no text in field {field!r}{holds}",
+            f"a field with text, here: {', '.join(fields)[:200] or 'none'}",
+            way,
         )
     return Row(*found, where)
 
@@ -173,7 +181,7 @@ def _row(name: str, where: str, row: Any, field: str) -> Row:
 def _column(name: str, header: list[str], field: str) -> int:
     if field not in header:
         columns = ", ".join(header)[:200]
-        raise NoFieldError(f"{name}: no column {field!r}; columns: {columns}; name one of them with --field")
+        raise NoFieldError(f"{name}: no column {field!r}", f"one of {columns}", "name the column with --field")
     return header.index(field)
 
 
@@ -186,7 +194,7 @@ def _is_rows(value: object) -> bool:
 
 
 def _kind(value: object) -> str:
-    """What a value is, in JSON's words."""
+    """The kind of a value in JSON's words."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -196,7 +204,3 @@ def _kind(value: object) -> str:
     if isinstance(value, dict):
         return "an object"
     return "a list" if isinstance(value, list) else f"a {type(value).__name__}"
-
-
-def _short(words: object) -> str:
-    return " ".join(str(words).split())[:200]

