@@ -209,7 +209,7 @@ def test_a_run_is_started_in_an_empty_folder_and_goes_on_in_its_own(
     command = INTO_A_FOLDER["train"].format(out="out", **places).split()
     assert main(command) == 0
     capsys.readouterr()
-    assert "out holds a run already; continue it with --resume or choose another --out" in refused(
+    assert "out holds a run already; wanted a new folder: continue it with --resume" in refused(
         INTO_A_FOLDER["train"], capsys, out="out", **places
     )
     files(Path("out"), {"notes.txt": "mine", "checkpoint-1/weights": "mine", "model.partial/a": "mine"})
@@ -248,7 +248,7 @@ def test_what_no_run_wrote_where_its_model_is_to_stand_is_not_replaced(
     # As a run that was killed before its last file.
     Path("out/result.json").unlink()
     Path("out/model/notes.txt").write_text("mine")
-    assert "out/model given; the place of the trained model is wanted empty" in refused(
+    assert "out/model holds files that no run wrote" in refused(
         INTO_A_FOLDER["train --resume"], capsys, out="out", **places
     )
     Path("out/model/notes.txt").unlink()

@@ -23,7 +23,9 @@ def test_a_finished_run_is_not_trained_again(whole: Path, data: PreparedData) ->
 
 
 def test_a_folder_that_holds_a_run_is_refused(whole: Path, data: PreparedData) -> None:
-    with pytest.raises(ConfigError, match=f"{whole} holds a run already; continue it with --resume or choose another"):
+    with pytest.raises(
+        ConfigError, match=f"{whole} holds a run already; wanted a new folder: continue it with --resume or choose"
+    ):
         run(data, whole)
 
 
@@ -38,7 +40,9 @@ def test_a_folder_that_holds_a_run_is_refused(whole: Path, data: PreparedData) -
 def test_a_changed_setting_is_named(
     recipe: Recipe, attention: str, words: str, whole: Path, data: PreparedData
 ) -> None:
-    with pytest.raises(ConfigError, match=f"{words}; resume with the same settings or choose another --out"):
+    with pytest.raises(
+        ConfigError, match=f"{words}; wanted the same settings: resume with the same settings or choose another --out"
+    ):
         train(small_model(attention), data, recipe, whole, resume=True)
 
 
@@ -102,7 +106,7 @@ def test_a_run_that_diverged_ends_with_a_message_and_keeps_the_last_good_checkpo
     recipe = dataclasses.replace(RECIPE, **fields)
     model, folder = small_model(), tmp_path / "run"
     poison = at(step, lambda: model.model.norm.weight.data.fill_(math.nan))
-    with pytest.raises(TrainingError, match=f"^{words}, wanted a number: .* lower --learning-rate") as raised:
+    with pytest.raises(TrainingError, match=f"^{words}; wanted a finite number: .* lower --learning-rate") as raised:
         train(model, data, recipe, folder, on_progress=poison)
     assert "\n" not in str(raised.value)
     assert checkpoint_steps(folder) == kept
@@ -116,5 +120,5 @@ def test_a_run_that_diverged_ends_with_a_message_and_keeps_the_last_good_checkpo
 
 
 def test_an_absurd_learning_rate_ends_the_run_with_a_message(data: PreparedData, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="wanted a number"):
+    with pytest.raises(TrainingError, match="wanted a finite number"):
         run(data, tmp_path, dataclasses.replace(RECIPE, learning_rate=1e38))

@@ -51,7 +51,7 @@ def test_a_second_process_is_refused_while_the_first_lives_and_not_after(
     with pytest.raises(InUseError) as raised:
         run(data, tmp_path, resume=True)
     line = str(raised.value)
-    assert line.startswith(f"{tmp_path} is being trained by process {first.pid} on {os.uname().nodename}; wait")
+    assert line.startswith(f"{tmp_path} is being trained by process {first.pid} on {os.uname().nodename}; wanted")
     assert "\n" not in line
     assert "--out" in line
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
@@ -113,7 +113,7 @@ def test_a_forked_process_has_not_what_its_parent_has(tmp_path: Path) -> None:
 def test_a_lock_file_without_a_name_in_it(holder: Callable[[], subprocess.Popen[str]], tmp_path: Path) -> None:
     first = holder()
     (tmp_path / LOCK).write_bytes(b"\xff\x00")
-    with pytest.raises(InUseError, match="is being trained by another process; wait"), held(tmp_path):
+    with pytest.raises(InUseError, match="is being trained by another process; wanted"), held(tmp_path):
         pass
     first.communicate("")
 
@@ -134,7 +134,7 @@ def test_a_file_system_without_locks_is_said(
 
 def test_a_lock_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / LOCK).mkdir()
-    words = f"cannot write {tmp_path / LOCK}: Is a directory; make it writable"
+    words = rf"cannot write {tmp_path / LOCK} \(Is a directory\); wanted a folder that can be written: make it writable"
     with pytest.raises(ConfigError, match=words), held(tmp_path):
         pass
 

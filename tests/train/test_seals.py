@@ -52,7 +52,7 @@ def is_refused(folder: Path, data: PreparedData, *words: str) -> None:
 
 
 CHANGES_OF_A_CUT_RUN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a loss": (lambda folder: edit_row(folder, 1, loss=0.5), "metrics.jsonl was changed since the checkpoint of step"),
+    "a loss": (lambda folder: edit_row(folder, 1, loss=0.5), "metrics.jsonl was changed after the checkpoint of step"),
     "a held-out loss": (lambda folder: edit_row(folder, 4, val_loss=0.5), "metrics.jsonl was changed"),
     "seconds": (lambda folder: edit_row(folder, 0, seconds=0.001), "metrics.jsonl was changed"),
     "a row less": (
@@ -68,7 +68,7 @@ CHANGES_OF_A_CUT_RUN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a config without its seal": (
         lambda folder: edit(folder / "config.json", lambda config: {k: config[k] for k in config if k != "seal"}),
-        "config.json was changed since the checkpoint of step 6",
+        "config.json was changed after the checkpoint of step 6",
     ),
     "half a config": (
         lambda folder: edit(folder / "config.json", lambda config: sealed({k: config[k] for k in ("recipe", "model")})),
@@ -76,7 +76,7 @@ CHANGES_OF_A_CUT_RUN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another run's config": (
         lambda folder: edit(folder / "config.json", lambda config: sealed(config | {"options": {"text": "other"}})),
-        "config.json was changed since the checkpoint of step 6",
+        "config.json was changed after the checkpoint of step 6",
     ),
     "a manifest without the run's files": (
         lambda folder: edit(

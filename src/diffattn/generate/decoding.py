@@ -1,9 +1,9 @@
-"""The options of decoding, checked before anything is loaded, and as ``transformers`` takes them."""
+"""The options of decoding, which are checked before anything is loaded and passed on to ``transformers``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.options import DECODING, GREEDY_BELOW
@@ -102,8 +102,8 @@ def generation_config(model: PreTrainedModel, decoding: Decoding, ends: int | li
     """
     from transformers import GenerationConfig
 
-    # A cache by name excludes the one that an assistant's drafts are kept in, and dynamic is what no name gives.
-    options: dict[str, Any] = {} if decoding.cache == "dynamic" else {"cache_implementation": decoding.cache}
+    # An assistant needs its own cache, which a cache by name would exclude; no name means the dynamic cache.
+    options: dict[str, object] = {} if decoding.cache == "dynamic" else {"cache_implementation": decoding.cache}
     if decoding.draws:
         options |= {name: getattr(decoding, name) for name in ("temperature", "top_p", "top_k", "min_p")}
     if decoding.repetition_penalty != 1:
@@ -118,13 +118,13 @@ def generation_config(model: PreTrainedModel, decoding: Decoding, ends: int | li
         options["cache_config"] = {"backend": "quanto", "nbits": 4, "q_group_size": _group_size(model)}
     pad = model.generation_config.pad_token_id
     if pad is None and ends is not None:
-        # Behind the end of a beam that is done; nobody reads it.
+        # It pads a beam that has ended, and is not part of any text.
         pad = ends if isinstance(ends, int) else ends[0]
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         do_sample=decoding.draws,
         num_beams=decoding.num_beams,
-        # One text is shorter than a CPU's compiler takes.
+        # On a CPU, compiling takes longer than writing one text.
         disable_compile=model.device.type == "cpu",
         eos_token_id=ends,
         pad_token_id=pad,
@@ -134,7 +134,7 @@ def generation_config(model: PreTrainedModel, decoding: Decoding, ends: int | li
 
 
 def _group_size(model: PreTrainedModel) -> int:
-    """The longest group up to 64 that ends where a head ends, so that any number of tokens is whole groups."""
+    """Returns the largest divisor of a head's width up to 64, so that every token fills whole groups."""
     config = model.config.get_text_config(decoder=True)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return max(size for size in range(1, _LONGEST_GROUP + 1) if width % size == 0)

@@ -1,8 +1,8 @@
-"""Text from a model in a folder, as it comes: greedy, drawn, by beams, or drafted by a smaller model.
+"""Writes text with a model in a folder, piece by piece: greedy, drawn, by beams, or drafted by a smaller model.
 
-The decoding itself is ``generate`` of ``transformers``; here are its options, checked before anything is loaded, and
-the clock. What the options say is what runs: of a checkpoint's own ``generation_config.json`` only the tokens that end
-a text are taken.
+The decoding itself is ``generate`` of ``transformers``; this file checks its options before anything is loaded, and
+measures the time. Only the given options count: from a checkpoint's own ``generation_config.json`` only the tokens that
+end a text are taken.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from diffattn.errors import CheckpointError, ConfigError
+from diffattn.errors import CheckpointError, ConfigError, one_line
 from diffattn.generate.decoding import Decoding, check_assisted, generation_config
 from diffattn.generate.options import GenerateOptions
 from diffattn.model.loading import check_tokens, load, positions_of
@@ -35,21 +35,24 @@ from diffattn.progress import OnStage, Stage, unseen
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """A text and what it took. Seconds are of the wall clock; what was not measured is None."""
+    """A text and the time that it took, in seconds of the wall clock; a time that was not measured is None."""
 
     prompt: str
     text: str
+    """The text after the prompt."""
     prompt_tokens: int
-    # With the end-of-text token, where there was one.
     new_tokens: int
+    """The tokens of the text, with the end-of-text token if there was one."""
     load_seconds: float | None
-    # From the call to the first token: the prompt's forward pass. Beams have no first token.
+    """The seconds to load the model."""
     first_token_seconds: float | None
+    """The seconds from the call to the first token: the prompt's forward pass. Beams have no first token."""
     seconds: float
-    # Of the tokens after the first.
+    """The seconds of the whole generation, without loading."""
     tokens_per_second: float | None
-    # What has to be read for each token: all weights, without an embedding of which one row is looked up.
+    """The speed of the tokens after the first."""
     weight_bytes: int
+    """The bytes that are read for each token: all weights, except an embedding of which only one row is read."""
 
 
 def generate(
@@ -65,23 +68,23 @@ def generate(
     on_text: Callable[[str], None] | None = None,
     on_stage: OnStage = unseen,
 ) -> Generated:
-    """Continue a prompt with the model in a folder.
+    """Continues a prompt with the model in a folder.
 
     Args:
         folder: folder of a model, as :func:`diffattn.model.loading.load` takes it.
-        prompt: the text to continue, or with ``chat`` what the user says.
+        prompt: the text to continue, or with ``chat`` the user's message.
         decoding: the choice of the next token. Default: that of :class:`diffattn.generate.decoding.Decoding`.
         chat, attn_implementation, assistant: see :class:`diffattn.generate.options.GenerateOptions`.
         dtype, device: see :class:`diffattn.model.options.LoadOptions`.
         on_text: called with each piece of text as soon as it is whole, in this thread; with beams once, at the end.
-        on_stage: called with what is done before the first piece of text.
+        on_stage: called with each stage of the work before the first piece of text.
 
     Returns:
-        The text, which is what ``on_text`` was given in pieces, and the counts and times.
+        The text, which ``on_text`` got in pieces, and the counts and times.
 
     Raises:
-        ConfigError: an empty prompt, one that does not fit the model's positions, options that exclude each other.
-        CheckpointError, UnsupportedError: what ``load`` raises; a tokenizer or an assistant that is not the model's.
+        ConfigError: a prompt that is empty or too long for the model's positions, or options that exclude each other.
+        CheckpointError, UnsupportedError: the same as ``load``; or a tokenizer or an assistant of another model.
     """
     decoding = decoding or Decoding()
     check_prompt(prompt)
@@ -95,8 +98,9 @@ def generate(
         draft, spoken = load(assistant, dtype, device)
         if spoken.get_vocab() != tokenizer.get_vocab():
             raise CheckpointError(
-                f"the tokenizer of the assistant {str(assistant)!r} is not that of {str(folder)!r}; a smaller model "
-                "with the same tokenizer is wanted, whose tokens can be checked"
+                f"the tokenizer of the assistant {str(assistant)!r} is not that of {str(folder)!r}",
+                "a smaller model with the same tokenizer, whose tokens can be checked",
+                "choose another --assistant, or leave it out",
             )
     load_seconds = time.perf_counter() - began
     on_stage(Stage("reading the prompt" if decoding.num_beams == 1 else "writing the text"))
@@ -114,7 +118,7 @@ def continue_text(
     assistant: PreTrainedModel | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generated:
-    """:func:`generate` with a model and a tokenizer that are loaded already."""
+    """Continues a prompt like :func:`generate`, with a model and a tokenizer that are loaded already."""
     decoding = decoding or Decoding()
     check_prompt(prompt)
     if assistant is not None:
@@ -156,29 +160,32 @@ def continue_text(
 
 
 def check_prompt(prompt: str, what: str = "prompt") -> None:
-    """Raise a ``ConfigError`` for a prompt that is empty or no text, before anything is loaded for it."""
+    """Raises a ``ConfigError`` for a prompt that is empty or no text, before anything is loaded for it."""
     if not prompt:
-        raise ConfigError(f"the {what} is empty; wanted a text to go on from")
+        raise ConfigError(f"the {what} is empty", "a text to continue", "write at least one character")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ConfigError(f"character {error.start} of the {what} is no text; wanted a {what} in UTF-8") from None
+        raise ConfigError(
+            f"character {error.start} of the {what} is no text", f"a {what} in UTF-8", "convert it to UTF-8"
+        ) from None
 
 
 class _Numbers(LogitsProcessor):
-    """Refuses a model whose logits are no numbers, of which the likeliest would be the first token again and again."""
+    """Refuses a model whose logits are no numbers; it would write the first token of the vocabulary again and again."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if bool((scores.isnan() | scores.isposinf()).any()):
             raise CheckpointError(
-                "the model's logits are no finite numbers: its weights are too large for their dtype, or damaged; take "
-                "--dtype float32, or an earlier checkpoint"
+                "the model's logits are no finite numbers, since its weights are too large for their dtype, or damaged",
+                "finite logits",
+                "take --dtype float32, or an earlier checkpoint",
             )
         return scores
 
 
 class _Stream(BaseStreamer):
-    """Turns tokens into text as soon as its characters are whole, and notes when the first came."""
+    """Turns tokens into text as soon as its characters are whole, and notes the time of the first token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
         self.tokenizer = tokenizer
@@ -186,7 +193,7 @@ class _Stream(BaseStreamer):
         self.tokens: list[int] = []
         self.pieces: list[str] = []
         self.first: float | None = None
-        # Tokens that came at the time of the first: an assistant's drafts come several at once.
+        # The tokens that came together with the first; with an assistant several come at once.
         self.first_count = 0
         self._prompt_is_next = True
         self._decoder = None
@@ -210,7 +217,7 @@ class _Stream(BaseStreamer):
             self._emit("".join(self._decoder.step(backend, token) or "" for token in tokens))
 
     def end(self) -> None:
-        # What was held back: half a character, or everything where the tokenizer cannot decode bit by bit.
+        # Write the rest: half a character, or everything if the tokenizer cannot decode piece by piece.
         whole: Any = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
         self._emit(whole[len("".join(self.pieces)) :])
 
@@ -221,28 +228,29 @@ class _Stream(BaseStreamer):
 
 
 def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Tensor:
-    """Ids ``(1, T)`` of the prompt, on the model's device."""
+    """Returns the ids ``(1, T)`` of the prompt, on the model's device."""
     if chat:
         if not tokenizer.chat_template:
             raise ConfigError(
-                "the tokenizer has no chat template; a model that was trained to chat is wanted, or no chat"
+                "the tokenizer has no chat template", "a model that was trained to chat", "leave --chat out"
             )
         said = [{"role": "user", "content": prompt}]
         try:
             encoded: Any = tokenizer.apply_chat_template(
                 said, add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )
-        # A template is a program of the folder's.
+        # A template is a program from the model's folder, so it can raise anything.
         except Exception as error:
             raise CheckpointError(
-                f"the tokenizer's chat template fails: {' '.join(str(error).split())}; a template that takes one "
-                "message of a user is wanted, or no chat"
+                f"the tokenizer's chat template fails ({one_line(error)})",
+                "a template that takes one message of a user",
+                "correct it, or leave --chat out",
             ) from error
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     ids: Tensor = encoded["input_ids"]
     if ids.numel() == 0:
-        raise ConfigError(f"the prompt {prompt!r} has no tokens; wanted a text to go on from")
+        raise ConfigError(f"the prompt {prompt!r} has no tokens", "a text to continue", "write another prompt")
     check_tokens(model, ids.flatten().tolist())
     return ids.to(model.device)
 
@@ -254,14 +262,15 @@ def _check_length(model: PreTrainedModel, ids: Tensor, decoding: Decoding) -> No
         return
     way = f"max_new_tokens of at most {positions - length}" if length < positions else "a shorter prompt"
     raise ConfigError(
-        f"the prompt has {length:,} tokens and {new:,} more are asked for; the model has {positions:,} positions: "
-        f"take {way}"
+        f"the prompt has {length:,} tokens and {new:,} more are asked for",
+        f"at most {positions:,} together, the positions of the model",
+        f"take {way}",
     )
 
 
 @contextlib.contextmanager
 def _own_options(model: PreTrainedModel) -> Iterator[None]:
-    """Without the checkpoint's own habits (a penalty, a temperature), which fill in what is not given."""
+    """Removes the checkpoint's own options (such as a penalty) inside the block; they would replace missing ones."""
     before = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -271,7 +280,7 @@ def _own_options(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _devices(model: PreTrainedModel) -> list[int]:
-    """GPUs whose random state is put back after the draws; that of the CPU always is."""
+    """The GPUs whose random state is restored after the draws; that of the CPU is always restored."""
     return [model.device.index or 0] if model.device.type == "cuda" else []
 
 

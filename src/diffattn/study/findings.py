@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from diffattn.results.ladder import LadderRow
 from diffattn.results.study import Axes
 from diffattn.scaling.ablation import ablation
 from diffattn.scaling.arms import ARMS
-from diffattn.train.callbacks import read_metrics
+from diffattn.train.callbacks import MetricsRow, read_metrics
 
 LOSS, TRAINING = "held-out loss", "training loss"
 
@@ -116,7 +116,7 @@ def measured(
     return Finding(name=case.name, model=facts(row), study=case.study, asked=asked, points=points, axes=axes)
 
 
-def training_loss(metrics: Sequence[Mapping[str, float]], context: int) -> tuple[list[MeanPoint], Axes]:
+def training_loss(metrics: Sequence[MetricsRow], context: int) -> tuple[list[MeanPoint], Axes]:
     """Returns the mean training loss of each stage of the mixture, by the length of the stage's pieces."""
     losses = [row["loss"] for row in metrics if "loss" in row]
     points, start = [], 0

@@ -11,11 +11,11 @@ from diffattn.model.modeling import DexProjection
 
 
 class DexAnnealing(TrainerCallback):
-    """Moves λ of DEX from its schedule by depth to what is learned: ``annealed`` rises linearly from what it was to 1.
+    """Moves λ of DEX from its schedule by depth to its learned value: ``annealed`` rises linearly to 1.
 
-    With ``a₀`` what the model brought and T the share ``fraction`` of the steps, the value in step t, from 0, and in
-    measurements and checkpoints after t steps is ``a₀ + (1 − a₀) · min(1, t/T)``. So it follows from the number of the
-    step alone, and a resumed run has it exactly. Source: arXiv 2505.16333; its length is ours.
+    Let ``a₀`` be the value that the model began with and T the share ``fraction`` of the steps. The value in step t,
+    from 0, and in measurements and checkpoints after t steps is ``a₀ + (1 − a₀) · min(1, t/T)``. It depends only on the
+    number of the step, so a resumed run has it exactly. Source: arXiv 2505.16333; the length is our choice.
     """
 
     def __init__(self, model: nn.Module, *, steps: int, fraction: float) -> None:
@@ -24,7 +24,7 @@ class DexAnnealing(TrainerCallback):
         self.until = steps * fraction
 
     def share(self, step: int) -> float:
-        """The share of the way that is done after so many steps."""
+        """The share of the way that is done after this many steps."""
         return min(1.0, step / self.until) if self.until else 1.0
 
     def _set(self, step: int) -> None:

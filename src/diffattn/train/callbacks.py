@@ -1,4 +1,4 @@
-"""What happens beside the optimizer: rows of metrics, the end of a diverged run, Ctrl-C, and the live line."""
+"""The work of a run beside the optimizer: rows of metrics, the end of a diverged run, Ctrl-C, and the live line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Required, TypedDict, TypeGuard
 
 from transformers import TrainerCallback
 
@@ -26,13 +26,36 @@ from diffattn.progress import OnStage, Stage
 
 @dataclass(frozen=True)
 class Progress:
-    """One step, as it is shown while training: ``tokens_per_second`` and ``seconds_left`` are estimates."""
+    """One step, as it is shown while training."""
 
     step: int
+    """The number of the step, from 1."""
     steps: int
+    """The steps of the whole run."""
     loss: float
+    """The training loss in nats per token."""
     tokens_per_second: float
+    """An estimate from the last 20 steps."""
     seconds_left: float
+    """An estimate of the seconds until the last step."""
+
+
+class MetricsRow(TypedDict, total=False):
+    """A row of ``metrics.jsonl``: the loss of a step, or a measurement of the held-out loss."""
+
+    step: Required[int]
+    tokens: Required[int]
+    """Training tokens so far."""
+    seconds: Required[float]
+    """Seconds of training so far, without the measurements."""
+    loss: float
+    """The training loss of the step, in nats per token."""
+    grad_norm: float
+    learning_rate: float
+    val_loss: float
+    """The held-out loss, in nats per token."""
+    val_blocks: int
+    """The number of held-out blocks that it was measured on."""
 
 
 class Interruption:
@@ -58,7 +81,7 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if kind is KeyboardInterrupt:
-            # A process that ends looks through all objects of the libraries for cycles, for more than a second.
+            # Without this the ending process searches all objects of the libraries for cycles, for more than a second.
             atexit.register(gc.freeze)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -78,15 +101,15 @@ class Interruption:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: a row per step, and a row per measurement of the held-out loss."""
+    """The file ``metrics.jsonl`` with a row per step and a row per measurement of the held-out loss."""
 
-    def __init__(self, path: Path, *, kept: list[dict[str, Any]]) -> None:
+    def __init__(self, path: Path, *, kept: list[MetricsRow]) -> None:
         self.path = path
         self.rows = kept
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._stream = path.open("a", encoding="utf-8")
 
-    def append(self, row: dict[str, Any]) -> None:
+    def append(self, row: MetricsRow) -> None:
         self.rows.append(row)
         with explained(self.path):
             self._stream.write(json.dumps(row) + "\n")
@@ -97,20 +120,20 @@ class MetricsFile:
         return [row["val_loss"] for row in self.rows if row["step"] == step and "val_loss" in row]
 
     def close(self) -> None:
-        # Closing writes what a full disk refused before.
+        # Closing writes the rest of the buffer, which a full disk may have refused before.
         with explained(self.path):
             self._stream.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl`` up to the first that is torn or damaged; a missing file has no rows."""
+def read_metrics(path: Path) -> list[MetricsRow]:
+    """Reads the rows of a ``metrics.jsonl`` up to the first that is torn or damaged; a missing file has no rows."""
     return parse_metrics(path.read_bytes()) if path.is_file() else []
 
 
-def parse_metrics(content: bytes) -> list[dict[str, Any]]:
-    """The rows up to the first that is torn, or is none of ours."""
+def parse_metrics(content: bytes) -> list[MetricsRow]:
+    """Returns the rows up to the first that is torn, or that a run did not write."""
     rows = []
-    # A complete file ends with a newline, so what stands behind the last one is a torn row or nothing.
+    # A complete file ends with a newline, so after the last newline stands a torn row or nothing.
     for line in content.split(b"\n")[:-1]:
         try:
             row = parse_json(line)
@@ -122,7 +145,7 @@ def parse_metrics(content: bytes) -> list[dict[str, Any]]:
     return rows
 
 
-def _is_row(row: object) -> bool:
+def _is_row(row: object) -> TypeGuard[MetricsRow]:
     if not isinstance(row, dict) or not ("loss" in row or "val_loss" in row):
         return False
     counts = [row.get("step"), row.get("tokens"), row.get("val_blocks", 0)]
@@ -131,7 +154,7 @@ def _is_row(row: object) -> bool:
 
 
 class RunCallback(TrainerCallback):
-    """Writes the metrics, stops at a loss that is no number, shields the optimizer step, reports progress."""
+    """Writes the metrics, stops at a loss that is no number, delays signals in an optimizer step, reports progress."""
 
     def __init__(
         self,
@@ -166,7 +189,7 @@ class RunCallback(TrainerCallback):
         self._recent = [*self._recent[-19:], took]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        # The Trainer keeps every row in its state and writes them all into each checkpoint; ours are in the file.
+        # The Trainer would write all rows so far into each checkpoint; we keep them in metrics.jsonl.
         state.log_history.clear()
         if not logs or "loss" not in logs:
             return
@@ -209,13 +232,12 @@ class RunCallback(TrainerCallback):
 
 
 def diverged(what: str) -> TrainingError:
-    """The end of a run whose numbers are none any more."""
+    """Returns the error that ends a run whose loss or weights are no numbers any more."""
     return TrainingError(
-        f"{what}, wanted a number: the last checkpoint before it is kept; "
-        "start again with a lower --learning-rate or more warmup"
+        what, "a finite number", "start again with a lower --learning-rate or more warmup; the last checkpoint is kept"
     )
 
 
 def warn(line: str) -> None:
-    """One line on stderr that the user should see."""
+    """Prints a line to stderr that the user should see."""
     print(line, file=sys.stderr)

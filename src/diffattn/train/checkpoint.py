@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment: complete, verified by content, or skipped by name."""
+"""Writes checkpoints that survive a kill at any moment, and finds the last one whose content is as it was written."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from diffattn.errors import CheckpointError
-from diffattn.files import PARTIAL, file_facts, parse_json, remove_unfinished, write_json
+from diffattn.files import PARTIAL, FileFacts, file_facts, parse_json, remove_unfinished, write_json
 
 MANIFEST = "manifest.json"
 WAY_OUT = "restore the file, or start again with another --out"
-# As `whole_folder` names them.
+# The names that whole_folder gives to unfinished folders.
 _UNMARKED = re.compile(rf"checkpoint-\d+\.\w{{8}}{re.escape(PARTIAL)}")
-# Files of the run that a checkpoint's manifest names too: as long as they were when it was written.
+# Files of the run that a checkpoint's manifest names too, with their length when the checkpoint was written.
 _OF_THE_RUN = ("../config.json", "../metrics.jsonl")
 
 
 def seal(folder: Path, run: Path | None = None) -> None:
-    """Write the manifest of a checkpoint that is complete: size and SHA-256 of every file.
+    """Writes the manifest of a complete checkpoint: size and SHA-256 of every file.
 
-    With ``run``, the run's folder, also of its ``config.json`` and of its ``metrics.jsonl`` up to here.
+    Args:
+        folder: the checkpoint.
+        run: the run's folder, whose ``config.json`` and ``metrics.jsonl`` so far are then in the manifest too.
     """
     files = {file.name: file_facts(file) for file in sorted(folder.iterdir()) if file.is_file()}
     if run is not None:
@@ -32,7 +34,7 @@ def seal(folder: Path, run: Path | None = None) -> None:
 
 
 def defect(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, in a few words, or None where every file is as it was written."""
+    """The reason, in a few words, why a checkpoint cannot be used, or None if every file is as it was written."""
     try:
         manifest = parse_json((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
@@ -55,22 +57,22 @@ def defect(folder: Path) -> str | None:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether a folder is a checkpoint that a run has completed: ours, whatever became of its files."""
+    """Returns whether a folder is a checkpoint that a run has completed, whatever happened to its files since."""
     return (folder / MANIFEST).is_file() and not folder.is_symlink()
 
 
 def has_run_files(checkpoint: Path) -> bool:
-    """Whether the manifest of a checkpoint without defect seals the files of its run; an earlier version's does not."""
+    """Returns whether the manifest of a checkpoint without defect also seals the files of its run."""
     return set(_OF_THE_RUN) <= parse_json((checkpoint / MANIFEST).read_bytes()).keys()
 
 
 def sealed_rows(checkpoint: Path) -> bytes:
-    """What ``metrics.jsonl`` held when a checkpoint without defect, which seals it, was written.
+    """Returns the content of ``metrics.jsonl`` when a checkpoint without defect was written that seals it.
 
     Raises:
         CheckpointError: ``config.json`` or ``metrics.jsonl`` of the run is not as it was then.
     """
-    manifest: dict[str, Any] = parse_json((checkpoint / MANIFEST).read_bytes())
+    manifest: dict[str, FileFacts] = parse_json((checkpoint / MANIFEST).read_bytes())
     step = checkpoint.name.removeprefix("checkpoint-")
     for name in _OF_THE_RUN:
         file, expected = checkpoint.parent / Path(name).name, manifest[name]
@@ -78,23 +80,25 @@ def sealed_rows(checkpoint: Path) -> bytes:
         grows = file.suffix == ".jsonl"
         size = file.stat().st_size if file.is_file() else 0
         if grows and size < expected["bytes"]:
-            raise CheckpointError(f"{file} ends before step {step} of the checkpoint; {WAY_OUT}")
+            raise CheckpointError(f"{file} ends before step {step} of the checkpoint", "all rows up to there", WAY_OUT)
         if not file.is_file() or file_facts(file, expected["bytes"] if grows else None) != expected:
-            raise CheckpointError(f"{file} was changed since the checkpoint of step {step} was written; {WAY_OUT}")
+            raise CheckpointError(
+                f"{file} was changed after the checkpoint of step {step} was written", "the file as it was", WAY_OUT
+            )
     with file.open("rb") as stream:
         return stream.read(expected["bytes"])
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints of a run folder, oldest first, complete or not, as (step, path)."""
+    """The checkpoints of a run folder as (step, path), oldest first, complete or not."""
     found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def last_good(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
-    """The newest usable checkpoint, and one line for each newer one that was skipped.
+    """Finds the newest usable checkpoint; returns it, and a line for each newer one that was skipped.
 
-    A half-written one is removed; a damaged one is set aside under another name.
+    It removes half-written checkpoints and renames damaged ones.
     """
     skipped = []
     for partial in folder.glob(f"checkpoint-*{PARTIAL}"):
@@ -112,7 +116,7 @@ def last_good(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
 
 
 def _removed_as_empty(partial: Path) -> bool:
-    """Remove what a run left that was killed between making the folder and marking it: nobody else has the run now."""
+    """Removes the empty folder of a run that was killed before it marked it; no other process trains in the run now."""
     if _UNMARKED.fullmatch(partial.name) is None or partial.is_symlink():
         return False
     try:
@@ -123,16 +127,16 @@ def _removed_as_empty(partial: Path) -> bool:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` of the checkpoints that the run has written."""
+    """Removes all but the newest ``keep`` of the checkpoints that the run has written."""
     for path in [path for _, path in checkpoints(folder) if is_sealed(path)][:-keep]:
         shutil.rmtree(path)
 
 
 def _free(path: Path) -> Path:
-    """The path, or one with a number behind it where something is there already."""
+    """Returns the path, or the path with a number after it if something is there already."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(place for place in itertools.chain([path], numbered) if not os.path.lexists(place))
+    return next(found for found in itertools.chain([path], numbered) if not os.path.lexists(found))
 
 
-def _are_facts(value: object) -> bool:
+def _are_facts(value: object) -> TypeGuard[FileFacts]:
     return isinstance(value, dict) and isinstance(value.get("bytes"), int) and isinstance(value.get("sha256"), str)

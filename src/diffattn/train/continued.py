@@ -1,4 +1,4 @@
-"""``diffattn train --from``: a model of ours that is there, and its tokenizer, trained on."""
+"""``diffattn train --from``: trains an existing model of ours further, with its own tokenizer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from diffattn.train.run import train
 from diffattn.train.single import check_context, check_out, new_folder
 
 CONTEXT = 512
-"""Tokens per block where nothing is said: pretrained models have contexts that no small machine trains."""
+"""The default tokens per block: pretrained models have contexts that no small machine can train."""
 LEARNING_RATE = 1e-4
-"""Where nothing is said: a pretrained model forgets at the rates that new ones are trained with."""
+"""The default learning rate: at the rates of new models a pretrained model forgets what it knows."""
 
 _MODEL = DiffTransformerConfig.model_type
 
@@ -44,26 +44,26 @@ def continue_training(
     on_stage: OnStage = unseen,
     on_note: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
-    """Train a model that is there on text in its own tokens; a run as any other, with one row of metrics more.
+    """Trains an existing model further on text in its own tokens; a run like any other, with one more row of metrics.
 
     ``metrics.jsonl`` begins with the held-out loss at step 0, before the first step, so that the curves of a model and
-    of what it was converted to can be laid over each other. The optimizer starts anew.
+    of its conversion can be drawn in one chart. The optimizer starts anew.
 
     Args:
-        source: a folder with one of our models and its tokenizer, such as what ``diffattn convert`` or a run wrote.
-        recipe: see :class:`diffattn.train.recipe.Recipe`; its seed is that of the order of the data. ``LEARNING_RATE``
-            suits a pretrained model better than the recipe's own.
+        source: a folder with one of our models and its tokenizer, such as one that ``diffattn convert`` or a run wrote.
+        recipe: the settings of the run; the seed decides the order of the data. ``LEARNING_RATE`` suits a pretrained
+            model better than the recipe's default.
         out: the run folder; it must not hold a run unless ``resume``.
         text, text_column, lossy_tokenizer: see :class:`diffattn.train.options.TrainOptions`.
-        context: tokens per block; default ``CONTEXT``, or the model's ``max_position_embeddings`` where that is less.
-        resume: continue from the last good checkpoint in ``out``; ``source`` has to be the same model still.
+        context: tokens per block. Default: ``CONTEXT``, or the model's ``max_position_embeddings`` if that is less.
+        resume: continue from the last good checkpoint in ``out``; ``source`` still has to be the same model.
         on_progress: called after each step.
-        on_stage: called with what is done beside the steps, and how much of it is.
-        on_note: called with a line about the text that a person should see, such as what the tokenizer loses.
+        on_stage: called with each stage of the work beside the steps.
+        on_note: called with a line about the text that a person should see, such as how much the tokenizer loses.
 
     Raises:
         CheckpointError: a folder without a whole model, or without a tokenizer that can be read.
-        ConfigError: another library's model, more tokens than the model has rows, a context that it does not have, a
+        ConfigError: another library's model, more tokens than the model has rows, a context that is too long, or a
             tokenizer that loses text.
         DataError: text that cannot be read, or is too short.
         TrainingError, KeyboardInterrupt: as in :func:`diffattn.train.run.train`.
@@ -71,7 +71,7 @@ def continue_training(
     source = Path(source)
     config = _read_config(source)
     tokenizer = _load_tokenizer(source, config.vocab_size)
-    # Before data is prepared for it.
+    # This comes before the data is prepared, which can take long.
     check_weights(source)
     default = min(config.max_position_embeddings, CONTEXT)
     context = check_context(config.shape(), default if context is None else context, whose="model")
@@ -95,8 +95,9 @@ def _read_config(source: Path) -> DiffTransformerConfig:
     kind = read_config(source).get("model_type")
     if kind != _MODEL:
         raise ConfigError(
-            f"{source} holds a {printable(str(kind))} model; wanted a {_MODEL}: make it one with diffattn convert, "
-            "or name another folder with --from"
+            f"{source} holds a {printable(str(kind))} model",
+            f"a {_MODEL}",
+            "convert it with diffattn convert, or name another folder with --from",
         )
     return load_config(source)
 
@@ -104,10 +105,15 @@ def _read_config(source: Path) -> DiffTransformerConfig:
 def _load_tokenizer(source: Path, rows: int) -> PreTrainedTokenizerFast:
     tokenizer = load_tokenizer(source)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ConfigError(f"the tokenizer in {source} is {type(tokenizer).__name__}; wanted one with a tokenizer.json")
+        raise ConfigError(
+            f"the tokenizer in {source} is {type(tokenizer).__name__}",
+            "one with a tokenizer.json",
+            "save it again with a recent transformers",
+        )
     if vocabulary_rows(tokenizer) > rows:
         raise ConfigError(
-            f"the tokenizer in {source} has ids up to {vocabulary_rows(tokenizer) - 1}, the model {rows} rows; wanted "
-            "a row for each: take the tokenizer that belongs to the model"
+            f"the tokenizer in {source} has ids up to {vocabulary_rows(tokenizer) - 1}, the model {rows} rows",
+            "a row for each id",
+            "take the tokenizer that belongs to the model",
         )
     return tokenizer

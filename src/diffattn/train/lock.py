@@ -1,4 +1,8 @@
-"""One process to a run folder: a lock that the system lets go of when the process ends, however it ends."""
+"""Locks a run folder for one process; the system releases the lock when the process ends, however it ends.
+
+This is no ``filelock``: a training may fork workers, run on NFS or on a file system without locks, and has to name the
+process that holds the folder. POSIX record locks do the first two, and the name stands in the file.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +23,30 @@ from diffattn.train.callbacks import warn
 
 _HELD_ELSEWHERE = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-# By lock file, the process and the thread that has it. The process, since a forked one inherits this table and no lock.
+# The process and the thread that hold each lock file. A forked process inherits this table, but no lock.
 _owners: dict[Path, tuple[int, int]] = {}
 _guard = threading.Lock()
 
 
 class InUseError(ConfigError):
-    """Somebody else trains in the folder."""
+    """A run folder in which another process or thread trains."""
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Have a run folder, which exists, for oneself; the same thread may ask again inside.
+    """Locks an existing run folder; the same thread may lock it again inside the block.
 
     Raises:
-        InUseError: another process has it, on this host or on another that shares the file system, or another thread.
+        InUseError: another thread or process holds it, on this host or on another that shares the file system.
     """
-    place, me = folder.resolve() / LOCK, (os.getpid(), threading.get_ident())
+    file_path, me = folder.resolve() / LOCK, (os.getpid(), threading.get_ident())
     with _guard:
-        owner = _owners.get(place)
+        owner = _owners.get(file_path)
         if owner is not None and owner[0] == me[0] and owner != me:
             raise _in_use(folder, f"process {me[0]} on {socket.gethostname()}")
         if owner != me:
-            file = _locked(place, folder)
-            _owners[place] = me
+            file = _locked(file_path, folder)
+            _owners[file_path] = me
     if owner == me:
         yield
         return
@@ -50,26 +54,28 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         with _guard:
-            del _owners[place]
-            # Before the lock goes: whoever opened the file in between sees that it is no longer the one in the folder.
+            del _owners[file_path]
+            # Remove the file before releasing the lock: a process that has opened it sees that it is in no folder.
             with contextlib.suppress(OSError):
-                place.unlink()
+                file_path.unlink()
             file.close()
 
 
-def _locked(place: Path, folder: Path) -> IO[bytes]:
-    """The lock file, locked, with the name of this process in it."""
+def _locked(path: Path, folder: Path) -> IO[bytes]:
+    """Opens and locks the lock file, and writes the name of this process into it."""
     while True:
         try:
-            with explained(place):
+            with explained(path):
                 # Unbuffered, so that closing it writes nothing more.
-                file = place.open("a+b", buffering=0)
+                file = path.open("a+b", buffering=0)
         except OSError as error:
             raise ConfigError(
-                f"cannot write {place}: {error.strerror}; make it writable, or choose another folder with --out"
+                f"cannot write {path} ({error.strerror})",
+                "a folder that can be written",
+                "make it writable, or choose another folder with --out",
             ) from None
         try:
-            # POSIX locks: they end with this process and are not passed on to what it forked, and NFS serves them.
+            # POSIX record locks end with this process, a forked process does not inherit them, and NFS has them.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _HELD_ELSEWHERE:
@@ -82,14 +88,14 @@ def _locked(place: Path, folder: Path) -> IO[bytes]:
                 raise
             warn(f"{folder}: its file system has no locks, so take care that nobody else trains in it")
         try:
-            # Who had the lock may have removed the file in between.
-            mine = os.path.samestat(os.fstat(file.fileno()), place.stat())
+            # The process that held the lock may have removed the file in between.
+            mine = os.path.samestat(os.fstat(file.fileno()), path.stat())
         except FileNotFoundError:
             mine = False
         if not mine:
             file.close()
             continue
-        # The lock holds without a name too, where the disk is full.
+        # If the disk is full, the lock holds without a name.
         with contextlib.suppress(OSError):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -97,4 +103,6 @@ def _locked(place: Path, folder: Path) -> IO[bytes]:
 
 
 def _in_use(folder: Path, who: str) -> InUseError:
-    return InUseError(f"{folder} is being trained by {who}; wait until it ends, or choose another --out")
+    return InUseError(
+        f"{folder} is being trained by {who}", "a folder that no process trains in", "wait, or choose another --out"
+    )

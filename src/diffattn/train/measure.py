@@ -1,4 +1,4 @@
-"""What a training step and a checkpoint cost on this machine, measured."""
+"""Measures the seconds and the memory of a training step, and the seconds to load a checkpoint, on this machine."""
 
 from __future__ import annotations
 
@@ -21,26 +21,30 @@ from diffattn.train.torch_private import memory_events
 
 @dataclass(frozen=True)
 class StepCost:
-    """``seconds`` of a settled training step (median) and the ``peak_bytes`` of tensors alive within one."""
+    """The measured cost of a training step."""
 
     seconds: float
+    """The median seconds of a step after the first."""
     peak_bytes: int
+    """The most bytes of tensors alive at once within a step."""
 
 
 @dataclass(frozen=True)
 class LoadCost:
-    """``load_seconds`` of ``from_pretrained``, and ``first_token_seconds`` from a 32-token prompt to the next token."""
+    """The measured cost of loading a model."""
 
     load_seconds: float
+    """The median seconds of ``from_pretrained``."""
     first_token_seconds: float
+    """The median seconds from a prompt of 32 tokens to the next token."""
 
 
 def measure_step(model: DiffTransformerForCausalLM, data: PreparedData, recipe: Recipe, *, steps: int = 3) -> StepCost:
-    """Train ``model`` for a few steps (it is changed) and measure them: forward, backward, clipping, AdamW.
+    """Trains ``model`` for a few steps, which change it, and measures them: forward, backward, clipping, AdamW.
 
-    Peak memory counts what torch's allocator hands out: weights, gradients, optimizer state, activations and the
-    workspace of kernels. It leaves out the interpreter and the libraries' own code and pools, so it does not depend on
-    what ran before in the process. On CPU it is summed from the allocator's events in torch's profiler.
+    Peak memory counts the bytes that torch's allocator gives out: weights, gradients, optimizer state, activations and
+    the workspace of kernels. It leaves out the interpreter and the libraries' own code and pools, so it does not depend
+    on what ran before in the process. On CPU it is summed from the allocator's events in torch's profiler.
     """
     device = recipe.device
     model.to(device).train()
@@ -64,7 +68,7 @@ def measure_step(model: DiffTransformerForCausalLM, data: PreparedData, recipe: 
 
 
 def peak_bytes(function: Callable[[], None], alive: Iterable[Tensor], device: str) -> int:
-    """Most bytes of tensors alive at once while ``function`` runs, the tensors ``alive`` before it included.
+    """The most bytes of tensors alive at once while ``function`` runs, including the tensors ``alive`` before it.
 
     On CPU ``function`` must not free those: the profiler does not see the end of what began before it.
     """
@@ -87,7 +91,7 @@ def peak_bytes(function: Callable[[], None], alive: Iterable[Tensor], device: st
 
 
 def measure_load(folder: Path, device: str, *, repeats: int = 3) -> LoadCost:
-    """Load a model folder and give one token, several times; medians, with the files in the system's cache."""
+    """Loads a model folder and writes one token, several times; the system has the files in its cache."""
     loads, tokens = [], []
     for _ in range(repeats):
         began = time.perf_counter()

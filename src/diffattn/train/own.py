@@ -1,4 +1,4 @@
-"""What a run folder says that its run was started with, so that it goes on from any working directory."""
+"""Reads the options that a run was started with from its folder, so that it continues from any working directory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from diffattn.config_fields import is_count
 from diffattn.data.text import read_corpus
-from diffattn.errors import CheckpointError, ConfigError
+from diffattn.errors import CheckpointError, ConfigError, one_line
 from diffattn.folders import RUN, own_folder
 from diffattn.plan.shape import ModelShape
 from diffattn.sealed import read_sealed
@@ -20,7 +19,7 @@ from diffattn.train.recipe import Recipe
 
 @dataclass(frozen=True)
 class Own:
-    """The options of a run: of a shape, or of a model that is trained on (``source``)."""
+    """The options of a run, either of a shape or of an existing model that is trained further."""
 
     recipe: Recipe
     attention: str
@@ -30,15 +29,16 @@ class Own:
     text_column: str = "text"
     lossy_tokenizer: bool = False
     shape: ModelShape | None = None
-    """None, as ``match``, with a source, and where an earlier version of diffattn did not keep it."""
+    """The shape; None, like ``match``, if the run has a source or an earlier version of diffattn did not keep it."""
     match: str | None = None
     source: Path | None = None
-    """The model that it started from, in place of a shape."""
+    """The folder of the model that the run started from, instead of a shape."""
     source_digest: str | None = None
+    """The digest of that model's weights."""
 
 
 def read_own(folder: Path) -> Own:
-    """The options of a run.
+    """Reads the options of a run.
 
     Raises:
         ConfigError: there is no run, but perhaps something else.
@@ -59,7 +59,7 @@ def read_own(folder: Path) -> Own:
             or not is_count(options["context"])
             or not isinstance(lossy, bool)
         ):
-            raise TypeError("a name is no text, or a number none")
+            raise TypeError("a name is no text, or a number is none")
         return Own(
             recipe=Recipe(**config["recipe"]),
             attention=config["model"]["attention"],
@@ -74,24 +74,27 @@ def read_own(folder: Path) -> Own:
             source_digest=source["digest"] if source else None,
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged, or of another command ({error}); {WAY_OUT}") from None
+        raise CheckpointError(
+            f"{file} is damaged, or another command wrote it ({one_line(error)})", "the options of a run", WAY_OUT
+        ) from None
 
 
 def check_resumable(out: str | Path, resume: bool) -> None:
-    """Raise where a run is to be resumed and there is none."""
+    """Raises if a run is to be resumed and there is none."""
     if resume and not (Path(out) / "config.json").exists():
-        raise ConfigError(f"{out} holds no run to resume; wanted its config.json: name its folder with --out")
+        raise ConfigError(f"{out} holds no run to resume", "its config.json", "name the run's folder with --out")
 
 
-def to_keep(text: str, context: int, text_column: str, **others: Any) -> dict[str, Any]:
-    """The ``options`` of ``config.json``, of which :func:`read_own` makes what a run goes on with."""
-    shape = others.pop("shape", None)
-    kept = {"text": lasting(text), "context": context, "text_column": text_column} | others
+def to_keep(
+    text: str, context: int, text_column: str, *, shape: ModelShape | None = None, **others: object
+) -> dict[str, object]:
+    """Returns the ``options`` of ``config.json``, with which :func:`read_own` lets the run continue."""
+    kept: dict[str, object] = {"text": lasting(text), "context": context, "text_column": text_column, **others}
     return kept if shape is None else kept | {"shape": dataclasses.asdict(shape)}
 
 
 def lasting(text: str) -> str:
-    """A text's name that means the same from any working directory.
+    """Returns a name of a text that means the same in any working directory.
 
     >>> lasting("sotu")
     'sotu'
@@ -101,11 +104,11 @@ def lasting(text: str) -> str:
 
 
 def same_text(given: str, own: str, digest: str, text_column: str) -> bool:
-    """Whether a text is the one that a run has: of the same name, or another place with the same content."""
+    """Returns whether a text is that of a run: it has the same name, or another path and the same content."""
     return lasting(given) in (own, lasting(own)) or read_corpus(given, text_column=text_column).digest == digest
 
 
 def same_shape(one: ModelShape, other: ModelShape) -> bool:
-    """Whether two shapes are one but for their names."""
+    """Returns whether two shapes are equal except for their names."""
     unnamed = [dataclasses.replace(shape, name="", source="") for shape in (one, other)]
     return unnamed[0] == unnamed[1]

@@ -1,4 +1,4 @@
-"""How a model is trained, as one dataclass that is written into every run folder."""
+"""The settings of a training run, as one dataclass that is written into every run folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import get_args
 
 from diffattn.errors import ConfigError
 from diffattn.model.options import Device, Dtype
@@ -97,16 +97,16 @@ class Recipe:
         return dataclasses.replace(self, device=device, dtype=dtype)
 
     def tokens_per_step(self, context: int) -> int:
-        """Training tokens of one optimizer step."""
+        """The training tokens of one optimizer step."""
         return self.batch_size * self.gradient_accumulation * context
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, for ``config.json``."""
+    def to_dict(self) -> dict[str, object]:
+        """Returns all fields, for ``config.json``."""
         return dataclasses.asdict(self)
 
 
 def fast_bfloat16(device: str) -> bool:
-    """Says if the machine multiplies bfloat16 in hardware: CUDA with bfloat16, or a CPU with AMX or AVX512-BF16."""
+    """Returns whether the machine multiplies bfloat16 in hardware: such a GPU, or a CPU with AMX or AVX512-BF16."""
     import torch
 
     from diffattn.ops.half import multiplies

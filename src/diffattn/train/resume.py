@@ -1,4 +1,4 @@
-"""``diffattn train --resume``: a run goes on with what its own folder says."""
+"""``diffattn train --resume``: continues a run with the options in its folder."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def resume_training(
     on_stage: OnStage = unseen,
     on_note: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
-    """Continue the run in a folder with the options that it was started with, or say what it measured.
+    """Continues the run in a folder with the options that it was started with; returns its result if it is finished.
 
     Args:
         out: a folder that :func:`diffattn.train.single.train_shape` or
             :func:`diffattn.train.continued.continue_training` wrote.
-        text: where its text is now, if that was moved; the content has to be the same.
-        source: where the model is now that it started from, if that was moved.
-        shape, match: of a run whose folder does not say them, since an earlier version of diffattn began it.
+        text: the new path of its text, if that was moved; the content has to be the same.
+        source: the new path of the model that it started from, if that was moved.
+        shape, match: the shape of a run whose folder lacks it, because an earlier version of diffattn began it.
         on_progress: called after each step.
-        on_stage: called with what is done beside the steps, and how much of it is.
+        on_stage: called with each stage of the work beside the steps.
         on_note: called with a line about the text that a person should see.
 
     Raises:

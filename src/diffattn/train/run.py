@@ -1,4 +1,4 @@
-"""One training run: a model, prepared text and a recipe in; a folder with metrics, checkpoints and the model out."""
+"""Runs one training: takes a model, prepared text and a recipe; writes metrics, checkpoints and the trained model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,20 @@ from diffattn.model.trained import Trained, write_trained
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.sealed import sealed
 from diffattn.train.annealing import DexAnnealing
-from diffattn.train.callbacks import Interruption, MetricsFile, Progress, RunCallback, diverged, read_metrics, warn
+from diffattn.train.callbacks import (
+    Interruption,
+    MetricsFile,
+    MetricsRow,
+    Progress,
+    RunCallback,
+    diverged,
+    read_metrics,
+    warn,
+)
 from diffattn.train.checkpoint import checkpoints, is_sealed, last_good, prune, seal
 from diffattn.train.lock import held
 from diffattn.train.recipe import Recipe
-from diffattn.train.record import TrainResult, check_claim, kept_rows, read_result
+from diffattn.train.record import Claim, TrainResult, check_claim, kept_rows, read_result
 
 
 def train(
@@ -37,30 +46,31 @@ def train(
     out: str | Path,
     *,
     source: dict[str, str] | None = None,
-    options: dict[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
 ) -> TrainResult:
-    """Train ``model`` on ``data`` and write the folder ``out``.
+    """Trains ``model`` on ``data`` and writes the folder ``out``.
 
     The folder holds ``config.json`` (recipe, model, data), ``metrics.jsonl`` (a row per step), ``checkpoint-N``
-    (sealed with a manifest), ``model`` (``save_pretrained``) and ``result.json``. A run that was cut at any moment and
-    is resumed continues to exactly the losses of an uninterrupted one; a finished run is not trained again. Numbers
-    that were changed in any of these files are noticed, never believed: all carry seals (``diffattn.sealed``). While a
-    process trains, the folder is locked (``diffattn.train.lock``).
+    (sealed with a manifest), ``model`` (``save_pretrained``) and ``result.json``. A run that was cut off at any moment
+    and is resumed has exactly the losses of an uninterrupted one; a finished run is not trained again. All these files
+    have seals (``diffattn.sealed``), so a number that was changed in one of them is an error. While a process trains,
+    the folder is locked (``diffattn.train.lock``).
 
     Args:
-        model: float32 weights, trained in place; ``recipe.dtype`` says in what dtype products are computed.
-        data: from :func:`diffattn.data.packing.prepare_data`.
-        recipe: see :class:`Recipe`.
-        out: the run folder: new, empty, or that of a run; without ``resume`` it must not hold one.
-        source: where a pretrained model came from: its ``folder``, and the ``digest`` of its weights, by which a run is
-            resumed with the same one. The held-out loss is then also measured before the first step.
-        options: what the run is resumed with beside its recipe, kept in ``config.json``; see ``train/resume.py``.
-        resume: continue from the last good checkpoint in ``out``, or start where there is none.
+        model: a model with float32 weights, trained in place; ``recipe.dtype`` is the dtype of its matrix products.
+        data: the result of :func:`diffattn.data.packing.prepare_data`.
+        recipe: the settings of the run.
+        out: the run folder: new, empty, or that of a run; without ``resume`` it must not hold a run.
+        source: the origin of a pretrained model: its ``folder``, and the ``digest`` of its weights, so that a run is
+            resumed with the same model. The held-out loss is then also measured before the first step.
+        options: the options beside the recipe that a resumed run needs, kept in ``config.json``; see
+            ``train/resume.py``.
+        resume: continue from the last good checkpoint in ``out``, or start if there is none.
         on_progress: called after each step.
-        on_stage: called with what is done beside the steps, and how much of it is.
+        on_stage: called with each stage of the work beside the steps.
 
     Raises:
         ConfigError: ``out`` holds a run already, or something else, is being trained by another process, or cannot be
@@ -72,8 +82,8 @@ def train(
     _use_attention(model, recipe.attn_implementation)
     folder = writable_folder(own_folder(out, RUN))
     recipe = recipe.resolved()
-    claim: dict[str, Any] = {"recipe": recipe.to_dict(), "model": model.config.to_diff_dict(), "data": data.facts}
-    more = {"source": source, "options": options}
+    claim: Claim = {"recipe": recipe.to_dict(), "model": model.config.to_diff_dict(), "data": data.facts}
+    more: dict[str, Mapping[str, object] | None] = {"source": source, "options": options}
     claim |= {part: values for part, values in more.items() if values is not None}
     with held(folder):
         return _train(model, data, recipe, folder, claim, resume, on_progress, on_stage)
@@ -84,12 +94,12 @@ def _train(
     data: PreparedData,
     recipe: Recipe,
     folder: Path,
-    claim: dict[str, Any],
+    claim: Claim,
     resume: bool,
     on_progress: Callable[[Progress], None] | None,
     on_stage: OnStage,
 ) -> TrainResult:
-    """The run, in a folder that nobody else has."""
+    """Runs the training in a folder that is locked for this process."""
     check_new(folder, resume)
     if not (folder / "config.json").exists():
         write_json(folder / "config.json", sealed(claim))
@@ -127,7 +137,8 @@ def _train(
             if step < recipe.steps:
                 trainer.train(resume_from_checkpoint=str(start[1]) if start else None)
             callback.validation_blocks = len(validation)
-            # The last step has the measurement that was due there, then this one, which an earlier version's may have.
+            # The last step already has its scheduled measurement. Run the final one on all blocks unless an interrupted
+            # run did so.
             if len(metrics.held_out(recipe.steps)) == min(1, recipe.evaluations):
                 trainer.evaluate(validation)
         except KeyboardInterrupt:
@@ -144,8 +155,8 @@ def _train(
     return result
 
 
-def speed(rows: list[dict[str, Any]]) -> float:
-    """Training tokens per second from rows of metrics: the median over steps, the first ones left out."""
+def speed(rows: Sequence[MetricsRow]) -> float:
+    """The training tokens per second in rows of metrics: the median over the steps, without the first ones."""
     steps = [row for row in rows if "loss" in row]
     if len(steps) < 2:
         return steps[0]["tokens"] / steps[0]["seconds"] if steps else math.nan
@@ -158,22 +169,30 @@ def speed(rows: list[dict[str, Any]]) -> float:
 
 
 def _use_attention(model: DiffTransformerForCausalLM, name: str) -> None:
-    """Have the layer's one call served by a function of that name."""
+    """Sets the attention function that serves the layer's one call."""
     if name == "auto":
         return
     try:
         model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"attn_implementation is {name!r}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"attn_implementation is {name!r} ({str(error).splitlines()[0]})",
+            "an attention function that is installed",
+            "choose another, or auto",
+        ) from error
 
 
 def check_new(folder: Path, resume: bool) -> None:
-    """Raise where a folder holds a run that is not to be resumed, or what no run wrote where its model is to stand."""
+    """Raises if a folder holds a run that is not to be resumed, or other files where the trained model is written."""
     if (folder / "config.json").exists() and not resume:
-        raise ConfigError(f"{folder} holds a run already; continue it with --resume or choose another --out")
+        raise ConfigError(
+            f"{folder} holds a run already", "a new folder", "continue it with --resume or choose another --out"
+        )
     model = folder / "model"
     if os.path.lexists(model) and not holds_model_of_ours(model):
-        raise ConfigError(f"{model} given; the place of the trained model is wanted empty; move away what is there")
+        raise ConfigError(
+            f"{model} holds files that no run wrote", "an empty folder for the trained model", "move them away"
+        )
 
 
 def _finish(
@@ -215,7 +234,7 @@ def _finish(
 
 
 def _joined(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Blocks as rows; of a block that was cut into pieces, each piece."""
+    """Joins samples into a batch with a row per block, or a row per piece if blocks were cut into pieces."""
     ids = torch.cat([sample["input_ids"].view(-1, sample["input_ids"].shape[-1]) for sample in samples])
     return {"input_ids": ids, "labels": ids}
 
@@ -225,7 +244,7 @@ def _every(steps: int, times: int) -> int:
 
 
 def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
-    """The recipe in the words of ``transformers``."""
+    """Returns the recipe as the arguments of the Trainer of ``transformers``."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,

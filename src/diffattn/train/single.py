@@ -1,4 +1,4 @@
-"""``diffattn train``: one model of a shape, from text to a folder."""
+"""``diffattn train``: trains one model of a shape, from text to a folder."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ def train_shape(
     on_stage: OnStage = unseen,
     on_note: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
-    """Prepare text, build one variant of a shape with the recipe's seed, and train it.
+    """Prepares text, builds one variant of a shape with the recipe's seed, and trains it.
 
     Args:
-        shape: the softmax Transformer to be replaced, or its preset or TOML file.
+        shape: the softmax Transformer to be replaced, or the name of its preset or TOML file.
         attention: the variant.
-        recipe: see :class:`diffattn.train.recipe.Recipe`.
+        recipe: the settings of the run.
         out: the run folder; it must not hold a run unless ``resume``.
         text, text_column, match: see :class:`diffattn.train.options.TrainOptions`.
         context: tokens per block; default and upper limit: the shape's ``max_position_embeddings``.
         resume: continue from the last good checkpoint in ``out``.
         on_progress: called after each step.
-        on_stage: called with what is done beside the steps, and how much of it is.
+        on_stage: called with each stage of the work beside the steps.
         on_note: called with a line about the text that a person should see.
 
     Raises:
         ConfigError, DataError: nothing was written.
-        TrainingError, KeyboardInterrupt: as in :func:`diffattn.train.run.train`.
+        TrainingError, KeyboardInterrupt: the same as :func:`diffattn.train.run.train`.
     """
     shape = shape if isinstance(shape, ModelShape) else load_shape(shape)
     pair_config(shape, attention, match=match)
@@ -74,29 +74,30 @@ def train_shape(
 
 
 def check_context(shape: ModelShape, context: int | None, *, whose: str = "shape") -> int:
-    """The context asked for, or the shape's; never beyond its positions."""
+    """Returns the given context, or by default the shape's; raises if it is longer than the shape's positions."""
     context = shape.max_position_embeddings if context is None else context
     if not 2 <= context <= shape.max_position_embeddings:
         more = ", or write a shape with more positions" if whose == "shape" else ""
         raise ConfigError(
-            f"context is {context}; wanted 2 to {shape.max_position_embeddings}, the {whose}'s "
-            f"max_position_embeddings: change it{more}"
+            f"context is {context}",
+            f"2 to {shape.max_position_embeddings}, the {whose}'s max_position_embeddings",
+            f"change it{more}",
         )
     return context
 
 
 def check_out(out: str | Path, resume: bool) -> None:
-    """Raise where a run is to be resumed and there is none, or is to be started and something is there."""
+    """Raises if a run is to be resumed and there is none, or is to be started and something is there."""
     check_resumable(out, resume)
     check_new(own_folder(out, RUN), resume)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Make a run folder and have it for oneself; where an error ends the block, take away what is still empty.
+    """Makes and locks a run folder; if an error ends the block, removes the folders that are still empty.
 
     Raises:
-        InUseError: another process has it.
+        InUseError: another process trains in it.
     """
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
