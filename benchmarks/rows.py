@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from diffattn.machine import Provenance, processor_facts, processor_name
 
 
 def provenance(module: str, **machine: Any) -> dict[str, Any]:
     """The command, the versions and the machine, which every row of a run carries."""
+    here = Provenance.here()
     return {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "diffattn")},
+            "python": here.python,
+            **{name: here.packages[name] for name in ("torch", "transformers", "diffattn")},
         },
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), **machine, "load_before": round(os.getloadavg()[0], 2)},
     }
@@ -101,10 +102,7 @@ def _holds_rows(path: Path) -> bool:
 
 def _cpu() -> str:
     """The processor's name, family and model number: a virtual machine may hide what the name says elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = facts.get("model name", platform.machine())
-    return f"{name} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"
+    facts = processor_facts()
+    if not facts:
+        return processor_name()
+    return f"{processor_name()} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from diffattn.errors import ConfigError, DiffattnError
 from diffattn.files import entries, is_utf8, parse_json, resume_command, unwritable
@@ -163,7 +163,7 @@ def _is_kept(folder: Path) -> bool:
     return any(_KEPT_FILE.fullmatch(name) for name in entries(folder))
 
 
-def _object(file: Path) -> dict[str, Any] | None:
+def _object(file: Path) -> dict[str, object] | None:
     try:
         content = parse_json(file.read_bytes())
     except (OSError, ValueError):
@@ -171,7 +171,7 @@ def _object(file: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
+def _rows(file: Path) -> Iterator[dict[str, object]]:
     """Yields the objects among the first lines of a file, which may be of any origin and length."""
     try:
         with file.open("rb") as lines:

@@ -6,9 +6,10 @@ import os
 import platform
 import stat
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 
 def cache_folder() -> Path:
@@ -42,23 +43,46 @@ def is_private(folder: Path) -> bool:
     return above.st_uid in (0, os.getuid()) and (not above.st_mode & others or bool(above.st_mode & stat.S_ISVTX))
 
 
+def processor_facts() -> dict[str, str]:
+    """The facts about the first processor by Linux's names, such as ``model name``; empty on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
 def processor_name() -> str:
     """The processor's name as the system prints it, or else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    facts = processor_facts()
+    return facts.get("model name", platform.machine()) if facts else platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, Any]:
-    """The versions of the libraries and the machine that a result was measured with."""
-    import torch
+@dataclass(frozen=True)
+class Provenance:
+    """The versions and the machine that a result was measured with."""
 
-    names = ("diffattn", "torch", "transformers", "accelerate", "tokenizers")
-    return {
-        **{name: version(name) for name in names},
-        "python": platform.python_version(),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
-        "threads": torch.get_num_threads(),
-    }
+    packages: Mapping[str, str]
+    """The version of each package that can change a result."""
+    python: str
+    """The version of Python."""
+    machine: str
+    """The name of the GPU, or else of the processor."""
+    threads: int
+    """The threads that torch uses for one operation."""
+
+    @classmethod
+    def here(cls) -> Provenance:
+        """Returns the provenance of what this process measures."""
+        import torch
+
+        return cls(
+            {name: version(name) for name in ("diffattn", "torch", "transformers", "accelerate", "tokenizers")},
+            platform.python_version(),
+            torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
+            torch.get_num_threads(),
+        )
+
+    def to_json(self) -> dict[str, str | int]:
+        """Returns the ``versions`` of a result."""
+        return {**self.packages, "python": self.python, "machine": self.machine, "threads": self.threads}

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,16 @@ from diffattn.files import explained, read_object
 SEAL = "seal"
 
 
-def sealed(content: dict[str, Any]) -> dict[str, Any]:
+def sealed(content: Mapping[str, object]) -> dict[str, object]:
     """Returns the object with its seal.
 
     >>> unbroken(sealed({"val_loss": 4.5})), unbroken(sealed({"val_loss": 4.5}) | {"val_loss": 3.5})
     (True, False)
     """
-    return content | {SEAL: _seal_of(content)}
+    return {**content, SEAL: _seal_of(content)}
 
 
-def unbroken(content: dict[str, Any]) -> bool:
+def unbroken(content: Mapping[str, object]) -> bool:
     """Returns whether the object is as it was sealed; an object without a seal counts as unbroken."""
     return SEAL not in content or content[SEAL] == _seal_of(content)
 
@@ -49,7 +50,7 @@ def read_sealed(path: Path, *, way_out: str) -> dict[str, Any]:
     return content
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
+def append_row(path: Path, row: Mapping[str, object]) -> None:
     """Appends a row with its seal to a file of JSON lines, to which other processes may append at the same time.
 
     Raises:
@@ -72,6 +73,6 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
             raise
 
 
-def _seal_of(content: dict[str, Any]) -> str:
+def _seal_of(content: Mapping[str, object]) -> str:
     rest = {key: value for key, value in content.items() if key != SEAL}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

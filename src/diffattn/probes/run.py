@@ -24,7 +24,7 @@ from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import parse_json, writable_folder, write_json
 from diffattn.folders import KEPT, own_folder
 from diffattn.intervals import interval, paired_difference
-from diffattn.machine import versions
+from diffattn.machine import Provenance
 from diffattn.model.loading import load, load_config, positions_of
 from diffattn.probes.options import EvaluateOptions, StudyOptions
 from diffattn.probes.registry import load_study
@@ -166,7 +166,7 @@ def evaluate(
         models=measured,
         points=compared(found),
         axes=record.axes,
-        versions=versions(),
+        versions=Provenance.here().to_json(),
         command=command,
     )
 

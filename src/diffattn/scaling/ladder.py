@@ -19,7 +19,7 @@ from diffattn.data.text import read_corpus
 from diffattn.errors import DataError
 from diffattn.files import parse_json, writable_folder
 from diffattn.folders import LADDER, own_folder
-from diffattn.machine import versions
+from diffattn.machine import Provenance
 from diffattn.model.pairing import parameters_of
 from diffattn.plan.cost import flops_per_token
 from diffattn.plan.shape import ModelShape
@@ -251,7 +251,7 @@ class _Run:
             val_loss=result.val_loss,
             bits_per_byte=result.bits_per_byte,
             train_tokens_per_second=result.train_tokens_per_second,
-            versions=versions(),
+            versions=Provenance.here().to_json(),
             command=command,
         )
 

@@ -19,7 +19,7 @@ from diffattn.errors import ConfigError
 from diffattn.files import write_json, write_text
 from diffattn.folders import COMPARISON, own_folder
 from diffattn.intervals import pairs
-from diffattn.machine import versions
+from diffattn.machine import Provenance
 from diffattn.model.fused import serving_backend
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.pairing import build_pair, pair_config
@@ -254,7 +254,7 @@ def _result(
         variants=variants,
         pairs=pairs(variants),
         recipe=recipe,
-        versions=versions(),
+        versions=Provenance.here().to_json(),
         data=data.facts,
         seeds=list(range(study.options.seeds)),
         command=command,

@@ -6,13 +6,11 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import DynamicCache
@@ -30,7 +28,7 @@ from diffattn.plan.setting import BYTES, Setting
 from diffattn.plan.shape import ModelShape
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.study.measured_machine import forget, main_memory, measure_machine
-from diffattn.train.measure import peak_bytes
+from diffattn.train.measure import TrainingStep, median_seconds, peak_bytes
 from diffattn.variants import VARIANTS
 
 # What can be built here; the planner knows more of both.
@@ -89,24 +87,12 @@ class Subject:
 
     def training(self, repeats: int = 0) -> tuple[int, float]:
         """Peak bytes of a settled training step, and the median of its seconds where it is repeated."""
-        model = self.model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        # Else the model says at the first step that it makes no cache.
+        # Without this option a model with checkpointing warns at the first step that it makes no cache.
         options = {"use_cache": False} if self.setting.checkpointing else {}
-
-        def step(ids: Tensor = self.ids) -> None:
-            with self.autocast():
-                loss = model(ids, labels=ids, **options).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
+        step = TrainingStep(self.model, self.ids, autocast=self.autocasts, **options)
         # The first step makes the optimizer's state, which the peak of a settled one has from the start.
-        step(self.ids[:, :4])
-        states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-        peak = peak_bytes(step, [*model.parameters(), *model.buffers(), *states, self.ids], "cpu")
-        return peak, _seconds(step, repeats)
+        step(length=4)
+        return step.peak_bytes(), median_seconds(step, repeats, "cpu")
 
     @torch.no_grad()
     def prefill(self, repeats: int = 0) -> tuple[int, float]:
@@ -117,7 +103,8 @@ class Subject:
             with self.autocast():
                 model(self.ids, use_cache=True, logits_to_keep=1)
 
-        return peak_bytes(read, [*model.parameters(), *model.buffers(), self.ids], "cpu"), _seconds(read, repeats)
+        peak = peak_bytes(read, [*model.parameters(), *model.buffers(), self.ids], "cpu")
+        return peak, median_seconds(read, repeats, "cpu")
 
     @torch.no_grad()
     def decoding(self, repeats: int = 0) -> tuple[int, float]:
@@ -348,12 +335,3 @@ def _save_and_load(model: DiffTransformerForCausalLM, repeats: int) -> tuple[int
             DiffTransformerForCausalLM.from_pretrained(name)
             taken.append(time.perf_counter() - began)
     return size, statistics.median(taken)
-
-
-def _seconds(function: Callable[[], None], repeats: int) -> float:
-    taken = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken) if taken else 0.0

@@ -47,24 +47,53 @@ def measure_step(model: DiffTransformerForCausalLM, data: PreparedData, recipe: 
     on what ran before in the process. On CPU it is summed from the allocator's events in torch's profiler.
     """
     device = recipe.device
-    model.to(device).train()
+    model.to(device)
     order = TrainingOrder(data.train, seed=recipe.seed, num_samples=recipe.batch_size)
     ids = torch.stack([order[index]["input_ids"] for index in range(recipe.batch_size)]).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def step() -> None:
-        for _ in range(recipe.gradient_accumulation):
-            with torch.autocast(device, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-                loss = model(ids, labels=ids).loss
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
+    step = TrainingStep(model, ids, autocast=recipe.dtype == "bfloat16", passes=recipe.gradient_accumulation)
     step()
-    states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-    peak = peak_bytes(step, [*model.parameters(), *model.buffers(), *states, ids], device)
-    return StepCost(_median_seconds(step, steps, device), peak)
+    peak = step.peak_bytes()
+    return StepCost(median_seconds(step, steps, device), peak)
+
+
+class TrainingStep:
+    """A training step on the same tokens again and again: forward, backward, clipping, AdamW.
+
+    Args:
+        model: the model, which each step changes; it is put into training mode.
+        ids: the tokens (B, T), on the model's device.
+        autocast: compute the products of the forward pass in bfloat16.
+        passes: forward and backward passes of each step.
+        options: further arguments of each forward pass.
+    """
+
+    def __init__(
+        self, model: DiffTransformerForCausalLM, ids: Tensor, *, autocast: bool, passes: int = 1, **options: bool
+    ) -> None:
+        self.model, self.ids, self.autocast, self.passes, self.options = model.train(), ids, autocast, passes, options
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def __call__(self, length: int | None = None) -> None:
+        """Makes one step, on the first ``length`` tokens of each row."""
+        ids = self.ids[:, :length]
+        for _ in range(self.passes):
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
+                loss = self.model(ids, labels=ids, **self.options).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def peak_bytes(self) -> int:
+        """The most bytes of tensors alive within one more step; call it after a step, which makes AdamW's state."""
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        kept = [
+            *self.model.parameters(),
+            *self.model.buffers(),
+            *(s for s in states if isinstance(s, Tensor)),
+            self.ids,
+        ]
+        return peak_bytes(self, kept, self.ids.device.type)
 
 
 def peak_bytes(function: Callable[[], None], alive: Iterable[Tensor], device: str) -> int:
@@ -105,7 +134,8 @@ def measure_load(folder: Path, device: str, *, repeats: int = 3) -> LoadCost:
     return LoadCost(statistics.median(loads), statistics.median(tokens))
 
 
-def _median_seconds(function: Callable[[], None], repeats: int, device: str) -> float:
+def median_seconds(function: Callable[[], None], repeats: int, device: str) -> float:
+    """The median seconds of calls of a function; 0 without a call."""
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -113,4 +143,4 @@ def _median_seconds(function: Callable[[], None], repeats: int, device: str) -> 
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+    return statistics.median(seconds) if seconds else 0.0
