@@ -56,7 +56,7 @@ def main() -> None:
         for study in findings.together(known):
             if options.only is None or study.name in options.only:
                 name = study.name.replace(", ", "-").replace(" ", "-")
-                write_study_png(study.to_json(), options.charts / f"{name}.png")
+                write_study_png(study.table, options.charts / f"{name}.png")
 
 
 def measure(options: argparse.Namespace, known: list[Finding]) -> None:

@@ -155,7 +155,7 @@ def test_lengths_by_default(options, positions, name, wanted):
 
 def test_table_and_chart(folders, tmp_path):
     result = evaluate("noise", [folders["soft"], folders["v1a"]], SMALL["noise"], text_of(folders))
-    header, *rows = study_rows(result.to_json())
+    header, *rows = study_rows(result.table)
     assert header == ["noise", "depth of the needle", "soft", "v1a", "v1a − soft"]
     assert len(rows) == len(result.points) == 12
     first = rows[0]
@@ -165,7 +165,7 @@ def test_table_and_chart(folders, tmp_path):
     assert all(("none seen" in row[4]) == (row[4] != "–" and _crosses_zero(row[4])) for row in rows)
     # Softmax has one map, so there is nothing to compare the others with.
     assert [(row[2], row[4]) for row in rows if row[0].startswith("map_")] == [("–", "–")] * 8
-    write_study_png(result.to_json(), tmp_path / "noise.png")
+    write_study_png(result.table, tmp_path / "noise.png")
     assert (tmp_path / "noise.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -333,8 +333,8 @@ def test_depth_and_length_are_a_map(folders, tmp_path):
     assert [(point.panel, point.by, point.x) for point in result.points] == [
         ("1 needle, 1 asked for", length, depth) for length in (260, 300) for depth in (0.0, 1.0)
     ]
-    header, first, *_ = study_rows(result.to_json())
+    header, first, *_ = study_rows(result.table)
     assert header[:5] == ["retrieval", "tokens", "depth of the first needle", "soft", "v1a"]
     assert first[:3] == ["1 needle, 1 asked for", "260", "0"]
-    write_study_png(result.to_json(), tmp_path / "map.png")
+    write_study_png(result.table, tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 5000

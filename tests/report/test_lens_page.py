@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.browser import CHROMIUM, needs_chromium
+from support.browser import needs_chromium, opened
 from support.needle_model import haystack, reader
 
 from diffattn.cli.main import main
@@ -26,31 +26,6 @@ def folders(tmp_path_factory):
         reader(attention).save_pretrained(root / attention)
         tokenizer.save_pretrained(root / attention)
     return root
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as tools:
-        running = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield running
-        running.close()
-
-
-def opened(browser, folder: Path, result: dict, width: int = 1400):
-    file = folder / "lens.html"
-    file.write_text(render_lens(result.to_json()), encoding="utf-8")
-    page = browser.new_page(viewport={"width": width, "height": 1200})
-    problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.on(
-        "request",
-        lambda request: problems.append(request.url) if not request.url.startswith(("file:", "data:")) else None,
-    )
-    page.goto(file.as_uri())
-    return page, problems
 
 
 def readout(page, model: int = 0) -> dict[str, float]:
@@ -90,75 +65,71 @@ def point_at(page, canvas, query: int, key: int, count: int) -> None:
 def test_numbers_are_the_librarys_wherever_one_points(attention, folders, browser, tmp_path):
     result = lens([folders / attention], TEXT)
     ids = load(folders / attention)[1](TEXT)["input_ids"]
-    page, problems = opened(browser, tmp_path, result)
-    canvas = page.locator("section[data-model='0'] canvas").first
-    heads = result.models[0].heads
-    for layer, head in ((0, 0), (1, heads - 1), (1, 1)):
-        page.select_option("#layer", str(layer))
-        page.select_option("#head", str(head))
-        for query, key in ((len(ids) - 1, 0), (20, 17), (9, 9)):
-            point_at(page, canvas, query, key, len(ids))
-            assert readout(page) == pytest.approx(expected(folders / attention, ids, layer, head, query, key), abs=2e-6)
-    # A differential model has three maps to point at.
-    assert page.locator(".maps canvas").count() == (3 if attention.startswith("diff") else 1)
-    assert problems == []
-    page.close()
+    with opened(browser, render_lens(result), tmp_path) as page:
+        canvas = page.locator("section[data-model='0'] canvas").first
+        heads = result.models[0].heads
+        for layer, head in ((0, 0), (1, heads - 1), (1, 1)):
+            page.select_option("#layer", str(layer))
+            page.select_option("#head", str(head))
+            for query, key in ((len(ids) - 1, 0), (20, 17), (9, 9)):
+                point_at(page, canvas, query, key, len(ids))
+                assert readout(page) == pytest.approx(
+                    expected(folders / attention, ids, layer, head, query, key), abs=2e-6
+                )
+        # A differential model has three maps to point at.
+        assert page.locator(".maps canvas").count() == (3 if attention.startswith("diff") else 1)
 
 
 @needs_chromium
 def test_two_models_answer_to_one_pointer_and_to_the_keyboard(folders, browser, tmp_path):
     result = lens([folders / "diff_v1", folders / "softmax"], TEXT, answer=ANSWER)
     ids = load(folders / "softmax")[1](TEXT)["input_ids"]
-    page, problems = opened(browser, tmp_path, result)
-    page.select_option("#head", "2")
-    canvas = page.locator("section[data-model='0'] canvas").nth(2)
-    canvas.focus()
-    for key in ("ArrowUp", "ArrowUp", "ArrowLeft", "Shift+ArrowLeft"):
-        page.keyboard.press(key)
-    last = len(ids) - 1
-    reads(page, f"({last - 2}) looks at")
-    # V1 has half the heads: its head 2 is softmax' heads 4 and 5.
-    query, key = last - 2, last - 2 - 11
-    reads(page, f"({key}):")
-    assert readout(page, 0) == pytest.approx(expected(folders / "diff_v1", ids, 0, 2, query, key), abs=2e-6)
-    assert readout(page, 1) == pytest.approx(expected(folders / "softmax", ids, 0, 4, query, key), abs=2e-6)
-    facts = page.locator(".facts").all_inner_texts()
-    assert all("spread over" in text and "noise" in text and "answer" in text for text in facts)
-    # The shares of the row, by the library's map.
-    model, _ = load(folders / "softmax")
-    row = torch.tensor(attention_maps(model, torch.tensor([ids]), layer=0, head=4).map_pos[query])
-    start, end = result.answer
-    noise = (row[1:query].sum() - row[start:end].sum()) / row.sum()
-    assert f"noise {noise:.3f}" in facts[1]
-    assert f"answer {row[start:end].sum() / row.sum():.3f}" in facts[1]
-    # The token that asks can be clicked in the text, and moved by the slider.
-    page.locator("section[data-model='1'] .text span").nth(7).click()
-    reads(page, "(7) looks at")
-    assert page.locator("section[data-model='0'] .text span.query").inner_text() == result.tokens[7]
-    page.locator("#query").fill("11")
-    reads(page, "(11) looks at")
-    # What was chosen is in the address.
-    again = browser.new_page()
-    again.goto(page.url)
-    assert again.locator("#readout").inner_text() == page.locator("#readout").inner_text()
-    assert problems == []
-    page.close()
-    again.close()
+    with opened(browser, render_lens(result), tmp_path) as page:
+        page.select_option("#head", "2")
+        canvas = page.locator("section[data-model='0'] canvas").nth(2)
+        canvas.focus()
+        for key in ("ArrowUp", "ArrowUp", "ArrowLeft", "Shift+ArrowLeft"):
+            page.keyboard.press(key)
+        last = len(ids) - 1
+        reads(page, f"({last - 2}) looks at")
+        # V1 has half the heads: its head 2 is softmax' heads 4 and 5.
+        query, key = last - 2, last - 2 - 11
+        reads(page, f"({key}):")
+        assert readout(page, 0) == pytest.approx(expected(folders / "diff_v1", ids, 0, 2, query, key), abs=2e-6)
+        assert readout(page, 1) == pytest.approx(expected(folders / "softmax", ids, 0, 4, query, key), abs=2e-6)
+        facts = page.locator(".facts").all_inner_texts()
+        assert all("spread over" in text and "noise" in text and "answer" in text for text in facts)
+        # The shares of the row, by the library's map.
+        model, _ = load(folders / "softmax")
+        row = torch.tensor(attention_maps(model, torch.tensor([ids]), layer=0, head=4).map_pos[query])
+        start, end = result.answer
+        noise = (row[1:query].sum() - row[start:end].sum()) / row.sum()
+        assert f"noise {noise:.3f}" in facts[1]
+        assert f"answer {row[start:end].sum() / row.sum():.3f}" in facts[1]
+        # The token that asks can be clicked in the text, and moved by the slider.
+        page.locator("section[data-model='1'] .text span").nth(7).click()
+        reads(page, "(7) looks at")
+        assert page.locator("section[data-model='0'] .text span.query").inner_text() == result.tokens[7]
+        page.locator("#query").fill("11")
+        reads(page, "(11) looks at")
+        # What was chosen is in the address.
+        again = browser.new_page()
+        again.goto(page.url)
+        assert again.locator("#readout").inner_text() == page.locator("#readout").inner_text()
+        again.close()
 
 
 @needs_chromium
 def test_page_fits_a_telephone_and_a_desk(folders, browser, tmp_path):
     result = lens([folders / "diff_v2", folders / "softmax"], TEXT)
     for width in (400, 1400):
-        page, problems = opened(browser, tmp_path, result, width)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        columns = {
-            round(box["x"])
-            for box in (c.bounding_box() for c in page.locator("section[data-model='0'] .maps canvas").all())
-        }
-        assert len(columns) == (1 if width == 400 else 3)
-        assert problems == []
-        page.close()
+        with opened(browser, render_lens(result), tmp_path, width=width) as page:
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            columns = {
+                round(box["x"])
+                for box in (c.bounding_box() for c in page.locator("section[data-model='0'] .maps canvas").all())
+            }
+            assert len(columns) == (1 if width == 400 else 3)
 
 
 @needs_chromium
@@ -171,27 +142,25 @@ def test_a_thousand_tokens_stay_smooth(folders, browser, tmp_path):
     result = lens([folders / "diff_v2"], text, layers=[1])
     count = len(result.tokens)
     assert count > 1000
-    page, problems = opened(browser, tmp_path, result)
-    canvas = page.locator("canvas").first
-    box = canvas.bounding_box()
-    seconds = page.evaluate(
-        """async ([x, y, width]) => {
-            const canvas = document.querySelector(".maps canvas");
-            const began = performance.now();
-            for (let i = 0; i < 60; i++) {
-                canvas.dispatchEvent(new PointerEvent("pointermove", {clientX: x + i, clientY: y + width / 2 + i}));
-                await new Promise(requestAnimationFrame);
-            }
-            return (performance.now() - began) / 1000;
-        }""",
-        [box["x"], box["y"], box["width"]],
-    )
-    assert seconds < 6
-    point_at(page, canvas, 700, 350, count)
-    right = expected(folders / "diff_v2", tokenizer(text)["input_ids"], 1, 0, 700, 350)
-    assert readout(page) == pytest.approx(right, abs=2e-4)
-    assert problems == []
-    page.close()
+    with opened(browser, render_lens(result), tmp_path) as page:
+        canvas = page.locator("canvas").first
+        box = canvas.bounding_box()
+        seconds = page.evaluate(
+            """async ([x, y, width]) => {
+                const canvas = document.querySelector(".maps canvas");
+                const began = performance.now();
+                for (let i = 0; i < 60; i++) {
+                    canvas.dispatchEvent(new PointerEvent("pointermove", {clientX: x + i, clientY: y + width / 2 + i}));
+                    await new Promise(requestAnimationFrame);
+                }
+                return (performance.now() - began) / 1000;
+            }""",
+            [box["x"], box["y"], box["width"]],
+        )
+        assert seconds < 6
+        point_at(page, canvas, 700, 350, count)
+        right = expected(folders / "diff_v2", tokenizer(text)["input_ids"], 1, 0, 700, 350)
+        assert readout(page) == pytest.approx(right, abs=2e-4)
 
 
 def test_long_texts_are_kept_in_half_precision_and_too_long_ones_refused(folders, monkeypatch):
@@ -203,7 +172,7 @@ def test_long_texts_are_kept_in_half_precision_and_too_long_ones_refused(folders
 
 
 def test_what_the_page_holds_cannot_end_its_data(folders):
-    page = render_lens(lens([folders / "softmax"], "</script><!-- <b> Lima & rain").to_json())
+    page = render_lens(lens([folders / "softmax"], "</script><!-- <b> Lima & rain"))
     assert page.count("<script") == 2
     assert "<!--" not in page
     assert "http" not in page.split("</style>")[1].split('id="data"')[0]
@@ -211,7 +180,7 @@ def test_what_the_page_holds_cannot_end_its_data(folders):
 
 def test_pictures(folders, tmp_path):
     result = lens([folders / "diff_v1", folders / "softmax"], "Lima is old", picture=(1, 3))
-    written = write_lens_pngs(result.to_json(), tmp_path / "maps.png")
+    written = write_lens_pngs(result, tmp_path / "maps.png")
     assert [path.name for path in written] == ["maps.png", "maps-softmax.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
     with pytest.raises(ConfigError, match=r"layer 1 and head 6 given.*layers 0 to 2 and heads 0 to 5"):

@@ -105,7 +105,7 @@ def test_the_table_says_what_is_seen() -> None:
     rows += [row("gated", seed, 3.0 + 0.9 * seed) for seed in range(3)]
     rows += [row("diff_v2+no_lambda", 0, 3.0)]
     result = ablation(rows)
-    table = {line[0]: line for line in ablation_rows(result.to_json())[1:]}
+    table = {line[0]: line for line in ablation_rows(result)[1:]}
     assert list(table) == ["softmax", "gated", "diff_v1", "diff_v1+no_norm", "diff_v2+no_lambda"]
     assert [line[-1] for line in table.values()] == ["", "none seen", "better", "worse", ""]
     assert table["diff_v1"][3:5] == ["softmax", "−0.0990"]
@@ -138,5 +138,5 @@ def test_heads_that_cannot_be_halved() -> None:
 
 def test_the_chart_names_what_each_arm_is_compared_with(tmp_path: Path) -> None:
     rows = [row(name, seed, 3.0 + 0.1 * seed + 0.01 * place) for place, name in enumerate(ARMS) for seed in range(3)]
-    write_ablation_png(ablation(rows).to_json(), tmp_path / "chart.png")
+    write_ablation_png(ablation(rows), tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 20_000

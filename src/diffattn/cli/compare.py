@@ -35,11 +35,11 @@ def compare(options: CompareOptions, *, out: Path | None = None, resume: bool = 
             on_note=console.note,
             on_stage=console,
             on_progress=lambda attention, seed, step: console.progress(f"{attention} seed {seed}", step),
-        ).to_json()
+        )
     console.table(result)
     console.note(f"report: {console.folder / 'report.html'}")
     if json:
-        print_json(result)
+        print_json(result.to_json())
     return 0
 
 

@@ -45,12 +45,12 @@ def __getattr__(study: str) -> Callable[..., int]:
             result = evaluate(
                 study, models, options, shared, command=console.command, on_progress=console.counted,
                 on_stage=console, on_note=console.note,
-            ).to_json()  # fmt: skip
-        console.rows(study_rows(result))
+            )  # fmt: skip
+        console.rows(study_rows(result.table))
         if png is not None:
-            write_study_png(result, png)
+            write_study_png(result.table, png)
         if json:
-            print_json(result)
+            print_json(result.to_json())
         return 0
 
     verb.__annotations__["options"] = record.options

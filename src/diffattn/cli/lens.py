@@ -53,11 +53,10 @@ def lens(
             models, **vars(options), picture=None if png is None else (layer, head), **vars(load),
             command=command_line(), on_stage=board,
         )  # fmt: skip
-    result = seen.to_json()
     if png is not None:
-        write_lens_pngs(result, png)
-    write_text(html, render_lens(result))
+        write_lens_pngs(seen, png)
+    write_text(html, render_lens(seen))
     board.note(f"{html} shows {len(seen.tokens)} tokens; open it in a browser")
     if json:
-        print_json(result)
+        print_json(seen.to_json())
     return 0

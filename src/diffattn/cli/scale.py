@@ -72,12 +72,12 @@ def ablation(
 
         check_files(png=png)
         rows = _trained(ladder, out, console)
-    result = of_rows(rows, command=console.command).to_json()
+    result = of_rows(rows, command=console.command)
     console.rows(ablation_rows(result))
     if png is not None:
         write_ablation_png(result, png)
     if json:
-        print_json(result)
+        print_json(result.to_json())
     return 0
 
 
@@ -115,11 +115,10 @@ def scale_fit(
         from diffattn.report.scaling_page import equivalence_rows, number_rows, render_scaling, write_scaling_png
         from diffattn.scaling.fit import fit_scaling
 
-        fit = fit_scaling(
+        result = fit_scaling(
             points, size=options.size, at=sizes, bootstrap=options.bootstrap, seed=options.seed,
             command=command_line(), on_stage=board,
         )  # fmt: skip
-    result = fit.to_json()
     show(equivalence_rows(result))
     show(number_rows(result))
     if png is not None:
@@ -127,5 +126,5 @@ def scale_fit(
     if html is not None:
         write_text(html, render_scaling(result))
     if json:
-        print_json(result)
+        print_json(result.to_json())
     return 0

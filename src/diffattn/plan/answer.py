@@ -55,7 +55,7 @@ def plan(
     return Plan(
         model=first,
         against=second,
-        ratios=_ratio_rows(estimates, parallel=setting.fsdp * setting.tp > 1),
+        ratios=ratio_rows(estimates, parallel=setting.fsdp * setting.tp > 1),
         backends=rows,
         setting=setting,
         command=command,
@@ -110,7 +110,8 @@ _ROWS = (
 )
 
 
-def _ratio_rows(estimates: list[Estimate], *, parallel: bool) -> list[RatioRow]:
+def ratio_rows(estimates: list[Estimate], *, parallel: bool) -> list[RatioRow]:
+    """Returns the quantities of one estimate or two in one setting, one a row; of one rank too where ``parallel``."""
     rows = []
     for key, label, written, unit, path in _ROWS:
         if key.startswith("rank_") and not parallel:

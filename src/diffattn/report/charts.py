@@ -1,149 +1,186 @@
-"""What every figure of a report shares: one look per variant, sizes in CSS pixels, an SVG that any browser shows.
+"""The parts that every chart of a report shares: one look per variant, one theme, the specification and the PNG.
 
-A figure is measured in units of 1/72 inch, matplotlib's point: a unit is one CSS pixel when the figure is shown at
-its own width, so a font size here is the size that is read. matplotlib is imported when a figure is drawn.
+A chart is declared once, as data and encodings of Altair. A page draws its specification at the width that there is,
+and a PNG is the same specification drawn by vl-convert. What is neither a variant nor a shade has the colour of the
+text around it (``currentColor``), so that one specification serves light pages and dark ones. Numbers that a person
+reads are written by ``diffattn.humanize`` and lie in the data; only the round numbers of an axis are written by Vega,
+by the rules in ``COUNT_TICKS`` and ``BYTE_TICKS``. altair is imported when a chart is made, vl-convert for a PNG or a
+page.
 """
 
-import base64
-import io
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, TypeAlias
 
 from diffattn.files import GENERATOR, write_bytes
+from diffattn.variants import ATTENTIONS, Look
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    import altair as alt
 
-WIDE, NARROW = 1100, 376
-INK, MUTED, GRID = "#1b1f24", "#57606a", "#d8dee4"
-FONT_STACK = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
+    AnyChart: TypeAlias = alt.Chart | alt.LayerChart | alt.HConcatChart | alt.VConcatChart | alt.ConcatChart
 
+Row: TypeAlias = Mapping[str, object]
 
-class Look(NamedTuple):
-    """Colour (Okabe and Ito's set, safe for the colour-blind) and line style: a variant is known by either."""
+INK, PAPER = "currentColor", "#ffffff"
+SOLID = [1, 0]
+# The colour that currentColor has in a PNG.
+PNG_INK = "#1b1f24"
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
+# 20000000 is 20M and 2000000000 is 2B, as everywhere here; Vega's own letter for 10^9 is G.
+COUNT_TICKS = "replace(format(datum.value, '~s'), 'G', 'B')"
+# A minus sign is as wide as a plus.
+SIGNED_TICKS = "datum.value === 0 ? '0' : replace(format(datum.value, '+.3~g'), '-', '−')"
+# A power of 1024 for the unit, and what is left of the number before it.
+_POWER = "max(0, min(5, floor(log(max(datum.value, 1)) / log(1024) + 1e-9)))"
+BYTE_TICKS = (
+    f"format(datum.value / pow(1024, {_POWER}), '.3~g') + ' ' + ['B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB'][{_POWER}]"
+)
 
-    colour: str
-    line: Any
-
-
-LOOKS = {
-    "softmax": Look("#222222", "-"),
-    "diff_v1": Look("#0072B2", (0, (5, 2))),
-    "diff_v2": Look("#D55E00", (0, (6, 2, 1.5, 2))),
-    "gated": Look("#009E73", (0, (1.5, 1.5))),
+_QUIET = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12.5, "titleFontWeight": "normal"}
+CONFIG = {
+    # The page's own paper; a PNG is given a white one.
+    "background": None,
+    "font": FONT,
+    "view": {"stroke": None},
+    "axis": _QUIET
+    | {"labelOpacity": 0.8, "gridColor": INK, "gridOpacity": 0.12, "domainColor": INK, "domainOpacity": 0.5}
+    | {"tickColor": INK, "tickOpacity": 0.5, "labelSeparation": 6},
+    "legend": _QUIET
+    | {"title": None, "symbolStrokeWidth": 2, "symbolBaseFillColor": INK, "symbolBaseStrokeColor": INK},
+    "title": {"color": INK, "subtitleColor": INK, "anchor": "start", "fontSize": 14, "subtitleFontSize": 12},
+    "text": {"color": INK, "fontSize": 12.5},
+    "rule": {"color": INK},
+    "range": {"category": [INK]},
 }
+
+
+# Looks of what is no variant.
 MORE_LOOKS = (
-    Look("#B0548A", (0, (9, 3))),
-    Look("#8A6A00", (0, (3, 1, 1, 1, 1, 1))),
-    Look("#4B6A9B", (0, (1, 1, 4, 1))),
+    Look("#B0548A", "#e08dbd", (10, 3), "diamond"),
+    Look("#8A6A00", "#d9b43a", (3, 1, 1, 1, 1, 1), "cross"),
+    Look("#4B6A9B", "#8fb0e3", (1, 1, 5, 1), "triangle-right"),
 )
 
 
 def look(name: str, names: Sequence[str]) -> Look:
-    """The look of a variant; those that have none of their own take one by their place in `names`."""
-    if name in LOOKS:
-        return LOOKS[name]
-    others = [other for other in names if other not in LOOKS]
+    """The look of a variant; what is none, such as an ablation's arm, takes one by its place in ``names``."""
+    if name in ATTENTIONS:
+        return ATTENTIONS[name].look
+    others = [other for other in names if other not in ATTENTIONS]
     return MORE_LOOKS[others.index(name) % len(MORE_LOOKS)]
 
 
-class Image(NamedTuple):
-    """An SVG as a data address, with its size in CSS pixels."""
+def colour_of(field: str, names: Sequence[str], legend: alt.Legend | None = None) -> alt.Color:
+    """The encoding of a variant as its colour."""
+    import altair as alt
 
-    uri: str
-    width: int
-    height: int
-
-
-class Picture(NamedTuple):
-    """One figure for wide screens and one for narrow ones, with the words for those who see neither."""
-
-    wide: Image
-    narrow: Image
-    alt: str
+    scale = alt.Scale(domain=list(names), range=[look(name, names).colour for name in names])
+    return alt.Color(field, type="nominal", scale=scale, legend=legend)
 
 
-def picture(draw: "Callable[[bool], Figure]", alt: str) -> Picture:
-    """Both renderings of a figure; `draw` is told whether the screen is wide."""
-    with style():
-        return Picture(svg(draw(True)), svg(draw(False)), alt)
+def dash_of(field: str, names: Sequence[str], legend: alt.Legend | None = None) -> alt.StrokeDash:
+    """The encoding of a variant as the dashes of its line."""
+    import altair as alt
+
+    scale = alt.Scale(domain=list(names), range=[list(look(name, names).dash) or SOLID for name in names])
+    return alt.StrokeDash(field, type="nominal", scale=scale, legend=legend)
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    """matplotlib as the reports want it, whatever the user's own settings; they come back at the end."""
-    import matplotlib.style
+def mark_of(field: str) -> alt.Shape:
+    """The encoding of a field that holds shapes by Vega's names: the legend of another encoding keeps its symbols."""
+    import altair as alt
 
-    settings = {
-        "font.family": "DejaVu Sans",
-        "font.size": 12,
-        "axes.edgecolor": MUTED,
-        "axes.labelcolor": INK,
-        "axes.labelsize": 12,
-        "axes.titlesize": 13,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "grid.color": GRID,
-        "grid.linewidth": 0.8,
-        "text.color": INK,
-        "text.hinting": "none",
-        # A token such as "$x$" is text, not a formula.
-        "text.parse_math": False,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK,
-        "xtick.labelsize": 11,
-        "ytick.labelsize": 11,
-        "legend.frameon": False,
-        "legend.fontsize": 12,
-        # Text stays text, and the same figure gives the same bytes.
-        "svg.fonttype": "none",
-        "svg.hashsalt": "diffattn",
+    return alt.Shape(field, type="nominal", scale=None, legend=None)
+
+
+def line_legend(columns: int = 4) -> alt.Legend:
+    """A legend above a chart, whose symbols are pieces of the lines."""
+    import altair as alt
+
+    return alt.Legend(
+        orient="top", symbolType="stroke", symbolSize=500, symbolOpacity=1, columns=columns, columnPadding=14
+    )
+
+
+def tooltips(**titles: str) -> list[alt.Tooltip]:
+    """What is shown where one points: fields of the data, each with its title."""
+    import altair as alt
+
+    return [alt.Tooltip(field, type="nominal", title=title) for field, title in titles.items()]
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """The ticks of a logarithmic axis: 1, 2 and 5 times each power of ten.
+
+    >>> round_numbers(300, 2100)
+    [500.0, 1000.0, 2000.0]
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [step * 10.0**power for power in powers for step in (1, 2, 5) if low <= step * 10.0**power <= high]
+
+
+def data_of(rows: Sequence[Row]) -> alt.Data:
+    """Rows as data of a chart."""
+    import altair as alt
+
+    return alt.Data(values=[dict(row) for row in rows])
+
+
+def layered(layers: Sequence[alt.Chart], data: alt.Data | None = None) -> alt.LayerChart:
+    """Charts on top of each other; ``data`` is what those draw that have no data of their own."""
+    import altair as alt
+
+    return alt.LayerChart(data=alt.Undefined if data is None else data, layer=list(layers))
+
+
+def specification(chart: AnyChart) -> dict[str, object]:
+    """The chart as JSON-able data in Vega-Lite's words, with the theme."""
+    # Altair checks each part as it is made; a second check of the whole would read every row of the data.
+    found: dict[str, object] = chart.to_dict(validate=False)
+    return found | {"config": CONFIG}
+
+
+def png(chart: AnyChart, *, width: int | None = None) -> bytes:
+    """The chart as a PNG that says which program made it.
+
+    Args:
+        chart: what to draw.
+        width: of the picture, in pixels. Default: None, twice the chart's own width.
+    """
+    import vl_convert
+
+    found = specification(chart) | {"background": PAPER, "padding": 12}
+    svg = vl_convert.vegalite_to_svg(found).replace("<svg ", f'<svg color="{PNG_INK}" ', 1)
+    own = float(svg.split(' width="', 1)[1].split('"', 1)[0])
+    return _signed_and_small(vl_convert.svg_to_png(svg, scale=2 if width is None else width / own))
+
+
+def _signed_and_small(made: bytes) -> bytes:
+    """A PNG with the name of this program in it, and compressed well: its pixels stay as they are."""
+    header, pixels, place = b"", b"", 8
+    while place < len(made):
+        length, kind = struct.unpack(">I4s", made[place : place + 8])
+        content = made[place + 8 : place + 8 + length]
+        header, pixels = (content, pixels) if kind == b"IHDR" else (header, pixels + content * (kind == b"IDAT"))
+        place += length + 12
+    chunks = {
+        b"IHDR": header,
+        b"tEXt": f"Software\0{GENERATOR}".encode("latin-1"),
+        b"IDAT": zlib.compress(zlib.decompress(pixels), 9),
+        b"IEND": b"",
     }
-    with matplotlib.style.context(["default", settings]), warnings.catch_warnings():
-        # The browser has the fonts for a token in another script; matplotlib only measures it.
-        warnings.filterwarnings("ignore", message=r".*[Gg]lyph .*missing from.*")
-        warnings.filterwarnings("ignore", message="Matplotlib currently does not support .* natively")
-        yield
+    parts = [kind + content for kind, content in chunks.items()]
+    return made[:8] + b"".join(
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts
+    )
 
 
-def figure(width: float, height: float) -> "Figure":
-    """An empty figure of this size in CSS pixels."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="white")
-
-
-def axes(fig: "Figure", left: float, top: float, width: float, height: float) -> "Axes":
-    """Axes at this place, in CSS pixels from the top left corner."""
-    total_width, total_height = fig.get_figwidth() * 72, fig.get_figheight() * 72
-    bottom = total_height - top - height
-    return fig.add_axes((left / total_width, bottom / total_height, width / total_width, height / total_height))
-
-
-def write_png(fig: "Figure", path: str | Path, *, dpi: int = 144) -> None:
-    """The figure as a PNG that says which program made it, whole or not at all."""
-    target = io.BytesIO()
-    fig.savefig(target, format="png", dpi=dpi, metadata={"Software": GENERATOR})
-    write_bytes(Path(path), target.getvalue())
-
-
-def svg(fig: "Figure") -> Image:
-    """The figure as a data address that asks nothing of the network."""
-    target = io.StringIO()
-    nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
-    fig.savefig(target, format="svg", metadata=nothing)
-    text = target.getvalue()
-    # The prologue names a document type by its address; a browser needs neither.
-    text = text[text.index("<svg") :].replace("'DejaVu Sans'", FONT_STACK)
-    encoded = base64.b64encode(text.encode()).decode("ascii")
-    width, height = round(fig.get_figwidth() * 72), round(fig.get_figheight() * 72)
-    return Image(f"data:image/svg+xml;base64,{encoded}", width, height)
+def write_png(chart: AnyChart, path: str | Path, *, width: int | None = None) -> None:
+    """Write the chart as a PNG, whole or not at all; arguments as of ``png``."""
+    write_bytes(Path(path), png(chart, width=width))

@@ -1,43 +1,46 @@
-"""Loss curves: every seed of every variant, training and validation, against the tokens seen."""
+"""Loss curves: every seed of every variant, training and held-out, against the tokens seen."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from diffattn.humanize import count, loss
 from diffattn.report import charts
+from diffattn.results.comparison import CurvePoint, LossCurve
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    import altair as alt
 
-Curves = Sequence[dict[str, Any]]
+Curves = Sequence[LossCurve]
+Part = Literal["train", "validation"]
 
-MARKERS = "os^Dv<>P"
+PARTS: dict[Part, str] = {"train": "Training", "validation": "Held-out text"}
+MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "triangle-left", "triangle-right", "cross")
 SMOOTH_ABOVE = 100
-MOST_POINTS = 300
-LEGEND_ROW, SEEDS_IN_A_ROW = 20, 5
+MOST_POINTS = 200
 
 
 def names_of(curves: Curves) -> list[str]:
     """The variants, in the order of their first run."""
-    return list(dict.fromkeys(curve["attention"] for curve in curves))
+    return list(dict.fromkeys(curve.attention for curve in curves))
 
 
 def seeds_of(curves: Curves) -> list[int]:
     """The seeds, in the order of their first run."""
-    return list(dict.fromkeys(curve["seed"] for curve in curves))
+    return list(dict.fromkeys(curve.seed for curve in curves))
 
 
 def smoothing(curves: Curves) -> int:
     """Steps of the moving average: 1 (none) up to 100 points, then a fiftieth of the longest run."""
-    longest = max((len(curve["train"]) for curve in curves), default=0)
+    longest = max((len(curve.train) for curve in curves), default=0)
     return 1 if longest <= SMOOTH_ABOVE else max(5, longest // 50)
 
 
-def smooth(values: "np.ndarray", window: int) -> "np.ndarray":
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """The centred moving average; at the ends over the points that there are.
 
     >>> smooth(np.array([1.0, 2.0, 6.0]), 3).tolist()
@@ -49,14 +52,23 @@ def smooth(values: "np.ndarray", window: int) -> "np.ndarray":
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
-def points(series: Sequence[dict[str, Any]]) -> tuple["np.ndarray", "np.ndarray"]:
+def points(series: Sequence[CurvePoint]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and losses; a loss that was not a number leaves a gap."""
-    tokens = np.array([point["tokens"] for point in series], dtype=float)
-    losses = np.array([math.nan if point["loss"] is None else point["loss"] for point in series], dtype=float)
+    tokens = np.array([point.tokens for point in series], dtype=float)
+    losses = np.array([math.nan if point.loss is None else point.loss for point in series], dtype=float)
     return tokens, losses
 
 
-def loss_range(drawn: Sequence[tuple["np.ndarray", "np.ndarray"]]) -> tuple[float, float] | None:
+def drawn_points(curve: LossCurve, part: Part, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """The points of one run as they are drawn: those of the training smoothed and thinned, the others as they are."""
+    tokens, losses = points(getattr(curve, part))
+    if part != "train":
+        return tokens, losses
+    keep = np.unique(np.linspace(0, len(tokens) - 1, min(len(tokens), MOST_POINTS)).astype(int))
+    return tokens[keep], smooth(losses, window)[keep]
+
+
+def loss_range(drawn: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float] | None:
     """A range that holds everything after the first quarter of the tokens: the start must not flatten the end."""
     finite = [(tokens[np.isfinite(losses)], losses[np.isfinite(losses)]) for tokens, losses in drawn]
     finite = [pair for pair in finite if len(pair[0])]
@@ -70,101 +82,72 @@ def loss_range(drawn: Sequence[tuple["np.ndarray", "np.ndarray"]]) -> tuple[floa
     return low - margin, high + margin
 
 
-def draw_curves(ax: "Axes", curves: Curves, part: str) -> None:
-    """One panel: `part` is "train" or "validation"."""
-    names, seeds = names_of(curves), seeds_of(curves)
-    window = smoothing(curves)
-    drawn = []
-    for curve in curves:
-        tokens, losses = points(curve[part])
-        colour, line = charts.look(curve["attention"], names)
-        marker = MARKERS[seeds.index(curve["seed"]) % len(MARKERS)]
-        if part == "train":
-            losses = smooth(losses, window)
-            keep = np.unique(np.linspace(0, len(tokens) - 1, min(len(tokens), MOST_POINTS)).astype(int))
-            tokens, losses = tokens[keep], losses[keep]
-            # A run of one step has no line to show.
-            ax.plot(tokens, losses, color=colour, linestyle=line, linewidth=1.1, marker="." if len(tokens) == 1 else "")
-        else:
-            ax.plot(tokens, losses, color=colour, linestyle=line, linewidth=1.2, marker=marker, markersize=4.5)
-        drawn.append((tokens, losses))
-    if (limits := loss_range(drawn)) is not None:
-        ax.set_ylim(*limits)
-    label_axes(ax)
+def curve_chart(curves: Curves, part: Part) -> alt.LayerChart:
+    """One panel: a line per run, which names its numbers where one points; ``part`` is "train" or "validation"."""
+    import altair as alt
 
-
-def label_axes(ax: "Axes") -> None:
-    """Both axes named, with few and short ticks."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    ax.set_xlabel("training tokens")
-    ax.set_ylabel("loss (nats per token)")
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
-    ax.yaxis.set_major_locator(MaxNLocator(nbins=7))
-    ax.grid(True)
-
-
-def draw_legend(fig: "Figure", curves: Curves, columns: int, left: float = 0.0, top: float = 2.0) -> None:
-    """Variants by colour and line, under them seeds by marker; `left` and `top` are in CSS pixels."""
-    from matplotlib.lines import Line2D
-
-    names, width, height = names_of(curves), fig.get_figwidth() * 72, fig.get_figheight() * 72
-    variants, seeds = [], []
-    for name in names:
-        colour, line = charts.look(name, names)
-        variants.append(Line2D([], [], color=colour, linestyle=line, linewidth=1.8, label=name))
-    for place, seed in enumerate(seeds_of(curves)):
-        marker = MARKERS[place % len(MARKERS)]
-        look: dict[str, Any] = {"color": charts.MUTED, "marker": marker, "markersize": 5, "linestyle": ""}
-        seeds.append(Line2D([], [], label=f"seed {seed}", **look))
-    for handles, length, ncols in ((variants, 2.6, columns), (seeds, 0.8, max(columns, SEEDS_IN_A_ROW))):
-        shape: dict[str, Any] = {"handlelength": length, "columnspacing": 1.4, "handletextpad": 0.6, "borderpad": 0}
-        corner = (left / width, 1 - top / height)
-        fig.legend(handles=handles, ncols=ncols, loc="upper left", bbox_to_anchor=corner, borderaxespad=0, **shape)
-        top += LEGEND_ROW * math.ceil(len(handles) / ncols)
-
-
-def legend_height(curves: Curves, columns: int) -> int:
-    """The room in CSS pixels that the legend takes."""
-    seed_rows = math.ceil(len(seeds_of(curves)) / max(columns, SEEDS_IN_A_ROW))
-    return LEGEND_ROW * (math.ceil(len(names_of(curves)) / columns) + seed_rows)
-
-
-def curve_figure(curves: Curves, wide: bool) -> "Figure":
-    """Training beside validation on a wide screen, above it on a narrow one."""
-    columns = 8 if wide else 3
-    top = legend_height(curves, columns) + 36
-    panel, gap = (330, 0) if wide else (235, 78)
-    left = 58 if wide else 50
-    width = (charts.WIDE - 2 * left - 30) / 2 if wide else charts.NARROW - left - 18
-    height = top + panel + 48 if wide else top + 2 * panel + gap + 48
-    fig = charts.figure(charts.WIDE if wide else charts.NARROW, height)
-    for place, (part, title) in enumerate((("train", "Training"), ("validation", "Validation"))):
-        across = left + place * (width + left + 14) if wide else left
-        down = top if wide else top + place * (panel + gap)
-        ax = charts.axes(fig, across, down, width, panel)
-        draw_curves(ax, curves, part)
-        ax.set_title(title)
-    draw_legend(fig, curves, columns, left=4)
-    return fig
+    names, window = names_of(curves), smoothing(curves)
+    drawn = [drawn_points(curve, part, window) for curve in curves]
+    rows = [
+        {
+            "variant": curve.attention,
+            "seed": f"seed {curve.seed}",
+            "tokens": float(at),
+            # A gap in JSON is null.
+            "loss": float(value) if math.isfinite(value) else None,
+            "tokens seen": count(float(at)),
+            "loss in digits": loss(float(value)),
+        }
+        for curve, (tokens, losses) in zip(curves, drawn, strict=True)
+        for at, value in zip(tokens, losses, strict=True)
+    ]
+    limits = loss_range(drawn)
+    losses = alt.Scale(zero=False) if limits is None else alt.Scale(domain=list(limits), zero=False, nice=False)
+    seeds = [f"seed {seed}" for seed in seeds_of(curves)]
+    shapes = alt.Scale(domain=seeds, range=[MARKERS[place % len(MARKERS)] for place in range(len(seeds))])
+    chosen = alt.selection_point(fields=["variant"], bind="legend", name=f"chosen_{part}")
+    hovered = alt.selection_point(on="pointerover", empty=False, name=f"hovered_{part}")
+    every = alt.Chart().encode(
+        x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(labelExpr=charts.COUNT_TICKS, tickCount=5)),
+        y=alt.Y("loss:Q", title="loss (nats per token)", scale=losses, axis=alt.Axis(tickCount=7)),
+        color=charts.colour_of("variant", names, charts.line_legend()),
+    )
+    lines = every.mark_line(clip=True, strokeWidth=1.5).encode(
+        strokeDash=charts.dash_of("variant", names, charts.line_legend()),
+        detail="seed:N",
+        opacity=alt.condition(chosen, alt.value(1), alt.value(0.12)),
+    )
+    # The marks of a training lie close together, so they are seen only where one points.
+    resting = 0 if part == "train" and len(rows) > len(curves) else 1
+    shown, faint = alt.value(resting), alt.value(0.12 * resting)
+    seen = alt.when(hovered).then(alt.value(1)).when(chosen).then(shown).otherwise(faint)
+    marks = every.mark_point(clip=True, filled=True, size=36).encode(
+        shape=alt.Shape("seed:N", scale=shapes, legend=alt.Legend(orient="bottom", columns=3) if resting else None),
+        opacity=seen,
+        tooltip=charts.tooltips(
+            **{"variant": "variant", "seed": "run", "tokens seen": "training tokens", "loss in digits": "loss"}
+        ),
+    )
+    layers = charts.layered([lines, marks], charts.data_of(rows)).add_params(chosen, hovered)
+    return layers.properties(title=PARTS[part], description=curve_alt(curves, part), width="container", height=310)
 
 
 def curve_caption(curves: Curves) -> str:
-    """What was done to the curves, in words."""
+    """The words for what was done to the curves."""
     window = smoothing(curves)
     how = f"a moving average over {window} steps" if window > 1 else "every step"
     return (
-        f"One line per seed. Training: {how}. Validation: every evaluation. "
-        "The loss axis fits what follows the first quarter of the tokens; the start may lie above the frame."
+        f"One line per seed. Training: {how}. Held-out text: every evaluation. The loss axis fits what follows "
+        "the first quarter of the tokens; the start may lie above the frame. Point at a line for its numbers; press a "
+        "name in the legend to see it alone."
     )
 
 
-def curve_alt(curves: Curves) -> str:
-    """The chart in words: where each variant's validation ends."""
+def curve_alt(curves: Curves, part: Part) -> str:
+    """The chart in words: where each variant's losses end."""
     ends = []
     for name in names_of(curves):
-        last = [c["validation"][-1]["loss"] for c in curves if c["attention"] == name and c["validation"]]
+        last = [run[-1].loss for run in (getattr(c, part) for c in curves if c.attention == name) if run]
         ends.append(f"{name} ends at {', '.join(loss(value) for value in last)}" if last else f"{name} has none")
     seeds = len(seeds_of(curves))
-    return f"Training and validation loss against training tokens, {seeds} seed(s). Validation: {'; '.join(ends)}."
+    return f"{PARTS[part]}: loss against training tokens, {seeds} seed(s); {'; '.join(ends)}."

@@ -1,118 +1,141 @@
-"""The paired differences in validation loss, each with its interval, about a line at zero."""
+"""The paired differences in held-out loss, each with its interval, about a line at zero."""
 
+from __future__ import annotations
+
+import functools
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 from diffattn.humanize import signed
 from diffattn.report import charts
-from diffattn.report.format import BASELINE
+from diffattn.results.ablation import AblationResult
+from diffattn.results.comparison import ComparisonResult
+from diffattn.results.interval import Interval
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import altair as alt
 
-WIDE, ROW = 620, 58
+Compared: TypeAlias = ComparisonResult | AblationResult
+
+# Pixels of a row, and of its bar below its middle: above there is room for the words.
+ROW, BELOW = 58, 12
 
 
-def interval_text(difference: Mapping[str, Any], seeds: int) -> str:
+def interval_text(difference: Interval, seeds: int) -> str:
     """The interval as it is read, or why there is none.
 
-    >>> interval_text({"low": -0.02, "high": 0.01}, 2)
+    >>> interval_text(Interval(-0.005, -0.02, 0.01), 2)
     '−0.0200 to +0.0100'
-    >>> interval_text({"low": None, "high": None}, 1)
+    >>> interval_text(Interval(-0.005, None, None), 1)
     'one seed: no interval'
     """
-    low, high = difference["low"], difference["high"]
+    low, high = difference.low, difference.high
     if low is not None and high is not None:
         return f"{signed(low)} to {signed(high)}"
     return "one seed: no interval" if seeds == 1 else "no interval"
 
 
 def interval_heading(seeds: int) -> str:
-    """What the interval is, with the number of seeds that it rests on."""
+    """The name of the interval, with the number of seeds that it rests on."""
     return "95% interval" if seeds == 1 else f"95% interval over {seeds} seeds"
 
 
-def baseline_of(result: Mapping[str, Any], name: str) -> str:
-    """What a variant is compared with: softmax, unless its pair says otherwise."""
-    return result["pairs"].get(name, {}).get("baseline", BASELINE)
-
-
-def seed_differences(result: Mapping[str, Any], name: str) -> list[float]:
+def seed_differences(result: Compared, name: str) -> dict[int, float]:
     """Each seed's own difference, where both losses are known."""
-    ours = result["variants"].get(name, {}).get("val_loss") or []
-    theirs = result["variants"].get(baseline_of(result, name), {}).get("val_loss") or []
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if a is not None and b is not None]
-    return [a - b for a, b in pairs if math.isfinite(a - b)]
+    baseline = result.variants.get(result.pairs[name].baseline)
+    if baseline is None:
+        return {}
+    losses = zip(result.seeds, result.variants[name].val_loss, baseline.val_loss, strict=False)
+    known = {seed: a - b for seed, a, b in losses if a is not None and b is not None}
+    return {seed: difference for seed, difference in known.items() if math.isfinite(difference)}
 
 
-def difference_figure(result: Mapping[str, Any], wide: bool) -> "Figure":
-    """One row per pair: the mean, the interval, each seed, and the numbers above them."""
-    pairs, names = result["pairs"], list(result["variants"])
-    width = WIDE if wide else charts.NARROW
-    fig = charts.figure(width, ROW * len(pairs) + 66)
-    ax = charts.axes(fig, 14, 22, width - 28, ROW * len(pairs))
-    reach = 0.0
-    baselines = {baseline_of(result, name) for name in pairs}
+def difference_chart(result: Compared) -> alt.LayerChart:
+    """One row per pair: its name and its numbers as text, below them the mean, the interval and each seed."""
+    import altair as alt
+
+    names = list(result.variants)
+    baselines = {pair.baseline for pair in result.pairs.values()}
     common = next(iter(baselines)) if len(baselines) == 1 else None
-    for place, (name, pair) in enumerate(pairs.items()):
-        difference, colour = pair["val_loss_difference"], charts.look(name, names).colour
-        mean, low, high = (difference[key] for key in ("mean", "low", "high"))
-        each = seed_differences(result, name)
-        row = place + 0.64
-        title = name if baseline_of(result, name) == common else f"{name} − {baseline_of(result, name)}"
-        ax.text(0.0, place + 0.22, title, transform=ax.get_yaxis_transform(), weight="bold", va="center", color=colour)
-        text = f"{signed(mean)}   ({interval_text(difference, len(result['seeds']))})"
-        # The zero line must not strike a number through.
-        clear = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-        at_right: dict[str, Any] = {
-            "transform": ax.get_yaxis_transform(),
-            "ha": "right",
-            "va": "center",
-            "fontsize": 11,
-        }
-        ax.text(1.0, place + 0.22, text, bbox=clear, **at_right)
-        if low is not None and high is not None:
-            ax.plot([low, high], [row, row], color=colour, linewidth=3, solid_capstyle="butt")
-            ax.plot([low, high], [row, row], color=colour, linestyle="", marker="|", markersize=13, markeredgewidth=2)
-        ax.plot(each, [row] * len(each), linestyle="", marker="o", markersize=5, color="white", markeredgecolor=colour)
-        if mean is not None:
-            ax.plot([mean], [row], linestyle="", marker="D", markersize=8, color=colour, zorder=3)
-        known = [value for value in (mean, low, high, *each) if value is not None and math.isfinite(value)]
-        reach = max([reach, *map(abs, known)])
-        if place:
-            ax.axhline(place, color=charts.GRID, linewidth=0.8)
-    reach = 1.12 * reach or 0.01
-    ax.set_xlim(-reach, reach)
-    ax.set_ylim(len(pairs), 0)
-    _frame(ax, common)
-    return fig
+    rows: list[charts.Row] = []
+    each: list[charts.Row] = []
+    reach = [0.0]
+    for name, pair in result.pairs.items():
+        difference, differences = pair.val_loss_difference, seed_differences(result, name)
+        # A number that is none is not drawn.
+        ends = {end: _finite(getattr(difference, end)) for end in ("mean", "low", "high")}
+        mean, interval = signed(difference.mean), interval_text(difference, len(result.seeds))
+        title = name if pair.baseline == common else f"{name} − {pair.baseline}"
+        words = {"title": title, "difference": mean, "interval": interval, "numbers": f"{mean}   ({interval})"}
+        rows.append({"variant": name, "zero": 0, **ends, **words})
+        each += [
+            {"variant": name, "seed": f"seed {seed}", "difference": value, "in digits": signed(value)}
+            for seed, value in differences.items()
+        ]
+        reach += [abs(value) for value in (*ends.values(), *differences.values()) if value is not None]
+    end = 1.12 * max(reach) or 0.01
+    x = functools.partial(
+        alt.X,
+        title=f"held-out loss − that of {common or 'the other'} (nats per token)",
+        scale=alt.Scale(domain=[-end, end], nice=False),
+        axis=alt.Axis(labelExpr=charts.SIGNED_TICKS, tickCount=5, grid=False),
+    )
+    y, colour = alt.Y("variant:N", axis=None, sort=names), charts.colour_of("variant", names)
+    told = charts.tooltips(title="pair", difference="mean difference", interval=interval_heading(len(result.seeds)))
+    base = alt.Chart().encode(y=y, color=colour)
+    layers = [
+        # A line at zero in each row, and not through its words.
+        base.mark_tick(thickness=1.2, size=30, yOffset=BELOW).encode(x=x("zero:Q"), color=alt.value(charts.INK)),
+        base.mark_rule(strokeWidth=3, yOffset=BELOW).encode(x=x("low:Q"), x2="high:Q", tooltip=told),
+        base.mark_tick(thickness=2, size=14, yOffset=BELOW).encode(x=x("low:Q"), tooltip=told),
+        base.mark_tick(thickness=2, size=14, yOffset=BELOW).encode(x=x("high:Q"), tooltip=told),
+        alt.Chart(charts.data_of(each))
+        .mark_point(size=34, strokeWidth=1.2, yOffset=BELOW)
+        .encode(
+            x=x("difference:Q"),
+            y=y,
+            color=colour,
+            tooltip=charts.tooltips(**{"variant": "variant", "seed": "run", "in digits": "difference"}),
+        ),
+        base.mark_point(shape="diamond", filled=True, opacity=1, size=110, yOffset=BELOW).encode(
+            x=x("mean:Q"), tooltip=told
+        ),
+        base.mark_text(align="left", fontWeight="bold", dy=-14).encode(x=alt.value(0), text="title:N"),
+        base.mark_text(align="right", dy=-14).encode(
+            x=alt.value("width"), text="numbers:N", color=alt.value(charts.INK)
+        ),
+        *_directions(common, x),
+    ]
+    # Rows have their own height, so only the width is fitted to the page.
+    fitted = alt.AutoSizeParams(type="fit-x", contains="padding")
+    named = charts.layered(layers, charts.data_of(rows))
+    return named.properties(
+        description=difference_alt(result), autosize=fitted, width="container", height=alt.Step(ROW)
+    )
 
 
-def _frame(ax: Any, baseline: str | None) -> None:
-    """The zero line, the direction of better, and an axis that is named."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+def _directions(baseline: str | None, x: Callable[[str], alt.X]) -> list[alt.Chart]:
+    """The words above both sides of the line at zero."""
+    import altair as alt
 
-    ax.axvline(0, color=charts.INK, linewidth=1.2, zorder=1)
-    for word, place, side in (
-        (f"← better than {baseline}" if baseline else "← better", -8, "right"),
-        ("worse →", 8, "left"),
-    ):
-        shown = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": side, "va": "bottom", "fontsize": 11}
-        ax.annotate(word, (0.5, 1.0), (place, 2), **shown)
-    ax.set_yticks([])
-    ax.spines["left"].set_visible(False)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, symmetric=True))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.3g}".replace("-", "−") if value else "0"))
-    of = f"{baseline}'s" if baseline else "that of the other"
-    ax.set_xlabel(f"validation loss − {of} (nats per token)")
+    better = f"← better than {baseline}" if baseline else "← better"
+    left, right = (alt.Chart(charts.data_of([{"zero": 0, "word": word}])) for word in (better, "worse →"))
+    return [
+        each.encode(x=x("zero:Q"), y=alt.value(0), text="word:N")
+        for each in (left.mark_text(align="right", dx=-8, dy=-8), right.mark_text(align="left", dx=8, dy=-8))
+    ]
 
 
-def difference_alt(result: Mapping[str, Any]) -> str:
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def difference_alt(result: Compared) -> str:
     """The chart in words."""
-    seeds = len(result["seeds"])
+    seeds = len(result.seeds)
     parts = []
-    for name, pair in result["pairs"].items():
-        difference = pair["val_loss_difference"]
-        parts.append(f"{name} {signed(difference['mean'])} ({interval_text(difference, seeds)})")
-    return f"Paired difference in validation loss from {BASELINE}, about a zero line: {'; '.join(parts)}."
+    for name, pair in result.pairs.items():
+        difference = pair.val_loss_difference
+        parts.append(f"{name} {signed(difference.mean)} ({interval_text(difference, seeds)})")
+    return f"Paired differences in held-out loss about a line at zero: {'; '.join(parts)}."

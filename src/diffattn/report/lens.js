@@ -279,7 +279,7 @@ function drawLambda(place, lam) {
   canvas.width = Math.max(T, 600);
   const brush = canvas.getContext("2d");
   brush.clearRect(0, 0, canvas.width, canvas.height);
-  brush.fillStyle = "#0072b2";
+  brush.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--accent");
   const step = canvas.width / T;
   lam.forEach((value, t) => brush.fillRect(t * step, canvas.height * (1 - value), Math.max(1, step - 1), canvas.height * value));
   const [least, most] = [Math.min(...lam), Math.max(...lam)];
@@ -308,7 +308,7 @@ function drawRow(view) {
   view.words.forEach((word, s) => {
     const value = s <= query ? bars[s] : 0;
     word.style.setProperty("--bar", most ? (Math.abs(value) / most) ** state.tone : 0);
-    word.style.setProperty("--bar-colour", value < 0 ? "#0072b2" : "#d55e00");
+    word.style.setProperty("--bar-colour", value < 0 ? "var(--c0072B2)" : "var(--cD55E00)");
     word.style.opacity = s <= query ? 1 : 0.35;
     word.classList.toggle("query", s === query);
     word.title = s <= query ? number(value) : "";

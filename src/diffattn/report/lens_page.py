@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from diffattn.errors import ConfigError
 from diffattn.report import charts
-from diffattn.report.map_chart import map_figure, scale
-from diffattn.report.page import render_scripted
+from diffattn.report.map_chart import PANELS, lambda_text, map_alt, map_chart, panels, scale
+from diffattn.report.page import render, script
+from diffattn.results.lens import LensResult
+
+SIDE = 300
 
 
-def render_lens(result: Mapping[str, Any]) -> str:
+def render_lens(result: LensResult) -> str:
     """One self-contained HTML page of what :func:`diffattn.probes.lens.lens` returned."""
-    return render_scripted(
+    return render(
         "lens.html",
-        "lens.js",
-        {**result, "picture": None},
-        names=[model["name"] for model in result["models"]],
-        layers=[layer["layer"] for layer in result["models"][0]["layers"]],
-        heads=result["models"][0]["heads"],
-        count=len(result["tokens"]),
-        answer=None if result["answer"] is None else "".join(result["tokens"][slice(*result["answer"])]),
-        halves=any(model["dtype"] == "float16" for model in result["models"]),
-        differential=any(layer["lam"] is not None for model in result["models"] for layer in model["layers"]),
-        command=result["command"],
+        scripts=[script("lens.js")],
+        data={"data": dataclasses.replace(result, picture=None).to_json()},
+        names=[model.name for model in result.models],
+        layers=[layer.layer for layer in result.models[0].layers],
+        heads=result.models[0].heads,
+        count=len(result.tokens),
+        answer=None if result.answer is None else "".join(result.tokens[slice(*result.answer)]),
+        halves=any(model.dtype == "float16" for model in result.models),
+        differential=any(layer.lam is not None for model in result.models for layer in model.layers),
+        command=result.command,
     )
 
 
@@ -37,13 +41,22 @@ def lens_pngs(names: Sequence[str], path: Path) -> list[Path]:
     return [path, *(path.with_stem(f"{path.stem}-{name.replace('/', '-')}") for name in names[1:])]
 
 
-def write_lens_pngs(result: Mapping[str, Any], path: Path) -> list[Path]:
-    """The ``picture`` of what ``lens`` returned: the maps of one head, one file per model, on one scale."""
-    maps = result["picture"]
-    names = list(maps["variants"])
-    written = lens_pngs(names, path)
-    limit, largest = scale(maps)
-    for name, target in zip(names, written, strict=True):
-        with charts.style():
-            charts.write_png(map_figure(maps, name, limit, largest, wide=True), target)
+def write_lens_pngs(result: LensResult, path: Path) -> list[Path]:
+    """The ``picture`` of what ``lens`` returned: the maps of one head, one file per model, on one scale.
+
+    Raises:
+        ConfigError: the result has no picture.
+    """
+    import altair as alt
+
+    maps = result.picture
+    if maps is None:
+        raise ConfigError("a result without a picture", "the maps of one head", "call lens with picture=(layer, head)")
+    written = lens_pngs(list(maps.variants), path)
+    for (name, entry), target in zip(maps.variants.items(), written, strict=True):
+        drawn = [
+            map_chart(weights, maps.tokens, PANELS[key], scale(maps), map_alt(maps, name, key), side=SIDE)
+            for key, weights in panels(entry, maps.tokens).items()
+        ]
+        charts.write_png(alt.hconcat(*drawn, title=alt.TitleParams(name, subtitle=lambda_text(entry))), target)
     return written

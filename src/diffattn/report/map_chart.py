@@ -1,22 +1,28 @@
-"""The attention maps of one head, side by side: map_pos, λ·map_neg and their difference, on one scale about zero."""
+"""The attention maps of one head: map_pos, λ·map_neg and their difference, on one scale about zero."""
 
+from __future__ import annotations
+
+import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffattn.errors import DataError
 from diffattn.report import charts
+from diffattn.results.maps import AttentionMaps, MapSet
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    import altair as alt
 
 PANELS = {"map_pos": "map_pos", "lam_map_neg": "λ·map_neg", "map_diff": "map_diff = map_pos − λ·map_neg"}
-COLOURS = "RdBu_r"
 FUTURE = "#d9dce1"
 LONGEST_LABEL = 11
+# More cells than this on a side are smaller than what a screen shows; more labels than that lie on each other.
+MOST_CELLS, MOST_LABELS = 128, 64
+# About what a page gives one of three maps, in pixels.
+MAP_SIDE = 290
 
 
 def token_label(token: str) -> str:
@@ -29,29 +35,32 @@ def token_label(token: str) -> str:
     return shown if len(shown) <= LONGEST_LABEL else shown[: LONGEST_LABEL - 1] + "…"
 
 
-def panels(entry: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, "np.ndarray"]:
+def panels(entry: AttentionMaps, tokens: Sequence[str]) -> dict[str, np.ma.MaskedArray]:
     """The maps that a variant has, with everything after the query masked."""
     length = len(tokens)
     future = np.triu(np.ones((length, length), dtype=bool), 1)
-    found: dict[str, np.ndarray] = {}
-    for key in PANELS:
-        if key in entry:
-            weights = np.asarray(entry[key], dtype=float)
-            if weights.shape != (length, length):
-                raise DataError(f"{key} has the shape {weights.shape}; {length} tokens want ({length}, {length})")
-            found[key] = np.ma.masked_array(weights, mask=future)
+    found: dict[str, np.ma.MaskedArray] = {}
+    for key, rows in entry.maps.items():
+        weights = np.asarray(rows, dtype=float)
+        if weights.shape != (length, length):
+            raise DataError(
+                f"{key} of shape {weights.shape}",
+                f"({length}, {length}), a row and a column for each of the {length} tokens",
+                "give the tokens that the map was made from",
+            )
+        found[key] = np.ma.masked_array(weights, mask=future)
     return found
 
 
-def scale(maps: Mapping[str, Any]) -> tuple[float, float]:
+def scale(maps: MapSet) -> tuple[float, float]:
     """The end of the common scale, and the largest weight: the few that lie beyond it saturate.
 
     The first queries see few keys, so their weights are near 1 whatever the head does; a scale that reached them would
     leave nothing of the rest. It ends at the 97th percentile of the weights from the fourth query on.
     """
     every, late = [np.zeros(1)], [np.zeros(1)]
-    for entry in maps["variants"].values():
-        for weights in panels(entry, maps["tokens"]).values():
+    for entry in maps.variants.values():
+        for weights in panels(entry, maps.tokens).values():
             every.append(np.abs(weights).compressed())
             late.append(np.abs(weights[3:] if len(weights) > 6 else weights).compressed())
     largest = float(np.nanmax(np.concatenate(every)))
@@ -60,105 +69,113 @@ def scale(maps: Mapping[str, Any]) -> tuple[float, float]:
     return round(math.ceil(end / step) * step, 6), largest
 
 
-def lambda_text(entry: Mapping[str, Any]) -> str:
-    """λ as a title says it: one number, or its range over the tokens.
+def lambda_text(entry: AttentionMaps) -> str:
+    """λ as a title says it: one number, or its range over the tokens; empty without a λ.
 
-    >>> lambda_text({"lam": 0.3556}), lambda_text({"lam": [0.2, 0.58]}), lambda_text({})
-    ('λ = 0.356', 'λ from 0.200 to 0.580 over the tokens', '')
+    >>> lambda_text(AttentionMaps(map_pos=[], lam=0.3556)), lambda_text(AttentionMaps(map_pos=[], lam=[0.2, 0.58]))
+    ('λ = 0.356', 'λ from 0.200 to 0.580 over the tokens')
     """
-    lam = entry.get("lam")
-    if lam is None:
+    if entry.lam is None:
         return ""
-    if isinstance(lam, list | tuple):
-        return f"λ from {_short(min(lam))} to {_short(max(lam))} over the tokens"
-    return f"λ = {_short(lam)}"
+    if isinstance(entry.lam, int | float):
+        return f"λ = {_short(entry.lam)}"
+    return f"λ from {_short(min(entry.lam))} to {_short(max(entry.lam))} over the tokens"
 
 
 def _short(value: float) -> str:
     return f"{value:.3f}".replace("-", "−")
 
 
-def draw_map(ax: "Axes", weights: "np.ndarray", limit: float) -> Any:
-    """One map; what a query cannot see is grey."""
-    from matplotlib import colormaps
+def cells(weights: np.ma.MaskedArray, tokens: Sequence[str]) -> list[dict[str, object]]:
+    """A row of data per weight that a query has; of a long text one per block, its largest by magnitude."""
+    block = -(-len(tokens) // MOST_CELLS)
+    found: list[dict[str, object]] = []
+    for query in range(0, len(tokens), block):
+        for key in range(0, query + block, block):
+            inside = weights[query : query + block, key : key + block].compressed()
+            if len(inside):
+                weight = float(inside[np.argmax(np.abs(inside))])
+                asks, asked = token_label(tokens[query]), token_label(tokens[key])
+                words = {"query token": asks, "key token": asked, "in digits": _short(weight)}
+                found.append({"query": query, "key": key, "weight": round(weight, 6), **words})
+    return found
 
-    image = ax.imshow(
-        weights, cmap=colormaps[COLOURS].with_extremes(bad=FUTURE), vmin=-limit, vmax=limit, interpolation="none"
+
+def map_chart(
+    weights: np.ma.MaskedArray,
+    tokens: Sequence[str],
+    title: str,
+    limits: tuple[float, float],
+    words: str = "",
+    *,
+    side: int | None = None,
+    legend: bool = True,
+) -> alt.Chart:
+    """One map: a square per weight, red above zero, blue below, grey what a query cannot see.
+
+    Args:
+        weights: (T, T), as of ``panels``.
+        tokens: the T tokens.
+        title: the line above the map.
+        limits: the end of the scale and the largest weight, as of ``scale``.
+        words: the map for those who cannot see it. Default: empty.
+        side: of the map in pixels. Default: None, what the page has room for.
+        legend: whether the scale is drawn below the map. Default: True.
+    """
+    import altair as alt
+
+    limit, largest = limits
+    step = -(-len(tokens) // MOST_LABELS)
+    shown = [token_label(token) for token in tokens]
+    label = alt.Axis(
+        labelExpr=f"{json.dumps(shown, ensure_ascii=False)}[datum.value]",
+        values=list(range(0, len(tokens), step)),
+        labelFontSize=max(4, min(11, 0.92 * (side or MAP_SIDE) / len(shown[::step]))),
+        labelOverlap=False,
+        ticks=False,
+        domain=False,
+        grid=False,
     )
-    for spine in ax.spines.values():
-        spine.set_visible(True)
-        spine.set_color(charts.MUTED)
-    return image
-
-
-def label_tokens(ax: "Axes", tokens: Sequence[str], font: float, rows: bool = True, columns: bool = True) -> None:
-    """Queries on the left, keys below."""
-    places, labels = range(len(tokens)), [token_label(token) for token in tokens]
-    shared: dict[str, Any] = {"fontsize": font, "rotation_mode": "anchor", "color": charts.INK}
-    ax.set_xticks(places, labels if columns else [""] * len(labels), rotation=90, ha="right", va="center", **shared)
-    ax.set_yticks(places, labels if rows else [""] * len(labels), ha="right", va="center", **shared)
-    ax.tick_params(length=0, pad=3)
-
-
-def label_room(tokens: Sequence[str], font: float) -> float:
-    """The width in CSS pixels of the longest label; browsers' fonts are narrower than this."""
-    return 0.64 * font * max((len(token_label(token)) for token in tokens), default=1) + 6
-
-
-def colour_bar(ax: "Axes", image: Any, limit: float, largest: float, across: bool) -> None:
-    """The scale beside or below the maps, with arrows where weights lie beyond it."""
-    bar = ax.figure.colorbar(
-        image,
-        cax=ax,
-        orientation="horizontal" if across else "vertical",
-        extend="both" if largest > limit else "neither",
-        ticks=[-limit, -limit / 2, 0, limit / 2, limit],
-        format=lambda value, _: f"{value:.3g}".replace("-", "−"),
+    number = "replace(format(datum.value, '.3~g'), '-', '−')"
+    ends = f"(datum.value === {-limit} ? '≤ ' : datum.value === {limit} ? '≥ ' : '') + " if largest > limit else ""
+    colour = alt.Color(
+        "weight:Q",
+        scale=alt.Scale(scheme="redblue", reverse=True, domain=[-limit, limit], clamp=True),
+        legend=alt.Legend(
+            title="attention weight",
+            orient="bottom",
+            direction="horizontal",
+            gradientLength=190,
+            gradientThickness=10,
+            labelOffset=5,
+            values=[-limit, 0, limit],
+            labelExpr=ends + number,
+        )
+        if legend
+        else None,
     )
-    bar.set_label("attention weight", fontsize=11, labelpad=2)
-    bar.outline.set_edgecolor(charts.MUTED)
+    room = {"width": "container", "height": "container"} if side is None else {"width": side, "height": side}
+    return (
+        alt.Chart(charts.data_of(cells(weights, tokens)))
+        # A little more than its own room, so that no light line is left between two squares.
+        .mark_rect(width=alt.RelativeBandSize(band=1.04), height=alt.RelativeBandSize(band=1.04))
+        .encode(
+            x=alt.X("key:O", title="key (attended token)", axis=label.copy()),
+            y=alt.Y("query:O", title="query", axis=label),
+            color=colour,
+            tooltip=charts.tooltips(**{"query token": "query", "key token": "key", "in digits": "weight"}),
+        )
+        .properties(title=title, description=words, view=alt.ViewConfig(fill=FUTURE), **room)
+    )
 
 
-def map_figure(maps: Mapping[str, Any], name: str, limit: float, largest: float, wide: bool) -> "Figure":
-    """One variant's maps: in a row on a wide screen, in a column on a narrow one."""
-    tokens = maps["tokens"]
-    found = panels(maps["variants"][name], tokens)
-    total = charts.WIDE if wide else charts.NARROW
-    # The labels' room depends on their size and theirs on the cells; a guess of the side settles it.
-    font = min(11.0, (310 if wide else 300) / len(tokens) * 0.9)
-    room, axis_name, gap, bar = label_room(tokens, font), 21, 16, 92
-    left, below, title = room + axis_name, room + axis_name, 24
-    side = (total - left - 2 * gap - bar) / 3 if wide else total - left - 4
-    if wide:
-        across = [left + place * (side + gap) for place in range(len(found))]
-        down = [float(title)] * len(found)
-        fig = charts.figure(across[-1] + side + bar, title + side + below)
-        bar_axes = charts.axes(fig, across[-1] + side + 14, title, 12, side)
-    else:
-        across = [left] * len(found)
-        down = [title + place * (title + side + below + 8) for place in range(len(found))]
-        fig = charts.figure(total, down[-1] + side + below + 62)
-        bar_axes = charts.axes(fig, left, down[-1] + side + below + 14, side, 12)
-    for place, (key, weights) in enumerate(found.items()):
-        ax = charts.axes(fig, across[place], down[place], side, side)
-        image = draw_map(ax, weights, limit)
-        label_tokens(ax, tokens, font, rows=not wide or place == 0)
-        ax.set_title(PANELS[key], fontsize=13, pad=6)
-        ax.set_xlabel("key (attended token)", fontsize=11, labelpad=2)
-        if not wide or place == 0:
-            ax.set_ylabel("query", fontsize=11, labelpad=5)
-    colour_bar(bar_axes, image, limit, largest, across=not wide)
-    return fig
-
-
-def map_alt(maps: Mapping[str, Any], name: str) -> str:
-    """The maps in words: where the last one is largest and smallest."""
-    tokens = maps["tokens"]
-    found = panels(maps["variants"][name], tokens)
-    key, weights = list(found.items())[-1]
-    row, column = np.unravel_index(int(np.ma.argmax(weights[1:])), weights[1:].shape) if len(tokens) > 1 else (-1, 0)
+def map_alt(maps: MapSet, name: str, key: str) -> str:
+    """A map in words: where it is largest and what its smallest weight is."""
+    tokens = maps.tokens
+    weights = panels(maps.variants[name], tokens)[key]
+    row, column = divmod(int(np.ma.argmax(weights[1:])), len(tokens)) if len(tokens) > 1 else (-1, 0)
     largest = f"{weights[row + 1, column]:.3f} from “{tokens[row + 1]}” to “{tokens[column]}”"
     return (
-        f"{name}: heat maps of {', '.join(PANELS[k].split(' = ')[0] for k in found)} over {len(tokens)} tokens. After "
-        f"the first query, {key} is largest at {largest}; its smallest weight is {_short(float(weights.min()))}."
+        f"{name}: heat map of {PANELS[key].split(' = ')[0]} over {len(tokens)} tokens. After the first query, it is "
+        f"largest at {largest}; its smallest weight is {_short(float(weights.min()))}."
     )

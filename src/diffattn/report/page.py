@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from diffattn.report import charts
+from diffattn.variants import ATTENTIONS
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 HERE = Path(__file__).parent
 
 
-def render(template: str, **values: Any) -> str:
+def render(
+    template: str, *, scripts: Sequence[str] = (), data: Mapping[str, object] | None = None, **values: object
+) -> str:
     """One self-contained HTML page: a template that extends ``base.html``, filled with ``values``.
+
+    Args:
+        template: the name of a file here.
+        scripts: code that the page runs, in this order. Nothing else may run: their hashes are in the page's policy.
+        data: JSON-able values for the scripts, each in an element that has its key as ``id``.
+        values: what the template names.
 
     Raises:
         jinja2.UndefinedError: a value that the template names is not given.
@@ -23,23 +39,70 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    css = Markup((HERE / "page.css").read_text(encoding="utf-8"))
-    return environment.get_template(template).render(css=css, **values)
-
-
-def render_scripted(template: str, script: str, data: Any, **values: Any) -> str:
-    """The same of a template that extends ``scripted.html``: its script, a file here, reads ``data`` as JSON.
-
-    Nothing else that the page holds may run: the script's hash is in its policy.
-    """
-    from markupsafe import Markup
-
-    code = (HERE / script).read_text(encoding="utf-8")
-    return render(
-        template,
-        script=Markup(code),
-        script_hash=base64.b64encode(hashlib.sha256(code.encode()).digest()).decode(),
-        # No tag and no comment can begin inside the data.
-        data=Markup(json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")),
+    css = Markup((HERE / "page.css").read_text(encoding="utf-8") + look_css())
+    return environment.get_template(template).render(
+        css=css,
+        scripts=[Markup(code) for code in scripts],
+        hashes=[base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() for code in scripts],
+        data={key: _json(value) for key, value in (data or {}).items()},
+        look=variable,
         **values,
     )
+
+
+def render_charts(
+    template: str, drawn: Mapping[str, charts.AnyChart], data: Mapping[str, object] | None = None, **values: object
+) -> str:
+    """One page with charts: Vega lies in it once, and draws each chart in the element that has its key as ``id``.
+
+    Vega reads expressions with its interpreter, so that the page's policy need not allow code that is made of text.
+
+    Args:
+        template, values: as of ``render``.
+        drawn: charts by the ``id`` of their element.
+        data: what else the page's script reads.
+    """
+    found = {key: charts.specification(chart) for key, chart in drawn.items()}
+    return render(template, scripts=[vega(), script("charts.js")], data={"charts": found} | dict(data or {}), **values)
+
+
+def script(name: str) -> str:
+    """The text of a script that lies here."""
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def vega() -> str:
+    """Vega, Vega-Lite and vega-embed as one script, which gives the page ``vegaEmbed`` and nothing else."""
+    import vl_convert
+
+    return f"(() => {{{vl_convert.javascript_bundle('window.vegaEmbed = vegaEmbed;')}}})();"
+
+
+def variable(colour: str) -> str:
+    """The CSS variable of a variant's colour, which is another one on a dark page.
+
+    >>> variable("#0072B2")
+    'var(--c0072B2)'
+    """
+    return f"var(--c{colour.removeprefix('#')})"
+
+
+def look_css() -> str:
+    """The colours of all looks as CSS: a variable of each, by which the charts' marks are drawn too."""
+    looks = [*(variant.look for variant in ATTENTIONS.values()), *charts.MORE_LOOKS]
+    light = "".join(f"--c{look.colour[1:]}:{look.colour};" for look in looks)
+    dark = "".join(f"--c{look.colour[1:]}:{look.dark_colour};" for look in looks)
+    marks = "".join(
+        f'.chart [{side}="{look.colour}"]{{{side}:{variable(look.colour)}}}'
+        for look in looks
+        for side in ("fill", "stroke")
+    )
+    return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{marks}"
+
+
+def _json(value: object) -> Markup:
+    """The value as JSON in which no tag and no comment can begin."""
+    from markupsafe import Markup
+
+    return Markup(json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"))

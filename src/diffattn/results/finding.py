@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from diffattn.results.base import Result, as_json
+from diffattn.results.base import Result
 from diffattn.results.study import Axes, PointResult, StudyTable
 
 
@@ -111,13 +111,3 @@ class SeedsStudy:
     def table(self) -> StudyTable:
         """The part that a table or a chart shows."""
         return StudyTable(study=self.study, names=list(self.seeds), points=self.points, axes=self.axes)
-
-    def to_json(self) -> dict[str, object]:
-        """Returns the study in the form that the tables and charts of a single study take."""
-        return {
-            "name": self.name,
-            "study": self.study,
-            "axes": self.axes.to_json(),
-            "models": as_json(self.seeds),
-            "points": as_json(self.points),
-        }

@@ -160,8 +160,8 @@ def _compare(
     on_stage(Stage("measuring the start-up of the models and writing the report"))
     result = _result(study, data, runs, plan, stored.command)
     write_json(folder / "result.json", result.to_json())
-    curves, maps = [curve.to_json() for curve in _curves(study)], _maps(study, data).to_json()
-    write_text(folder / "report.html", render_compare(result.to_json(), curves, maps))
+    curves, maps = _curves(study), _maps(study, data)
+    write_text(folder / "report.html", render_compare(result, curves, maps))
     render_picture(curves, maps, folder / "picture.png")
     return result
 

@@ -235,9 +235,9 @@ _BRIEF: dict[str, Callable[[Finding], Finding]] = {
 
 def tables(rows: Sequence[Finding], ablated: Sequence[LadderRow]) -> dict[str, str]:
     """Returns the tables of docs/findings.md in Markdown, by name: of the studies' rows, and of an ablation's."""
-    found = {study.name: study_rows(study.to_json()) for study in together(brief(rows))}
+    found = {study.name: study_rows(study.table) for study in together(brief(rows))}
     if ablated:
-        found["ablation"] = ablation_rows(ablation(ablated).to_json())
+        found["ablation"] = ablation_rows(ablation(ablated))
     return {name: _markdown(lines) for name, lines in found.items()}
 
 

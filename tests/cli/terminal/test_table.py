@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import rich.console
@@ -18,29 +17,29 @@ from diffattn.plan.answer import plan
 from diffattn.plan.search import fits, sweep
 from diffattn.plan.setting import Setting
 from diffattn.plan.text import backend_table, fits_table, sweep_table, table
-from diffattn.report.format import compare_rows
+from diffattn.report.compare_table import compare_rows
 from diffattn.report.scaling_page import equivalence_rows, number_rows
 from diffattn.report.study_chart import study_rows
+from diffattn.results.interval import Interval
+from diffattn.results.study import Axes, ModelPoint, PointResult, StudyTable
 from diffattn.scaling.fit import fit_scaling
 from diffattn.study.plan_check import MeasuredRow
 
 LONG = "a-checkpoint-with-a-rather-long-name"
 
 
-def study() -> dict[str, Any]:
-    entry = {"mean": -0.1234, "low": -0.2, "high": -0.05, "difference": {"mean": 0.0123, "low": -0.1, "high": 0.12}}
+def study() -> StudyTable:
+    entry = ModelPoint(
+        mean=-0.1234, low=-0.2, high=-0.05, values=3, difference=Interval(0.0123, -0.1, 0.12), is_first=False
+    )
     names = ["softmax", "diff_v1", "diff_v2", "gated"]
     points = [
-        {"panel": panel, "by": 0.25, "x": x, "models": dict.fromkeys(names, entry)}
+        PointResult(panel=panel, by=0.25, x=x, models=dict.fromkeys(names, entry))
         for panel in ("attention to the answer", "attention to the text around it")
         for x in (1024, 2048)
     ]
-    return {
-        "study": "noise",
-        "models": {name: {} for name in names},
-        "axes": {"x": "tokens", "by": "depth"},
-        "points": points,
-    }
+    axes = Axes(x="tokens", y="share of attention", by="depth", logarithmic=True)
+    return StudyTable(study="noise", names=names, points=points, axes=axes)
 
 
 def ablation() -> list[list[str]]:
@@ -59,7 +58,7 @@ def ablation() -> list[list[str]]:
 @pytest.fixture(scope="module")
 def tables() -> dict[str, Sequence[Sequence[str]]]:
     pair = plan("diff_v1:6.8B", "softmax:11B", Setting(fsdp=2))
-    scaling = fit_scaling("figure3a", at=(6.8e9, 13.1e9), bootstrap=100).to_json()
+    scaling = fit_scaling("figure3a", at=(6.8e9, 13.1e9), bootstrap=100)
     measured = [
         MeasuredRow(what="peak of training, checkpointing", unit="bytes", predicted=1e9, measured=9e8, exact=False)
     ]
@@ -183,6 +182,6 @@ def test_the_main_jobs_table_is_one_where_the_seeds_stand_below_their_mean() -> 
     lines = shown(compare_rows(comparison(seeds=2)), 80)
     assert sum("softmax" in line for line in lines) == 1
     assert all(name in lines[1] for name in ("softmax", "diff_v1", "diff_v2"))
-    loss = next(place for place, line in enumerate(lines) if line.startswith("Validation loss"))
+    loss = next(place for place, line in enumerate(lines) if line.startswith("Held-out loss"))
     assert lines[loss].count("(") == 1  # that of the unit
     assert lines[loss + 1].count("(") == 3

@@ -6,10 +6,9 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from diffattn.cli.arguments import command_line
 from diffattn.cli.terminal.board import Board
@@ -20,6 +19,7 @@ from diffattn.files import resume_command
 from diffattn.humanize import seconds
 
 if TYPE_CHECKING:
+    from diffattn.results.comparison import ComparisonResult
     from diffattn.scaling.ladder import LadderProgress
     from diffattn.train.callbacks import Progress as Step
 
@@ -88,13 +88,13 @@ class Console(Board):
         """Prints a table; the first row is its header."""
         show(rows, self.screen)
 
-    def table(self, result: Mapping[str, Any]) -> None:
+    def table(self, result: ComparisonResult) -> None:
         """Prints the comparison as the report has it, and the verdict of each pair."""
-        from diffattn.report.format import compare_rows
+        from diffattn.report.compare_table import compare_rows
 
         self.rows(compare_rows(result))
-        for pair in result["pairs"].values():
-            say(pair["verdict"])
+        for pair in result.pairs.values():
+            say(pair.verdict)
 
 
 def print_json(result: object) -> None:

@@ -1,10 +1,12 @@
 import math
+from dataclasses import replace
 
 import pytest
 from support.synthetic_comparison import comparison
 
 from diffattn.humanize import count, exact, flops, loss, seconds, signed, size
-from diffattn.report.format import MEASURES, cell, compare_rows
+from diffattn.report.compare_table import MEASURES, cell, compare_rows
+from diffattn.results.comparison import ComparisonResult, VariantResult
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,14 @@ def test_small_difference_keeps_its_sign() -> None:
     assert signed(0.00001).startswith("+")
 
 
+def variant(**measured) -> VariantResult:
+    return replace(comparison().variants["softmax"], **measured)
+
+
+def of(**variants: VariantResult) -> ComparisonResult:
+    return replace(comparison(), variants=variants, pairs={})
+
+
 def test_rows_are_measures_and_columns_are_variants() -> None:
     rows = compare_rows(comparison())
     assert rows[0] == ["measure", "softmax", "diff_v1", "diff_v2"]
@@ -58,20 +68,21 @@ def test_rows_are_measures_and_columns_are_variants() -> None:
 
 
 def test_loss_is_the_mean_and_each_seed() -> None:
-    result = {"variants": {"softmax": {"val_loss": [3.5, 3.7]}, "diff_v1": {"val_loss": [3.25]}}}
-    assert compare_rows(result)[1] == ["Validation loss (nats per token)", "3.6000 (3.5000, 3.7000)", "3.2500"]
+    rows = compare_rows(of(softmax=variant(val_loss=[3.5, 3.7]), diff_v1=variant(val_loss=[3.25])))
+    assert rows[1] == ["Held-out loss (nats per token)", "3.6000 (3.5000, 3.7000)", "3.2500"]
 
 
 def test_measure_that_no_variant_has_is_left_out_and_one_that_some_lack_is_a_dash() -> None:
-    rows = compare_rows({"variants": {"softmax": {"parameters": 812}, "diff_v1": {"parameters": None}}})
-    assert rows == [["measure", "softmax", "diff_v1"], ["Parameters", "812", "–"]]
+    nothing = {measure.key: None for measure in MEASURES}
+    result = of(softmax=variant(**nothing | {"parameters": 812}), diff_v1=variant(**nothing))
+    assert compare_rows(result) == [["measure", "softmax", "diff_v1"], ["Parameters", "812", "–"]]
 
 
 def test_ratio_is_to_the_baseline_and_says_when_nothing_changed() -> None:
     parameters = next(measure for measure in MEASURES if measure.key == "parameters")
-    baseline = {"parameters": 1000}
-    assert cell(parameters, {"parameters": 1000}, baseline).ratio == "same"
-    assert cell(parameters, {"parameters": 1310}, baseline).ratio == "1.31×"
-    assert cell(parameters, {"parameters": 1001}, baseline).ratio == "1.0010×"
-    assert cell(parameters, {"parameters": 1001}, None).ratio == ""
-    assert cell(parameters, {"parameters": 1001}, {"parameters": 0}).ratio == ""
+    baseline = variant(parameters=1000)
+    assert cell(parameters, variant(parameters=1000), baseline).ratio == "same"
+    assert cell(parameters, variant(parameters=1310), baseline).ratio == "1.31×"
+    assert cell(parameters, variant(parameters=1001), baseline).ratio == "1.0010×"
+    assert cell(parameters, variant(parameters=1001), None).ratio == ""
+    assert cell(parameters, variant(parameters=1001), variant(parameters=0)).ratio == ""
