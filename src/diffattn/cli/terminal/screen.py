@@ -14,7 +14,7 @@ _GLUED = re.compile(r"(?<=\d) (?=(?:[kMBT]|[KMGT]iB|[kMGTPE]?FLOP|GB|µs|ms|s|mi
 
 
 def screen() -> rich.console.Console:
-    """Returns the terminal, as wide as it is; the lines of a file or a pipe have 80 characters, or what COLUMNS says."""
+    """Returns the terminal, as wide as it is; lines of a file or a pipe have 80 characters, or what COLUMNS says."""
     console = rich.console.Console(stderr=True, highlight=False)
     if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         console.width = WIDTH
