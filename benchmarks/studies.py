@@ -28,10 +28,10 @@ from diffattn.data.tokenizer import train_tokenizer
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.pairing import build_pair
 from diffattn.plan.rule import shape_about
-from diffattn.plan.shape import VARIANTS
 from diffattn.probes.noise import span_sums
 from diffattn.probes.outliers import measure_outliers
 from diffattn.probes.retrieval import answered_rightly
+from diffattn.variants import VARIANTS
 
 CONTEXT, BATCH, TOGETHER = 1024, 4, 16
 GATES = {

@@ -15,10 +15,11 @@ from diffattn.names import SHORT_DTYPES, one_of
 from diffattn.plan.hardware import MACHINES
 from diffattn.plan.named_model import load_shape
 from diffattn.plan.rule import parse_count
-from diffattn.plan.shape import VARIANTS, ModelShape, presets
+from diffattn.plan.shape import ModelShape, presets
 from diffattn.quantities import AmbiguousError, read_quantity, short
 from diffattn.scaling.options import LadderOptions
 from diffattn.study.options import CompareOptions
+from diffattn.variants import VARIANTS
 
 
 def test_every_name_is_found_in_any_case_and_without_its_marks() -> None:

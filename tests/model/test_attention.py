@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from diffattn.model.attention import ATTENTION, SoftmaxAttention
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffRotaryEmbedding
-from diffattn.plan.shape import VARIANTS
+from diffattn.variants import VARIANTS
 
 LAYER = 2
 LENGTH = 7

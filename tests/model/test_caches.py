@@ -6,7 +6,7 @@ from transformers import DynamicCache, StaticCache
 from diffattn.errors import UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.plan.cost import cache_bytes_per_token
-from diffattn.plan.shape import VARIANTS
+from diffattn.variants import VARIANTS
 
 LENGTH = 13
 MAX_LENGTH = 17

@@ -9,7 +9,8 @@ from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig, lambda_init_schedule
 from diffattn.model.modeling import DiffRotaryEmbedding
 from diffattn.plan.cost import cache_bytes_per_token
-from diffattn.plan.shape import VARIANTS, ModelShape, presets
+from diffattn.plan.shape import ModelShape, presets
+from diffattn.variants import ATTENTIONS, VARIANTS
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_switches_are_what_differs_from_the_variant_as_published():
     def switches(attention, **fields):
         return DiffTransformerConfig.from_shape(SHAPE, attention, **fields).switches()
 
-    for attention in (*VARIANTS, "dex"):
+    for attention in ATTENTIONS:
         assert switches(attention) == {}
     assert switches("diff_v1", head_norm=True) == switches("softmax", head_norm=False) == {}
     assert switches("diff_v1", head_norm=False) == {"head_norm": False}

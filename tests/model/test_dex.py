@@ -7,7 +7,7 @@ from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig, lambda_init_schedule
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.plan.shape import VARIANTS
+from diffattn.variants import ATTENTIONS
 
 SOME = [[0, 5, 11], [], [3]]
 
@@ -123,7 +123,7 @@ def with_extras(attention: str, **switched) -> DiffTransformerForCausalLM:
 BIASES = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}
 
 
-@pytest.mark.parametrize("attention", [*VARIANTS, "dex"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_every_bias_and_norm_is_there_and_counts(attention):
     ids = tokens(2, 9)
     model = with_extras(attention, qk_norm=True, **BIASES)
@@ -151,7 +151,7 @@ def test_biases_and_norms_are_the_same_under_every_implementation(attention, imp
     assert_same_logits(fused(ids).logits, other(ids).logits)
 
 
-@pytest.mark.parametrize("attention", [*VARIANTS, "dex"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @torch.no_grad()
 def test_queries_and_keys_have_unit_mean_square_where_they_are_normed(attention):
     attention_layer = small_model(attention, qk_norm=True).model.layers[1].self_attn

@@ -9,9 +9,9 @@ from transformers import DynamicCache
 
 from diffattn.ops import half
 from diffattn.ops.cpu import build
+from diffattn.variants import ATTENTIONS
 
 HALVES = (torch.bfloat16, torch.float16)
-VARIANTS = ("softmax", "diff_v1", "diff_v2", "dex", "gated")
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def model_of(attention: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @torch.no_grad()
 def test_logits_are_as_exact_and_tokens_the_likeliest(attention, dtype, monkeypatch):
     model, exact, ids = model_of(attention, dtype), model_of(attention, dtype).double(), tokens(2, 41)
@@ -70,7 +70,7 @@ def test_logits_are_as_exact_and_tokens_the_likeliest(attention, dtype, monkeypa
 
 
 @pytest.mark.usefixtures("slow")
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @torch.no_grad()
 def test_many_rows_and_every_attention_are_float32_and_few_rows_are_not(attention):
     model, cache = model_of(attention, torch.bfloat16), DynamicCache()
@@ -108,7 +108,7 @@ def test_where_the_processor_multiplies_nothing_is_widened(attention, monkeypatc
     assert products.dtypes() == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_layers_are_of_the_class_that_quantisers_look_for(attention):
     model = model_of(attention, torch.bfloat16)
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
 from diffattn.model.loading import load, load_model
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.plan.shape import VARIANTS
+from diffattn.variants import VARIANTS
 
 WEIGHTS = "model.safetensors"
 

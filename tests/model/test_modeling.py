@@ -9,7 +9,8 @@ from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.pairing import MATCHES, pair_config
 from diffattn.plan.cost import count_parameters
-from diffattn.plan.shape import VARIANTS, ModelShape, presets
+from diffattn.plan.shape import ModelShape, presets
+from diffattn.variants import VARIANTS
 
 # Llama's configuration wants a hidden size that the heads divide, even where it is given another width of a head.
 LLAMA_SHAPE = dataclasses.replace(SHAPE, hidden_size=5 * SHAPE.num_heads)

@@ -8,7 +8,8 @@ from diffattn.errors import ConfigError
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.pairing import MATCHES, build_pair, pair_config, parameters_of
 from diffattn.plan.cost import count_parameters
-from diffattn.plan.shape import VARIANTS, ModelShape, presets
+from diffattn.plan.shape import ModelShape, presets
+from diffattn.variants import VARIANTS
 
 
 def by_head(model: DiffTransformerForCausalLM, layer: int) -> torch.Tensor:

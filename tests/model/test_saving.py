@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import diffattn  # noqa: F401 - registers the model with the Auto classes
 from diffattn.model.modeling import DiffTransformerForCausalLM, DiffTransformerModel
-from diffattn.plan.shape import VARIANTS
+from diffattn.variants import VARIANTS
 
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 HALVES = (torch.bfloat16, torch.float16)

@@ -16,8 +16,9 @@ from diffattn.plan.result import Plan
 from diffattn.plan.rule import shape_about
 from diffattn.plan.search import fits, parse_size, parse_sweep, sweep
 from diffattn.plan.setting import Setting, parse_tokens
-from diffattn.plan.shape import VARIANTS, ModelShape
+from diffattn.plan.shape import ModelShape
 from diffattn.plan.text import backend_table, table
+from diffattn.variants import VARIANTS
 
 PRESET = ModelShape.preset("300K")
 SHORT = Setting(context=64)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from diffattn.errors import ConfigError
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token, match_parameters
-from diffattn.plan.shape import VARIANTS, ModelShape, presets
+from diffattn.plan.shape import ModelShape, presets
+from diffattn.variants import VARIANTS
 
 # Every dimension is another prime where the rules allow it: n·d = 6·14 is not D, and G is neither n nor 1.
 PRIME = ModelShape(

@@ -11,7 +11,8 @@ from diffattn.plan.estimate import Estimate, TokenFlops, estimate
 from diffattn.plan.hardware import Machine
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory, training_moments
 from diffattn.plan.setting import Precision, Setting
-from diffattn.plan.shape import VARIANTS, ModelShape
+from diffattn.plan.shape import ModelShape
+from diffattn.variants import VARIANTS
 
 D, L, n, G, d, F, V = 22, 3, 8, 4, 10, 35, 47
 SHAPE = ModelShape(

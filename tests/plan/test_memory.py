@@ -10,7 +10,8 @@ from diffattn.plan.activations import BACKENDS, layer
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, weight_bytes
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory, training_moments
 from diffattn.plan.setting import BYTES, PRECISIONS, Precision, Setting
-from diffattn.plan.shape import VARIANTS, ModelShape
+from diffattn.plan.shape import ModelShape
+from diffattn.variants import VARIANTS
 
 # Every dimension is another prime where the rules allow it.
 PRIME = ModelShape(

@@ -7,7 +7,8 @@ import pytest
 
 from diffattn.errors import ConfigError
 from diffattn.plan.named_model import load_shape
-from diffattn.plan.shape import VARIANTS, ModelShape, presets
+from diffattn.plan.shape import ModelShape, presets
+from diffattn.variants import VARIANTS
 
 SMALL = {"hidden_size": 60, "num_layers": 3, "num_heads": 6, "intermediate_size": 164, "vocab_size": 131}
 

@@ -10,8 +10,8 @@ from diffattn.errors import UnsupportedError
 from diffattn.probes import attention_calls as layer_calls
 from diffattn.probes.attention_calls import LayerCall, served_by
 from diffattn.probes.lens import attention_maps
+from diffattn.variants import ATTENTIONS
 
-VARIANTS = ("softmax", "diff_v1", "diff_v2", "dex", "gated")
 SWITCHED = [
     ("softmax", {"head_norm": True}),
     ("diff_v1", {"head_norm": False}),
@@ -19,7 +19,7 @@ SWITCHED = [
     ("diff_v2", {"lambda_form": "linear"}),
     ("diff_v2", {"lambda_form": "one"}),
 ]
-MODELS = [*((name, {}) for name in VARIANTS), *SWITCHED]
+MODELS = [*((name, {}) for name in ATTENTIONS), *SWITCHED]
 LENGTH = 17
 
 
@@ -78,7 +78,7 @@ def test_maps_are_those_of_the_eager_model(attention, fields):
             torch.testing.assert_close(weights[0], expected[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_maps_of_one_head_as_lists(attention):
     model, ids = small_model(attention).train(), tokens(1, LENGTH)
     maps = attention_maps(model, ids, layer=1, head=2)
@@ -92,7 +92,7 @@ def test_maps_of_one_head_as_lists(attention):
         assert isinstance(maps.lam, float if attention == "diff_v1" else list)
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_padding_is_seen_by_no_query_and_its_rows_are_zeros(attention):
     model, ids = small_model(attention), tokens(2, LENGTH)
     mask = torch.ones_like(ids)

@@ -11,12 +11,13 @@ from diffattn.cli.main import main
 from diffattn.errors import ConfigError, DataError
 from diffattn.intervals import paired_difference
 from diffattn.model.pairing import build_pair
-from diffattn.plan.shape import VARIANTS, ModelShape
+from diffattn.plan.shape import ModelShape
 from diffattn.report.ablation_table import ablation_rows, write_ablation_png
 from diffattn.results.ladder import LadderRow
 from diffattn.scaling.ablation import ablation
 from diffattn.scaling.arms import ARMS
 from diffattn.scaling.ladder import run_ladder
+from diffattn.variants import VARIANTS
 
 SHAPE = ModelShape(hidden_size=32, num_layers=2, num_heads=4, intermediate_size=56, vocab_size=300)
 

@@ -11,9 +11,10 @@ from diffattn.plan.activations import layer, norm
 from diffattn.plan.hardware import Machine, load_machine
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
 from diffattn.plan.setting import Precision, Setting
-from diffattn.plan.shape import VARIANTS, ModelShape
+from diffattn.plan.shape import ModelShape
 from diffattn.study.measured_machine import measure_machine
 from diffattn.study.plan_check import Subject, all_pairs_flops, measure_plan
+from diffattn.variants import VARIANTS
 
 # Tied with few symbols, where layers decide, and untied with many, where the logits do.
 GROUPED = ModelShape(

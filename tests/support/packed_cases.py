@@ -11,10 +11,9 @@ from torch import Tensor
 from transformers import StaticCache
 
 from diffattn.model.fused import DIFF_FUSED
-from diffattn.plan.shape import VARIANTS
+from diffattn.variants import ATTENTIONS
 
 LENGTH = 21
-ATTENTIONS = (*VARIANTS, "dex")
 # What each row holds: sequences by their lengths, padding by its length below 0.
 WHOLE = ((5, 9, 7), (1, 1, 19), (21,))
 PADDED = ((-2, 5, 9, 5), (4, -3, 8, -1, 4, -1), (-6, 15))
@@ -22,7 +21,7 @@ IMPLEMENTATIONS = [
     (attention, implementation)
     for attention in ATTENTIONS
     for implementation in ("sdpa", "eager", DIFF_FUSED)
-    if implementation != DIFF_FUSED or attention in ("diff_v1", "diff_v2")
+    if implementation != DIFF_FUSED or ATTENTIONS[attention].maps > 1
 ]
 
 

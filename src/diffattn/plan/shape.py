@@ -17,7 +17,7 @@ from pathlib import Path
 from diffattn.config_fields import FIELDS, check, integer
 from diffattn.errors import ConfigError
 from diffattn.quantities import COUNTS, MOST, whole
-from diffattn.variants import VARIANTS as VARIANTS
+from diffattn.variants import VARIANTS
 
 # What a number of a shape is called in a configuration.
 _FIELDS = {
