@@ -16,10 +16,11 @@ from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.pairing import build_pair, parameters_of
 from diffattn.model.tensors import tensor_shapes
 from diffattn.plan.shape import ModelShape
+from diffattn.report.charts import look
 from diffattn.study.options import CompareOptions
 from diffattn.variants import ATTENTIONS, VARIANTS, Look, OwnTensor, Variant
 
-FILES = 5
+FILES = 4
 """So many files a new variant may touch beside tests."""
 # Softmax attention with a gate for each token and head, which no variant of ours has.
 TOY = Variant(
@@ -81,8 +82,9 @@ def test_it_is_planned_with_what_the_built_model_has(capsys):
     assert model["estimate"]["cache_bytes_per_token"] == twin["estimate"]["cache_bytes_per_token"]
 
 
-def test_it_is_compared():
+def test_it_is_compared_and_drawn():
     assert CompareOptions(variants=("softmax", "toy")).variants == ("softmax", "toy")
+    assert look("toy", ["softmax", "toy"]).colour == TOY.look.colour
 
 
 def test_few_files_name_the_newest_variant():
