@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from typing import Self
 
 
@@ -17,6 +19,21 @@ def one_line(words: object, most: int | None = None) -> str:
     """
     text = " ".join(str(words).split())
     return text[:most] if text or not isinstance(words, BaseException) else type(words).__name__
+
+
+def did_you_mean(written: str, known: Mapping[str, str], *, otherwise: str) -> str:
+    """Returns a question with the known name that is nearest to a written one, or another way out if none is near.
+
+    Args:
+        written: the spelling that was found.
+        known: the spellings that are known, and the name that each stands for.
+        otherwise: the way out if no spelling is near.
+
+    >>> did_you_mean("diffv3", {"softmax": "softmax", "diffv2": "diff_v2"}, otherwise="correct the name")
+    'did you mean diff_v2?'
+    """
+    near = difflib.get_close_matches(written, known, n=1)
+    return f"did you mean {known[near[0]]}?" if near else otherwise
 
 
 class DiffattnError(Exception):

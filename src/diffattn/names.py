@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 
-from diffattn.errors import ConfigError
+from diffattn.errors import ConfigError, did_you_mean
 
 # The short names of number formats, which are accepted wherever the long ones are.
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -49,8 +48,7 @@ def one_of(
         return found[0]
     if found:
         raise ConfigError(said, "one name", f"{' and '.join(found)} fit, so write one of them in full{way_out}")
-    near = difflib.get_close_matches(wanted, spelled, n=1)
-    meant = f"did you mean {spelled[near[0]]}?" if near else "choose one of these"
+    meant = did_you_mean(wanted, spelled, otherwise="choose one of these")
     raise ConfigError(said, f"one of {', '.join(names)}", f"{meant}{way_out}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
+from diffattn.errors import CheckpointError, ConfigError, UnsupportedError, one_line
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -85,9 +85,8 @@ class OnnxDecoder:
             self.session = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
         # The library has one type for each of its states, all of them bare exceptions.
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
-                f"{str(file)!r} cannot be loaded by onnxruntime ({reason})",
+                f"{str(file)!r} cannot be loaded by onnxruntime ({one_line(error, 300)})",
                 "a model that diffattn export wrote",
                 "export it again",
             ) from error

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffattn.config_fields import dtype_name
 from diffattn.errors import UnsupportedError
 from diffattn.files import unwritable
 from diffattn.machine import processor_name
@@ -26,7 +27,7 @@ def examine() -> dict[str, Any]:
     config = DiffTransformerConfig(vocab_size=8, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
     with torch.device("meta"):
         implementation = DiffTransformerForCausalLM(config).config._attn_implementation
-    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    names = [dtype_name(dtype) for dtype in DTYPES]
     serves = {name: name in kernel.active or kernel.pending for name in names}
     # The first of the table, asked without compiling what is not compiled yet.
     backends = {fused: next(name for name in BACKENDS if fused or name != "fused_cpu") for fused in (False, True)}

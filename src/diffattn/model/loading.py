@@ -28,7 +28,7 @@ from diffattn.checkpoint_files import (
     read_tensors,
 )
 from diffattn.config_fields import GENERATION, check, check_ids, layers_of, shown
-from diffattn.errors import CheckpointError, ConfigError, DiffattnError, UnsupportedError
+from diffattn.errors import CheckpointError, ConfigError, DiffattnError, UnsupportedError, one_line
 from diffattn.files import read_object
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.options import Device, Dtype, LoadOptions
@@ -325,7 +325,7 @@ def _shape(sizes: Iterable[int]) -> str:
 
 def _line(error: object) -> str:
     """Returns what a library says as one line, cut to a length that can be read."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     return text if len(text) <= 300 else f"{text[:300]} …"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffattn.config_fields import DTYPES
+from diffattn.config_fields import DTYPES, dtype_name
 from diffattn.errors import ConfigError
 from diffattn.ops.backend import Backend, installed, load, refusal
 from diffattn.ops.cpu import operator as fused_cpu
@@ -203,7 +203,7 @@ def _check_dense(name: str, x: Any) -> None:
     if x.is_nested:
         raise ConfigError(f"{name} is a nested tensor", "a dense one", "pad it, and pass key_padding")
     if x.layout != torch.strided:
-        raise ConfigError(f"{name} is {str(x.layout).removeprefix('torch.')}", "a dense tensor", "call .to_dense()")
+        raise ConfigError(f"{name} is {dtype_name(x.layout)}", "a dense tensor", "call .to_dense()")
     if x.is_quantized:
         raise ConfigError(f"{name} is quantized to {_dtype(x)}", "a dense tensor", "call .dequantize()")
 
@@ -286,4 +286,4 @@ def _type(x: Any) -> str:
 
 
 def _dtype(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+    return dtype_name(x.dtype)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.config_fields import is_number
-from diffattn.errors import ConfigError
+from diffattn.errors import ConfigError, one_line
 from diffattn.files import parse_json
 from diffattn.names import one_of, plain
 
@@ -188,7 +188,7 @@ def load_machine(name_or_path: str | Path) -> Machine:
     try:
         values = parse_json(Path(text).read_bytes())
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise ConfigError(f"machine {text!r} cannot be read ({reason})", "a JSON file", "correct the file") from error
     return machine_from(values, name=Path(text).stem)
 

@@ -6,7 +6,6 @@ softmax twin are planned and built from the same object and differ in one word.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.resources
 import tomllib
@@ -15,7 +14,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from diffattn.config_fields import FIELDS, check, integer
-from diffattn.errors import ConfigError
+from diffattn.errors import ConfigError, did_you_mean
 from diffattn.quantities import COUNTS, MOST, whole
 from diffattn.variants import VARIANTS
 
@@ -281,6 +280,4 @@ def _parse(text: str, origin: str, name: str) -> ModelShape:
 
 
 def _nearest(given: object, known: Iterable[str]) -> str:
-    by_lower = {name.lower(): name for name in known}
-    found = difflib.get_close_matches(str(given).lower(), by_lower, n=1)
-    return f"did you mean {by_lower[found[0]]!r}?" if found else "correct the name"
+    return did_you_mean(str(given).lower(), {name.lower(): name for name in known}, otherwise="correct the name")

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diffattn.errors import ConfigError, DataError, UnsupportedError
+from diffattn.errors import ConfigError, DataError, UnsupportedError, one_line
 from diffattn.probes.lm_eval_private import evaluator, task_manager
 from diffattn.probes.options import MOST_TOGETHER, StudyOptions
 from diffattn.probes.study import Point, StudiedModel, Study
@@ -156,9 +156,9 @@ def _loaded(known: Any, names: list[Any]) -> Any:
         return known.load(names)
     # The hub, the network and the disk have errors of many types.
     except Exception as error:
-        line = " ".join(str(error).split())
         raise UnsupportedError(
-            f"the data of {', '.join(name for name in names if isinstance(name, str))} cannot be loaded ({line})",
+            f"the data of {', '.join(name for name in names if isinstance(name, str))} cannot be "
+            f"loaded ({one_line(error)})",
             "a network or a cache that holds them",
             f"or take the tasks that need none, {', '.join(OFFLINE)}",
         ) from None

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffattn.checkpoint_files import folder_name
-from diffattn.config_fields import shown
+from diffattn.config_fields import dtype_name, shown
 from diffattn.errors import ConfigError, DataError, UnsupportedError
 from diffattn.generate.generation import check_prompt
 from diffattn.model.loading import check_tokens, load, positions_of
@@ -166,7 +166,7 @@ def _read(model: PreTrainedModel, name: str, ids: list[int], layers: Sequence[in
         groups=first.keys[0].shape[2],
         width=first.queries[0].shape[3],
         scale=first.scale,
-        dtype=str(kind).removeprefix("torch."),
+        dtype=dtype_name(kind),
         layers=[_layer(model, calls[layer], kind) for layer in wanted],
     )
 

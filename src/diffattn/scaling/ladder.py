@@ -16,7 +16,7 @@ from diffattn.config_fields import is_count, is_measure
 from diffattn.data.mixture import check_share, with_needles
 from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.data.text import read_corpus
-from diffattn.errors import DataError
+from diffattn.errors import DataError, one_line
 from diffattn.files import parse_json, writable_folder
 from diffattn.folders import LADDER, own_folder
 from diffattn.machine import Provenance
@@ -161,9 +161,8 @@ def read_rows(path: str | Path) -> list[LadderRow]:
         try:
             rows.append(_row(line))
         except ValueError as error:
-            reason = " ".join(str(error).split())
             raise DataError(
-                f"{path} line {number} is damaged ({reason})",
+                f"{path} line {number} is damaged ({one_line(error)})",
                 "a row of a ladder, in JSON with all of its fields",
                 "remove the line, and its run is trained again",
             ) from None

@@ -27,6 +27,7 @@ from starlette.requests import ClientDisconnect
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from diffattn.config_fields import dtype_name
 from diffattn.errors import CheckpointError
 from diffattn.model.loading import Device, Dtype, load
 from diffattn.serve.answers import Answers
@@ -302,7 +303,7 @@ def serve(
     # The engine says a failure to each client.
     transformers_logging.set_verbosity_error()
     batch = Batch(model, tokenizer, context)
-    what = f"{model.device.type}, {str(model.dtype).removeprefix('torch.')}"
+    what = f"{model.device.type}, {dtype_name(model.dtype)}"
     app = App(names, model, batch, key, hosts, lambda: on_ready(what))
     # The engine's thread has to let the event loop go on for each thing that it reads or writes.
     sys.setswitchinterval(_TURN_SECONDS)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.checkpoint_files import read_config, read_tensors
+from diffattn.config_fields import dtype_name
 from diffattn.errors import UnsupportedError
 from diffattn.model.loading import check_weights
 from diffattn.serve import vllm_private
@@ -97,7 +98,7 @@ def saved_dtype(folder: Path) -> str:
     config = read_config(folder)
     named = config.get("dtype") or config.get("torch_dtype")
     if isinstance(named, str):
-        return named.removeprefix("torch.")
+        return dtype_name(named)
     kinds = {entry["dtype"] for entry in read_tensors(folder).values()}
     return "float32" if "F32" in kinds else "bfloat16" if "BF16" in kinds else "float16"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.config_fields import is_count, is_measure
-from diffattn.errors import CheckpointError, ConfigError
+from diffattn.errors import CheckpointError, ConfigError, one_line
 from diffattn.files import write_json
 from diffattn.folders import COMPARISON, own_folder
 from diffattn.plan.named_model import load_shape
@@ -103,7 +103,6 @@ class Stored:
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("its command, digest or text is no text")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            given = f"{file} is damaged, or of another command ({reason})"
+            given = f"{file} is damaged, or of another command ({one_line(error)})"
             raise CheckpointError(given, "the config.json of a comparison", WAY_OUT) from None
         return cls(options, shape, content["command"], content.get("data_digest", ""), plan, SEAL in content)

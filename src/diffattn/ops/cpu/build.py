@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from diffattn.config_fields import dtype_name
 from diffattn.errors import UnsupportedError
 from diffattn.machine import cache_folder
 from diffattn.ops.cpu import compiling, shipped
@@ -111,8 +112,8 @@ def status() -> Status:
     reasons = {dtype: _reason(outcome, dtype) if outcome else none_yet for dtype in DTYPES}
     built = outcome.built if outcome else compiling.find(build_key) or shipped.find(build_key)
     return Status(
-        active=tuple(_name(dtype) for dtype, reason in reasons.items() if reason is None),
-        reasons={_name(dtype): reason for dtype, reason in reasons.items() if reason is not None},
+        active=tuple(dtype_name(dtype) for dtype, reason in reasons.items() if reason is None),
+        reasons={dtype_name(dtype): reason for dtype, reason in reasons.items() if reason is not None},
         pending=reasons[DTYPES[0]] == waits,
         path=built.path if built else None,
         shipped=built is not None and built.shipped,
@@ -137,15 +138,13 @@ def _sentence(error: UnsupportedError) -> str:
     return f"{error.given}; {error.way_out}"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _reason(outcome: _Outcome, dtype: torch.dtype) -> str | None:
     if outcome.failure is not None:
         return outcome.failure
     if dtype not in DTYPES:
-        return f"fused_cpu: {_name(dtype)} inputs are not supported; it serves {', '.join(map(_name, DTYPES))}"
+        return (
+            f"fused_cpu: {dtype_name(dtype)} inputs are not supported; it serves {', '.join(map(dtype_name, DTYPES))}"
+        )
     return None
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffattn.config_fields import dtype_name
 from diffattn.ops import derivatives
 from diffattn.ops.cpu import build
 from diffattn.ops.cpu import derivatives as fused_cpu_derivatives
@@ -62,8 +63,8 @@ def unsupported(call: Call) -> str | None:
     if not q1.dtype == k1.dtype == q2.dtype == k2.dtype == v.dtype:
         return "fused_cpu: inputs of several dtypes are not supported; cast them to one"
     if v.dtype not in build.DTYPES:
-        served = ", ".join(str(dtype).removeprefix("torch.") for dtype in build.DTYPES)
-        return f"fused_cpu: {str(v.dtype).removeprefix('torch.')} inputs are not supported; it serves {served}"
+        served = ", ".join(map(dtype_name, build.DTYPES))
+        return f"fused_cpu: {dtype_name(v.dtype)} inputs are not supported; it serves {served}"
     if max(q1.shape[-1], v.shape[-1]) > MAX_WIDTH:
         return f"fused_cpu: heads of {max(q1.shape[-1], v.shape[-1])} are not supported; it serves widths up to 256"
     if derivatives.forward_mode(q1, k1, q2, k2, v, lam):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from diffattn.checkpoint_files import INDEX, WEIGHTS, read_tensors, weight_files
 from diffattn.config_fields import Config, check_config
-from diffattn.errors import CheckpointError, ConfigError
+from diffattn.errors import CheckpointError, ConfigError, one_line
 from diffattn.files import parse_json
 from diffattn.folders import no_model
 from diffattn.plan.checkpoints.kinds import OURS, Kind, kind_of
@@ -82,8 +82,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             or ConfigError(f"there is no config.json in {str(path)!r}", "the folder of a model", "check the path")
         ) from None
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{str(file)!r} cannot be read ({reason})", "a config.json", "correct the file") from None
+        raise ConfigError(
+            f"{str(file)!r} cannot be read ({one_line(error)})", "a config.json", "correct the file"
+        ) from None
     if isinstance(values, dict) and "model_type" not in values and (other := no_model(file.parent, ConfigError)):
         raise other
     if not isinstance(values, dict):
