@@ -162,7 +162,7 @@ def test_table_and_chart(folders, tmp_path):
     assert first[:2] == ["answer", "0"]
     assert " ±" in first[2]
     assert " ±" in first[4]
-    assert all(("none seen" in row[4]) == (row[4] != "–" and _crosses_zero(row[4])) for row in rows)
+    assert all(("no difference seen" in row[4]) == (row[4] != "–" and _crosses_zero(row[4])) for row in rows)
     # Softmax has one map, so there is nothing to compare the others with.
     assert [(row[2], row[4]) for row in rows if row[0].startswith("map_")] == [("–", "–")] * 8
     write_study_png(result.table, tmp_path / "noise.png")
@@ -170,7 +170,7 @@ def test_table_and_chart(folders, tmp_path):
 
 
 def _crosses_zero(text: str) -> bool:
-    mean, half = text.removesuffix(", none seen").split(" ±")
+    mean, half = text.removesuffix(", no difference seen").split(" ±")
     return abs(float(mean)) <= float(half)
 
 

@@ -108,7 +108,7 @@ def test_the_table_says_what_is_seen() -> None:
     result = ablation(rows)
     table = {line[0]: line for line in ablation_rows(result)[1:]}
     assert list(table) == ["softmax", "gated", "diff_v1", "diff_v1+no_norm", "diff_v2+no_lambda"]
-    assert [line[-1] for line in table.values()] == ["", "none seen", "better", "worse", ""]
+    assert [line[-1] for line in table.values()] == ["", "no difference seen", "better", "worse", ""]
     assert table["diff_v1"][3:5] == ["softmax", "−0.0990"]
     # Two seeds of three: the pairs alone count.
     assert result.pairs["diff_v1+no_norm"].seeds == [0, 1]

@@ -23,7 +23,7 @@ def ablation_rows(result: AblationResult) -> list[list[str]]:
             rows.append([*row, arm.base or MISSING, MISSING, MISSING, ""])
             continue
         difference = pair.val_loss_difference
-        seen = "none seen" if not difference.excludes_zero else "better" if difference.mean < 0 else "worse"
+        seen = "no difference seen" if not difference.excludes_zero else "better" if difference.mean < 0 else "worse"
         between = interval_text(difference, len(pair.seeds))
         rows.append([*row, pair.base, signed(difference.mean), between, "" if difference.low is None else seen])
     return rows

@@ -51,7 +51,7 @@ def _difference(entry: ModelPoint | None) -> str:
     if difference is None:
         return MISSING
     text = ("+" if difference.mean > 0 else "") + _number(difference.mean) + _half(difference)
-    return text if difference.excludes_zero else f"{text}, none seen"
+    return text if difference.excludes_zero else f"{text}, no difference seen"
 
 
 def _half(entry: Interval) -> str:

@@ -50,7 +50,7 @@ def ablation() -> list[list[str]]:
         "diff_v1",
         "+0.0123",
         "−0.0012 to +0.0234 (3 seeds)",
-        "none seen",
+        "no difference seen",
     ]
     return [["arm", "parameters", "loss", "against", "difference", "95% interval", ""], row, ["softmax", *row[1:]]]
 
