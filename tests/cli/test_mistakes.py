@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from diffattn.cli.arguments import check, nearest, parse
+from diffattn.cli.arguments import check, chosen, nearest, parse
 from diffattn.cli.main import VERBS, load, main
 from diffattn.cli.options import options_of
 from diffattn.errors import ConfigError
@@ -92,6 +92,14 @@ def test_an_underscore_and_an_equals_sign_are_taken() -> None:
 
     assert parse("verb", verb, ["--batch_size=3", "--sizes", "a", "b", "--low", "-1e-3", "--on"])() == 0
     assert taken == {"batch_size": 3, "sizes": ("a", "b"), "low": -1e-3, "on": True}
+
+
+def test_an_older_name_of_an_option_is_taken_for_the_new_one() -> None:
+    words = chosen(TABLES["plan"], ["--precision=bf16", "--context", "1k"])
+    assert words == ["--dtype=bf16", "--context", "1k"]
+    assert check("plan", TABLES["plan"], words) == {"precision", "context"}
+    with pytest.raises(ConfigError, match="--dtype twice"):
+        check("plan", TABLES["plan"], chosen(TABLES["plan"], ["--precision", "bf16", "--dtype", "bf16"]))
 
 
 def test_a_minus_is_a_prompt_and_so_is_what_stands_behind_two(capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,7 +136,7 @@ def test_measure_puts_both_beside_each_other(
         (("--fits", "8 bananas"), "memory '8 bananas'"),
         (("--fits", "1MiB"), "wanted more"),
         (("--measure", "--precision", "mixed"), "wanted for a model that is built, one of float32, autocast, bfloat16"),
-        (("--measure", "--cache-dtype", "int8"), "pass one of them as --precision alone"),
+        (("--measure", "--cache-dtype", "int8"), "pass one of them as --dtype alone"),
         (("--measure", "--precision", "bf16", "--batch", "64"), "take a smaller model"),
     ],
 )

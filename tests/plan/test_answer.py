@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from diffattn.errors import ConfigError
-from diffattn.plan.answer import backends_of, plan, precision_of
+from diffattn.plan.answer import backends_of, plan
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.memory import inference_memory, training_memory
 from diffattn.plan.named_model import parse_model
 from diffattn.plan.result import Plan
 from diffattn.plan.rule import shape_about
 from diffattn.plan.search import fits, parse_size, parse_sweep, sweep
-from diffattn.plan.setting import Setting, parse_tokens
+from diffattn.plan.setting import Setting, parse_tokens, precision_of
 from diffattn.plan.shape import ModelShape
 from diffattn.plan.text import backend_table, table
 from diffattn.variants import VARIANTS

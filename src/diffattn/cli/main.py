@@ -100,8 +100,7 @@ def _run(arguments: list[str]) -> int:
         return _say(overview(verb))
     if asked:
         return _say(help_of(verb, load(verb)))
-    status = parse(verb, load(verb), rest)()
-    return status() if callable(status) else status
+    return parse(verb, load(verb), rest)()
 
 
 def _verb(arguments: list[str], asked: bool) -> tuple[str, list[str]]:

@@ -9,7 +9,7 @@ from diffattn.plan import text
 from diffattn.plan.estimate import DISK_DTYPES, Estimate, estimate
 from diffattn.plan.named_model import Model, named
 from diffattn.plan.result import BackendRow, Plan, PlannedModel, RatioRow
-from diffattn.plan.setting import DEFAULT_SETTING, Precision, Setting, resolve_dtype, resolve_precision
+from diffattn.plan.setting import DEFAULT_SETTING, Setting
 from diffattn.variants import BASELINE, VARIANTS
 
 
@@ -165,16 +165,3 @@ def backends_of(attention: str) -> tuple[str, ...]:
     ('definition', 'fused', 'standard', 'materialised')
     """
     return tuple(VARIANTS[attention].flops)
-
-
-def precision_of(name: str, **dtypes: str | None) -> Precision:
-    """A precision by name, with the dtypes that are given put in place of its own.
-
-    Raises:
-        ConfigError: an unknown precision or dtype.
-
-    >>> precision_of("bf16", weights="int4", cache=None).weights
-    'int4'
-    """
-    chosen = {key: resolve_dtype(value, key) for key, value in dtypes.items() if value is not None}
-    return replace(resolve_precision(name), **chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from diffattn.errors import ConfigError
@@ -218,4 +218,85 @@ def parse_tokens(text: str | int, name: str = "context") -> int:
     return value
 
 
+def precision_of(name: str, **dtypes: str | None) -> Precision:
+    """Returns a precision by name, with the dtypes that are given put in place of its own.
+
+    Raises:
+        ConfigError: an unknown precision or dtype.
+
+    >>> precision_of("bf16", weights="int4", cache=None).weights
+    'int4'
+    """
+    chosen = {key: resolve_dtype(value, key) for key, value in dtypes.items() if value is not None}
+    return replace(resolve_precision(name), **chosen)
+
+
 DEFAULT_SETTING = Setting()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """A plan as a person asks for it: one model or two, the setting in words, and what else is to be answered."""
+
+    model: str | None = None
+    """The model, as VARIANT:SIZE. VARIANT is softmax, diff_v1, diff_v2 or gated. SIZE is a preset such as 6.8B, a count
+    such as 11B, a .toml file or a model's folder. A folder alone brings its own variant; a size alone means diff_v1.
+    Default: diff_v1:6.8B."""
+    against: str | None = None
+    """A second model to compare it with, written in the same way; a size alone means softmax. Default: none, or
+    softmax:11B if no model is given either."""
+    context: str = str(DEFAULT_SETTING.context)
+    """Number of tokens in one sequence; 4k means 4096."""
+    batch: str = str(DEFAULT_SETTING.batch)
+    """Number of sequences that are computed together."""
+    machine: str = DEFAULT_SETTING.machine.name if DEFAULT_SETTING.machine else ""
+    """H100 SXM, A100 80GB, RTX 4090, RTX 3060 12GB, Apple M2, DDR5 desktop or Raspberry Pi 5 (a part of the name is
+    enough, such as "rtx 3060"), or a .json file."""
+    precision: str = field(
+        default=DEFAULT_SETTING.precision.name or "", metadata={"option": "dtype", "also": ("precision",)}
+    )
+    """Number formats of all parts: float32, autocast (float32 weights, bfloat16 products), bfloat16 or mixed (bfloat16
+    with a float32 copy of the weights). The short names fp32 and bf16 work too."""
+    weights_dtype: str | None = None
+    """Format of the weights: float32, bfloat16, float16, int8 or int4. Default: as ``precision`` says."""
+    gradients_dtype: str | None = None
+    """Format of the gradients: float32, bfloat16 or float16. Default: as ``precision`` says."""
+    optimizer_dtype: str | None = None
+    """Format of the two numbers that AdamW keeps for each weight. Default: as ``precision`` says."""
+    activations_dtype: str | None = None
+    """Format of the results of layers. Default: as ``precision`` says."""
+    cache_dtype: str | None = None
+    """Format of the keys and values in the cache; int8 and int4 work too. Default: as ``precision`` says."""
+    master_dtype: str | None = None
+    """Format of the second copy of the weights. Default: as ``precision`` says."""
+    backend: str = DEFAULT_SETTING.backend
+    """Way to compute attention: standard, fused, definition or materialised. The planner also knows two_calls and
+    four_calls, two ways from the literature to compute V1 that diffattn itself does not have."""
+    checkpointing: bool = DEFAULT_SETTING.checkpointing
+    """Save memory in training by computing each layer twice."""
+    fsdp: int = DEFAULT_SETTING.fsdp
+    """Number of GPUs that share the weights, the gradients and the optimizer's numbers."""
+    tp: int = DEFAULT_SETTING.tp
+    """Number of GPUs that share the heads and the feed-forward network of each layer."""
+    sweep: str | None = None
+    """Answer for several values as well: context=1k:128k or batch=1:64."""
+    fits: str | None = None
+    """An amount of memory, such as 8GiB or 24GB: say the largest models, contexts and batches that it holds."""
+
+    def setting(self) -> Setting:
+        """Returns the setting that the words mean.
+
+        Raises:
+            ConfigError: a number below 1, or a name that is not known.
+
+        >>> PlanOptions(context="1k", precision="bfloat16", cache_dtype="int8").setting().precision.cache
+        'int8'
+        """
+        precision = precision_of(
+            self.precision, weights=self.weights_dtype, gradients=self.gradients_dtype, optimizer=self.optimizer_dtype,
+            activations=self.activations_dtype, cache=self.cache_dtype, master=self.master_dtype,
+        )  # fmt: skip
+        return Setting(
+            context=self.context, batch=self.batch, machine=self.machine, backend=self.backend,
+            checkpointing=self.checkpointing, precision=precision, fsdp=self.fsdp, tp=self.tp,
+        )  # fmt: skip

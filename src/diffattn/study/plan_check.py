@@ -308,7 +308,7 @@ def _check_runs(setting: Setting) -> None:
         raise ConfigError(
             given,
             "for a model that is built, one of float32, autocast, bfloat16",
-            "pass one of them as --precision alone",
+            "pass one of them as --dtype alone",
         )
     if setting.backend not in BACKENDS:
         raise ConfigError(
