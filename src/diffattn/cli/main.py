@@ -150,11 +150,11 @@ def overview(group: str | None = None) -> str:
         first, later = f"  {name}".ljust(column), " " * column
         lines.append(textwrap.fill(summary(load(name)), width, initial_indent=first, subsequent_indent=later))
     example = "eval noise" if group == "eval" else "scale run" if group else "compare"
-    lines += ["", f"diffattn {example} --help says more of one verb, and so for each."]
+    lines += ["", f"Each verb has a help of its own, such as: diffattn {example} --help"]
     if group == "eval":
-        lines += ["diffattn eval --list shows the studies, also those of plug-ins."]
+        lines += ["All studies, also those of plug-ins: diffattn eval --list"]
     if group is None:
-        lines += ["diffattn --version says which release this is, diffattn doctor what it runs on."]
+        lines += ["The release: diffattn --version", "The machine, and what diffattn uses of it: diffattn doctor"]
     return "\n".join(lines)
 
 

@@ -49,7 +49,7 @@ def plan(options: PlanOptions, *, measure: bool = False, json: bool = False, htm
         found = search.fits(options.fits, model, setting)
         printed["fits"] = [row.to_json() for row in found]
         limit = found[0].limit
-        shown.append((f"What {size(limit)} ({limit:,} bytes) hold at most:", text.fits_table(found)))
+        shown.append((f"The most that {size(limit)} ({limit:,} bytes) hold:", text.fits_table(found)))
     if measure:
         measured = _measured(named(model, against)[0], setting)
         printed["measured"] = [row.to_json() for row in measured]

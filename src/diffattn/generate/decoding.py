@@ -31,8 +31,8 @@ class Decoding:
     max_new_tokens: int = 128
     """Tokens to write at most; an end-of-text token ends the text sooner."""
     temperature: float = 0.0
-    """Number that the logits are divided by before a token is drawn. 0 always takes the likeliest token; the higher,
-    the freer the text."""
+    """Freedom of the text: 0 always takes the likeliest token; above 0, tokens are drawn from the logits divided by
+    this number."""
     top_p: float = 1.0
     """Draw from the likeliest tokens that together have this probability, 0 to 1."""
     top_k: int = 0
@@ -40,11 +40,11 @@ class Decoding:
     min_p: float = 0.0
     """Draw from the tokens that have at least this part of the likeliest one's probability, 0 to 1."""
     repetition_penalty: float = 1.0
-    """Factor that makes tokens less likely which the text has already; 1 changes nothing."""
+    """Factor that makes a token less likely once the text has it; 1 changes nothing."""
     seed: int = 0
     """Random seed for the tokens that are drawn."""
     num_beams: int = 1
-    """Texts that are kept at a time; the likeliest of them is printed, once it is whole."""
+    """Texts that are continued side by side; the likeliest is printed, once it is whole."""
     cache: Cache = "dynamic"
     """Place of keys and values of earlier tokens. dynamic: it grows. static: as long as the text may become, at once.
     quantized: all but the last 128 tokens in 4 bits each (needs optimum-quanto)."""

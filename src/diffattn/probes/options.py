@@ -86,7 +86,7 @@ class EvaluateOptions:
     lossy_tokenizer: bool = False
     """Use a tokenizer that loses more than 1% of the text."""
     dtype: Dtype = "auto"
-    """Number format of the weights; auto: as in the file."""
+    """Number format of the weights; auto takes that of the file."""
     device: Device = "auto"
     """Device to run on: the processor (cpu) or a GPU (cuda); auto takes the GPU where there is one."""
     keep: Path | None = None

@@ -57,8 +57,8 @@ class LadderOptions:
     needles: float = 0.0
     """Share of the training tokens, 0 to 1, that hide numbers in text and ask for them (docs/studies.md)."""
     match: str = field(default="parameters", metadata={"choices": MATCHES})
-    """parameters: V2 gets a narrower feed-forward network, so that all have equally many parameters. shape: V2 keeps
-    its width and has more parameters."""
+    """Way to match the softmax model. parameters: V2 gets a narrower feed-forward network, so that all have equally
+    many parameters. shape: V2 keeps its width and has more parameters."""
     batch_size: int = 8
     """Blocks of --context tokens in each step."""
     learning_rate: float | None = None

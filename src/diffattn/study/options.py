@@ -37,8 +37,8 @@ class CompareOptions:
     context: int | None = None
     """Tokens that a model reads at once. Default: as the shape says."""
     match: str = field(default="parameters", metadata={"choices": MATCHES})
-    """parameters: V2 gets a narrower feed-forward network, so that all have equally many parameters. shape: V2 keeps
-    its width and has more parameters."""
+    """Way to match the softmax model. parameters: V2 gets a narrower feed-forward network, so that all have equally
+    many parameters. shape: V2 keeps its width and has more parameters."""
     batch_size: int = 4
     """Blocks of --context tokens in each step."""
     learning_rate: float = 2e-3

