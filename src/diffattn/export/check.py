@@ -109,7 +109,7 @@ class CheckReport:
         return self.error <= self.bound and quantized
 
     def lines(self) -> list[str]:
-        """The report for a person."""
+        """Returns the report as lines for a person."""
         lines = [
             f"largest difference of logits {self.largest_difference:.2e} over {self.positions} tokens",
             f"from float64: exported {self.error:.2e}, torch in float32 {self.torch_error:.2e}; "
@@ -136,14 +136,14 @@ class Expected:
 
     @classmethod
     def of(cls, model: DiffTransformerForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> Expected:
-        """Computed with a model in float32 on the CPU.
+        """Asks a model in float32 on the CPU for its answers.
 
         Args:
-            model: comes back as it was.
-            tokenizer: for prompts of text. Default: random tokens in their place.
+            model: the model, which comes back as it was.
+            tokenizer: encodes prompts of text. Default: random tokens in their place.
 
         Raises:
-            ConfigError: a model in another dtype.
+            ConfigError: the model is in another dtype.
         """
         if model.dtype != torch.float32:
             raise ConfigError(
@@ -157,15 +157,15 @@ class Expected:
 
 
 def check_float32(model: DiffTransformerForCausalLM, path: str | Path, expected: Expected | None = None) -> CheckReport:
-    """Compare a float32 export with the torch model.
+    """Compares a float32 export with the torch model.
 
     Args:
-        model: in float32 on the CPU; it is computed in float64 too and comes back as it was.
-        path: what was exported: the folder or its ``model.onnx``.
-        expected: what the model says, where it is known already.
+        model: a model in float32 on the CPU; it is computed in float64 too and comes back as it was.
+        path: the exported folder, or its ``model.onnx``.
+        expected: the model's answers, where they are known already.
 
     Raises:
-        ConfigError: a model in another dtype.
+        ConfigError: the model is in another dtype.
     """
     expected = expected or Expected.of(model)
     decoder = OnnxDecoder(path)
@@ -196,7 +196,7 @@ def check_quantized(
     *,
     block_size: int = 32,
 ) -> CheckReport:
-    """The report ``float32`` of the graph before it was quantised, with what its quantised form at ``path`` does."""
+    """Returns the report ``float32`` of a graph together with that of its quantised form at ``path``."""
     expected = expected or Expected.of(model)
     decoder = OnnxDecoder(path)
     with attention_implementation(model, STANDARD), _rounded_weights(model, bits, block_size):
@@ -219,7 +219,7 @@ def check_quantized(
 
 @contextlib.contextmanager
 def _rounded_weights(model: DiffTransformerForCausalLM, bits: int, block_size: int) -> Iterator[None]:
-    """The matrices that are quantised, rounded in place as ``diffattn.export.quantize`` does by default."""
+    """Rounds the matrices that are quantised, as ``diffattn.export.quantize`` does by default, while this lasts."""
     before = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and not name.endswith("lambda_proj"):
@@ -236,7 +236,7 @@ def _rounded_weights(model: DiffTransformerForCausalLM, bits: int, block_size: i
 
 
 def _rounded(weight: Tensor, bits: int, block_size: int) -> Tensor:
-    """Each block of a row to the nearest of 2^bits steps, of which the largest magnitude is the last."""
+    """Rounds each block of a row to the nearest of 2^bits steps, of which the largest magnitude is the last."""
     columns = weight.shape[1]
     blocks = F.pad(weight, (0, -columns % block_size)).unflatten(1, (-1, block_size))
     extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
@@ -250,7 +250,7 @@ def _relative(actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
 
 
 def _prompts(vocab_size: int, tokenizer: PreTrainedTokenizerBase | None) -> list[Ids]:
-    """Twelve rows of tokens of several lengths."""
+    """Returns twelve rows of tokens of several lengths."""
     if tokenizer is not None:
         return [np.array(tokenizer(text)["input_ids"], np.int64) for text in PROMPTS]
     random = np.random.default_rng(7)
@@ -258,7 +258,7 @@ def _prompts(vocab_size: int, tokenizer: PreTrainedTokenizerBase | None) -> list
 
 
 def _cases(model: DiffTransformerForCausalLM, prompts: list[Ids]) -> list[tuple[Ids, Ids, tuple[int, ...]]]:
-    """Tokens (B, S), their mask, and the pieces in which they are given."""
+    """Returns tokens (B, S), their mask, and the pieces in which they are given, for each case."""
     random = np.random.default_rng(11)
     cases = []
     for rows, pieces, padding in CASES:
@@ -271,7 +271,7 @@ def _cases(model: DiffTransformerForCausalLM, prompts: list[Ids]) -> list[tuple[
 
 
 def _padded(prompts: list[Ids]) -> tuple[Ids, Ids]:
-    """(B, S) with padding on the left, at least 3 long, and its mask."""
+    """Returns tokens (B, S) with padding on the left, at least 3 long, and their mask."""
     length = max(3, *map(len, prompts))
     ids, mask = (np.zeros((len(prompts), length), np.int64) for _ in range(2))
     for row, prompt in enumerate(prompts):
@@ -285,7 +285,7 @@ def _positions(mask: Ids) -> Ids:
 
 @torch.no_grad()
 def _torch_logits(model: DiffTransformerForCausalLM, ids: Ids, mask: Ids, pieces: Any) -> npt.NDArray[Any]:
-    """Logits (tokens, V) of all tokens that are no padding, in one pass."""
+    """Returns logits (tokens, V) of all tokens that are no padding, from one pass."""
     given = (torch.from_numpy(values) for values in (ids, mask, _positions(mask)))
     return model(*given, use_cache=False).logits.numpy()[mask == 1]
 
@@ -305,7 +305,7 @@ def _onnx_logits(decoder: OnnxDecoder, ids: Ids, mask: Ids, pieces: Sequence[int
 
 @torch.no_grad()
 def _greedy(model: DiffTransformerForCausalLM, ids: Ids, mask: Ids) -> Ids:
-    """The likeliest next tokens (B, NEW_TOKENS) of the torch model, whatever ends a text."""
+    """Returns the likeliest next tokens (B, NEW_TOKENS) of the torch model, whatever ends a text."""
     cache, chosen, new = DynamicCache(config=model.config), [], ids
     for _ in range(NEW_TOKENS):
         positions = _positions(mask)[:, -new.shape[1] :]

@@ -41,7 +41,7 @@ from diffattn.model.transformers_private import attention_implementation
 OPSET = 23
 GROUPED = "onnx_grouped"
 BATCH, NEW, EARLIER = "batch_size", "sequence_length", "past_sequence_length"
-# What a protobuf message may hold is 2 GiB; the graph itself is far below the difference.
+# A protobuf message may hold 2 GiB; the graph itself is far below the difference.
 LARGEST_FILE = 2_000_000_000
 
 
@@ -54,7 +54,7 @@ class FlatDecoder(nn.Module):
         self.cache = cache
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> Any:
-        """Logits, then key 0, value 0, key 1, ... of all tokens; logits alone without a cache."""
+        """Returns logits, then key 0, value 0, key 1, ... of all tokens; logits alone without a cache."""
         cache = DynamicCache(list(zip(past[0::2], past[1::2], strict=True))) if self.cache else None
         # A row is one sequence. From positions the model would look for several, by operators that ONNX lacks.
         x = self.model.model.embed_tokens(input_ids)
@@ -89,10 +89,10 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, sdpa_mask)
 
 
 def to_graph(model: DiffTransformerForCausalLM, *, cache: bool = True) -> Any:
-    """The model as an ``onnx_ir.Model`` of opset 23 in float32; names and shapes are in the module's docstring.
+    """Returns the model as an ``onnx_ir.Model`` of opset 23 in float32; the module's docstring has names and shapes.
 
     Raises:
-        UnsupportedError: rotary positions whose frequencies depend on the length, or a missing package of the extra.
+        UnsupportedError: the rotary frequencies depend on the length, or a package of the extra is missing.
     """
     require("onnx", "onnxscript")
     from onnxscript.optimizer import optimize_ir
@@ -136,7 +136,7 @@ def to_graph(model: DiffTransformerForCausalLM, *, cache: bool = True) -> Any:
 
 
 def save(graph: Any, folder: Path) -> None:
-    """Write ``model.onnx``; weights that one file cannot hold go into ``model.onnx.data`` beside it."""
+    """Writes ``model.onnx``; weights that one file cannot hold go into ``model.onnx.data`` beside it."""
     import onnx_ir
 
     for name in (MODEL_FILE, DATA_FILE):
@@ -145,12 +145,12 @@ def save(graph: Any, folder: Path) -> None:
 
 
 def weight_bytes(graph: Any) -> int:
-    """Bytes of all constants of the graph."""
+    """Returns the bytes of all constants of the graph."""
     return sum(value.const_value.nbytes for value in graph.graph.initializers.values())
 
 
 def _name_weights(graph: Any) -> None:
-    """Names as in the checkpoint; matrices of products transposed, as ``MatMul`` and its quantised form take them."""
+    """Names weights as in the checkpoint, and transposes matrices of products, as ``MatMul`` takes them."""
     import onnx_ir
 
     weights = graph.graph.initializers
@@ -190,7 +190,7 @@ def _is_table(weight: Any) -> bool:
 
 
 def _describe(graph: Any, config: DiffTransformerConfig, cache: bool) -> None:
-    """The name of the one length that the tracer has invented one for, and what made the file; no paths of ours."""
+    """Names the one length that the tracer has no name for, says what made the file, and leaves out paths of ours."""
     import onnx_ir
 
     version = importlib.metadata.version("diffattn")
@@ -209,7 +209,7 @@ def _describe(graph: Any, config: DiffTransformerConfig, cache: bool) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says of its workings: packages that it does not need, lengths that are equal."""
+    """Keeps the exporter from telling of its workings: packages that it does not need, lengths that are equal."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -56,7 +56,7 @@ def export_onnx(
     check: bool = ExportOptions.check,
     on_stage: OnStage = unseen,
 ) -> OnnxExport:
-    """Write ``model.onnx``, its configuration and its tokenizer into a folder, whole or not at all.
+    """Writes ``model.onnx``, its configuration and its tokenizer into a folder, whole or not at all.
 
     Args:
         folder: a checkpoint of ours; half-precision weights are exported as float32.
@@ -96,7 +96,7 @@ def export_onnx(
             save(graph, partial)
         report = None
         if check:
-            # Also before quantising, which is no reason for a graph to be wrong.
+            # The graph is compared before it is quantised, too: quantising is no reason for it to be wrong.
             on_stage(Stage("comparing with the torch model"))
             tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
             expected = Expected.of(model, tokenizer)

@@ -28,7 +28,7 @@ MICROSOFT = "com.microsoft"
 
 
 def check_block_size(block_size: int) -> None:
-    """Raise a ``ConfigError`` for a block size that onnxruntime does not have."""
+    """Raises a ``ConfigError`` for a block size that onnxruntime does not have."""
     if block_size not in BLOCK_SIZES:
         raise ConfigError(
             f"block_size is {block_size}", f"one of {', '.join(map(str, BLOCK_SIZES))}", "leave it out for 32"
@@ -44,19 +44,19 @@ def quantize(
     table_bits: int = 8,
     accuracy_level: int = 4,
 ) -> Any:
-    """A graph of ``diffattn.export.onnx.to_graph`` with quantised weights; the argument stays as it is.
+    """Returns a graph of ``diffattn.export.graph.to_graph`` with quantised weights; the argument stays as it is.
 
     Args:
         graph: an ``onnx_ir.Model``.
-        bits: of the matrices of the layers, 8 or 4.
+        bits: bits of a weight in the matrices of the layers, 8 or 4.
         block_size: weights, along a product's sum, that share one scale: 16, 32, 64, 128 or 256.
-        symmetric: without a zero point for each block.
-        table_bits: of the embedding and the output head, 8 or 4.
-        accuracy_level: of ``MatMulNBits``. 4: activations are quantised to int8 on the fly, and products are of
-            integers; 0: the weights are made float32 again at every call, which is several times slower on a CPU.
+        symmetric: whether blocks have no zero point.
+        table_bits: bits of a weight in the embedding and the output head, 8 or 4.
+        accuracy_level: the attribute of ``MatMulNBits``. 4: activations are quantised to int8 on the fly, and products
+            are of integers; 0: the weights are made float32 again at every call, several times slower on a CPU.
 
     Raises:
-        ConfigError: other bits or block size.
+        ConfigError: bits or block size are none of these.
         UnsupportedError: onnx or onnxruntime is missing.
     """
     if bits not in BITS or table_bits not in BITS:
@@ -90,7 +90,7 @@ def quantize(
 
 
 def _quantize_table(graph: Any, options: Any) -> None:
-    """Put the quantised embedding and head in the place of the two in ``graph``; one table where they are tied."""
+    """Puts the quantised embedding and head in the place of those in ``graph``; one table where they are tied."""
     import onnx_ir
 
     nodes = list(graph)
@@ -159,6 +159,6 @@ def _quantize_table(graph: Any, options: Any) -> None:
 def _blocks(
     weight_VD: npt.NDArray[np.float32], options: Any
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
-    """Packed (V, blocks, bytes of a block), scales (V, blocks) and packed zero points of rows cut into blocks."""
+    """Returns packed blocks (V, blocks, bytes of one), scales (V, blocks) and packed zero points of the rows."""
     # The library cuts columns into blocks.
     return onnxruntime_private.quantize_blocks(np.ascontiguousarray(weight_VD.T), options)

@@ -53,12 +53,12 @@ class OnnxDecoder:
 
     Args:
         path: the folder, or its ``model.onnx``.
-        threads: of onnxruntime within one operator; ``None`` for as many as it chooses.
-        optimize: let onnxruntime rewrite the graph when it loads; without, every node runs as it was exported.
+        threads: threads of onnxruntime within one operator; ``None`` for as many as it chooses.
+        optimize: whether onnxruntime may rewrite the graph when it loads; else every node runs as it was exported.
 
     Raises:
         UnsupportedError: onnxruntime is missing.
-        CheckpointError: no such file, or not a decoder's graph.
+        CheckpointError: there is no such file, or it is no decoder's graph.
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None, optimize: bool = True) -> None:
@@ -107,7 +107,7 @@ class OnnxDecoder:
         return bool(self.past_names)
 
     def empty_cache(self, batch: int) -> Cache:
-        """A cache of length 0 for ``batch`` rows."""
+        """Returns a cache of length 0 for ``batch`` rows."""
         return Cache(
             [self._value(np.zeros((batch, heads, 0, width), np.float32)) for _, heads, _, width in self._past_shapes], 0
         )
@@ -115,7 +115,7 @@ class OnnxDecoder:
     def logits(
         self, input_ids: Ids, attention_mask: Ids | None = None, cache: Cache | None = None
     ) -> tuple[Floats, Cache]:
-        """Logits of new tokens, and the cache of all tokens so far.
+        """Returns the logits of new tokens, and the cache of all tokens so far.
 
         Args:
             input_ids: (B, T).
@@ -154,7 +154,7 @@ class OnnxDecoder:
         seed: int = 0,
         stop: Sequence[int] = (),
     ) -> Ids:
-        """The prompt and ``max_new_tokens`` more of every row, fewer where all rows have stopped.
+        """Returns the prompt and ``max_new_tokens`` more of every row, fewer where all rows have stopped.
 
         Args:
             input_ids: (B, T), padded on the left.
@@ -162,7 +162,7 @@ class OnnxDecoder:
             attention_mask: (B, T); ``None`` for ones.
             temperature: 0 for the likeliest token (greedy), else the logits are divided by it and one is drawn.
             top_p: draw from the likeliest tokens that together have this probability.
-            seed: of the draws.
+            seed: the seed of the draws.
             stop: tokens that end a row, which is filled up with the first of them.
         """
         if temperature < 0 or not 0 < top_p <= 1:

@@ -23,7 +23,7 @@ from diffattn.serve.request_error import RequestError, stopping
 from diffattn.serve.sampling import Likelihoods, Sampling
 from diffattn.serve.transformers_private import Engine, GenerationOutput, response_events_to_chunks
 
-# What OpenAI's interface gives where a completion does not say how long it may become.
+# OpenAI's interface gives so many tokens where a completion does not say how long it may become.
 COMPLETION_TOKENS = 16
 # Queries of one step on a CPU: a longer prompt is read in several, between which the other requests go on.
 _CPU_STEP = 512
@@ -31,9 +31,9 @@ _CPU_PAGE = 32
 # Keys and values for as many tokens, if a quarter of the free memory holds them.
 _CPU_CACHE_TOKENS = 65_536
 _START_SECONDS = 300
-# For the step that the engine is in; a process that ends need not wait for a longer one.
+# The engine may end the step that it is in; a process that ends need not wait for a longer one.
 _STOP_SECONDS = 1
-# Longer than the engine needs for the step that it is in when a request is cancelled.
+# This is longer than the engine needs for the step that it is in when a request is cancelled.
 _LATE_SECONDS = 60
 
 
@@ -142,7 +142,7 @@ class Stream:
         elif self._text.stopped or done:
             stopped = self._text.stopped or output.generated_tokens[self._count - 1] in self._batch.ends
             if self._text.stopped:
-                # Of a token that is cut in two, the front was sent; those behind the cut are no part of the answer.
+                # The front of a token that is cut in two was sent; tokens behind the cut are no part of the answer.
                 self._waiting = [token for token in self._waiting if token.offset < self._sent]
             self._put(self._last_events(), flush=True)
             self._queue.put_nowait(End(self._index, "stop" if stopped else "length", self._count))
@@ -309,7 +309,7 @@ def _defaults(model: PreTrainedModel) -> dict[str, float]:
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the model's, and the tokenizer's, which ends a turn where the model was told to."""
+    """Returns the tokens that end an answer: the model's, and the tokenizer's, which ends a turn of a chat."""
     given = (model.generation_config.eos_token_id, tokenizer.eos_token_id)
     ends = {token for each in given if each is not None for token in ([each] if isinstance(each, int) else each)}
     return sorted(ends)
@@ -336,7 +336,7 @@ def _engine_config(model: PreTrainedModel, context: int) -> ContinuousBatchingCo
 
 
 def _free_memory() -> int:
-    """Bytes that a process can have without another being moved to disk: Linux says it, elsewhere half of all."""
+    """Returns the bytes that are free for a process, as Linux says; elsewhere half of the memory."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

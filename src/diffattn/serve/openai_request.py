@@ -34,7 +34,7 @@ _OTHERS = {
 }  # fmt: skip
 _CHAT = {"chat_template_kwargs", "max_completion_tokens", "messages", "tools", "top_logprobs"}
 _COMPLETION = {"best_of", "echo", "prompt"}
-# What to do about fields that clients know of and that are not served.
+# Ways out for fields that clients know of and that are not served.
 _WAYS_OUT = {
     "suffix": "leave it out: the model continues a text and fills no gap",
     "top_logprobs": "a completion asks for them with logprobs, a number",
@@ -45,7 +45,7 @@ MOST_ANSWERS = 1024
 # The parser of JSON lets no other thread run until it is done: so many lists, objects and commas take it 0.1 s.
 _MOST_LISTS = 20_000
 _MOST_VALUES = 500_000
-# What is smaller is parsed at once in any case.
+# A smaller body is parsed at once in any case.
 _SMALL_BODY = 2**15
 # The longest token id that any vocabulary has.
 _MOST_DIGITS = 10

@@ -15,7 +15,7 @@ from diffattn.serve.openai_request import Asked
 from diffattn.serve.request_error import RequestError, check_text
 from diffattn.serve.transformers_private import template_messages
 
-# What a normaliser makes of a text may be shorter: NFKC turns letters of 4 bytes into letters of 1.
+# A normaliser may make a text shorter: NFKC turns letters of 4 bytes into letters of 1.
 _NORMALISED = 4
 # A text is encoded at once up to this many bytes for each token of the context. Prose has 4 or 5 to a token.
 _DENSE = 4
@@ -24,7 +24,7 @@ _PIECE = 2**16
 # JSON may write a byte of text with six, as \u0041, and says other things beside the prompts.
 _ESCAPED = 6
 _BESIDE = 2**20
-# Of any request. A prompt of a million tokens has a few MB.
+# The most bytes of any request. A prompt of a million tokens has a few MB.
 LONGEST_BODY = 32 * 2**20
 
 
@@ -62,11 +62,11 @@ class Prompts:
 
     @property
     def longest_body(self) -> int:
-        """Bytes of a request whose one prompt may fit; what is longer is not even parsed."""
+        """The most bytes of a request whose one prompt may fit; a longer body is not even parsed."""
         return min(LONGEST_BODY, _ESCAPED * self.longest_text + _BESIDE)
 
     def read(self, raw: bytes, *, chat: bool, names: tuple[str, ...]) -> tuple[Asked, list[Prompt]]:
-        """The request in a body of JSON, for one of the models ``names``, and its prompts, which all fit.
+        """Reads the request in a body of JSON, for one of the models ``names``, and its prompts, which all fit.
 
         Raises:
             RequestError: what cannot be served, as :func:`openai_request.read`; 404 for another model.
@@ -152,13 +152,13 @@ class Prompts:
             count = 0
             for start in range(0, len(text), _PIECE):
                 count += len(self._ids(text[start : start + _PIECE], special=False))
-                # Where a text is cut, its pieces may have a few tokens more or less than the whole.
+                # The pieces of a text that was cut may have a few tokens more or less than the whole.
                 if count > 2 * self._context:
                     raise self._no_room(f"more than {self._context:,}", param)
         return self._ids(text, special=special)
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
-        # Alone of the tokenizer's ways this one lets other threads run, and keeps no offsets.
+        # This is the only way of the tokenizer that lets other threads run and keeps no offsets.
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
 

@@ -27,7 +27,7 @@ class RequestError(DiffattnError):
         param: str | None = None,
         code: str | None = None,
     ) -> None:
-        # What a client sent may be half a surrogate pair, which no answer can hold.
+        # A client may have sent half a surrogate pair, which no answer can hold.
         super().__init__(*(sendable(" ".join(part.split())) for part in (given, wanted, way_out)))
         self.status = status
         self.body = {

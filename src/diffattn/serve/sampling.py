@@ -19,7 +19,7 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from diffattn.model.options import GREEDY_BELOW
 
-# What OpenAI's interface says where a token is less likely than this, since JSON has no infinity.
+# OpenAI's interface says this of a token that is less likely, since JSON has no infinity.
 LEAST_LOGPROB = -9999.0
 
 
@@ -74,7 +74,7 @@ class Likelihoods:
         self._places: dict[int, tuple[Tensor, list[tuple[int, float]]]] = {}
 
     def note(self, place: int, logits: Tensor) -> None:
-        """Logits ``(V,)`` of the token at ``place`` of the answer."""
+        """Notes the probabilities that logits ``(V,)`` give the token at ``place`` of the answer."""
         logprobs = logits.float().log_softmax(-1).clamp(min=LEAST_LOGPROB)
         values, tokens = logprobs.topk(min(self._top, len(logprobs)))
         self._places[place] = logprobs, list(zip(tokens.tolist(), values.tolist(), strict=True))
@@ -108,6 +108,6 @@ def shape_logits(logits: Tensor, sampling: Sampling, answer: Sequence[int]) -> T
     if sampling.min_p:
         row = MinPLogitsWarper(sampling.min_p)(None, row)
     generator = np.random.Generator(np.random.Philox(key=sampling.seed % 2**64, counter=[0, 0, 0, len(answer)]))
-    # In float64, which is never 0: minus the logarithm of an exponential is a Gumbel.
+    # The draw is in float64, which is never 0: minus the logarithm of an exponential is a Gumbel.
     noise = -np.log(generator.standard_exponential(len(logits)))
     return row[0] + torch.from_numpy(noise).to(row)

@@ -44,7 +44,7 @@ _SMALL_BODY = 2**16
 _LONGEST_SENT = 2 * LONGEST_BODY
 # Open answers end at once with an error; this is for connections that do not take it.
 _SHUTDOWN_SECONDS = 1
-# After which a thread of Python's lets another go on that waits; 5 ms by default.
+# A thread of Python's lets another that waits go on after so many seconds; 0.005 by default.
 _TURN_SECONDS = 0.001
 
 
@@ -75,7 +75,7 @@ class App:
         self._model = model
         self._prompts = Prompts(batch.tokenizer, names[0], batch.context, batch.vocabulary)
         self._small, self._large = ThreadPoolExecutor(1, "small requests"), ThreadPoolExecutor(1, "large requests")
-        # What is being read or answered whole, and is ended when the server is told to stop.
+        # The work that is read or answered whole, and is ended when the server is told to stop.
         self._working: set[asyncio.Future[Any]] = set()
 
         @contextlib.asynccontextmanager
@@ -114,7 +114,7 @@ class App:
         return JSONResponse(self._described())
 
     async def health(self) -> Response:
-        """200 while requests are taken, with how many are being answered."""
+        """Answers with 200 while requests are taken, and says how many are being answered."""
         alive = self.batch.is_alive()
         body = {"status": "ok" if alive else "unhealthy", "requests": len(self.batch.live)}
         return JSONResponse(body, status_code=200 if alive else 503)
@@ -226,7 +226,7 @@ class App:
         )  # fmt: skip
 
     async def _refuse(self, request: Request, error: Exception) -> Response:
-        """The answer to every mistake, theirs and ours, in the words of OpenAI's interface."""
+        """Returns the answer to every mistake, theirs and ours, in the words of OpenAI's interface."""
         if isinstance(error, ClientDisconnect):
             # Nobody reads it.
             return Response(status_code=499)
@@ -258,7 +258,7 @@ class _Events(StreamingResponse):
 
 
 async def _left(request: Request) -> None:
-    """Until the client has left; its body has been read."""
+    """Waits until the client has left; its body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -307,7 +307,7 @@ def serve(
     app = App(names, model, batch, key, hosts, lambda: on_ready(what))
     # The engine's thread has to let the event loop go on for each thing that it reads or writes.
     sys.setswitchinterval(_TURN_SECONDS)
-    # What is loaded now stays; looking through all of it for garbage takes a quarter of a second.
+    # All that is loaded now stays; looking through it for garbage takes a quarter of a second.
     gc.collect()
     gc.freeze()
     config = uvicorn.Config(
