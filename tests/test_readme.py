@@ -30,6 +30,16 @@ def test_the_readme_is_read_in_one_sitting() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def test_what_was_found_stands_in_the_pages() -> None:
+    (found,) = re.findall(r"^## What we found\n(.*?)^## ", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    pages = "".join(
+        (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("findings", "scaling", "plan")
+    )
+    numbers = re.findall(r"\d+\.\d+", found)
+    assert len(numbers) > 12
+    assert [number for number in numbers if not re.search(rf"(?<!\d){re.escape(number)}(?!\d)", pages)] == []
+
+
 def test_library_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     examples = [*blocks(README, "python"), *blocks(ROOT / "docs" / "tutorials" / "researcher.md", "python")]
