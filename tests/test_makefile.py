@@ -1,6 +1,7 @@
 """`make setup` says what it does; a failed installation is a failed target."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,15 @@ esac
     return subprocess.run(
         ["make", "setup", f"PYTHON={python}"], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
     )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (named,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    listed = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True)
+    said = dict(line.removeprefix("make ").split(None, 1) for line in listed.stdout.splitlines())
+    assert set(said) == set(named.split()) - {"help"}
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
