@@ -1,4 +1,4 @@
-"""Whether gated attention learns to look something up, by its learning rate and by how its gates start.
+"""Measures whether gated attention learns to look something up, by its learning rate and how its gates start.
 
 Small models on the mixture of ``make study``, in a setting in which a softmax model learns to find needles within
 minutes of one core (docs/studies.md). Each case is a variant, a multiple of the ladder's learning rate, a start and a

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` runs: problems, the ways to compute each attention, and the definition they are held to.
+"""The cases of `benchmarks.gpu`: problems, the ways to compute each attention, and the definition they are held to.
 
 Tensors lie as a model lays them out, (batch, sequence, heads, width) with the two maps of a pair adjacent:
 

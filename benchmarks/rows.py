@@ -1,4 +1,4 @@
-"""What the benchmarks share: where a row comes from, its statistics, and how it is written."""
+"""The parts that the benchmarks share: where a row comes from, its statistics, and how it is written."""
 
 from __future__ import annotations
 

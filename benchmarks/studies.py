@@ -1,4 +1,4 @@
-"""What the studies cost beside a forward pass of the same tokens, and what answering needles together saves.
+"""Measures what the studies cost beside a forward pass of the same tokens, and what answering needles together saves.
 
 The model is of the size that is trained to be studied, with random weights: they do not matter for time. Cases take
 turns within one process; a ratio compares neighbours in time.

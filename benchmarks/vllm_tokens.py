@@ -1,4 +1,4 @@
-"""Whether vLLM writes what ``generate`` writes: the greedy tokens of 12 prompts, one row per variant and way.
+"""Checks that vLLM writes what ``generate`` writes: the greedy tokens of 12 prompts, one row per variant and way.
 
 Models of a few million parameters with random weights of a fixed seed, wide enough that the text depends on all that
 was read. Each is asked through vLLM's ``LLM`` class and through its OpenAI server, started by ``diffattn serve``, to

@@ -1,4 +1,4 @@
-"""Who sees whom: the mask of a pass, from the masks and positions that ``transformers`` and its users give a decoder.
+"""The mask of a pass, from the masks and positions that ``transformers`` and its users give a decoder.
 
 A row may hold several sequences one after another. One begins where a position does not exceed that of the token before
 it, or where ``cu_seq_lens_q`` says so, and its tokens see each other alone. Padding is no token: what
