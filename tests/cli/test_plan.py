@@ -177,7 +177,7 @@ def test_a_page_of_one_model(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 def test_the_process_imports_no_torch_and_ends_within_a_second() -> None:
     code = (
         "import sys; from diffattn.cli.main import main; status = main(['plan', '--json']); "
-        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules); "
+        "heavy = {'torch', 'transformers', 'numpy', 'altair', 'vl_convert'} & set(sys.modules); "
         "print(sorted(heavy), file=sys.stderr); sys.exit(status or bool(heavy))"
     )
     seconds = []

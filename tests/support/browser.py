@@ -50,7 +50,7 @@ def opened(
 
 
 def measure(browser: Any, text: str, folder: Path, widths: list[int]) -> list[dict[str, Any]]:
-    """What Chromium lays out at each width: what sticks out of the page, of a table's box, or of a chart's."""
+    """What Chromium lays out as its window becomes wider: what sticks out of the page, a table's box or a chart's."""
     script = """() => ({
         window: innerWidth,
         scroll: document.documentElement.scrollWidth,
@@ -66,9 +66,16 @@ def measure(browser: Any, text: str, folder: Path, widths: list[int]) -> list[di
         }),
     })"""
     sizes = []
-    for width in widths:
-        with opened(browser, text, folder, width=width) as page:
-            sizes.append(page.evaluate(script))
+    with opened(browser, text, folder, width=widths[0]) as page:
+        for width in widths:
+            page.set_viewport_size({"width": width, "height": 1200})
+            # A chart follows its room a moment later; the page forbids code made of text, so it is asked repeatedly.
+            for _ in range(100):
+                size = page.evaluate(script)
+                if all(abs(chart["right"]) <= 1 for chart in size["charts"]):
+                    break
+                page.wait_for_timeout(50)
+            sizes.append(size)
     assert [size["window"] for size in sizes] == widths
     return sizes
 

@@ -109,7 +109,7 @@ def line_legend(columns: int = 4) -> alt.Legend:
 
 
 def tooltips(**titles: str) -> list[alt.Tooltip]:
-    """What is shown where one points: fields of the data, each with its title."""
+    """The fields of the data that are shown where one points, each with its title."""
     import altair as alt
 
     return [alt.Tooltip(field, type="nominal", title=title) for field, title in titles.items()]

@@ -107,12 +107,8 @@ def difference_chart(result: Compared) -> alt.LayerChart:
         ),
         *_directions(common, x),
     ]
-    # Rows have their own height, so only the width is fitted to the page.
-    fitted = alt.AutoSizeParams(type="fit-x", contains="padding")
-    named = charts.layered(layers, charts.data_of(rows))
-    return named.properties(
-        description=difference_alt(result), autosize=fitted, width="container", height=alt.Step(ROW)
-    )
+    named = charts.layered(layers, charts.data_of(rows)).properties(description=difference_alt(result))
+    return named.properties(width="container", height=ROW * len(rows))
 
 
 def _directions(baseline: str | None, x: Callable[[str], alt.X]) -> list[alt.Chart]:

@@ -30,6 +30,8 @@ PARTS = {
     "workspace": ("workspace", "#8c959f"),
 }
 LIMIT_COLOUR = "#e5484d"
+# Pixels of a bar with the words above it.
+ROW = 58
 UNITS = {2**40: "TiB", 2**30: "GiB", 2**20: "MiB", 2**10: "KiB"}
 # Contexts are named by powers of 1024: 4096 is 4k.
 CONTEXT_TICKS = (
@@ -170,9 +172,7 @@ def bar_chart(grid: Grid, phases: Sequence[str], *, bound: bool = False) -> alt.
     ]
     told = f"Bytes at the peak of {' and '.join(phases)} by part, at the context and the batch of the sliders."
     layers = charts.layered([bars, *words], _data(columns)).add_params(*_parameters(grid, bound))
-    # Rows have their own height, so only the width is fitted to the page.
-    fitted = alt.AutoSizeParams(type="fit-x", contains="padding")
-    return layers.properties(description=told, width="container", height=alt.Step(58), autosize=fitted)
+    return layers.properties(description=told, width="container", height=ROW * len(phases) * len(grid.plan.models))
 
 
 def line_chart(grid: Grid, key: str) -> alt.LayerChart:
