@@ -86,9 +86,18 @@ def _short(value: float) -> str:
     return f"{value:.3f}".replace("-", "−")
 
 
+def block_of(tokens: Sequence[str]) -> int:
+    """The tokens of a square's side: 1, and of a long text as many as leave no more than ``MOST_CELLS`` squares.
+
+    >>> block_of(["a"] * 128), block_of(["a"] * 242)
+    (1, 2)
+    """
+    return -(-len(tokens) // MOST_CELLS)
+
+
 def cells(weights: np.ma.MaskedArray, tokens: Sequence[str]) -> list[dict[str, object]]:
     """A row of data per weight that a query has; of a long text one per block, its largest by magnitude."""
-    block = -(-len(tokens) // MOST_CELLS)
+    block = block_of(tokens)
     found: list[dict[str, object]] = []
     for query in range(0, len(tokens), block):
         for key in range(0, query + block, block):
@@ -125,7 +134,9 @@ def map_chart(
     import altair as alt
 
     limit, largest = limits
-    step = -(-len(tokens) // MOST_LABELS)
+    block = block_of(tokens)
+    step = block * -(-len(tokens) // (block * MOST_LABELS))
+    squares = f", {block} × {block} tokens a square" if block > 1 else ""
     shown = [token_label(token) for token in tokens]
     label = alt.Axis(
         labelExpr=f"{json.dumps(shown, ensure_ascii=False)}[datum.value]",
@@ -160,7 +171,7 @@ def map_chart(
         # A little more than its own room, so that no light line is left between two squares.
         .mark_rect(width=alt.RelativeBandSize(band=1.04), height=alt.RelativeBandSize(band=1.04))
         .encode(
-            x=alt.X("key:O", title="key (attended token)", axis=label.copy()),
+            x=alt.X("key:O", title=f"key (attended token){squares}", axis=label.copy()),
             y=alt.Y("query:O", title="query", axis=label),
             color=colour,
             tooltip=charts.tooltips(**{"query token": "query", "key token": "key", "in digits": "weight"}),
