@@ -81,8 +81,8 @@ def run(problem: Problem, rates: dict[str, Any], repeats: int | None) -> Iterato
     for entry in entries:
         try:
             calls[entry.name] = Call(entry, problem)
-        except UnsupportedError as reason:
-            refused[entry.name] = str(reason)
+        except UnsupportedError as error:
+            refused[entry.name] = error.given
     # The first run's seconds do not count; of training, its memory does.
     peaks = {}
     for name, call in calls.items():

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import attention
 from benchmarks.attention_cases import ENTRIES, HEADS, PHASES, WIDTH, Call, Entry, Problem, executed_flops
 from diffattn import diff_attention
-from diffattn.ops.dispatch import BACKENDS, Backend
+from diffattn.ops.dispatch import BACKENDS
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 17
@@ -114,6 +114,6 @@ def test_a_run_gives_every_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
 
 def test_a_refused_case_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sentence = "fused_cpu: no compiler"
-    monkeypatch.setitem(BACKENDS, "fused_cpu", Backend(BACKENDS["standard"].run, lambda *args, **options: sentence))
+    monkeypatch.setitem(BACKENDS, "fused_cpu", BACKENDS["standard"]._replace(supports=lambda call: sentence))
     _, *rows = run(monkeypatch, tmp_path, "--dtypes", "bfloat16", "--phases", "decode")
     assert [row.get("unsupported") for row in rows] == [None, sentence, sentence]

@@ -31,7 +31,7 @@ QUERIES = [1, 2, 3, 5, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]
 
 
 def main() -> int:
-    recipe = compiling.Recipe.of_this_machine()
+    recipe = compiling.BuildKey.of_this_machine()
     asked = [*recipe.compiler, "-print-file-name=libasan.so"]
     runtime = subprocess.run(asked, capture_output=True, text=True).stdout.strip() if recipe.compiler else ""
     if "/" not in runtime:
