@@ -5,6 +5,8 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import diffattn
 from tools import dist
 
@@ -12,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_a_release_is_whole_and_runs(tmp_path: Path) -> None:
+    for tool in ("build", "twine"):
+        pytest.importorskip(tool)
     archive, wheel = dist.build(tmp_path / "dist")
     assert {archive.name, wheel.name} == {
         f"diffattn-{diffattn.__version__}.tar.gz",

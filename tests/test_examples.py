@@ -3,9 +3,7 @@
 import importlib
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from support.small_comparison import write_shape, write_text
 from support.small_run import SHAPE
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -49,6 +47,7 @@ def test_llama_to_diff(tmp_path: Path) -> None:
 
 
 def test_the_notebook_draws_the_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     # The kernel is a process of its own: it keeps its text in this folder, and compiles nothing there.
     monkeypatch.setenv("DIFFATTN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("DIFFATTN_FUSED", "0")
@@ -56,6 +55,6 @@ def test_the_notebook_draws_the_maps(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     given = {"TEXT": write_text(tmp_path), "SHAPE": write_shape(tmp_path), "STEPS": 2, "OUT": str(tmp_path / "runs")}
     parameters.source = "\n".join(f"{name} = {value!r}" for name, value in (given | {"PROMPT": "the union"}).items())
-    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     (drawn,) = notebook.cells[-2].outputs
     assert len(drawn.data["image/png"]) > 10_000
