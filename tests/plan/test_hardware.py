@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from diffattn.errors import ConfigError
-from diffattn.plan.hardware import DTYPES, MACHINES, GiB, Machine, load_machine
+from diffattn.plan.hardware import MACHINES, RATED_DTYPES, GiB, Machine, load_machine
 
 RATES = {"fp32": 1e12, "bf16": 4e12}
 
@@ -16,7 +16,7 @@ def test_every_machine_has_all_rates_and_a_source() -> None:
     assert list(MACHINES) == [machine.name for machine in MACHINES.values()]
     for machine in MACHINES.values():
         assert machine.flops is not None
-        assert set(machine.flops) == set(DTYPES)
+        assert set(machine.flops) == set(RATED_DTYPES)
         assert None not in (machine.bandwidth, machine.memory, machine.disk)
         assert "disk" in machine.source or "NVMe" in machine.source
 

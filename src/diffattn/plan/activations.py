@@ -42,7 +42,7 @@ class Layer:
 
     @property
     def token(self) -> int:
-        """Kept per token by the whole layer."""
+        """Bytes per token that the whole layer keeps."""
         return self.feed_forward + self.attention
 
 

@@ -1,4 +1,4 @@
-"""Does a smaller DIFF model win back what its second map costs? Two models side by side, in numbers and sentences."""
+"""Two models side by side: does a smaller DIFF model win back what its second map costs?"""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def ratio_rows(estimates: list[Estimate], *, parallel: bool) -> list[RatioRow]:
 
 
 def _at(found: Estimate, path: str) -> float | None:
-    """Returns what stands at a path of fields; None where one of them is None."""
+    """Returns the number at a path of fields; None where one of them is None."""
     value: object = found
     for step in path.split():
         if value is None:

@@ -17,7 +17,7 @@ from diffattn.files import parse_json
 from diffattn.names import one_of, plain
 
 GiB = 1024**3
-DTYPES = ("fp32", "bf16", "fp16")
+RATED_DTYPES = ("fp32", "bf16", "fp16")
 # Beyond this a rate is a slip, and what is computed from it no number.
 _FASTEST = 1e30
 # Said before a name on boxes and by drivers.
@@ -56,7 +56,7 @@ class Machine:
         for key in ("bandwidth", "memory", "disk"):
             _check_rate(self.name, key, getattr(self, key))
         if self.flops is not None:
-            if not isinstance(self.flops, Mapping) or not {"fp32", "bf16"} <= set(self.flops) <= set(DTYPES):
+            if not isinstance(self.flops, Mapping) or not {"fp32", "bf16"} <= set(self.flops) <= set(RATED_DTYPES):
                 raise ConfigError(
                     f"machine {self.name!r} has flops={self.flops!r}",
                     "FLOP/s for fp32 and bf16 (and fp16, else that of bf16)",

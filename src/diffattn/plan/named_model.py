@@ -22,7 +22,7 @@ PAIR = (f"{DEFAULT}:6.8B", f"{BASELINE}:11B")
 
 @dataclass(frozen=True)
 class Model:
-    """A model to plan: what it is called, its variant, the softmax shape, and the shape that is built.
+    """A model to plan: its name, its variant, the softmax shape, and the shape that is built.
 
     ``built`` is ``shape`` but for V2 and gated attention, whose feed-forward network is narrowed to as many parameters
     as softmax has; a checkpoint's own model is built already. ``given`` is how it was written. ``left_out`` are numbers

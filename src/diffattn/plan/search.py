@@ -1,4 +1,4 @@
-"""The plan along one axis, and turned around: what is the largest model, context or batch that a memory holds?"""
+"""The plan at several values of an axis, and the largest model, context or batch that a memory holds."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def _need_at(need: Need, model: Model, setting: Setting, axis: str, value: int) 
 
 
 def _last(need: Callable[[int], int], limit: int) -> int:
-    """The largest integer from 1 whose need is within the limit; 0: none is."""
+    """Returns the largest integer from 1 whose need is within the limit; 0: none is."""
     if need(1) > limit:
         return 0
     low, high = 1, 2
@@ -263,7 +263,7 @@ def _last(need: Callable[[int], int], limit: int) -> int:
 
 
 def _largest_shape(need: Need, attention: str, setting: Setting, limit: int) -> ModelShape | None:
-    """The largest shape by the rule, matched for V2, that is within the limit; None: not even the smallest is."""
+    """Returns the largest shape by the rule, matched for V2, within the limit; None: not even the smallest is."""
     best: ModelShape | None = None
     low, high = math.log(2e6), math.log(2e12)
     for _ in range(_STEPS):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from diffattn.errors import ConfigError
-from diffattn.names import one_of
+from diffattn.names import SHORT_DTYPES, one_of
 from diffattn.plan.activations import check_backend, find_backend
 from diffattn.plan.hardware import Machine, load_machine
 from diffattn.plan.shape import ModelShape, check_positive_int
@@ -15,8 +15,6 @@ from diffattn.quantities import short, whole
 
 # Beyond this a context or a batch is a slip.
 FAR = 1 << 40
-# PyTorch's names of the same, which the other commands take.
-_LONG_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 BYTES: dict[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5}
 
@@ -197,7 +195,7 @@ def resolve_dtype(text: str, part: str) -> str:
 
 def _meant(text: str, names: Iterable[str], given: str) -> str:
     """Returns the one of our short names that a text means, which may be PyTorch's name of it."""
-    known = {_LONG_NAMES.get(name, name): name for name in names}
+    known = {SHORT_DTYPES.get(name, name): name for name in names}
     return known[one_of(text, known, given=given, also={name: long for long, name in known.items()})]
 
 

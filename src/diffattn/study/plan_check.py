@@ -31,9 +31,8 @@ from diffattn.study.measured_machine import forget, main_memory, measure_machine
 from diffattn.train.measure import TrainingStep, median_seconds, peak_bytes
 from diffattn.variants import VARIANTS
 
-# What can be built here; the planner knows more of both.
-PRECISIONS = ("fp32", "autocast", "bf16")
-BACKENDS = ("fused", "standard", "materialised")
+# The precisions and the backends that can be built here; the planner knows more of both.
+_PRECISIONS = ("fp32", "autocast", "bf16")
 _IMPLEMENTATIONS = {"fused": DIFF_FUSED, "standard": "sdpa", "materialised": "eager"}
 
 
@@ -86,7 +85,7 @@ class Subject:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.autocasts)
 
     def training(self, repeats: int = 0) -> tuple[int, float]:
-        """Peak bytes of a settled training step, and the median of its seconds where it is repeated."""
+        """Returns the peak bytes of a settled training step, and the median of its seconds where it is repeated."""
         # Without this option a model with checkpointing warns at the first step that it makes no cache.
         options = {"use_cache": False} if self.setting.checkpointing else {}
         step = TrainingStep(self.model, self.ids, autocast=self.autocasts, **options)
@@ -96,7 +95,7 @@ class Subject:
 
     @torch.no_grad()
     def prefill(self, repeats: int = 0) -> tuple[int, float]:
-        """Peak bytes of reading the context into a new cache, and the median of its seconds."""
+        """Returns the peak bytes of reading the context into a new cache, and the median of its seconds."""
         model = self.model.eval()
 
         def read() -> None:
@@ -108,7 +107,7 @@ class Subject:
 
     @torch.no_grad()
     def decoding(self, repeats: int = 0) -> tuple[int, float]:
-        """Peak bytes of one token behind a full cache, and the median of its seconds (the cache ready)."""
+        """Returns the peak bytes of one token behind a full cache, and the median of its seconds (the cache ready)."""
         model = self.model.eval()
         token = self.ids[:, :1].clone()
 
@@ -127,7 +126,7 @@ class Subject:
         return peak, statistics.median(taken) if taken else 0.0
 
     def cache(self) -> DynamicCache:
-        """A cache that holds the context, of zeros."""
+        """Returns a cache of zeros that holds the context."""
         config = self.model.config
         sizes = (self.setting.batch, config.num_key_value_heads, self.setting.context, config.head_dim)
         cache = DynamicCache(config=config)
@@ -139,7 +138,7 @@ class Subject:
 
     @torch.no_grad()
     def flops(self) -> int:
-        """FLOPs of one forward pass over the context, as torch counts them on the standard path.
+        """Returns FLOPs of one forward pass over the context, as torch counts them on the standard path.
 
         ``FlopCounterMode`` knows no CPU flash kernel, so the call runs as two plain products per head, which it counts
         over all T × T pairs, masked ones included.
@@ -151,7 +150,7 @@ class Subject:
 
 
 def all_pairs_flops(shape: ModelShape, attention: str, *, batch: int, context: int) -> int:
-    """FLOPs of one forward pass on the standard path where masked pairs are computed too: what torch's counter counts.
+    """Returns FLOPs of one forward pass on the standard path, masked pairs too, as torch's counter counts them.
 
     ``flops_per_token`` is ``linear + u·(T + 1)`` with a mean of (T + 1)/2 visible keys; with all T it is
     ``linear + u·2T``.
@@ -304,22 +303,22 @@ def _check_runs(setting: Setting) -> None:
     """Raises a ``ConfigError`` unless a model can be built here in this setting."""
     precision = setting.precision.name
     given = f"precision={precision!r}" if precision else "a format of a single part, such as --weights-dtype"
-    if precision not in PRECISIONS:
+    if precision not in _PRECISIONS:
         raise ConfigError(
             given,
             "for a model that is built, one of float32, autocast, bfloat16",
             "pass one of them as --dtype alone",
         )
-    if setting.backend not in BACKENDS:
+    if setting.backend not in _IMPLEMENTATIONS:
         raise ConfigError(
             f"backend={setting.backend!r}",
-            f"for a model that is built, one of {', '.join(BACKENDS)}",
+            f"for a model that is built, one of {', '.join(_IMPLEMENTATIONS)}",
             "pass one of them as --backend",
         )
 
 
 def _save_and_load(model: DiffTransformerForCausalLM, repeats: int) -> tuple[int, float]:
-    """Bytes of the tensors in the saved files, and the median of the seconds to load them from disk."""
+    """Returns the bytes of the tensors in the saved files, and the median of the seconds to load them from disk."""
     with tempfile.TemporaryDirectory() as name:
         model.save_pretrained(name)
         files = sorted(Path(name).glob("*.safetensors"))

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from diffattn.config_fields import OURS as OURS_TYPE
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.plan.answer import plan
 from diffattn.plan.checkpoints.kinds import KINDS
-from diffattn.plan.checkpoints.kinds import OURS as OURS_TYPE
 from diffattn.plan.checkpoints.shape import read_checkpoint
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.named_model import load_shape, parse_model

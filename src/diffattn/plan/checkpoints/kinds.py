@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+from diffattn.config_fields import OURS
 from diffattn.errors import ConfigError
 
-OURS = "diff_transformer"
 
-
-class Kind(NamedTuple):
+class ModelType(NamedTuple):
     """The way to read the ``config.json`` of one ``model_type``; the defaults are those of a file that lacks the key.
 
     ``bias`` of the projections of attention: ``"switch"`` where the file's ``attention_bias`` gives all four of them
@@ -35,28 +34,28 @@ class Kind(NamedTuple):
     window_width: int | None = None
 
 
-KINDS: dict[str, Kind] = {
-    OURS: Kind("DiffTransformerForCausalLM", tied=True),
-    "llama": Kind("LlamaForCausalLM", bias="switch", mlp_bias=True),
-    "mistral": Kind("MistralForCausalLM", kv_heads=8, window="all", window_width=4096),
-    "qwen2": Kind("Qwen2ForCausalLM", kv_heads=32, bias="qkv", window="late", window_width=4096),
-    "qwen3": Kind(
+KINDS: dict[str, ModelType] = {
+    OURS: ModelType("DiffTransformerForCausalLM", tied=True),
+    "llama": ModelType("LlamaForCausalLM", bias="switch", mlp_bias=True),
+    "mistral": ModelType("MistralForCausalLM", kv_heads=8, window="all", window_width=4096),
+    "qwen2": ModelType("Qwen2ForCausalLM", kv_heads=32, bias="qkv", window="late", window_width=4096),
+    "qwen3": ModelType(
         "Qwen3ForCausalLM", kv_heads=32, head_dim=128, bias="switch", qk_norm="head", window="late", window_width=4096
     ),
-    "smollm3": Kind("SmolLM3ForCausalLM", kv_heads=4, tied=True, bias="switch", mlp_bias=True, window="unrotated"),
-    "olmo2": Kind("Olmo2ForCausalLM", bias="switch", qk_norm="all heads"),
-    "phi3": Kind("Phi3ForCausalLM", window="all"),
-    "granite": Kind("GraniteForCausalLM", bias="switch", mlp_bias=True),
-    "gemma": Kind("GemmaForCausalLM", kv_heads=16, head_dim=256, tied=True, bias="switch"),
-    "gemma2": Kind(
+    "smollm3": ModelType("SmolLM3ForCausalLM", kv_heads=4, tied=True, bias="switch", mlp_bias=True, window="unrotated"),
+    "olmo2": ModelType("Olmo2ForCausalLM", bias="switch", qk_norm="all heads"),
+    "phi3": ModelType("Phi3ForCausalLM", window="all"),
+    "granite": ModelType("GraniteForCausalLM", bias="switch", mlp_bias=True),
+    "gemma": ModelType("GemmaForCausalLM", kv_heads=16, head_dim=256, tied=True, bias="switch"),
+    "gemma2": ModelType(
         "Gemma2ForCausalLM", kv_heads=4, head_dim=256, tied=True, bias="switch", further_norms=2, window=2,
         window_width=4096,
     ),
-    "gemma3_text": Kind(
+    "gemma3_text": ModelType(
         "Gemma3ForCausalLM", kv_heads=4, head_dim=256, tied=True, bias="switch", qk_norm="head", further_norms=2,
         window=6, window_width=4096,
     ),
-    "diffllama": Kind("DiffLlamaForCausalLM", bias="switch"),
+    "diffllama": ModelType("DiffLlamaForCausalLM", bias="switch"),
 }  # fmt: skip
 
 # Words in the name of a key that speak of parts which no layer here has.
@@ -67,7 +66,7 @@ _FOREIGN = {
 _KNOWN = {"lambda_std_dev", "is_decoder", "decoder_start_token_id", "cross_attention_hidden_size"}
 
 
-def kind_of(values: Mapping[str, object], file: str) -> Kind:
+def kind_of(values: Mapping[str, object], file: str) -> ModelType:
     """Returns the kind of a ``config.json``, once it is known to be one of ``KINDS`` with nothing foreign in it.
 
     Raises:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from diffattn.checkpoint_files import INDEX, WEIGHTS, read_tensors, weight_files
-from diffattn.config_fields import Config, check_config
+from diffattn.config_fields import OURS, Config, check_config
 from diffattn.errors import CheckpointError, ConfigError, one_line
 from diffattn.files import parse_json
 from diffattn.folders import no_model
-from diffattn.plan.checkpoints.kinds import OURS, Kind, kind_of
+from diffattn.plan.checkpoints.kinds import ModelType, kind_of
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.shape import BuiltShape, ModelShape, check_positive_int
 from diffattn.variants import ATTENTIONS, BASELINE, DEFAULT, Heads
@@ -27,7 +27,7 @@ _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermedia
 _BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\.annealed$")
 
 
-class Checkpoint(NamedTuple):
+class PlannedCheckpoint(NamedTuple):
     """The facts that the planner needs of a checkpoint."""
 
     shape: ModelShape
@@ -39,7 +39,7 @@ class Checkpoint(NamedTuple):
     """Numbers in the files of the weights that no model of its type reads, by what they are."""
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path) -> PlannedCheckpoint:
     """Returns the softmax Transformer that a checkpoint replaces, its variant, and what of its files no plan holds.
 
     Heads in the file are those of the one attention call; the shape's are the softmax model's:
@@ -58,7 +58,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         path: the folder of a checkpoint, or its ``config.json``.
 
     Returns:
-        A :class:`Checkpoint`; its shape is named after the folder.
+        A ``PlannedCheckpoint``; its shape is named after the folder.
 
     Raises:
         ConfigError: no readable JSON object there, a missing or impossible field, a ``model_type`` that is not in
@@ -106,10 +106,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         shape, attention = _read(values, kind, file.resolve().parent.name)
     except ConfigError as error:
         raise error.at(repr(str(file))) from None
-    return Checkpoint(shape, attention, _hold_against_weights(shape, attention, file))
+    return PlannedCheckpoint(shape, attention, _hold_against_weights(shape, attention, file))
 
 
-def _read(values: Config, kind: Kind, name: str) -> tuple[ModelShape, str]:
+def _read(values: Config, kind: ModelType, name: str) -> tuple[ModelShape, str]:
     check_config(values)
     ours, diffllama = values["model_type"] == OURS, values["model_type"] == "diffllama"
     attention = values.get("attention", DEFAULT) if ours else BASELINE
@@ -172,7 +172,9 @@ def _rope_theta(values: Config) -> Any:
     return 10000.0 if given is None else given
 
 
-def _extras(values: Config, kind: Kind, shape: ModelShape, attention: str, *, ours: bool) -> list[tuple[str, str, int]]:
+def _extras(
+    values: Config, kind: ModelType, shape: ModelShape, attention: str, *, ours: bool
+) -> list[tuple[str, str, int]]:
     """Returns the parameters that a shape does not say: the part, what they are, how many in all layers."""
     L, D, F, n, G, d = (
         shape.num_layers, shape.hidden_size, shape.intermediate_size, shape.num_heads, shape.num_kv_heads,
@@ -223,7 +225,7 @@ def _flag(values: Config, key: str, default: Flag = False) -> Flag:
     return value
 
 
-def _window(values: Config, kind: Kind, layers: int) -> tuple[int, int] | None:
+def _window(values: Config, kind: ModelType, layers: int) -> tuple[int, int] | None:
     """Returns the number of layers that see a window of tokens alone, and its width; None: there are none."""
     width = values.get("sliding_window", kind.window_width)
     if kind.window == "none" or width is None:
