@@ -172,7 +172,7 @@ def _signed_and_small(made: bytes) -> bytes:
     chunks = {
         b"IHDR": header,
         b"tEXt": f"Software\0{GENERATOR}".encode("latin-1"),
-        b"IDAT": zlib.compress(zlib.decompress(pixels), 9),
+        b"IDAT": zlib.compress(zlib.decompress(pixels)),
         b"IEND": b"",
     }
     parts = [kind + content for kind, content in chunks.items()]

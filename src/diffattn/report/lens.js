@@ -303,12 +303,15 @@ function drawRow(view) {
   const row = (name) => maps[name].subarray(query * T, query * T + query + 1);
   const shown = maps[state.shown] ? state.shown : "diff";
   const bars = row(shown);
+  // The colours of the reader's scheme, looked up once: a word has its own bar, and there are many words.
+  const scheme = getComputedStyle(document.documentElement);
+  const below = scheme.getPropertyValue("--c0072B2"), above = scheme.getPropertyValue("--cD55E00");
   let most = 0;
   for (const value of bars) most = Math.max(most, Math.abs(value));
   view.words.forEach((word, s) => {
     const value = s <= query ? bars[s] : 0;
     word.style.setProperty("--bar", most ? (Math.abs(value) / most) ** state.tone : 0);
-    word.style.setProperty("--bar-colour", value < 0 ? "var(--c0072B2)" : "var(--cD55E00)");
+    word.style.setProperty("--bar-colour", value < 0 ? below : above);
     word.style.opacity = s <= query ? 1 : 0.35;
     word.classList.toggle("query", s === query);
     word.title = s <= query ? number(value) : "";
