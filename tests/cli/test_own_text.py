@@ -54,7 +54,7 @@ def errors(capsys: pytest.CaptureFixture[str]) -> str:
 )  # fmt: skip
 def test_the_field_of_rows_is_named_and_kept(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*verb, "--text", "rows.ndjson"]) == 2
-    assert "fields with text: body; name one of them with --field" in errors(capsys)
+    assert "wanted a field with text, here: body: name one of them with --field" in errors(capsys)
     assert main([*verb, "--text", "rows.ndjson", "--field", "body"]) == 0
     capsys.readouterr()
     if verb[0] != "scale":
