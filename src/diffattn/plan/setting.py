@@ -217,7 +217,7 @@ def parse_tokens(text: str | int, name: str = "context") -> int:
 
 
 def precision_of(name: str, **dtypes: str | None) -> Precision:
-    """Returns a precision by name, with the dtypes that are given put in place of its own.
+    """Returns a precision by name, in which the dtypes that are given replace its own.
 
     Raises:
         ConfigError: an unknown precision or dtype.
