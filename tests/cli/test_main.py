@@ -68,9 +68,9 @@ def test_a_users_mistake_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_heads": 3, "hidden_size": 48, "num_kv_heads": 3}, ["num_heads=3", "even"]),
+        ({"num_heads": 3, "hidden_size": 48, "num_kv_heads": 3}, ["num_heads=3", "a multiple of 2"]),
         ({"num_kv_heads": 3}, ["num_kv_heads=3", "divides"]),
-        ({"num_kv_heads": 1}, ["num_kv_heads=1", "even"]),
+        ({"num_kv_heads": 1}, ["num_kv_heads=1", "a multiple of 2"]),
         ({"hidden_size": 0}, ["hidden_size"]),
         ({"hidden_size": 30}, ["hidden_size=30"]),
         ({"width": 3}, ["width"]),
