@@ -114,7 +114,7 @@ def test_memory_at_8192_tokens_is_far_from_a_map_of_all_heads():
         ({"samples": 0}, "samples is 0"),
         ({"depths": ()}, "depths is empty"),
         ({"length": 8193}, "wanted at most 8192, the model's max_position_embeddings"),
-        ({"length": 20}, "there is no needle in the context"),
+        ({"length": 20}, "a length of at least 47"),
     ],
 )
 def test_what_cannot_be_is_refused(options, words):

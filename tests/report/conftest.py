@@ -1,4 +1,4 @@
-"""One browser for all pages."""
+"""A browser for the pages of a file."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,8 @@ import pytest
 from support.browser import CHROMIUM
 
 
-@pytest.fixture(scope="session")
+# Not for the whole session: the loop that drives it would run on under every later test of the process.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 

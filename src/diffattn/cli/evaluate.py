@@ -13,16 +13,13 @@ from diffattn.probes.options import EvaluateOptions
 from diffattn.probes.registry import listing, load_study
 
 
-def __getattr__(study: str) -> Callable[..., int]:
-    """Returns the verb of a study, as if this file had a function of its name.
+def verb_of(study: str) -> Callable[..., int]:
+    """Returns the function of ``diffattn eval STUDY``.
 
     Raises:
-        AttributeError: a name of Python's own.
         ConfigError: there is no study of this name.
         UnsupportedError: the study is of a plug-in that is broken.
     """
-    if study.startswith("__"):
-        raise AttributeError(study)
     record = load_study(study)
 
     def verb(

@@ -18,7 +18,9 @@ from diffattn.cli.options import WIDTH, help_of, summary
 from diffattn.errors import ConfigError, DiffattnError, TrainingError
 from diffattn.probes.registry import OURS, plug_ins
 
-# By verb: the module and the function that is called with the verb's options, and returns the exit status.
+_STUDY = "diffattn.cli.evaluate:verb_of"
+# By verb: the module and the function that is called with the verb's options, and returns the exit status. A study's
+# function is made from its record.
 VERBS = {
     "compare": "diffattn.cli.compare:compare",
     "train": "diffattn.cli.train:train",
@@ -29,7 +31,7 @@ VERBS = {
     "serve": "diffattn.cli.serve:serve",
     "convert": "diffattn.cli.convert:convert",
     "export": "diffattn.cli.convert:export",
-    **{f"eval {study}": f"diffattn.cli.evaluate:{study}" for study in OURS},
+    **{f"eval {study}": _STUDY for study in OURS},
     "eval ablation": "diffattn.cli.scale:ablation",
     "lens": "diffattn.cli.lens:lens",
     "doctor": "diffattn.cli.doctor:doctor",
@@ -47,9 +49,11 @@ _UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.E
 def load(verb: str) -> Callable[..., int]:
     """Returns the function of a verb; no other verb's module is imported."""
     # The study of a plug-in stands in no table.
-    module, _, function = VERBS.get(verb, f"diffattn.cli.evaluate:{verb.partition(' ')[2]}").partition(":")
-    found: Callable[..., int] = getattr(importlib.import_module(module), function)
-    return found
+    where = VERBS.get(verb, _STUDY)
+    module, _, function = where.partition(":")
+    found = getattr(importlib.import_module(module), function)
+    verb_function: Callable[..., int] = found(verb.partition(" ")[2]) if where == _STUDY else found
+    return verb_function
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -60,7 +60,7 @@ def load(
 
     >>> load("absent")
     Traceback (most recent call last):
-    diffattn.errors.CheckpointError: 'absent' given; the folder of a checkpoint is wanted; there is none: check the path
+    diffattn.errors.CheckpointError: there is no folder 'absent'; wanted the folder of a checkpoint: check the path
     """
     _check_folder(Path(folder))
     # The library reads config.json for the tokenizer too, and takes what it says for granted.
