@@ -1,8 +1,9 @@
 """What `make test-newest` writes of a run of the tests."""
 
+import json
 from pathlib import Path
 
-from tools.newest import allowed, outcome
+from tools.newest import ROOT, allowed, outcome
 
 REPORT = """<?xml version="1.0"?><testsuites><testsuite>
 <testcase classname="tests.model.test_caches" name="a"/>
@@ -24,3 +25,11 @@ def test_outcomes_are_counted_and_failures_are_counted_by_file(tmp_path: Path) -
 def test_what_is_allowed_is_a_range_that_ends() -> None:
     assert ">=" in allowed()
     assert "<" in allowed().replace("<=", "")
+
+
+def test_the_rows_hold_what_is_said_of_them() -> None:
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/newest.jsonl").read_text().splitlines()]
+    passed, failed = (sum(row[kind] for row in rows for kind in kinds) for kinds in (("passed",), ("failed", "errors")))
+    (release,) = {row["versions"]["transformers"] for row in rows}
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    assert f"`transformers` {release}: {passed:,} tests pass and {failed:,} do not" in page

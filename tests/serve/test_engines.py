@@ -101,7 +101,7 @@ def of_type(kind: str):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (shutil.rmtree, ["there is none"]),
+        (shutil.rmtree, ["there is no folder"]),
         (without("config.json"), ["holds no config.json"]),
         (without("model.safetensors"), ["holds no model.safetensors"]),
         (without("tokenizer.json"), ["holds no tokenizer"]),
