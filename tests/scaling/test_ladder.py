@@ -122,9 +122,9 @@ def test_the_default_sizes_are_those_that_they_say() -> None:
     [
         ({"sizes": ()}, "sizes is empty"),
         ({"sizes": ("200k", "210k")}, "the same nearest shape"),
-        ({"sizes": ("many",)}, "a whole number from 1"),
-        ({"sizes": ("1",)}, "which the rule reaches"),
-        ({"tokens": "0"}, "a whole number from 1"),
+        ({"sizes": ("many",)}, "'many' given as a count; wanted a whole number from 1"),
+        ({"sizes": ("1",)}, "1 non-embedding parameters .*; wanted from"),
+        ({"tokens": "0"}, "'0' given as a count; wanted a whole number from 1"),
         ({"variants": ("soft",)}, "wanted names of softmax, softmax.wide_heads"),
         ({"variants": ("softmax", "softmax")}, "wanted at least one, each once"),
         ({"seeds": 0}, "seeds is 0; wanted a number from 1"),
