@@ -1,5 +1,6 @@
 """Loaded before any test or doctest runs."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -29,3 +30,12 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
 
     monkeypatch.setattr(get_extension("quanto_cpp"), "_lib", SimpleNamespace(unpack=unpack))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Takes what collecting made, and the libraries that it imported, out of the sight of the garbage collector.
+
+    Every run of training ends with a collection, which took half of a small run's time to look at all of them.
+    """
+    gc.collect()
+    gc.freeze()
