@@ -28,7 +28,7 @@ compare: $(READY) ## the main job: train softmax, V1 and V2, and write a report
 
 # One torch thread in each of two processes: two threads in one are slower on tensors of this size.
 test: $(READY) ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # 93 MB of weights, which a package carries as GGUF; about two minutes.
 test-full: $(READY) ## also those on real weights, SmolLM2-135M

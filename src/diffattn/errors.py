@@ -48,12 +48,12 @@ class DiffattnError(Exception):
     head_dim is 3; wanted an even number: set head_dim=64
     """
 
-    def __init__(self, given: str, wanted: str | None = None, way_out: str | None = None) -> None:
-        super().__init__(*(part for part in (given, wanted, way_out) if part is not None))
+    def __init__(self, given: str, wanted: str, way_out: str) -> None:
+        super().__init__(given, wanted, way_out)
         self.given, self.wanted, self.way_out = given, wanted, way_out
 
     def __str__(self) -> str:
-        return self.given if self.wanted is None else f"{self.given}; wanted {self.wanted}: {self.way_out}"
+        return f"{self.given}; wanted {self.wanted}: {self.way_out}"
 
     def at(self, where: str) -> Self:
         """Returns the same error with the name of the file or part in front: ``WHERE: GIVEN; wanted …``."""
