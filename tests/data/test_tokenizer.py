@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from diffattn.data.text import SEPARATOR, Document, Split
-from diffattn.data.tokenizer import (
-    byte_lengths,
-    check_token_files,
-    encode_documents,
-    pieces,
-    train_tokenizer,
-    write_token_files,
-)
+from diffattn.data.token_files import check_token_files, write_token_files
+from diffattn.data.tokenizer import byte_lengths, encode_documents, pieces, train_tokenizer
 from diffattn.errors import ConfigError
 
 TEXTS = ["The people of the United States, the people's house.\n\n" * 9, "漢字かな交じり文 🦁👩‍👩‍👧 naïve\r\n\t" * 7]
@@ -151,7 +145,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
         backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SEPARATOR)
 
-    monkeypatch.setattr("diffattn.data.tokenizer.train_tokenizer", large)
+    monkeypatch.setattr("diffattn.data.token_files.train_tokenizer", large)
     write_token_files(tmp_path / "new", Split((Document("t", "ab"),), (Document("v", "c"),)), "digest", 70_001)
     assert check_token_files(tmp_path / "new")["files"]["train.bin"]["dtype"] == "<u4"
     assert np.fromfile(tmp_path / "new" / "train.bin", "<u4").max() > 65_536

@@ -21,16 +21,8 @@ from torch.utils.data import Dataset
 
 from diffattn.data.roundtrip import check_round_trip
 from diffattn.data.text import Corpus, Split, read_corpus, split_by_document
-from diffattn.data.tokenizer import (
-    FORMAT,
-    Manifest,
-    byte_lengths,
-    check_token_files,
-    document_marks,
-    fingerprint,
-    vocabulary_rows,
-    write_token_files,
-)
+from diffattn.data.token_files import FORMAT, Manifest, check_token_files, write_token_files
+from diffattn.data.tokenizer import byte_lengths, document_marks, fingerprint, vocabulary_rows
 from diffattn.errors import ConfigError, DataError
 from diffattn.machine import cache_folder
 from diffattn.progress import OnStage, Stage, unseen
