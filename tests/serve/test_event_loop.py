@@ -152,8 +152,11 @@ def test_a_server_that_stops_says_so_to_whoever_waits(tmp_path):
         for status, raw in [*await asyncio.gather(*answers), await ask(app, "/v1/completions", answer)]:
             assert status == 503
             assert json.loads(raw)["error"] == {
-                "message": "the server is stopping", "type": "server_error", "param": None, "code": None
-            }  # fmt: skip
+                "message": "the server is stopping; wanted one that runs: send the request again later",
+                "type": "server_error",
+                "param": None,
+                "code": None,
+            }
 
     asyncio.run(check())
     app.batch.stop()
