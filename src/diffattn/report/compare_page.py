@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from diffattn.humanize import exact, signed
 from diffattn.report import charts
-from diffattn.report.compare_table import BASELINE, Cell, Measure, cell, present
+from diffattn.report.compare_table import Cell, Measure, cell, present
 from diffattn.report.curve_chart import PARTS, Curves, curve_caption, curve_chart, names_of
 from diffattn.report.difference_chart import difference_chart, interval_heading, interval_text
 from diffattn.report.map_chart import PANELS, lambda_text, map_alt, map_chart, panels, scale
 from diffattn.report.page import render_charts
 from diffattn.results.comparison import ComparisonResult
 from diffattn.results.maps import HeadMaps
+from diffattn.variants import BASELINE
 
 if TYPE_CHECKING:
     import altair as alt

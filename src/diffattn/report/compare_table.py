@@ -9,8 +9,6 @@ from typing import NamedTuple
 from diffattn.humanize import count, exact, flops, loss, seconds, size, whole
 from diffattn.results.comparison import ComparisonResult, VariantResult
 
-BASELINE = "softmax"
-
 
 class Measure(NamedTuple):
     """One row of the table: the field of a ``VariantResult``, how it is called and how it is written."""

@@ -12,9 +12,9 @@ import numpy as np
 
 from diffattn.humanize import MISSING, count, loss
 from diffattn.report import charts
-from diffattn.report.compare_table import BASELINE
 from diffattn.report.page import render_charts
 from diffattn.results.scaling import Bounded, Equivalence, FormResult, ScalingPoint, ScalingResult
+from diffattn.variants import BASELINE
 
 if TYPE_CHECKING:
     import altair as alt

@@ -31,7 +31,7 @@ from diffattn.progress import OnStage, Stage, unseen
 from diffattn.report.compare_page import render_compare, render_picture
 from diffattn.results.comparison import ComparisonResult, CurvePoint, LossCurve, VariantResult
 from diffattn.results.maps import HeadMaps
-from diffattn.study.comparison import Plan, Stored
+from diffattn.study.comparison import RunPlan, Stored
 from diffattn.study.options import CompareOptions
 from diffattn.train.callbacks import Progress, read_metrics
 from diffattn.train.measure import StepCost, measure_load, measure_step
@@ -191,7 +191,7 @@ def _same_options(stored: Stored, given: CompareOptions | None, folder: Path) ->
     return dataclasses.replace(kept, text=given.text) if given is not None and moved else kept
 
 
-def _plan(study: _Study, data: PreparedData, began: float, on_stage: OnStage) -> Plan:
+def _plan(study: _Study, data: PreparedData, began: float, on_stage: OnStage) -> RunPlan:
     """Measures a step of each variant, and from that how many steps fit into the time."""
     options = study.options
     costs: dict[str, StepCost] = {}
@@ -206,7 +206,7 @@ def _plan(study: _Study, data: PreparedData, began: float, on_stage: OnStage) ->
         fit = _steps_that_fit(options, seconds, data, 60 * minutes - used)
         if options.minutes is not None or fit < steps:
             steps, note = fit, f", which is what fits into {minutes:g} minutes on this machine"
-    return Plan(
+    return RunPlan(
         steps=steps,
         note=note,
         seconds=used,
@@ -243,7 +243,7 @@ def _about(seconds: float) -> str:
 
 
 def _result(
-    study: _Study, data: PreparedData, runs: Mapping[str, list[TrainResult]], plan: Plan, command: str
+    study: _Study, data: PreparedData, runs: Mapping[str, list[TrainResult]], plan: RunPlan, command: str
 ) -> ComparisonResult:
     """Returns what was measured of every variant, and the pairs."""
     variants = {attention: _variant(study, attention, results, plan) for attention, results in runs.items()}
@@ -261,7 +261,7 @@ def _result(
     )
 
 
-def _variant(study: _Study, attention: str, results: list[TrainResult], plan: Plan) -> VariantResult:
+def _variant(study: _Study, attention: str, results: list[TrainResult], plan: RunPlan) -> VariantResult:
     """Returns what was measured of one variant; loads its first model to time that."""
     shape = pair_config(study.shape, attention, match=study.options.match).shape()
     parameters = count_parameters(shape, attention)

@@ -22,7 +22,7 @@ from diffattn.train.own import lasting
 
 
 @dataclass(frozen=True)
-class Plan(Result):
+class RunPlan(Result):
     """The number of steps of each run, and the measured costs that it follows from."""
 
     steps: int
@@ -37,7 +37,7 @@ class Plan(Result):
     """Largest number of bytes of tensors within a training step, by variant."""
 
     @classmethod
-    def from_json(cls, plan: Mapping[str, Any], variants: Iterable[str]) -> Plan:
+    def from_json(cls, plan: Mapping[str, Any], variants: Iterable[str]) -> RunPlan:
         """Returns the plan that a file holds.
 
         Raises:
@@ -62,7 +62,7 @@ class Stored:
     """The command that started it."""
     data_digest: str
     """The digest of the text, which may lie elsewhere by now; empty in a folder of an earlier version."""
-    plan: Plan | None = None
+    plan: RunPlan | None = None
     """The steps, and the cost of a step of each variant; None until that is measured."""
     has_seal: bool = True
     """False for a folder that an earlier version began, which sealed nothing."""
@@ -98,7 +98,7 @@ class Stored:
             options = CompareOptions(**{**content["options"], "variants": tuple(content["options"]["variants"])})
             shape = ModelShape(**content["shape"]) if "shape" in content else load_shape(options.shape)
             if content.get("plan"):
-                plan = Plan.from_json(content["plan"], options.variants)
+                plan = RunPlan.from_json(content["plan"], options.variants)
             texts = (content["command"], content.get("data_digest", ""), options.text)
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("its command, digest or text is no text")
