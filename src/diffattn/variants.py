@@ -46,7 +46,7 @@ class Heads(NamedTuple):
 
 
 class Look(NamedTuple):
-    """How charts draw a variant: either its colour or its line and mark alone tell it from the others.
+    """The look of a variant in charts: either its colour or its line and mark alone tell it from the others.
 
     Attributes:
         colour: on a light page, as ``#rrggbb``; Okabe and Ito's set, safe for the colour-blind.
@@ -98,7 +98,7 @@ class OwnTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What distinguishes a variant from softmax attention.
+    """The record of a variant: all that distinguishes it from softmax attention.
 
     Attributes:
         name: the value of the configuration's field ``attention``.
