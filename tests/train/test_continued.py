@@ -31,7 +31,7 @@ from diffattn.errors import CheckpointError, ConfigError
 from diffattn.model.configuration import DiffTransformerConfig, lambda_init_schedule
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.train import run as running
-from diffattn.train.annealing import DexAnnealing
+from diffattn.train.callbacks import DexAnnealing
 from diffattn.train.continued import CONTEXT, continue_training
 from diffattn.train.recipe import Recipe
 from diffattn.train.run import train

@@ -1,4 +1,4 @@
-"""The work of a run beside the optimizer: rows of metrics, the end of a diverged run, Ctrl-C, and the live line."""
+"""The work of a run beside the optimizer: rows of metrics, a diverged run, Ctrl-C, the live line, λ of DEX."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Required, TypedDict, TypeGuard
 
+from torch import nn
 from transformers import TrainerCallback
 
 from diffattn.config_fields import is_count, is_measure
 from diffattn.errors import TrainingError
 from diffattn.files import explained, parse_json, write_text
+from diffattn.model.modeling import DexProjection
 from diffattn.progress import OnStage, Stage
 
 
@@ -241,3 +243,32 @@ def diverged(what: str) -> TrainingError:
 def warn(line: str) -> None:
     """Prints a line to stderr that the user should see."""
     print(line, file=sys.stderr)
+
+
+class DexAnnealing(TrainerCallback):
+    """Moves λ of DEX from its schedule by depth to its learned value: ``annealed`` rises linearly to 1.
+
+    Let ``a₀`` be the value that the model began with and T the share ``fraction`` of the steps. The value in step t,
+    from 0, and in measurements and checkpoints after t steps is ``a₀ + (1 − a₀) · min(1, t/T)``. It depends only on the
+    number of the step, so a resumed run has it exactly. Source: arXiv 2505.16333; the length is our choice.
+    """
+
+    def __init__(self, model: nn.Module, *, steps: int, fraction: float) -> None:
+        self.layers = [module for module in model.modules() if isinstance(module, DexProjection)]
+        self.starts = [layer.annealed.item() for layer in self.layers]
+        self.until = steps * fraction
+
+    def share(self, step: int) -> float:
+        """Returns the share of the way that is done after this many steps."""
+        return min(1.0, step / self.until) if self.until else 1.0
+
+    def _set(self, step: int) -> None:
+        share = self.share(step)
+        for layer, start in zip(self.layers, self.starts, strict=True):
+            layer.annealed.fill_(start + (1.0 - start) * share)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._set(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._set(state.global_step)

@@ -22,8 +22,8 @@ from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.trained import Trained, write_trained
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.sealed import sealed
-from diffattn.train.annealing import DexAnnealing
 from diffattn.train.callbacks import (
+    DexAnnealing,
     Interruption,
     MetricsFile,
     MetricsRow,
