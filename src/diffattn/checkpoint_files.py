@@ -59,7 +59,7 @@ class HeaderEntry(TypedDict):
     """The type of its numbers, as the format names it, such as ``"BF16"``."""
     shape: list[int]
     data_offsets: list[int]
-    """Its first byte and the byte after its last, counted from the end of the header."""
+    """The place of its first byte and of the byte after its last, counted from the end of the header."""
 
 
 class TensorEntry(HeaderEntry):

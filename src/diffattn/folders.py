@@ -40,7 +40,7 @@ class Kind:
     """A kind of folder that diffattn writes."""
 
     words: str
-    """Its name in an error, such as ``a run``."""
+    """The name in an error, such as ``a run``."""
     is_in: Callable[[Path], bool]
     """Returns whether a folder is of this kind."""
 

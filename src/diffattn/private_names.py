@@ -14,7 +14,7 @@ class PrivateName:
     """One name that its library may rename or remove in any release."""
 
     name: str
-    """Where the name is: ``package.module:attribute``, with more attributes behind points."""
+    """The place of the name: ``package.module:attribute``, with more attributes behind points."""
     tested: str
     """The releases of the library with which our tests passed, as pip writes a range."""
     breaks: str

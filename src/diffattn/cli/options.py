@@ -40,7 +40,7 @@ class More(TypedDict, total=False):
     """Facts about an option that its name, its type and its default do not tell."""
 
     option: str | None
-    """Its name on the command line, where that is not the name of the field; None for a field that is no option."""
+    """The name on the command line, where that is not the name of the field; None for a field that is no option."""
     also: tuple[str, ...]
     """Older names of the option, which are accepted and not shown."""
     choices: Collection[object]

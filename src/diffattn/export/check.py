@@ -99,7 +99,7 @@ class CheckReport:
     identical_texts: int
     """Those of them that are the torch model's."""
     quantized: QuantizedReport | None = None
-    """The same of the quantised graph, where there is one."""
+    """The numbers of the quantised graph, where there is one."""
 
     @property
     def passed(self) -> bool:

@@ -25,11 +25,11 @@ class OnnxExport:
     """The result of an export: what was written, and how well it was checked."""
 
     folder: Path
-    """Where the files are."""
+    """The folder that holds the files."""
     attention: str
     """The variant, such as ``"diff_v1"``."""
     cache: bool
-    """Whether the graph takes and returns keys and values."""
+    """True where the graph takes and returns keys and values."""
     bits: int
     """Bits of a weight in the layers' matrices; 32 for float32."""
     block_size: int | None

@@ -36,8 +36,8 @@ class Backend(NamedTuple):
     run: Callable[[Call], Tensor]
     """Returns the output (B, T, H, Dv) in the dtype of the values, for a call that it serves."""
     run_by_name: Callable[[Call], Tensor] | None = None
-    """In place of ``run`` where it was asked for by name, if it then refuses derivatives that "auto" has all the same.
-    """
+    """A function that takes the place of ``run`` where the backend was asked for by name, if it then refuses
+    derivatives that "auto" has all the same."""
 
 
 def refusal(sentence: str) -> UnsupportedError:

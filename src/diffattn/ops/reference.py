@@ -29,7 +29,7 @@ class Call(NamedTuple):
     k1: Tensor
     q2: Tensor
     k2: Tensor
-    """The same object as `k1` where both maps share their keys."""
+    """The keys of the second map: the same object as `k1` where both maps share their keys."""
     v: Tensor
     lam: Tensor | float
     causal: bool = True

@@ -147,11 +147,11 @@ class Rank:
     tp: int
     """Ranks that share the heads and the feed-forward network of each layer."""
     training: RankTraining | None
-    """Its part of a training step; None where the weights are integers."""
+    """The rank's part of a training step; None where the weights are integers."""
     prefill: RankInference
-    """Its part of a prefill, which ``tp`` alone shares."""
+    """The rank's part of a prefill, which ``tp`` alone shares."""
     decoding: RankInference
-    """Its part of a decoding step, which ``tp`` alone shares."""
+    """The rank's part of a decoding step, which ``tp`` alone shares."""
 
     def to_json(self) -> dict[str, object]:
         """Returns the fields by name."""

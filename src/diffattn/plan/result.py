@@ -22,7 +22,7 @@ class PlannedModel:
     left_out: dict[str, int]
     """Numbers in a checkpoint's files that are not planned, by what they are."""
     estimate: Estimate
-    """Its cost in the plan's setting."""
+    """The cost in the plan's setting."""
 
     def to_json(self) -> dict[str, object]:
         """Returns the fields by name."""
@@ -44,9 +44,9 @@ class RatioRow:
     label: str
     """The name of the quantity for a person."""
     format: str
-    """How it is written: ``"count"``, ``"size"`` (bytes), ``"flops"`` or ``"seconds"``."""
+    """The way in which it is written: ``"count"``, ``"size"`` (bytes), ``"flops"`` or ``"seconds"``."""
     unit: str
-    """What stands behind it, such as ``"per token"``; empty where nothing does."""
+    """The words that stand behind it, such as ``"per token"``; empty where nothing does."""
     model: float | None
     """The first model's value; None where it has none, as without a machine."""
     against: float | None
@@ -102,15 +102,15 @@ class Plan:
     ratios: list[RatioRow]
     """The quantities of both, one a row."""
     backends: list[BackendRow]
-    """What each backend costs, for each model."""
+    """The cost of each backend, for each model."""
     setting: Setting
-    """What the numbers hold for."""
+    """The setting that the numbers hold for."""
     command: str
     """The command that makes the plan again; empty where none is known."""
     sentences: list[str]
     """Three answers: on memory, on training against inference, on small machines."""
     notes: list[str]
-    """What a name was taken for, and what of a checkpoint is not planned."""
+    """Lines that say what a name was taken for, and what of a checkpoint is not planned."""
 
     @property
     def models(self) -> list[PlannedModel]:

@@ -107,11 +107,12 @@ class Setting:
     """Number format of each part, or the name of one in ``PRECISIONS``. Default: ``"mixed"``, bfloat16 with a float32
     copy of the weights."""
     backend: str
-    """How attention is computed: ``"definition"`` and ``"fused"`` (maps subtracted in the kernel), ``"standard"`` (one
-    sdpa call), ``"materialised"`` (eager: maps written out); or one of two forms of V1 that are known from the
-    literature and that this package does not have, ``"two_calls"`` and ``"four_calls"``. Default: ``"standard"``."""
+    """The way in which attention is computed: ``"definition"`` and ``"fused"`` (maps subtracted in the kernel),
+    ``"standard"`` (one sdpa call), ``"materialised"`` (eager: maps written out); or one of two forms of V1 that are
+    known from the literature and that this package does not have, ``"two_calls"`` and ``"four_calls"``.
+    Default: ``"standard"``."""
     checkpointing: bool
-    """Whether training keeps only each layer's input and computes the layer again for its backward pass. Default:
+    """True where training keeps only each layer's input and computes the layer again for its backward pass. Default:
     False."""
     machine: Machine | None
     """The machine's peak rates, its name in ``MACHINES``, or a JSON file; None: no times. Default: ``"H100 SXM"``."""

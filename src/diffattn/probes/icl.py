@@ -79,7 +79,7 @@ class Accuracy(NamedTuple):
     labels: list[str]
     """The labels to choose between."""
     by_shots: dict[int, list[bool]]
-    """For each number of demonstrations, whether each query was right."""
+    """Tells for each number of demonstrations and each query whether the answer was right."""
     permutations: dict[str, Permutations]
     """The orders of the most demonstrations, by their kind: ``random`` and ``by class``."""
 

@@ -48,7 +48,7 @@ class LossByPosition(NamedTuple):
     positions: list[int]
     """Numbers of predictions: powers of two, and the whole length."""
     loss: list[list[float]]
-    """For each text the mean loss of its first so many predictions, in nats per token."""
+    """The mean losses of each text over its first so many predictions, in nats per token."""
 
 
 def measure_long_context(

@@ -31,7 +31,7 @@ class Point(NamedTuple):
     """One measured thing at one setting."""
 
     panel: str
-    """What is measured; the points of one panel are drawn together."""
+    """The measured quantity; the points of one panel are drawn together."""
     x: float
     """The setting on the panel's axis."""
     values: list[float]
@@ -51,7 +51,7 @@ class StudiedModel:
     documents: tuple[Document, ...]
     """The held-out documents of the text."""
     on_progress: Callable[[int, int], None]
-    """To be called with the steps that are done, and with those in all."""
+    """A function that is called with the steps that are done, and with those in all."""
     rows: Path | None = None
     """A file of its own in which a study may keep what it has done of the run; None where nothing is kept."""
 

@@ -14,7 +14,7 @@ class ArmResult(Result):
     """One arm of an ablation: a variant, or a variant with one thing changed."""
 
     changed: str
-    """What is changed, in words."""
+    """The change, in words."""
     base: str | None
     """The arm that it is compared with; None for softmax, which all others lead back to."""
     parameters: int
@@ -59,7 +59,7 @@ class AblationResult(Result):
     recipe: Mapping[str, object]
     """The size and the settings that all arms share."""
     variants: Mapping[str, ArmResult]
-    """What was measured of each arm, by its name, in the order of the table of arms."""
+    """The results of each arm, by its name, in the order of the table of arms."""
     pairs: Mapping[str, ArmPair]
     """Each arm against its base, by the arm's name; an arm whose base has no seed in common is not there."""
     command: str

@@ -66,7 +66,7 @@ class ComparisonResult(Result):
     """The content of the ``result.json`` of a comparison."""
 
     variants: Mapping[str, VariantResult]
-    """What was measured of each variant, by its name, in the order in which they were asked for."""
+    """The results of each variant, by its name, in the order in which they were asked for."""
     pairs: Mapping[str, PairResult]
     """Each variant but softmax against softmax, by the variant's name; empty where softmax was not trained."""
     recipe: Mapping[str, object]

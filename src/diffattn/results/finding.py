@@ -18,7 +18,7 @@ class TrainedModel(Result):
     """
 
     arm: str
-    """What was trained: a variant, or a variant with one change."""
+    """The model that was trained: a variant, or a variant with one change."""
     seed: int
     """The seed of the run."""
     tokens: int
@@ -42,7 +42,7 @@ class MeanPoint:
     """The mean of a model's samples at one point of a study; in JSON a list of the four."""
 
     panel: str
-    """What is measured."""
+    """The measured quantity."""
     x: float
     """The setting on the first axis, in the unit that ``Axes.x`` names."""
     by: float | None

@@ -36,7 +36,7 @@ class LadderRun(Result):
     """
 
     arm: str
-    """What was trained: a variant, or a variant with one change, such as ``diff_v1+no_norm``."""
+    """The model that was trained: a variant, or a variant with one change, such as ``diff_v1+no_norm``."""
     seed: int
     """The seed of the initial values and of the order of the text."""
     parameters: int
@@ -62,7 +62,7 @@ class LadderRun(Result):
     batch_size: int
     """Blocks in each step."""
     match: str
-    """How the parameters of a pair are matched: ``parameters`` or ``shape``."""
+    """The way in which the parameters of a pair are matched: ``parameters`` or ``shape``."""
     learning_rate: float
     """Peak of the learning rate."""
     dtype: str

@@ -55,7 +55,7 @@ class FitResult(Result):
     aic: float | None
     """Akaike's information criterion, without a unit; None where the curve goes through every point."""
     aicc: float | None
-    """The same, corrected for few points; None where there are too few for it."""
+    """The criterion, corrected for few points; None where there are too few for it."""
     residuals: Sequence[float]
     """Log of the measured loss minus log of the fitted one, for each point of the variant."""
     curve: FittedCurve
@@ -79,7 +79,7 @@ class Equivalence(Result):
     extrapolated: bool
     """True where one of the two sizes lies outside of those that were measured."""
     words: str
-    """What may be said: a difference only where the interval of the ratio leaves 1 out."""
+    """The words that may be said: a difference only where the interval of the ratio leaves 1 out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class FormResult(Result):
     variants: Mapping[str, FitResult]
     """The fit of each variant by its name, softmax first."""
     equivalences: Sequence[Equivalence]
-    """Which models have the same loss: for each variant its sizes, then those of softmax."""
+    """The models that have the same loss: for each variant its sizes, then those of softmax."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class ScalingResult(Result):
     source: str
     """The file that the points were read from, or ``figure3a``, or ``points``."""
     axis: str
-    """What a size is: ``parameters``, ``non_embedding_parameters`` or ``tokens``."""
+    """The meaning of a size: ``parameters``, ``non_embedding_parameters`` or ``tokens``."""
     points: Sequence[ScalingPoint]
     """The measured models."""
     bootstrap: int

@@ -14,11 +14,11 @@ class Axes(Result):
     """The words on the axes of a study's chart."""
 
     x: str
-    """What the points' ``x`` is, such as ``depth of the needle``."""
+    """The meaning of the points' ``x``, such as ``depth of the needle``."""
     y: str
     """The unit of the values, such as ``nats per token``; empty where each panel has a unit of its own."""
     by: str
-    """What the points' ``by`` is, a second axis of settings such as ``layer``; empty where there is none."""
+    """The meaning of the points' ``by``, a second axis of settings such as ``layer``; empty where there is none."""
     logarithmic: bool
     """True where the axis of ``x`` is drawn logarithmically."""
 
@@ -48,13 +48,13 @@ class PointResult(Result):
     """One thing that was measured at one setting, of every model that has it."""
 
     panel: str
-    """What is measured; the points of one panel are drawn together, joined by a line for each model."""
+    """The measured quantity; the points of one panel are drawn together, joined by a line for each model."""
     x: float
     """The setting on the first axis, in the unit that ``Axes.x`` names."""
     by: float | None
     """The setting on the second axis, in the unit that ``Axes.by`` names; None where there is none."""
     models: Mapping[str, ModelPoint]
-    """What each model has here, by its name; a model that lacks this point is not there."""
+    """The values of each model here, by its name; a model that lacks this point is not there."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ class LadderProgress:
     arm: str
     """The variant, or the variant with one change, that is trained now."""
     size: int
-    """Its parameters without the embedding."""
+    """The parameters without the embedding."""
     seed: int
     """The seed of the run."""
     done: int
@@ -59,7 +59,7 @@ class LadderProgress:
     seconds_left: float | None
     """An estimate for all that is left, as if this process did it alone; None before anything is timed."""
     step: Progress | None = None
-    """How far the run is; None at its start."""
+    """The progress of the run; None at its start."""
 
 
 def run_ladder(

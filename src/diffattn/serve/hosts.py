@@ -29,7 +29,7 @@ class Hosts:
     names: frozenset[str]
     """The names, in small letters."""
     loopback_only: bool
-    """Whether the server listens on this machine alone; else every address is taken, none of which can be rebound."""
+    """True where the server listens on this machine alone; else it takes every address, and none can be rebound."""
 
     @classmethod
     def of(cls, listening: str, host: str, allowed: Iterable[str] = ()) -> Hosts:

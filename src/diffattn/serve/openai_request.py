@@ -81,7 +81,7 @@ class Asked:
     model: str
     """The name that the client gave."""
     stream: bool
-    """Whether the text is sent as it comes."""
+    """True where the text is sent as it comes."""
     content: Content
     """The prompt, or the messages."""
     max_tokens: int | None = None
@@ -91,7 +91,7 @@ class Asked:
     stop: tuple[str, ...] = ()
     """Texts before which an answer ends."""
     temperature: float | None = None
-    """What logits are divided by before a token is drawn; 0 takes the likeliest token."""
+    """The number that logits are divided by before a token is drawn; 0 takes the likeliest token."""
     top_p: float | None = None
     """Tokens are drawn from the likeliest that together have this probability."""
     top_k: int | None = None
@@ -109,11 +109,11 @@ class Asked:
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids."""
     logprobs: int | None = None
-    """How many of the likeliest tokens are given for each token of the answer, beside the one taken."""
+    """The number of likeliest tokens that are given for each token of the answer, beside the one taken."""
     echo: bool = False
-    """Whether the prompt is put in front of the answer."""
+    """True where the prompt is put in front of the answer."""
     usage: bool | None = None
-    """Whether a stream ends with the counts of tokens: in a chunk of their own where True."""
+    """True where a stream ends with the counts of tokens: in a chunk of their own where True."""
 
     @property
     def is_chat(self) -> bool:

@@ -38,7 +38,7 @@ class Status:
     path: str | None
     """The file of the finished library."""
     shipped: bool
-    """Whether a wheel brought it."""
+    """True where a wheel brought it."""
     shipped_refused: str | None
     """Why one that a wheel brought is not used."""
     capability: str
@@ -50,7 +50,7 @@ class Status:
     threads: int
     """The threads that it uses."""
     bf16_products: bool | None
-    """Whether the processor multiplies bfloat16, else its products are of float32; None while nothing is loaded."""
+    """True where the processor multiplies bfloat16, else its products are of float32; None while nothing is loaded."""
     compile_seconds: float | None
     """The seconds that compiling it took."""
     cache: str

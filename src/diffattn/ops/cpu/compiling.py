@@ -72,7 +72,7 @@ class Built:
     digest: str = ""
     """The digest of its sources and flags."""
     shipped: bool = False
-    """Whether a wheel brought it."""
+    """True where a wheel brought it."""
 
 
 @dataclass(frozen=True)
