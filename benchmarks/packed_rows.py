@@ -45,7 +45,7 @@ class Call:
         self.output = self.run()
 
     def run(self) -> Tensor:
-        return fused_cpu_diff_attention(Arguments(*self.inputs), queries=self.queries)
+        return fused_cpu_diff_attention(Arguments(*self.inputs, queries=self.queries))
 
     def forward(self) -> float:
         began = time.perf_counter()

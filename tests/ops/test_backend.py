@@ -69,6 +69,14 @@ def test_a_backend_of_another_package_serves_by_its_name(install) -> None:
         diff_attention(*X.to(torch.float64)[:6], backend="mine")
 
 
+def test_a_backend_that_says_nothing_of_packed_sequences_is_not_given_any(install) -> None:
+    install(MODULE, "mine = their_attention:BACKEND")
+    row = make_inputs(B=1, T=4, H=2, G=1, D=4, Dv=6)
+    with pytest.raises(UnsupportedError, match=r"^mine: packed sequences \(cu_seqlens\) are not supported"):
+        diff_attention(*row[:6], cu_seqlens=torch.tensor([0, 1, 4]), backend="mine")
+    assert sys.modules["their_attention"].asked == []
+
+
 def test_auto_asks_nothing_of_installed_packages(install, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(**chosen: str) -> None:
         raise AssertionError("the installed packages were searched")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from fractions import Fraction
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.backends import fused_cpu_diff_attention, standard_diff_attention
-from support.comparison import forward_and_gradients, make_inputs
+from support.comparison import compare_forward_and_gradients, forward_and_gradients, make_inputs
 from support.fused_cases import needs_the_kernel, require_kernel
 from torch import Tensor
 
@@ -224,11 +225,81 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"key_padding": torch.zeros(2, 7, dtype=torch.bool, device="meta")},
         "key_padding is on meta and q1 on cpu; wanted one device",
     ),
+    "cu_seqlens a list": ({"cu_seqlens": [0, 5]}, "cu_seqlens is of type list; wanted a tensor"),
+    "cu_seqlens of a batch": (
+        {"cu_seqlens": torch.tensor([0, 5])},
+        "cu_seqlens with a batch of 2, 5 queries and 7 keys; wanted one row whose queries and keys are the same tokens",
+    ),
     "backend None": ({"backend": None}, "backend=None; wanted the name of a backend"),
     "backend a list": ({"backend": ["standard"]}, r"backend=\['standard'\]; wanted the name of a backend"),
     "attention_mask": ({"key_padding": torch.ones(2, 7, dtype=torch.long)}, r"int64 \(2, 7\); wanted bool \(2, 7\)"),
     "key_padding shape": ({"key_padding": zeros(2, 5).bool()}, r"bool \(2, 5\); wanted bool \(2, 7\), True where"),
 }
+
+
+PACKED = make_inputs(B=1, T=23, H=4, G=2, D=4, Dv=8)
+BEGINS = [0, 9, 9, 10, 23]
+
+
+@pytest.mark.parametrize("backend", ["auto", "fused_cpu", "standard", "reference"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padding", [False, True])
+def test_packed_sequences_are_each_alone(backend: str, causal: bool, padding: bool) -> None:
+    if backend == "fused_cpu":
+        require_kernel()
+    key_padding = (torch.arange(23)[None] % 5 == 1) if padding else None
+
+    def alone(*x: Tensor, **options: Any) -> Tensor:
+        parts = []
+        for a, b in itertools.pairwise(BEGINS):
+            hidden = None if key_padding is None else key_padding[:, a:b]
+            tensors = (y[:, a:b] for y in x)
+            parts.append(diff_attention_reference(*tensors, causal=causal, key_padding=hidden))
+        return torch.cat(parts, dim=1)
+
+    def packed(*x: Tensor, **options: Any) -> Tensor:
+        cu_seqlens = torch.tensor(BEGINS, dtype=torch.int32)
+        return diff_attention(*x, causal=causal, key_padding=key_padding, cu_seqlens=cu_seqlens, backend=backend)
+
+    for x in (PACKED, make_inputs(B=1, T=23, H=4, G=2, D=4, Dv=8, one_key=True)):
+        compare_forward_and_gradients(packed, alone, x)
+        assert not packed(*x[:6]).allclose(diff_attention(*x[:6], causal=causal), atol=1e-3)
+
+
+BAD_BEGINS: dict[str, tuple[Tensor, str]] = {
+    "floats": (torch.tensor([0.0, 23.0]), r"cu_seqlens is float32 \(2,\); wanted int32 or int64"),
+    "lengths": (
+        torch.tensor([9, 1, 13]),
+        "cu_seqlens is 9, 1, 13 with 23 tokens; wanted numbers that rise from 0 to 23",
+    ),
+    "too short": (
+        torch.tensor([0, 9]),
+        "cu_seqlens is 0, 9 with 23 tokens; wanted numbers that rise from 0 to 23: add",
+    ),
+    "no sequence": (torch.tensor([0]), r"cu_seqlens is int64 \(1,\); wanted int32 or int64 \(sequences \+ 1,\)"),
+    "falling": (torch.tensor([0, 12, 4, 6, 7, 8, 23]), "cu_seqlens is 0, 12, 4, 6, 7, 8, … with 23 tokens"),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD_BEGINS)
+def test_where_sequences_begin_is_checked(mistake: str) -> None:
+    cu_seqlens, message = BAD_BEGINS[mistake]
+    with pytest.raises(ConfigError, match=message):
+        diff_attention(*PACKED[:6], cu_seqlens=cu_seqlens)
+
+
+def test_packed_sequences_compile_to_one_graph() -> None:
+    cu_seqlens = torch.tensor(BEGINS)
+    compiled = torch.compile(lambda *x: diff_attention(*x, cu_seqlens=cu_seqlens), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*PACKED[:6]), diff_attention(*PACKED[:6], cu_seqlens=cu_seqlens))
+
+
+def test_auto_passes_over_a_backend_that_another_one_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Backend("slow", "none", lambda call: None, unreachable, passed_over=lambda call: "slow: another is faster")
+    monkeypatch.setattr(dispatch, "BACKENDS", {"slow": slow, "reference": BACKENDS["reference"]})
+    assert call().equal(diff_attention_reference(*X[:6]))
+    with pytest.raises(AssertionError, match="a backend ran"):
+        call(backend="slow")
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

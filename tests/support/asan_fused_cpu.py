@@ -23,7 +23,8 @@ from support.fused_cases import CASES, DTYPES
 from torch import Tensor
 
 from diffattn.ops.cpu import compiling
-from diffattn.ops.cpu.operator import decodes, fused_cpu_decoding, seeing_queries
+from diffattn.ops.cpu.operator import decodes, fused_cpu_decoding
+from diffattn.ops.visibility import seeing_queries
 
 SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-omit-frame-pointer"
 WIDTHS = [(1, 1), (2, 5), (3, 16), (17, 31), (31, 17), (64, 128), (127, 2), (255, 256), (256, 251)]

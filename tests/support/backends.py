@@ -11,8 +11,8 @@ from diffattn.ops.cpu import operator
 from diffattn.ops.reference import Call
 
 
-def fused_cpu_diff_attention(*tensors: Any, queries: Tensor | None = None, **options: Any) -> Tensor:
-    return operator.fused_cpu_diff_attention(Call(*tensors, **options), queries=queries)
+def fused_cpu_diff_attention(*tensors: Any, **options: Any) -> Tensor:
+    return operator.fused_cpu_diff_attention(Call(*tensors, **options))
 
 
 def standard_diff_attention(*tensors: Any, **options: Any) -> Tensor:

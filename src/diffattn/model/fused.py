@@ -43,8 +43,9 @@ from diffattn.ops.cpu import build
 from diffattn.ops.cpu import operator as fused_cpu
 from diffattn.ops.derivatives import through_sdpa
 from diffattn.ops.half import attention_inputs
-from diffattn.ops.reference import Call, visible_keys
+from diffattn.ops.reference import Call
 from diffattn.ops.standard import open_dead_rows, pad_queries, subtract
+from diffattn.ops.visibility import visible_in_ranges, visible_keys
 from diffattn.variants import ATTENTIONS
 
 
@@ -95,8 +96,8 @@ def diff_fused_attention(
         # Views, whose backward is one stack or one concatenation; that of strided slices fills a buffer of zeros each.
         q1, q2 = q_BTNd.unflatten(2, (-1, 2)).unbind(3)
         k1, k2 = k_BSGW.chunk(2, dim=-1) if _holds_both_keys(query, key) else (k_BSGW, k_BSGW)
-        call = Call(q1, k1, q2, k2, v_BSGV, lam, causal=True, scale=scaling)
-        output = fused_cpu.fused_cpu_diff_attention(call, queries=queries)
+        call = Call(q1, k1, q2, k2, v_BSGV, lam, causal=True, scale=scaling, queries=queries)
+        output = fused_cpu.fused_cpu_diff_attention(call)
         return output if norm is None else norm(output, norm.scale), None
 
     if _holds_both_keys(query, key):
@@ -156,9 +157,7 @@ def _standard_mask(
         return visible_keys(T, S, True, None, query.device), None
     if not is_compact(mask):
         return open_dead_rows(mask) if mask.dtype == torch.bool else (mask, None)
-    first, end = mask
-    t = torch.arange(T, dtype=torch.int32, device=mask.device)[:, None]
-    return open_dead_rows((first <= t) & (t < end))
+    return open_dead_rows(visible_in_ranges(mask[:, :, 0, 0], T))
 
 
 def diff_fused_mask(

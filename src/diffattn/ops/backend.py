@@ -38,6 +38,17 @@ class Backend(NamedTuple):
     run_by_name: Callable[[Call], Tensor] | None = None
     """A function that takes the place of ``run`` where the backend was asked for by name, if it then refuses
     derivatives that "auto" has all the same."""
+    passed_over: Callable[[Call], str | None] = lambda call: None
+    """Returns None where "auto" may take it for a call that it serves, else one sentence that says why another backend
+    is the better one."""
+    packs: bool = False
+    """True for a backend that reads ``queries`` of a call, which is how packed sequences reach it."""
+
+    def refuses(self, call: Call) -> str | None:
+        """Returns None where it serves the call, else one sentence that begins with its name and says why not."""
+        if call.queries is not None and not self.packs:
+            return f"{self.name}: packed sequences (cu_seqlens) are not supported"
+        return self.supports(call)
 
 
 def refusal(sentence: str) -> UnsupportedError:

@@ -18,8 +18,9 @@ from diffattn.config_fields import DTYPES, dtype_name
 from diffattn.errors import ConfigError
 from diffattn.ops.backend import Backend, installed, load, refusal
 from diffattn.ops.cpu import operator as fused_cpu
-from diffattn.ops.reference import Call, diff_attention_reference
+from diffattn.ops.reference import Call, apply_map, diff_maps_reference
 from diffattn.ops.standard import standard_diff_attention
+from diffattn.ops.visibility import packed_queries
 
 # Inputs of these are taken: the dtypes that a configuration may name.
 _TAKEN = tuple(getattr(torch, name) for name in DTYPES)
@@ -30,7 +31,7 @@ def _supports_everything(call: Call) -> str | None:
 
 
 def _by_definition(call: Call) -> Tensor:
-    return diff_attention_reference(*call[:6], causal=call.causal, scale=call.scale, key_padding=call.key_padding)
+    return apply_map(diff_maps_reference(call).map_diff, call.v)
 
 
 _ANY_DEVICE = "every device of PyTorch"
@@ -41,9 +42,10 @@ BACKENDS: dict[str, Backend] = {
         fused_cpu.unsupported,
         fused_cpu.fused_cpu_diff_attention,
         partial(fused_cpu.fused_cpu_diff_attention, formulas=False),
+        packs=True,
     ),
-    "standard": Backend("standard", _ANY_DEVICE, _supports_everything, standard_diff_attention),
-    "reference": Backend("reference", _ANY_DEVICE, _supports_everything, _by_definition),
+    "standard": Backend("standard", _ANY_DEVICE, _supports_everything, standard_diff_attention, packs=True),
+    "reference": Backend("reference", _ANY_DEVICE, _supports_everything, _by_definition, packs=True),
 }
 # The backends of other packages that were asked for in this process.
 _loaded: dict[str, Backend] = {}
@@ -60,6 +62,7 @@ def diff_attention(
     causal: bool = True,
     scale: float | None = None,
     key_padding: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Differential attention: the difference of two softmax maps, applied to the values.
@@ -82,6 +85,9 @@ def diff_attention(
         scale: factor of the scores, above 0; default 1/√D. V1's D is the half width, not that of the values.
         key_padding: bool (B, S), True where a key is padding and is ignored, as in PyTorch's `key_padding_mask`.
             A query that sees no key at all gives zeros.
+        cu_seqlens: integers (N + 1,), where a row (B = 1, T = S) holds N sequences one behind another, each of which
+            sees itself alone: the tokens at which they begin, and T behind them, as flash attention takes them. The
+            fused kernels hold no tensor of T × T for it. Values on a GPU are not checked, which would wait for it.
         backend: "auto", or a name from the table `BACKENDS`: "fused_cpu" (the compiled kernel, for float32, bfloat16
             and float16 on CPU), "standard" (one scaled_dot_product_attention call) or "reference" (the definition,
             which holds both maps in memory); or the name of a backend that another package brings.
@@ -114,11 +120,14 @@ def diff_attention(
         if scale < torch.finfo(torch.float32).tiny:
             raise ConfigError(f"scale={scale}", "a number above 0, at least 1.2e-38", "pass None for 1/sqrt(D)")
     call = Call(q1, k1, q2, k2, v, lam, causal, scale, key_padding)
+    if cu_seqlens is not None:
+        cu_seqlens = _checked_cu_seqlens(cu_seqlens, q1, k1)
+        call = call._replace(key_padding=None, queries=packed_queries(cu_seqlens, q1.shape[1], causal, key_padding))
 
     if backend == "auto":
         reasons = []
         for candidate in BACKENDS.values():
-            reason = candidate.supports(call)
+            reason = candidate.refuses(call) or candidate.passed_over(call)
             if reason is None:
                 return candidate.run(call)
             reasons.append(reason)
@@ -126,7 +135,7 @@ def diff_attention(
     if not isinstance(backend, str):
         raise ConfigError(f"backend={backend!r}", "the name of a backend", 'pass text, such as "auto"')
     named = BACKENDS.get(backend) or _of_another_package(backend)
-    reason = named.supports(call)
+    reason = named.refuses(call)
     if reason is not None:
         raise refusal(reason)
     return (named.run_by_name or named.run)(call)
@@ -275,6 +284,34 @@ def _check_masks(q1: Tensor, k1: Tensor, causal: bool, key_padding: Tensor | Non
         raise ConfigError(
             f"key_padding is on {key_padding.device} and q1 on {q1.device}", "one device", "move it with .to()"
         )
+
+
+def _checked_cu_seqlens(cu_seqlens: Any, q1: Tensor, k1: Tensor) -> Tensor:
+    """Returns where packed sequences begin, on the device of the queries, once that can be so."""
+    _check_dense("cu_seqlens", cu_seqlens)
+    batch, queries = q1.shape[:2]
+    if batch != 1 or queries != k1.shape[1]:
+        raise ConfigError(
+            f"cu_seqlens with a batch of {batch}, {queries} queries and {k1.shape[1]} keys",
+            "one row whose queries and keys are the same tokens",
+            "lay the sequences one behind another in one row, (1, tokens, heads, width)",
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ConfigError(
+            f"cu_seqlens is {_dtype(cu_seqlens)} {_shape(cu_seqlens)}",
+            "int32 or int64 (sequences + 1,)",
+            "pass where each sequence begins, and the number of tokens at the end",
+        )
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        begins = cu_seqlens.tolist()
+        if begins[0] != 0 or begins[-1] != queries or begins != sorted(begins):
+            shown = ", ".join(map(str, begins[:6])) + (", …" if len(begins) > 6 else "")
+            raise ConfigError(
+                f"cu_seqlens is {shown} with {queries} tokens",
+                f"numbers that rise from 0 to {queries}",
+                "add up the lengths of the sequences, with 0 in front",
+            )
+    return cu_seqlens.to(q1.device)
 
 
 def _shape(x: Tensor) -> str:

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffattn.ops.visibility import visible_in_ranges, visible_keys
+
 
 class Call(NamedTuple):
     """The arguments of one call of `diff_attention`, checked; shapes and meaning are described there."""
@@ -35,6 +37,16 @@ class Call(NamedTuple):
     causal: bool = True
     scale: float | None = None
     key_padding: Tensor | None = None
+    queries: Tensor | None = None
+    """The queries that see each key, int32 (2, B, S) (see `visibility.py`): in place of `causal` and `key_padding`,
+    which then say nothing."""
+
+    def visible(self) -> Tensor:
+        """Returns which keys each query sees, as booleans that broadcast to (B, 1, T, S)."""
+        T, S = self.q1.shape[1], self.k1.shape[1]
+        if self.queries is not None:
+            return visible_in_ranges(self.queries, T)
+        return visible_keys(T, S, self.causal, self.key_padding, self.q1.device)
 
 
 class DiffMaps(NamedTuple):
@@ -43,27 +55,6 @@ class DiffMaps(NamedTuple):
     map_pos: Tensor
     map_neg: Tensor
     map_diff: Tensor
-
-
-def visible_keys(queries: int, keys: int, causal: bool, key_padding: Tensor | None, device: torch.device) -> Tensor:
-    """Returns which keys each query sees, as booleans that broadcast to (B, 1, T, S).
-
-    Causal is bottom-right aligned: query t sees keys up to S − T + t, so the last query sees every key. T = 3, S = 5:
-
-        1 1 1 0 0
-        1 1 1 1 0
-        1 1 1 1 1
-
-    `key_padding`, bool (B, S), is True where a key is padding; its column becomes 0 for every query of that sequence.
-    """
-    visible = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device)
-    if causal:
-        query_t = torch.arange(queries, device=device)[:, None]
-        key_s = torch.arange(keys, device=device)[None, :]
-        visible = (key_s <= keys - queries + query_t)[None, None]
-    if key_padding is not None:
-        visible = visible & ~key_padding[:, None, None, :]
-    return visible
 
 
 def as_lam(lam: Tensor | float, like: Tensor) -> Tensor:
@@ -120,10 +111,12 @@ def diff_attention_reference(
     causal: bool = True,
     scale: float | None = None,
     key_padding: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> Tensor:
     """Differential attention by its definition: (softmax(q1 k1ᵀ · scale) − λ · softmax(q2 k2ᵀ · scale)) v.
 
     Arguments are those of `diffattn.ops.dispatch.diff_attention`, which also checks them; this function does not.
+    `queries` is that of a `Call`.
     The maps take O(B·H·T·S) memory: this is the definition, not a way to train.
 
     Source: arXiv 2410.05258v2, section 2.1, equation 1; for V2 the authors' post of 20 January 2026.
@@ -132,7 +125,8 @@ def diff_attention_reference(
     >>> diff_attention_reference(q1, k1, q2, k2, v, 0.8).shape
     torch.Size([2, 5, 4, 8])
     """
-    return apply_map(diff_maps_reference(Call(q1, k1, q2, k2, v, lam, causal, scale, key_padding)).map_diff, v)
+    call = Call(q1, k1, q2, k2, v, lam, causal, scale, key_padding, queries)
+    return apply_map(diff_maps_reference(call).map_diff, v)
 
 
 def diff_maps_reference(call: Call) -> DiffMaps:
@@ -142,10 +136,10 @@ def diff_maps_reference(call: Call) -> DiffMaps:
     >>> diff_maps_reference(Call(q1, k1, q2, k2, v, 0.8)).map_diff.sum(-1).allclose(torch.tensor(0.2), atol=1e-5)
     True
     """
-    q1, k1, q2, k2, v, lam, causal, scale, key_padding = call
+    q1, k1, q2, k2, v, lam = call[:6]
     batch, queries, heads, width = q1.shape
-    scale = 1.0 / math.sqrt(width) if scale is None else scale
-    visible = visible_keys(queries, k1.shape[1], causal, key_padding, q1.device)
+    scale = 1.0 / math.sqrt(width) if call.scale is None else call.scale
+    visible = call.visible()
 
     map_pos = softmax_map(q1, k1, scale, visible)
     map_neg = softmax_map(q2, k2, scale, visible)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from diffattn.ops.derivatives import through_sdpa
 from diffattn.ops.half import attention_inputs
-from diffattn.ops.reference import Call, as_lam, visible_keys
+from diffattn.ops.reference import Call, as_lam
 
 
 def pad_queries(q: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def standard_diff_attention(call: Call) -> Tensor:
     >>> standard_diff_attention(Call(q1, k1, q2, k2, v, 0.8)).shape
     torch.Size([2, 5, 4, 8])
     """
-    q1, k1, q2, k2, v, lam, causal, scale, key_padding = call
+    q1, k1, q2, k2, v, lam, causal, scale, *_ = call
     value_width = v.shape[-1]
     scale = 1.0 / math.sqrt(q1.shape[-1]) if scale is None else scale
 
@@ -94,7 +94,7 @@ def standard_diff_attention(call: Call) -> Tensor:
     width = max(q_BTNW.shape[-1], value_width)
     q, k, v_padded = (_widen(x, width).transpose(1, 2) for x in (q_BTNW, k_BSGW, v))
 
-    mask, dead = _mask(q1.shape[1], k1.shape[1], causal, key_padding, q1.device)
+    mask, dead = _mask(call)
     q, k, v_padded, mask = attention_inputs(q, k, v_padded, mask)
     # SDPA aligns its causal mask top-left, which is ours only where T = S.
     is_causal = causal and mask is None and q1.shape[1] == k1.shape[1]
@@ -118,16 +118,14 @@ def _widen(x: Tensor, width: int) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
-def _mask(
-    queries: int, keys: int, causal: bool, key_padding: Tensor | None, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
+def _mask(call: Call) -> tuple[Tensor | None, Tensor | None]:
     """The boolean mask that SDPA needs, or None, and the rows (B, T, 1, 1) that see no key, or None."""
-    if key_padding is None:
+    if call.key_padding is None and call.queries is None:
         # One query sees every key, and T = S is SDPA's own causal mask, which needs no tensor.
-        if not causal or queries in (1, keys):
+        if not call.causal or call.q1.shape[1] in (1, call.k1.shape[1]):
             return None, None
-        return visible_keys(queries, keys, causal, None, device), None
-    return open_dead_rows(visible_keys(queries, keys, causal, key_padding, device))
+        return call.visible(), None
+    return open_dead_rows(call.visible())
 
 
 def open_dead_rows(visible: Tensor) -> tuple[Tensor, Tensor]:

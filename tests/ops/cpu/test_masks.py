@@ -12,8 +12,8 @@ from support.comparison import NAMES, Inputs, compare, forward_and_gradients, ma
 from support.fused_cases import CASES, both_dtypes, holes, padded, require_kernel
 from torch import Tensor
 
-from diffattn.ops.cpu.operator import seeing_queries
-from diffattn.ops.reference import as_lam, diff_attention_reference, visible_keys
+from diffattn.ops.reference import as_lam, diff_attention_reference
+from diffattn.ops.visibility import seeing_queries, visible_keys
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 from diffattn.errors import UnsupportedError
 from diffattn.ops.cpu import build
 from diffattn.ops.cpu import operator as fused_cpu
-from diffattn.ops.cpu.operator import seeing_queries
 from diffattn.ops.dispatch import diff_attention
 from diffattn.ops.reference import Call, diff_attention_reference
+from diffattn.ops.visibility import seeing_queries
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,8 @@ from torch import Tensor
 from diffattn.ops import torch_private
 from diffattn.ops.backend import refusal
 from diffattn.ops.derivatives import has_tangent, pullback, transformed
-from diffattn.ops.reference import apply_map, softmax_map, visible_keys
+from diffattn.ops.reference import apply_map, softmax_map
+from diffattn.ops.visibility import visible_in_ranges, visible_keys
 
 NO_FORWARD_MODE = "fused_cpu: derivatives in forward mode are not supported"
 NO_SECOND_DERIVATIVE = "fused_cpu: second derivatives are not supported"
@@ -111,12 +112,7 @@ def _maps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns both maps (B, H, T, S) and λ (B, H, T, 1), in float32 at least."""
     T, S = q1.shape[1], k1.shape[1]
-    if queries is None:
-        visible = visible_keys(T, S, causal, None, q1.device)
-    else:
-        first, end = queries[:, :, None, None, :]
-        t = torch.arange(T, device=q1.device)[:, None]
-        visible = (first <= t) & (t < end)
+    visible = visible_keys(T, S, causal, None, q1.device) if queries is None else visible_in_ranges(queries, T)
     q1, k1, q2, k2 = (x.to(lam.dtype) for x in (q1, k1, q2, k1 if k2 is None else k2))
     map_pos, map_neg = softmax_map(q1, k1, scale, visible), softmax_map(q2, k2, scale, visible)
     return map_pos, map_neg, lam.transpose(1, 2)[..., None]

@@ -30,6 +30,7 @@ from diffattn.ops import derivatives
 from diffattn.ops.cpu import build
 from diffattn.ops.cpu import derivatives as fused_cpu_derivatives
 from diffattn.ops.reference import Call, as_lam
+from diffattn.ops.visibility import seeing_queries
 
 MAX_WIDTH = 256
 # Queries of a call that is split over its keys, as csrc/ops.cpp has it.
@@ -72,19 +73,17 @@ def unsupported(call: Call) -> str | None:
     return build.unavailable(v.dtype)
 
 
-def fused_cpu_diff_attention(call: Call, *, queries: Tensor | None = None, formulas: bool = True) -> Tensor:
+def fused_cpu_diff_attention(call: Call, *, formulas: bool = True) -> Tensor:
     """Differential attention through the compiled kernel, for calls to which `unsupported` answers None.
 
     Where k1 and k2 are one tensor object, the keys are read once.
 
     Args:
         call: the arguments of `diffattn.ops.dispatch.diff_attention`, which also checks them.
-        queries: int32 (2, B, S), in place of the call's `causal` and `key_padding`: query t sees key s where
-            ``queries[0, b, s] <= t < queries[1, b, s]``.
         formulas: whether second derivatives, which the kernel does not have, are those of formulas on tensors, which
             hold both maps; otherwise one that is taken raises `UnsupportedError`.
     """
-    q1, k1, q2, k2, v, lam, causal, scale, key_padding = call
+    q1, k1, q2, k2, v, lam, causal, scale, key_padding, queries = call
     B, T, H, D = q1.shape
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     if queries is None and key_padding is not None:
@@ -133,7 +132,7 @@ def fused_cpu_decoding(
         key: (B, G, S, 2D) for the keys of both maps side by side, (B, G, S, D) where they share them.
         value: (B, G, S, Dv).
         lam: λ in float32, broadcastable to (B, T, H).
-        scale, queries: as in `fused_cpu_diff_attention`; causal without the latter.
+        scale, queries: as in a `Call`; causal without the latter.
         gain: (Dv,), ones where it is None.
         norm_scale, eps: the output is ``norm_scale · gain · y / sqrt(mean(y²) + eps)``, or y where eps is None.
 
@@ -146,19 +145,6 @@ def fused_cpu_decoding(
 
 def _even(x: Tensor) -> Tensor:
     return F.pad(x, (0, 1)) if x.shape[-1] % 2 else x
-
-
-def seeing_queries(queries: int, keys: int, causal: bool, key_padding: Tensor) -> Tensor:
-    """int32 (2, B, S): the first query that sees each key, and the first behind it that does not.
-
-    No query sees a padding key, whose range is empty.
-
-    >>> seeing_queries(2, 4, True, torch.tensor([[True, False, False, False]])).tolist()
-    [[[0, 0, 0, 1]], [[0, 2, 2, 2]]]
-    """
-    position = torch.arange(keys, dtype=torch.int32, device=key_padding.device)
-    first = (position - (keys - queries)).clamp(min=0) if causal else torch.zeros_like(position)
-    return torch.stack([first.expand_as(key_padding), (~key_padding).to(torch.int32) * queries])
 
 
 @torch.library.register_fake("diffattn::fused_cpu")
