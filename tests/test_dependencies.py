@@ -16,7 +16,8 @@ SOURCE = ROOT / "src" / "diffattn"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Rooms and files that run only where an extra is installed.
 EXTRA = {"export": "onnx", "serve": "serve", "probes/lm_eval_private.py": "eval"}
-# These bring a torch of their own: vLLM is installed in an environment apart, Triton comes with torch for a GPU.
+# Not asked for by the core: vLLM is installed in an environment apart, Triton comes with torch for a GPU, and with the
+# extra dev for the tests that compile and interpret its kernels.
 APART = {"triton", "vllm"}
 
 
@@ -75,6 +76,12 @@ def test_development_has_every_extra_and_constraints_pin_every_package() -> None
         for requirement in map(Requirement, asked):
             if requirement.name != "diffattn":
                 assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+
+
+def test_only_development_asks_for_triton() -> None:
+    asked = {"core": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
+    wanting = {name for name, lines in asked.items() if "triton" in {Requirement(line).name for line in lines}}
+    assert wanting == {"dev"}
 
 
 def test_the_lowest_releases_are_the_first_that_the_core_allows() -> None:
