@@ -20,11 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from diffattn.ops.triton.configs import Blocks, Walk, heads_in_wave, key_walks, query_blocks
-from diffattn.ops.triton.forward import describable, described, padded, seen_keys
-from diffattn.ops.triton.tiles import keys_in_reach, place, queries_of, rows_of, store_rows, tile_of
-
-# Rows of the statistics come in as many: no tile of queries is longer.
-MOST_ROWS = 128
+from diffattn.ops.triton.forward import MOST_ROWS, describable, described, near_keys, padded
+from diffattn.ops.triton.tiles import (
+    keys_to_walk,
+    matrix_of,
+    place,
+    queries_of,
+    rows_of,
+    rows_of_program,
+    seen_keys,
+    store_rows,
+    tile_of,
+)
 
 
 @triton.jit(do_not_specialize=["B", "T", "H", "lam_b", "lam_t", "lam_h", "d_out_b", "d_out_h"])
@@ -34,17 +41,17 @@ def _statistics(
 ):  # fmt: skip
     blocks = LENGTH // ROWS
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    b, h = tl.cast(head // H, tl.int64), tl.cast(head % H, tl.int64)
+    b, h = head // H, head % H
     start = block * ROWS
     t = start + tl.arange(0, ROWS)
     t64, inside = tl.cast(t, tl.int64), t < T
-    grad = rows_of(d_out + b * d_out_b + h * d_out_h, start, d_out_t, T, ROWS, DV, BV).to(tl.float32)
-    o = rows_of(out + b * out_b + h * out_h, start, out_t, T, ROWS, DV, BV).to(tl.float32)
-    noise = rows_of(o2 + b * out_b + h * out_h, start, out_t, T, ROWS, DV, BV).to(tl.float32)
-    weight = tl.load(lam + b * lam_b + t64 * lam_t + h * lam_h, mask=inside, other=0.0)
+    grad = rows_of(matrix_of(d_out, b, h, d_out_b, d_out_h), start, d_out_t, T, ROWS, DV, BV).to(tl.float32)
+    o = rows_of(matrix_of(out, b, h, out_b, out_h), start, out_t, T, ROWS, DV, BV).to(tl.float32)
+    noise = rows_of(matrix_of(o2, b, h, out_b, out_h), start, out_t, T, ROWS, DV, BV).to(tl.float32)
+    weight = tl.load(matrix_of(lam, b, h, lam_b, lam_h) + t64 * lam_t, mask=inside, other=0.0)
     sum2 = tl.sum(grad * noise, 1)
     sum1 = tl.sum(grad * o, 1) + weight * sum2
-    tl.store(d_lam + (b * T + t64) * H + h, -sum2, mask=inside)
+    tl.store(d_lam + (tl.cast(b, tl.int64) * T + t64) * H + h, -sum2, mask=inside)
     row = tl.cast(head, tl.int64) * T + t
     lse1 = tl.load(lse + row, mask=inside, other=float("inf"))
     lse2 = tl.load(lse + tl.cast(B * H, tl.int64) * T + row, mask=inside, other=float("inf"))
@@ -92,29 +99,15 @@ def _queries(
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, ONE_KEY: tl.constexpr, DESCRIPTORS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    block, head = place(tl.program_id(0), tl.cdiv(T, ROWS), B * H, section)
-    b, h = head // H, head % H
-    g = h // REP
-    b64, h64, g64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(g, tl.int64)
-    start = block * ROWS
+    start, head, b, h, g = rows_of_program(B, T, H, REP, section, ROWS)
     t = start + tl.arange(0, ROWS)
-    if not DESCRIPTORS:
-        k1 += b64 * k1_b + g64 * k1_g
-        k2 += b64 * k2_b + g64 * k2_g
-        v += b64 * v_b + g64 * v_g
-    if RANGES:
-        low, high = keys_in_reach(queries, b, B, start, tl.minimum(start + ROWS, T), S, 1024)
-        low = low // KEYS * KEYS
-        full = low
-    else:
-        low, high, full = 0, S, S // KEYS * KEYS
-        if CAUSAL:
-            high = tl.minimum(S, S - T + start + ROWS)
-            full = tl.minimum(S, S - T + start + 1) // KEYS * KEYS
-
-    a = rows_of(q1 + b64 * q1_b + h64 * q1_h, start, q1_t, T, ROWS, D, BD)
-    n = rows_of(q2 + b64 * q2_b + h64 * q2_h, start, q2_t, T, ROWS, D, BD)
-    grad = rows_of(d_out + b64 * d_out_b + h64 * d_out_h, start, d_out_t, T, ROWS, DV, BV)
+    low, full, high = keys_to_walk(queries, b, B, start, T, S, CAUSAL, RANGES, ROWS, KEYS)
+    k1 = matrix_of(k1, b, g, k1_b, k1_g, DESCRIPTORS)
+    k2 = matrix_of(k2, b, g, k2_b, k2_g, DESCRIPTORS)
+    v = matrix_of(v, b, g, v_b, v_g, DESCRIPTORS)
+    a = rows_of(matrix_of(q1, b, h, q1_b, q1_h), start, q1_t, T, ROWS, D, BD)
+    n = rows_of(matrix_of(q2, b, h, q2_b, q2_h), start, q2_t, T, ROWS, D, BD)
+    grad = rows_of(matrix_of(d_out, b, h, d_out_b, d_out_h), start, d_out_t, T, ROWS, DV, BV)
     at = statistics + tl.cast(head, tl.int64) * LENGTH + t
     step = tl.cast(B * H, tl.int64) * LENGTH
     lse1, lse2 = tl.load(at), tl.load(at + step)
@@ -128,9 +121,8 @@ def _queries(
         dq1, dq2, a, n, grad, lse1, lse2, sum1, sum2, k1, k2, v, k1_s, k2_s, v_s, queries, t, b, g, full, high,
         B, T, S, c, True, CAUSAL, RANGES, ONE_KEY, DESCRIPTORS, KEYS, D, DV, BD, BV)  # fmt: skip
     weight = tl.load(at + 4 * step)
-    first = b64 * d_q_b + h64 * d_q_h
-    store_rows(d_q1 + first, start, d_q_t, T, dq1 * scale, ROWS, D, BD)
-    store_rows(d_q2 + first, start, d_q_t, T, dq2 * (scale * weight)[:, None], ROWS, D, BD)
+    store_rows(matrix_of(d_q1, b, h, d_q_b, d_q_h), start, d_q_t, T, dq1 * scale, ROWS, D, BD)
+    store_rows(matrix_of(d_q2, b, h, d_q_b, d_q_h), start, d_q_t, T, dq2 * (scale * weight)[:, None], ROWS, D, BD)
 
 
 @triton.jit
@@ -188,14 +180,13 @@ def _keys(
     # The first keys are seen by the most queries.
     start = (blocks - 1 - block) * KEYS
     b, g = head // G, head % G
-    b64, g64 = tl.cast(b, tl.int64), tl.cast(g, tl.int64)
     key = start + tl.arange(0, KEYS)
-    keys1 = rows_of(k1 + b64 * k1_b + g64 * k1_g, start, k1_s, S, KEYS, D, BD)
+    keys1 = rows_of(matrix_of(k1, b, g, k1_b, k1_g), start, k1_s, S, KEYS, D, BD)
     if ONE_KEY:  # noqa: SIM108
         keys2 = keys1
     else:
-        keys2 = rows_of(k2 + b64 * k2_b + g64 * k2_g, start, k2_s, S, KEYS, D, BD)
-    values = rows_of(v + b64 * v_b + g64 * v_g, start, v_s, S, KEYS, DV, BV)
+        keys2 = rows_of(matrix_of(k2, b, g, k2_b, k2_g), start, k2_s, S, KEYS, D, BD)
+    values = rows_of(matrix_of(v, b, g, v_b, v_g), start, v_s, S, KEYS, DV, BV)
     first, end = key, key
     if RANGES:
         first, end = queries_of(queries, b, B, start, S, KEYS)
@@ -213,13 +204,10 @@ def _keys(
     step = tl.cast(B * G * REP, tl.int64) * LENGTH
     for repeat in range(REP):
         h = g * REP + repeat
-        h64 = tl.cast(h, tl.int64)
-        rows = statistics + (b64 * G * REP + h64) * LENGTH
-        qa, qn, grads = q1, q2, d_out
-        if not DESCRIPTORS:
-            qa = q1 + b64 * q1_b + h64 * q1_h
-            qn = q2 + b64 * q2_b + h64 * q2_h
-            grads = d_out + b64 * d_out_b + h64 * d_out_h
+        rows = statistics + (tl.cast(b * G, tl.int64) * REP + h) * LENGTH
+        qa = matrix_of(q1, b, h, q1_b, q1_h, DESCRIPTORS)
+        qn = matrix_of(q2, b, h, q2_b, q2_h, DESCRIPTORS)
+        grads = matrix_of(d_out, b, h, d_out_b, d_out_h, DESCRIPTORS)
         if CAUSAL or RANGES:
             dk1, dk2, dv = _walk_queries(
                 dk1, dk2, dv, keys1, keys2, values, qa, qn, grads, q1_t, q2_t, d_out_t, rows, step, key,
@@ -231,17 +219,17 @@ def _keys(
                 first, end, b, h, full, T, T, S, c, False, RANGES, ONE_KEY, DESCRIPTORS,
                 MAKES_K, MAKES_V, ROWS, D, DV, BD, BV)  # fmt: skip
     if MAKES_K:
-        store_rows(d_k1 + b64 * d_k_b + g64 * d_k_g, start, d_k_s, S, dk1 * scale, KEYS, D, BD)
+        store_rows(matrix_of(d_k1, b, g, d_k_b, d_k_g), start, d_k_s, S, dk1 * scale, KEYS, D, BD)
         if not ONE_KEY:
-            store_rows(d_k2 + b64 * d_k_b + g64 * d_k_g, start, d_k_s, S, dk2 * scale, KEYS, D, BD)
+            store_rows(matrix_of(d_k2, b, g, d_k_b, d_k_g), start, d_k_s, S, dk2 * scale, KEYS, D, BD)
     if MAKES_V:
-        store_rows(d_v + b64 * d_v_b + g64 * d_v_g, start, d_v_s, S, dv, KEYS, DV, BV)
+        store_rows(matrix_of(d_v, b, g, d_v_b, d_v_g), start, d_v_s, S, dv, KEYS, DV, BV)
 
 
 def row_statistics(d_out: Tensor, lam: Tensor, out: Tensor, o2: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Returns for each row both log-sum-exps, D1, D2 and λ, float32 (5, B, H, T rounded up), and d_lam (B, T, H).
 
-    Rows behind T have a log-sum-exp of +inf. So no kernel has to ask where T ends.
+    Rows behind T, up to whole tiles, have a log-sum-exp of +inf. So no kernel has to ask where T ends.
     """
     B, T, H, DV = out.shape
     length = triton.cdiv(T, MOST_ROWS) * MOST_ROWS
@@ -310,7 +298,7 @@ class Gradients:
                 d_k[:, :, :, 0], d_k[:, :, :, -1], d_v, *self.strides, *d_k.stride()[:3], *d_v.stride()[:3],
                 self.B, self.T, self.S, self.G, self.H // self.G, self.statistics.shape[3],
                 self.scale * math.log2(math.e), self.scale,
-            heads_in_wave(v.device, parts, blocks.warps), **self.flags, **self.sizes,
+                heads_in_wave(v.device, parts, blocks.warps), **self.flags, **self.sizes,
                 DESCRIPTORS=descriptors, MAKES_K=makes_k, MAKES_V=makes_v, ROWS=blocks.rows, KEYS=blocks.keys,
                 num_warps=blocks.warps, num_stages=blocks.stages,
             )  # fmt: skip
@@ -342,6 +330,7 @@ def backward(
     """
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
+    k1, k2, v = near_keys(k1, k2, v)
     widths = (q1.shape[3], v.shape[3], k2 is k1)
     for_queries, for_keys = (query_blocks(*widths), key_walks(*widths)) if blocks is None else blocks
     statistics, d_lam = row_statistics(d_out, lam, out, o2, lse)

@@ -53,7 +53,7 @@ def heads_in_wave(device: torch.device, blocks_of_a_head: int, warps: int) -> in
     They share keys and values in the card's cache, and the longest blocks of all of them begin first. With more heads
     at once they share less; with fewer the card waits for the last long blocks.
     """
-    return max(1, round(multiprocessors(device) * max(1, 8 // warps) / blocks_of_a_head))
+    return max(1, round(multiprocessors(device) * max(1, 8 // warps) / max(1, blocks_of_a_head)))
 
 
 def forward_blocks(width: int, value_width: int, one_key: bool) -> Blocks:
@@ -105,4 +105,4 @@ def decoding_blocks(width: int, value_width: int, one_key: bool) -> Blocks:
 def spans_of_keys(device: torch.device, groups: int, keys: int, blocks: Blocks) -> int:
     """Into how many spans the keys of a call are cut: programs enough for the chip, two tiles of keys at least."""
     programs = (4 if blocks.warps == 1 else 2) * multiprocessors(device)
-    return max(1, min(-(-programs // groups), -(-keys // (2 * blocks.keys)), MOST_SPANS))
+    return max(1, min(-(-programs // max(1, groups)), -(-keys // (2 * blocks.keys)), MOST_SPANS))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffattn.ops.triton.configs import Blocks, decoding_blocks, spans_of_keys
 from diffattn.ops.triton.forward import describable, described, padded
-from diffattn.ops.triton.tiles import LOWEST, queries_of, softmax_step, tile_of
+from diffattn.ops.triton.tiles import LOWEST, matrix_of, seen_keys, softmax_step, tile_of
 
 
 @triton.jit(do_not_specialize=["B", "T", "S", "G", "REP", "SPLITS", "SPAN"])
@@ -28,11 +28,10 @@ def _span(
 ):  # fmt: skip
     split, group = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
     b, g = group // G, group % G
-    b64, g64 = tl.cast(b, tl.int64), tl.cast(g, tl.int64)
-    if not DESCRIPTORS:
-        k1 += b64 * k1_b + g64 * k1_g
-        k2 += b64 * k2_b + g64 * k2_g
-        v += b64 * v_b + g64 * v_g
+    b64 = tl.cast(b, tl.int64)
+    k1 = matrix_of(k1, b, g, k1_b, k1_g, DESCRIPTORS)
+    k2 = matrix_of(k2, b, g, k2_b, k2_g, DESCRIPTORS)
+    v = matrix_of(v, b, g, v_b, v_g, DESCRIPTORS)
     row, column, value = tl.arange(0, ROWS), tl.arange(0, BD), tl.arange(0, BV)
     alive = row < REP * T
     h, t = g * REP + row // T, row % T
@@ -52,14 +51,7 @@ def _span(
             k = tile_of(k2, k2_s, b, g, start, S, True, KEYS, D, BD, DESCRIPTORS)
         s2 = tl.dot(n, tl.trans(k), input_precision="ieee")
         values = tile_of(v, v_s, b, g, start, S, True, KEYS, DV, BV, DESCRIPTORS)
-        key = start + tl.arange(0, KEYS)
-        if RANGES:
-            first, end = queries_of(queries, b, B, start, S, KEYS)
-            seen = (first[None, :] <= t[:, None]) & (t[:, None] < end[None, :])
-        elif CAUSAL:
-            seen = key[None, :] <= (S - T + t)[:, None]
-        else:
-            seen = (key < S)[None, :]
+        seen = seen_keys(t, start, queries, b, B, T, S, CAUSAL, RANGES, KEYS)
         p, m1, l1, shrink = softmax_step(tl.where(seen, s1, float("-inf")), m1, l1, c)
         acc1 = tl.dot(p.to(values.dtype), values, acc1 * shrink[:, None], input_precision="ieee")
         p, m2, l2, shrink = softmax_step(tl.where(seen, s2, float("-inf")), m2, l2, c)
@@ -136,8 +128,9 @@ def decode(
     rows = max(16, int(triton.next_power_of_2(H // G * T)))
     if splits is None:
         splits = spans_of_keys(q1.device, B * G, S, blocks)
-    span = triton.cdiv(triton.cdiv(S, splits), blocks.keys) * blocks.keys
-    splits = triton.cdiv(S, span)
+    # One span that holds no key where there is none.
+    span = max(1, triton.cdiv(triton.cdiv(S, splits), blocks.keys)) * blocks.keys
+    splits = max(1, triton.cdiv(S, span))
     BD, BV = padded(D), padded(DV)
     partial = torch.empty(2, B, T, H, splits, DV, dtype=torch.float32, device=v.device)
     maxima = torch.empty(2, B, T, H, splits, 2, dtype=torch.float32, device=v.device)

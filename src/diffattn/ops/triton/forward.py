@@ -25,28 +25,18 @@ from torch import Tensor
 from diffattn.ops.triton.configs import Blocks, forward_blocks, heads_in_wave
 from diffattn.ops.triton.tiles import (
     LOWEST,
-    keys_in_reach,
-    place,
-    queries_of,
+    keys_to_walk,
+    matrix_of,
     rows_of,
+    rows_of_program,
+    seen_keys,
     softmax_step,
     store_rows,
     tile_of,
 )
 
-
-@triton.jit
-def seen_keys(t, start, queries, b, B, T, S, CAUSAL: tl.constexpr, RANGES: tl.constexpr, KEYS: tl.constexpr):
-    """Returns which of KEYS keys each query sees."""
-    key = start + tl.arange(0, KEYS)
-    if RANGES:
-        first, end = queries_of(queries, b, B, start, S, KEYS)
-        seen = (first[None, :] <= t[:, None]) & (t[:, None] < end[None, :])
-    elif CAUSAL:
-        seen = key[None, :] <= tl.minimum(S - T + t, S - 1)[:, None]
-    else:
-        seen = (key < S)[None, :]
-    return seen
+# No tile of queries or of keys is longer.
+MOST_ROWS = 128
 
 
 @triton.jit
@@ -109,33 +99,17 @@ def _forward(
     DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    block, head = place(tl.program_id(0), tl.cdiv(T, ROWS), B * H, section)
-    b, h = head // H, head % H
-    g = h // REP
-    b64, h64, g64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(g, tl.int64)
-    start = block * ROWS
+    start, head, b, h, g = rows_of_program(B, T, H, REP, section, ROWS)
     t = start + tl.arange(0, ROWS)
-    if not DESCRIPTORS:
-        k1 += b64 * k1_b + g64 * k1_g
-        k2 += b64 * k2_b + g64 * k2_g
-        v += b64 * v_b + g64 * v_g
-    if RANGES:
-        low, high = keys_in_reach(queries, b, B, start, tl.minimum(start + ROWS, T), S, 1024)
-        low = low // KEYS * KEYS
-        full = low
-    else:
-        low, high, full = 0, S, S // KEYS * KEYS
-        if CAUSAL:
-            high = tl.minimum(S, S - T + start + ROWS)
-            full = tl.minimum(S, S - T + start + 1) // KEYS * KEYS
-
-    weight = tl.load(lam + b64 * lam_b + tl.cast(t, tl.int64) * lam_t + h64 * lam_h, mask=t < T, other=0.0)
+    low, full, high = keys_to_walk(queries, b, B, start, T, S, CAUSAL, RANGES, ROWS, KEYS)
+    k1 = matrix_of(k1, b, g, k1_b, k1_g, DESCRIPTORS)
+    k2 = matrix_of(k2, b, g, k2_b, k2_g, DESCRIPTORS)
+    v = matrix_of(v, b, g, v_b, v_g, DESCRIPTORS)
+    weight = tl.load(matrix_of(lam, b, h, lam_b, lam_h) + tl.cast(t, tl.int64) * lam_t, mask=t < T, other=0.0)
     m1, l1 = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
     m2, l2 = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
-    q1 += b64 * q1_b + h64 * q1_h
-    q2 += b64 * q2_b + h64 * q2_h
-    out += b64 * out_b + h64 * out_h
-    o2 += b64 * out_b + h64 * out_h
+    q1, q2 = matrix_of(q1, b, h, q1_b, q1_h), matrix_of(q2, b, h, q2_b, q2_h)
+    out, o2 = matrix_of(out, b, h, out_b, out_h), matrix_of(o2, b, h, out_b, out_h)
     if TOGETHER:
         a = rows_of(q1, start, q1_t, T, ROWS, D, BD)
         n = rows_of(q2, start, q2_t, T, ROWS, D, BD)
@@ -189,9 +163,13 @@ def padded(width: int) -> int:
 
 
 def describable(x: Tensor) -> bool:
-    """Tells whether the copy engine takes tiles of (B, S, G, width): whole 16-byte steps, the last dimension dense."""
+    """Tells whether the copy engine takes tiles of (B, S, G, width): whole 16-byte steps, the last dimension dense.
+
+    Its manual names no steps of 0 and no tensors without elements, so those are left to pointers.
+    """
     step = 16 // x.element_size()
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n % step == 0 for n in x.stride()[:3])
+    steps = x.stride(-1) == 1 and all(n > 0 and n % step == 0 for n in x.stride()[:3])
+    return steps and x.data_ptr() % 16 == 0 and x.numel() > 0
 
 
 def described(x: Tensor, rows: int, block: int) -> object:
@@ -200,6 +178,12 @@ def described(x: Tensor, rows: int, block: int) -> object:
 
     x = x.transpose(1, 2)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, block])
+
+
+def near_keys(k1: Tensor, k2: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the three, copied where their rows lie so far apart that 32 bits do not reach through one tile."""
+    near1, near2, near_v = (x if x.stride(1) * MOST_ROWS < 2**31 else x.contiguous() for x in (k1, k2, v))
+    return near1, near1 if k2 is k1 else near2, near_v
 
 
 def forward(
@@ -224,6 +208,7 @@ def forward(
     """
     B, T, H, D = q1.shape
     S, G, DV = k1.shape[1], k1.shape[2], v.shape[3]
+    k1, k2, v = near_keys(k1, k2, v)
     one_key = k2 is k1
     if blocks is None:
         blocks = forward_blocks(D, DV, one_key)

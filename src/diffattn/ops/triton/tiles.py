@@ -27,6 +27,22 @@ def place(program, blocks, heads, section):
 
 
 @triton.jit
+def rows_of_program(B, T, H, REP, section, ROWS: tl.constexpr):
+    """Returns the first query of this program, its head of batch × heads, and of that the sequence, head and group."""
+    block, head = place(tl.program_id(0), tl.cdiv(T, ROWS), B * H, section)
+    h = head % H
+    return block * ROWS, head, head // H, h, h // REP
+
+
+@triton.jit
+def matrix_of(x, b, head, stride_b, stride_head, DESCRIPTORS: tl.constexpr = False):
+    """The rows of one sequence and head. A descriptor stands for all of them, and `tile_of` names the two."""
+    if not DESCRIPTORS:
+        x += tl.cast(b, tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_head
+    return x
+
+
+@triton.jit
 def rows_of(base, start, stride, limit, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Rows start … start + ROWS of a matrix, (ROWS, BLOCK), with zeros behind its width.
 
@@ -103,3 +119,33 @@ def keys_in_reach(queries, sequence, batches, t_low, t_high, S, CHUNK: tl.conste
         low = tl.minimum(low, tl.min(tl.where(seen, key, S), 0))
         high = tl.maximum(high, tl.max(tl.where(seen, key + 1, 0), 0))
     return low, high
+
+
+@triton.jit
+def keys_to_walk(queries, b, B, start, T, S, CAUSAL: tl.constexpr, RANGES: tl.constexpr,
+                 ROWS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+    """Bounds low, full, high: of the keys from low to full ROWS queries see every one, of those up to high some."""
+    if RANGES:
+        low, high = keys_in_reach(queries, b, B, start, tl.minimum(start + ROWS, T), S, 1024)
+        low = low // KEYS * KEYS
+        full = low
+    else:
+        low, high, full = 0, S, S // KEYS * KEYS
+        if CAUSAL:
+            high = tl.minimum(S, S - T + start + ROWS)
+            full = tl.minimum(S, S - T + start + 1) // KEYS * KEYS
+    return low, full, high
+
+
+@triton.jit
+def seen_keys(t, start, queries, b, B, T, S, CAUSAL: tl.constexpr, RANGES: tl.constexpr, KEYS: tl.constexpr):
+    """Returns which of KEYS keys each query sees."""
+    key = start + tl.arange(0, KEYS)
+    if RANGES:
+        first, end = queries_of(queries, b, B, start, S, KEYS)
+        seen = (first[None, :] <= t[:, None]) & (t[:, None] < end[None, :])
+    elif CAUSAL:
+        seen = key[None, :] <= (S - T + t)[:, None]
+    else:
+        seen = (key < S)[None, :]
+    return seen
