@@ -17,7 +17,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
 from diffattn.errors import UnsupportedError
-from diffattn.ops.cpu import derivatives as fused_cpu_derivatives
+from diffattn.ops import kernel_derivatives
 from diffattn.ops.cpu import operator as fused_cpu
 from diffattn.ops.dispatch import diff_attention
 from diffattn.ops.reference import diff_attention_reference
@@ -291,7 +291,7 @@ def test_first_derivatives_are_the_kernels(derivative: str, monkeypatch: pytest.
     def unreachable(*args: Any) -> Any:
         raise AssertionError("a map was computed")
 
-    monkeypatch.setattr(fused_cpu_derivatives, "softmax_map", unreachable)
+    monkeypatch.setattr(kernel_derivatives, "softmax_map", unreachable)
     taken(derivative, fused_cpu_diff_attention, make_inputs(**SIZES))
     with pytest.raises(AssertionError, match="a map was computed"):
         taken("double backward", fused_cpu_diff_attention, make_inputs(**SIZES))

@@ -5,7 +5,7 @@ PyTorch's kernels behind `scaled_dot_product_attention` and ours have one deriva
 second derivative may not: with `create_graph=True` it is taken long after the backend has been chosen.
 
 Everything here is for calls in eager mode. A compiled graph has no second derivative, which PyTorch says itself, and
-the operators of `fused_cpu` see tangents by themselves (`fused_cpu_derivatives`).
+the kernels' operators see tangents by themselves (`kernel_derivatives`).
 """
 
 from __future__ import annotations

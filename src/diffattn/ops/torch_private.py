@@ -45,7 +45,7 @@ _TRANSFORMS = (
     "PyTorch has a public function that says which transforms of torch.func are active",
 )
 _KERNEL = (
-    "derivatives of the CPU kernel within torch.func, and in forward mode, raise an error",
+    "derivatives of the kernels within torch.func, and in forward mode, raise an error",
     "torch.library.register_autograd passes tangents on and works within torch.func",
 )
 NAMES = (

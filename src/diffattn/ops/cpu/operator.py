@@ -26,9 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffattn.config_fields import dtype_name
-from diffattn.ops import derivatives
+from diffattn.ops import derivatives, kernel_derivatives
 from diffattn.ops.cpu import build
-from diffattn.ops.cpu import derivatives as fused_cpu_derivatives
 from diffattn.ops.reference import Call, as_lam
 from diffattn.ops.visibility import seeing_queries
 
@@ -69,7 +68,7 @@ def unsupported(call: Call) -> str | None:
     if max(q1.shape[-1], v.shape[-1]) > MAX_WIDTH:
         return f"fused_cpu: heads of {max(q1.shape[-1], v.shape[-1])} are not supported; it serves widths up to 256"
     if derivatives.forward_mode(q1, k1, q2, k2, v, lam):
-        return fused_cpu_derivatives.NO_FORWARD_MODE
+        return kernel_derivatives.no_forward_mode("fused_cpu")
     return build.unavailable(v.dtype)
 
 
@@ -96,7 +95,7 @@ def fused_cpu_diff_attention(call: Call, *, formulas: bool = True) -> Tensor:
         q1, k1, q2, v = (_even(x) for x in (q1, k1, q2, v))
         second = None if second is None else _even(second)
     # A compiled graph has no second derivatives.
-    with nullcontext() if formulas or torch.compiler.is_compiling() else fused_cpu_derivatives.without_formulas():
+    with nullcontext() if formulas or torch.compiler.is_compiling() else kernel_derivatives.without_formulas():
         output, _ = torch.ops.diffattn.fused_cpu(q1, k1, q2, second, v, lam, queries, causal, scale)
     return output[..., :width]
 
@@ -190,4 +189,20 @@ def _(
     return q, k, torch.empty_like(q), d_k2, d_v, lam.new_empty(lam.shape)
 
 
-fused_cpu_derivatives.register()
+def _output(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Returns what the operator `fused_cpu` returns, with zeros for the rows."""
+    lam = arguments[5]
+    B, T, H = lam.shape
+    return kernel_derivatives.output(*arguments), lam.new_zeros(4, B, H, T)
+
+
+def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    """Returns what the operator `fused_cpu_backward` returns."""
+    # All but the rows.
+    grads = kernel_derivatives.gradients(*arguments[:8], *arguments[9:])
+    return tuple(grads[0].new_empty(0) if grad is None else grad for grad in grads)
+
+
+kernel_derivatives.register(
+    kernel_derivatives.Operators("fused_cpu", _output, _gradients, (0, 0, 0, 0, 0, 0, 1), (0, 1), saved=1)
+)

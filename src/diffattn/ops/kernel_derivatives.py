@@ -1,12 +1,14 @@
-"""Derivatives of the fused kernel's operators, of every order, in both modes, under every transform of `torch.func`.
+"""Derivatives of the kernels' operators, of every order, in both modes, under every transform of `torch.func`.
 
-    fused_cpu             its backward pass is the operator `fused_cpu_backward`
-    fused_cpu_backward    its backward pass, which a second derivative takes, is that of `gradients` below
-    forward mode          tensors with tangents are computed by `output` and `gradients` instead of the kernel
-    vmap                  the new dimension is folded into the batch, and the kernel called once
+A kernel has two operators, NAME and NAME_backward:
 
-The formulas are those of `fused_cpu`, on tensors, in float32 at least. They hold both maps and what is made of them,
-O(B·H·T·S), where the kernel holds no map: a second derivative costs the memory of `reference`.
+    NAME             its backward pass is the operator NAME_backward
+    NAME_backward    its backward pass, which a second derivative takes, is that of `gradients` below
+    forward mode     tensors with tangents are computed by `output` and `gradients` instead of the kernel
+    vmap             the new dimension is folded into the batch, and the kernel called once
+
+The formulas are on tensors, in float32 at least. They hold both maps and what is made of them, O(B·H·T·S), where a
+kernel holds no map: a second derivative costs the memory of `reference`.
 
 The operators have an autograd kernel of their own because the one that `torch.library.register_autograd` makes drops
 tangents without a word, and does not work within `torch.func`. It is otherwise the same.
@@ -14,10 +16,10 @@ tangents without a word, and does not work within `torch.func`. It is otherwise 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +30,26 @@ from diffattn.ops.derivatives import has_tangent, pullback, transformed
 from diffattn.ops.reference import apply_map, softmax_map
 from diffattn.ops.visibility import visible_in_ranges, visible_keys
 
-NO_FORWARD_MODE = "fused_cpu: derivatives in forward mode are not supported"
-NO_SECOND_DERIVATIVE = "fused_cpu: second derivatives are not supported"
+
+class Operators(NamedTuple):
+    """The two operators of a kernel, whose last arguments are `queries`, `causal` and `scale`.
+
+    NAME_backward takes the gradient of the output, the tensors of NAME, what NAME saved, `causal` and `scale`. It
+    returns a gradient for each tensor in front of `queries`; what it returns for one that is None is not read.
+    """
+
+    name: str
+    output: Callable[..., tuple[Tensor, ...]]
+    """The formulas of NAME, with anything for what its backward pass alone reads."""
+    gradients: Callable[..., tuple[Tensor, ...]]
+    """The formulas of NAME_backward."""
+    batch_of_inputs: tuple[int, ...]
+    """The dimension of each tensor that is the batch."""
+    batch_of_outputs: tuple[int, ...]
+    """The dimension of each output that is the batch."""
+    saved: int
+    """The number of outputs, the last ones, that its backward pass reads."""
+
 
 # True while calls of the operators, and later derivatives of them, are to be the kernel's or an error.
 _ALONE = ContextVar("_ALONE", default=False)
@@ -45,6 +65,11 @@ def without_formulas() -> Iterator[None]:
         _ALONE.reset(token)
 
 
+def no_forward_mode(backend: str) -> str:
+    """Returns the sentence of a backend that refuses a derivative in forward mode."""
+    return f"{backend}: derivatives in forward mode are not supported"
+
+
 def output(
     q1: Tensor,
     k1: Tensor,
@@ -55,12 +80,10 @@ def output(
     queries: Tensor | None,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Returns what the operator `fused_cpu` returns, with zeros for what its backward pass alone reads."""
+) -> Tensor:
+    """Returns the output (B, T, H, Dv). `k2` is None where both maps share their keys."""
     map_pos, map_neg, lam_BHT1 = _maps(q1, k1, q2, k2, lam, queries, causal, scale)
-    B, T, H, _ = q1.shape
-    rows = map_pos.new_zeros(4, B, H, T)
-    return apply_map(map_pos - lam_BHT1 * map_neg, v.to(map_pos.dtype)).to(v.dtype), rows
+    return apply_map(map_pos - lam_BHT1 * map_neg, v.to(map_pos.dtype)).to(v.dtype)
 
 
 def gradients(
@@ -72,11 +95,10 @@ def gradients(
     v: Tensor,
     lam: Tensor,
     queries: Tensor | None,
-    rows: Tensor,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns what the operator `fused_cpu_backward` returns."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Returns the gradients of q1, k1, q2, k2 (None where there is none), v and lam."""
     map_pos, map_neg, lam_BHT1 = _maps(q1, k1, q2, k2, lam, queries, causal, scale)
     G, wide = k1.shape[2], map_pos.dtype
 
@@ -84,7 +106,7 @@ def gradients(
         """mapᵀ x, summed over the heads of each group: (B, S, G, D)."""
         return torch.einsum("bgrts,btgrd->bsgd", map_BHTS.unflatten(1, (G, -1)), x_BTHD.unflatten(2, (G, -1)).to(wide))
 
-    heads = q1.shape[2] // G
+    heads, dtype = q1.shape[2] // G, v.dtype
     d_map = torch.einsum("bthe,bshe->bhts", d_output.to(wide), v.to(wide).repeat_interleave(heads, dim=2))
     d_row1, d_row2 = ((m * d_map).sum(-1, keepdim=True) for m in (map_pos, map_neg))
     d_scores1 = scale * map_pos * (d_map - d_row1)
@@ -92,12 +114,17 @@ def gradients(
     d_q1 = apply_map(d_scores1, k1.to(wide))
     d_q2 = apply_map(d_scores2, (k1 if k2 is None else k2).to(wide))
     d_k1, d_k2 = of_group(d_scores1, q1), of_group(d_scores2, q2)
-    if k2 is None:
-        d_k1, d_k2 = d_k1 + d_k2, d_k1.new_empty(0)
+    d_k1 = d_k1 + d_k2 if k2 is None else d_k1
     d_v = of_group(map_pos - lam_BHT1 * map_neg, d_output)
     d_lam = -d_row2.squeeze(-1).transpose(1, 2)
-    dtype = v.dtype
-    return d_q1.to(dtype), d_k1.to(dtype), d_q2.to(dtype), d_k2.to(dtype), d_v.to(dtype), d_lam.to(lam.dtype)
+    return (
+        d_q1.to(dtype),
+        d_k1.to(dtype),
+        d_q2.to(dtype),
+        None if k2 is None else d_k2.to(dtype),
+        d_v.to(dtype),
+        d_lam.to(lam.dtype),
+    )
 
 
 def _maps(
@@ -118,22 +145,52 @@ def _maps(
     return map_pos, map_neg, lam.transpose(1, 2)[..., None]
 
 
-def _backward(ctx: Any, d_output: Tensor, d_rows: Tensor) -> tuple[Any, ...]:
-    *tensors, rows = ctx.saved_tensors
-    grads = torch.ops.diffattn.fused_cpu_backward(d_output, *tensors, rows, *ctx.numbers)
-    d_q1, d_k1, d_q2, d_k2, d_v, d_lam = grads
-    return d_q1, d_k1, d_q2, (None if tensors[3] is None else d_k2), d_v, d_lam, None, None, None
+def register(operators: Operators) -> None:
+    """Registers all of this for the operators of a kernel, once they are defined."""
+    name, backward_name = operators.name, f"{operators.name}_backward"
+    number = len(operators.batch_of_inputs)
+    saved_batches = operators.batch_of_outputs[len(operators.batch_of_outputs) - operators.saved :]
+    backward_op = getattr(torch.ops.diffattn, backward_name)
 
+    def backward(ctx: Any, d_output: Tensor, *unread: Tensor) -> tuple[Any, ...]:
+        tensors, saved = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
+        # The formulas do not read what was saved, so that it has no derivative.
+        grads = backward_op(d_output, *tensors, *(x.detach() for x in saved), *ctx.numbers)
+        of_tensors = (None if x is None else grad for x, grad in zip(tensors[:-1], grads, strict=True))
+        return (*of_tensors, None, None, None)
 
-def _second_backward(ctx: Any, *d_gradients: Tensor) -> tuple[Any, ...]:
-    if ctx.alone:
-        raise refusal(NO_SECOND_DERIVATIVE)
-    arguments = (*ctx.saved_tensors, *ctx.numbers)
-    return tuple(pullback(gradients, arguments, ctx.needs_input_grad[1:], d_gradients))
+    def second_backward(ctx: Any, *d_gradients: Tensor) -> tuple[Any, ...]:
+        if ctx.alone:
+            raise refusal(f"{name}: second derivatives are not supported")
+        arguments = (*ctx.saved_tensors, *ctx.numbers)
+        return tuple(pullback(operators.gradients, arguments, ctx.needs_input_grad[1:], d_gradients))
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        outputs = getattr(torch.ops.diffattn, name)(*_fold(info, in_dims, args, operators.batch_of_inputs))
+        dims = operators.batch_of_outputs
+        return tuple(_unfold(info, x, dim) for x, dim in zip(outputs, dims, strict=True)), dims
+
+    def vmap_of_backward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        batches = (0, *operators.batch_of_inputs, *saved_batches)
+        grads = backward_op(*_fold(info, in_dims, args, batches))
+        # What stands for the gradient of a tensor that is not given has no batch.
+        given = zip(args[1:number], operators.batch_of_inputs[:-1], strict=True)
+        dims = tuple(None if x is None else dim for x, dim in given)
+        unfolded = (g if dim is None else _unfold(info, g, dim) for g, dim in zip(grads, dims, strict=True))
+        return tuple(unfolded), dims
+
+    _register(name, name, operators.output, backward, operators.saved)
+    _register(backward_name, name, operators.gradients, second_backward, 0)
+    torch.library.register_vmap(f"diffattn::{name}", vmap)
+    torch.library.register_vmap(f"diffattn::{backward_name}", vmap_of_backward)
 
 
 def _register(
-    name: str, formulas: Callable[..., tuple[Tensor, ...]], backward: Callable[..., tuple[Any, ...]], saved_outputs: int
+    name: str,
+    backend: str,
+    formulas: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Any, ...]],
+    saved_outputs: int,
 ) -> None:
     """Registers an autograd kernel that calls the operator, or the formulas where an argument has a tangent."""
     op = getattr(torch.ops.diffattn, name).default
@@ -162,7 +219,7 @@ def _register(
         # While a graph is traced, which a mode does, `transformed` does not see forward mode.
         if (inside or torch_private.modes_that_see_operators()) and any(has_tangent(x) for x in args):
             if _ALONE.get():
-                raise refusal(NO_FORWARD_MODE)
+                raise refusal(no_forward_mode(backend))
             return formulas(*args)
         if torch.is_grad_enabled() and torch_private.any_requires_grad(*args):
             # Within a transform this is its own level, which is all that this kernel is called for.
@@ -174,11 +231,12 @@ def _register(
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], batch_dims: tuple[int, ...]) -> list[Any]:
-    """Arguments whose batch holds the new dimension too, in front; `batch_dims` says where each has its batch."""
+def _fold(info: Any, in_dims: Sequence[int | None], args: Sequence[Any], batches: Sequence[int]) -> list[Any]:
+    """Arguments whose batch holds the new dimension too, in front; `batches` says where each tensor has its batch."""
     folded = []
-    for x, new, batch in zip(args, in_dims, batch_dims, strict=True):
+    for i, (x, new) in enumerate(zip(args, in_dims, strict=True)):
         if isinstance(x, Tensor):
+            batch = batches[i]
             if new is None:
                 x = x.unsqueeze(batch).expand(*x.shape[:batch], info.batch_size, *x.shape[batch:])
             else:
@@ -188,29 +246,9 @@ def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], bat
     return folded
 
 
-def _unfold(info: Any, x: Tensor, batch: int = 0) -> Tensor:
+def _unfold(info: Any, x: Tensor, batch: int) -> Tensor:
     return x.unflatten(batch, (info.batch_size, x.shape[batch] // info.batch_size))
-
-
-def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-    o, rows = torch.ops.diffattn.fused_cpu(*_fold(info, in_dims, args, (0, 0, 0, 0, 0, 0, 1, 0, 0)))
-    return (_unfold(info, o), _unfold(info, rows, 1)), (0, 1)
-
-
-def _vmap_of_backward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-    grads = torch.ops.diffattn.fused_cpu_backward(*_fold(info, in_dims, args, (0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0)))
-    # The gradient of keys that are not given is empty and has no batch.
-    dims = (0, 0, 0, None if args[4] is None else 0, 0, 0)
-    return tuple(g if dim is None else _unfold(info, g) for g, dim in zip(grads, dims, strict=True)), dims
 
 
 # Registrations last as long as this object.
 _LIBRARY = torch.library.Library("diffattn", "FRAGMENT")
-
-
-def register() -> None:
-    """Registers all of this, once the operators are defined."""
-    _register("fused_cpu", output, _backward, saved_outputs=1)
-    _register("fused_cpu_backward", gradients, _second_backward, saved_outputs=0)
-    torch.library.register_vmap("diffattn::fused_cpu", _vmap)
-    torch.library.register_vmap("diffattn::fused_cpu_backward", _vmap_of_backward)
