@@ -40,7 +40,7 @@ def unreachable(call: Call) -> Tensor:
 
 
 def test_auto_is_the_first_backend_that_supports_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(BACKENDS) == ["fused_cpu", "standard", "reference"]
+    assert list(BACKENDS) == ["fused_cpu", "fused_triton", "standard", "reference"]
     first = standard_diff_attention if fused_cpu.unsupported(Call(*X[:6])) else fused_cpu_diff_attention
     assert call().equal(first(*X[:6]))
     double = make_inputs(T=5, S=7, dtype=torch.float64)
@@ -59,7 +59,7 @@ def test_a_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(dispatch.BACKENDS, "picky", Backend("picky", "none", refusing, unreachable))
     with pytest.raises(UnsupportedError, match="picky: odd head widths"):
         call(backend="picky")
-    with pytest.raises(ConfigError, match=r"'fast'; wanted one of auto, fused_cpu, standard, .*, picky"):
+    with pytest.raises(ConfigError, match=r"'fast'; wanted one of auto, fused_cpu, fused_triton, standard, .*, picky"):
         call(backend="fast")
 
 

@@ -20,6 +20,7 @@ from diffattn.ops.backend import Backend, installed, load, refusal
 from diffattn.ops.cpu import operator as fused_cpu
 from diffattn.ops.reference import Call, apply_map, diff_maps_reference
 from diffattn.ops.standard import standard_diff_attention
+from diffattn.ops.triton import operator as fused_triton
 from diffattn.ops.visibility import packed_queries
 
 # Inputs of these are taken: the dtypes that a configuration may name.
@@ -42,6 +43,14 @@ BACKENDS: dict[str, Backend] = {
         fused_cpu.unsupported,
         fused_cpu.fused_cpu_diff_attention,
         partial(fused_cpu.fused_cpu_diff_attention, formulas=False),
+        packs=True,
+    ),
+    "fused_triton": Backend(
+        "fused_triton",
+        "NVIDIA GPUs of type Hopper, with Triton",
+        fused_triton.unsupported,
+        fused_triton.fused_triton_diff_attention,
+        partial(fused_triton.fused_triton_diff_attention, formulas=False),
         packs=True,
     ),
     "standard": Backend("standard", _ANY_DEVICE, _supports_everything, standard_diff_attention, packs=True),
@@ -89,14 +98,15 @@ def diff_attention(
             sees itself alone: the tokens at which they begin, and T behind them, as flash attention takes them. The
             fused kernels hold no tensor of T × T for it. Values on a GPU are not checked, which would wait for it.
         backend: "auto", or a name from the table `BACKENDS`: "fused_cpu" (the compiled kernel, for float32, bfloat16
-            and float16 on CPU), "standard" (one scaled_dot_product_attention call) or "reference" (the definition,
-            which holds both maps in memory); or the name of a backend that another package brings.
+            and float16 on CPU), "fused_triton" (Triton kernels, for bfloat16 and float16 on a GPU), "standard" (one
+            scaled_dot_product_attention call) or "reference" (the definition, which holds both maps in memory); or
+            the name of a backend that another package brings.
 
     The inputs share one device and one dtype: float16, bfloat16, float32 or float64. Numbers may be numpy's.
 
     Derivatives of every order, in reverse and in forward mode and under the transforms of `torch.func`, are those of
-    the definition. Forward mode and the second derivative hold both maps in memory; "fused_cpu" refuses them where it
-    was asked for by name.
+    the definition. Forward mode and the second derivative hold both maps in memory; "fused_cpu" and "fused_triton"
+    refuse them where they were asked for by name.
 
     Returns:
         (B, T, H, Dv) in v's dtype. No norm and no factor (1 − λ_init) is applied: those belong to V1's layer.

@@ -185,6 +185,36 @@ def register(operators: Operators) -> None:
     torch.library.register_vmap(f"diffattn::{backward_name}", vmap_of_backward)
 
 
+def register_output(
+    name: str, differentiable: Callable[..., Tensor], batch_of_inputs: tuple[int, ...], batch_of_output: int
+) -> None:
+    """Registers vmap, and what computes the same with derivatives, for an operator that returns the output alone."""
+    op = getattr(torch.ops.diffattn, name).default
+
+    def kernel(keyset: Any, *args: Any) -> Tensor:
+        if _tangents(args) or _wants_gradients(args):
+            return differentiable(*args)
+        with torch_private.below_autograd():
+            return op.redispatch(keyset & torch_private.AFTER_AUTOGRAD, *args)
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        folded = _fold(info, in_dims, args, batch_of_inputs)
+        return _unfold(info, op(*folded), batch_of_output), batch_of_output
+
+    _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"diffattn::{name}", vmap)
+
+
+def _tangents(args: Sequence[Any]) -> bool:
+    """Tells whether a derivative in forward mode is taken with respect to an argument, at this level of transforms."""
+    # While a graph is traced, which a mode does, `transformed` does not see forward mode.
+    return (transformed() or torch_private.modes_that_see_operators() > 0) and any(has_tangent(x) for x in args)
+
+
+def _wants_gradients(args: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and torch_private.any_requires_grad(*args)
+
+
 def _register(
     name: str,
     backend: str,
@@ -215,14 +245,13 @@ def _register(
     Node.__name__ = Node.__qualname__ = name
 
     def kernel(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
-        inside = transformed()
-        # While a graph is traced, which a mode does, `transformed` does not see forward mode.
-        if (inside or torch_private.modes_that_see_operators()) and any(has_tangent(x) for x in args):
+        if _tangents(args):
             if _ALONE.get():
                 raise refusal(no_forward_mode(backend))
             return formulas(*args)
-        if torch.is_grad_enabled() and torch_private.any_requires_grad(*args):
+        if _wants_gradients(args):
             # Within a transform this is its own level, which is all that this kernel is called for.
+            inside = transformed()
             with torch_private.enable_single_level_autograd_function() if inside else nullcontext():
                 return Node.apply(keyset, *args)  # type: ignore[attr-defined]
         with torch_private.below_autograd():

@@ -1,0 +1,169 @@
+"""The operators of `operator.py` on a device: arguments checked, views taken, kernels launched.
+
+Kernels get pointers, which carry no sizes, so that everything is checked that they would read beyond. Triton is
+imported by the first launch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffattn.config_fields import dtype_name
+from diffattn.errors import ConfigError
+
+# Queries of a call that is split over its keys, and the rows that they make with the heads of a group at most.
+DECODING_QUERIES, DECODING_ROWS = 8, 64
+
+
+def few(queries: int, heads: int, groups: int) -> bool:
+    """Tells whether a call without gradients is decoded: its queries of a group are the rows of one tile."""
+    return queries <= DECODING_QUERIES and heads // groups * queries <= DECODING_ROWS
+
+
+def _kernels(name: str) -> Any:
+    """A module of kernels, which imports Triton."""
+    return importlib.import_module(f"diffattn.ops.triton.{name}")
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever its pointers are of."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The tensor with unit stride along the width."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _halves(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q1, k1, q2 and k2 as views; the same object as k1 and k2 where there is one k."""
+    queries, keys = _dense(q).unbind(3), _dense(k).unbind(3)
+    if len(queries) != 2 or len(keys) not in (1, 2):
+        raise ConfigError(
+            f"queries of {len(queries)} maps and keys of {len(keys)}",
+            "queries of 2 and keys of 1 or 2",
+            "join two maps",
+        )
+    return queries[0], keys[0], queries[1], keys[-1]
+
+
+def _ready(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    lam: Tensor,
+    queries: Tensor | None,
+    causal: bool,
+    operator: str,
+) -> Tensor | None:
+    """Checks everything that the kernels would read beyond, and returns `queries` as they read it."""
+    q1, k1, q2, k2, v = inputs
+    B, T, H, D = q1.shape
+    S, G = k1.shape[1:3]
+    way_out = f"call diff_attention, which checks its arguments, and not the operator {operator}"
+    if not (q2.shape == q1.shape and k1.shape == k2.shape == (B, S, G, D) and v.shape[:3] == (B, S, G)) or H % G:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ConfigError(f"q1, k1, q2, k2 and v of {shapes}", "shapes that fit each other", way_out)
+    if any(x.dtype != v.dtype for x in inputs):
+        raise ConfigError(f"dtypes {', '.join(dtype_name(x.dtype) for x in inputs)}", "one dtype", way_out)
+    if lam.dtype != torch.float32 or lam.shape != (B, T, H):
+        raise ConfigError(
+            f"lam of {dtype_name(lam.dtype)} {tuple(lam.shape)}", f"float32 {(B, T, H)}: batch, queries, heads", way_out
+        )
+    if queries is None:
+        if causal and T > S:
+            raise ConfigError(f"{T} causal queries over {S} keys", "at least as many keys as queries", way_out)
+        return None
+    if queries.dtype != torch.int32 or queries.shape != (2, B, S):
+        raise ConfigError(
+            f"queries of {dtype_name(queries.dtype)} {tuple(queries.shape)}", f"int32 {(2, B, S)}", way_out
+        )
+    return queries.contiguous()
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, queries: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (*_halves(q, k), _dense(v))
+    queries = _ready(inputs, lam, queries, causal, "fused_triton")
+    with _on(v.device):
+        return _kernels("forward").forward(*inputs, lam, causal=causal, scale=scale, queries=queries)
+
+
+def backward(
+    d_output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    queries: Tensor | None,
+    output: Tensor,
+    o2: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (*_halves(q, k), _dense(v))
+    queries = _ready(inputs, lam, queries, causal, "fused_triton_backward")
+    if d_output.shape != output.shape or d_output.dtype != v.dtype:
+        raise ConfigError(
+            f"d_output of {dtype_name(d_output.dtype)} {tuple(d_output.shape)}",
+            f"{dtype_name(v.dtype)} {tuple(output.shape)}, as the output",
+            "take the gradient of what fused_triton returned",
+        )
+    saved = (output.contiguous(), o2.contiguous(), lse.contiguous())
+    with _on(v.device):
+        return _kernels("backward").backward(
+            d_output, *inputs, lam, *saved, causal=causal, scale=scale, queries=queries
+        )
+
+
+def output(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor | None,
+    v: Tensor,
+    lam: Tensor,
+    queries: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    q1, k1, q2, v = (_dense(x) for x in (q1, k1, q2, v))
+    inputs = (q1, k1, q2, k1 if k2 is None else _dense(k2), v)
+    queries = _ready(inputs, lam, queries, causal, "fused_triton_output")
+    with _on(v.device):
+        if few(q1.shape[1], q1.shape[2], k1.shape[2]):
+            return _kernels("decoding").decode(*inputs, lam, causal=causal, scale=scale, queries=queries)
+        options = {"causal": causal, "scale": scale, "queries": queries, "save": False}
+        return _kernels("forward").forward(*inputs, lam, **options)[0]
+
+
+def decoding(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lam: Tensor,
+    queries: Tensor | None,
+    scale: float,
+    gain: Tensor | None,
+    norm_scale: float,
+    eps: float | None,
+) -> Tensor:
+    q = query.transpose(1, 2).unflatten(2, (-1, 2))
+    k = key.transpose(1, 2).unflatten(3, (-1, query.shape[3]))
+    v = _dense(value.transpose(1, 2))
+    inputs, lam = (*_halves(q, k), v), lam.expand(q.shape[:3])
+    queries = _ready(inputs, lam, queries, True, "fused_triton_decoding")
+    if gain is not None and gain.shape != v.shape[3:]:
+        raise ConfigError(f"gain of {tuple(gain.shape)}", f"{tuple(v.shape[3:])}, the width of a value", "correct it")
+    with _on(v.device):
+        return _kernels("decoding").decode(
+            *inputs, lam, causal=True, scale=scale, queries=queries,
+            gain=None if gain is None else gain.contiguous(), norm_scale=norm_scale, eps=eps,
+        )  # fmt: skip

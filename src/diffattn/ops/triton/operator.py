@@ -1,0 +1,290 @@
+"""Differential attention on a GPU as operators of PyTorch over the Triton kernels, and what they serve.
+
+    fused_triton             output, O2 and both log-sum-exps, which its backward pass reads (see `forward.py`)
+    fused_triton_backward    the gradients (see `backward.py`)
+    fused_triton_output      the output alone, of calls without gradients; few queries are decoded (see `decoding.py`)
+    fused_triton_decoding    the same for few queries as a layer calls it, with its norm
+
+The first two take the maps' queries, and their keys, side by side in one tensor, as a layer's projections have them: so
+that its gradients are written where they belong. The third takes them apart, so that no cache is copied to be read.
+
+Nothing here imports Triton before a kernel is launched or asked for. Under `TRITON_INTERPRET=1` the operators serve the
+CPU too, by Triton's interpreter.
+
+Shape letters: B batch, T queries, S keys, H output heads, G key/value groups, D width of q and k, M maps that have keys
+of their own (2 for V1, 1 for V2, whose maps share them), Dv width of v.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import os
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffattn.config_fields import dtype_name
+from diffattn.ops import derivatives, kernel_derivatives
+from diffattn.ops.reference import Call, as_lam
+from diffattn.ops.torch_private import constant_while_compiled
+from diffattn.ops.triton import launch
+from diffattn.ops.visibility import seeing_queries
+
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_WIDTH = 256
+# Older ones were not tried. Those before 3.7.1 miscompile products with a transposed tile that was computed, on Hopper:
+# our kernels transpose loaded tiles only.
+OLDEST_TRITON = (3, 6)
+
+# ROCm's PyTorch calls its devices cuda too.
+_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+# `queries` and `causal` are those of `visibility.py`, λ is float32 (B, T, H).
+_JOINED = "Tensor q, Tensor k, Tensor v, Tensor lam, Tensor? queries"
+torch.library.define("diffattn::fused_triton", f"({_JOINED}, bool causal, float scale) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    "diffattn::fused_triton_backward",
+    f"(Tensor d_output, {_JOINED}, Tensor output, Tensor o2, Tensor lse, bool causal, float scale) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "diffattn::fused_triton_output",
+    "(Tensor q1, Tensor k1, Tensor q2, Tensor? k2, Tensor v, Tensor lam, Tensor? queries, bool causal, float scale) "
+    "-> Tensor",
+)
+torch.library.define(
+    "diffattn::fused_triton_decoding",
+    "(Tensor query, Tensor key, Tensor value, Tensor lam, Tensor? queries, float scale, Tensor? gain, "
+    "float norm_scale, float? eps) -> Tensor",
+)
+
+
+def unsupported(call: Call) -> str | None:
+    """Returns None where the kernels serve this call of `diff_attention`, else one sentence that says why not."""
+    q1, k1, q2, k2, v, lam, *_ = call
+    device = q1.device
+    if device.type not in _DEVICES:
+        return f"fused_triton: {device.type} inputs are not supported; it serves {', '.join(_DEVICES)}"
+    if not q1.dtype == k1.dtype == q2.dtype == k2.dtype == v.dtype:
+        return "fused_triton: inputs of several dtypes are not supported; cast them to one"
+    if v.dtype == torch.float32:
+        return (
+            "fused_triton: float32 inputs are not supported, because GPUs multiply it fast only with a rounding to "
+            "TF32; it serves bfloat16 and float16"
+        )
+    if v.dtype not in DTYPES:
+        served = " and ".join(map(dtype_name, DTYPES))
+        return f"fused_triton: {dtype_name(v.dtype)} inputs are not supported; it serves {served}"
+    if derivatives.forward_mode(q1, k1, q2, k2, v, lam):
+        return kernel_derivatives.no_forward_mode("fused_triton")
+    return unavailable(device, _as_padded(q1.shape[-1]), _as_padded(v.shape[-1]))
+
+
+def _as_padded(width: int) -> int:
+    """The width of the tiles that hold this one, a power of two; wider ones as they are.
+
+    A graph with sizes that are free is so compiled for the width of a tile, and `unavailable` gets a number.
+    """
+    return next((tile for tile in (16, 32, 64, 128, MAX_WIDTH) if width <= tile), width)
+
+
+def unavailable(device: torch.device, width: int, value_width: int) -> str | None:
+    """Returns None where Triton is installed and the device computes heads so wide, else one sentence.
+
+    `torch.compile` takes the answer as a constant.
+    """
+    if max(width, value_width) > MAX_WIDTH:
+        return f"fused_triton: heads of {max(width, value_width)} are not supported; it serves widths up to {MAX_WIDTH}"
+    return triton_missing() or _of_another_chip(device)
+
+
+constant_while_compiled(unavailable)
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """Returns the version of the Triton that can be imported, or None."""
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except ImportError:
+        return None
+
+
+def triton_missing() -> str | None:
+    """Returns None where Triton can be imported and is new enough, else one sentence: the reason and the way out."""
+    version = triton_version()
+    if version is None:
+        return "fused_triton: Triton is not installed; install it with pip install triton"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return (
+            f"fused_triton: Triton {version} is too old, {oldest} is the oldest that it runs on; "
+            "install a newer PyTorch, which brings a newer Triton"
+        )
+    return None
+
+
+def _of_another_chip(device: torch.device) -> str | None:
+    """The block table is for Hopper, whose place the interpreter takes."""
+    if device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0):
+        return None
+    return f"fused_triton: {torch.cuda.get_device_name(device)} is not supported; it serves cards of type Hopper"
+
+
+def fused_triton_diff_attention(call: Call, *, formulas: bool = True) -> Tensor:
+    """Differential attention through the Triton kernels, for calls to which `unsupported` answers None.
+
+    Where k1 and k2 are one tensor object, the keys are read once. Where gradients are taken, queries and keys are
+    copied side by side first; the operator `fused_triton` takes those that lie so already.
+
+    Args:
+        call: the arguments of `diffattn.ops.dispatch.diff_attention`, which also checks them.
+        formulas: whether second derivatives, which the kernels do not have, are those of formulas on tensors, which
+            hold both maps; otherwise one that is taken raises `UnsupportedError`.
+    """
+    q1, k1, q2, k2, v, lam, causal, scale, key_padding, queries = call
+    B, T, H, D = q1.shape
+    scale = 1.0 / math.sqrt(D) if scale is None else scale
+    if queries is None and key_padding is not None:
+        queries = seeing_queries(T, k1.shape[1], causal, key_padding)
+    lam = as_lam(lam, v).expand(B, T, H)
+    second = None if k2 is k1 else k2
+    # A compiled graph has no second derivatives.
+    with nullcontext() if formulas or torch.compiler.is_compiling() else kernel_derivatives.without_formulas():
+        return torch.ops.diffattn.fused_triton_output(q1, k1, q2, second, v, lam, queries, causal, scale)
+
+
+def decodes(query: Tensor, value: Tensor) -> bool:
+    """Tells whether `fused_triton_decoding` serves a call, of those to which `unsupported` answers None.
+
+    It does not where a graph is traced, which would hold for few queries only, nor in forward mode or within
+    `torch.func`, because the operator has no derivatives and cannot be batched.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or derivatives.transformed():
+        return False
+    return launch.few(query.shape[2], query.shape[1] // 2, value.shape[1])
+
+
+def fused_triton_decoding(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lam: Tensor,
+    *,
+    scale: float | None = None,
+    queries: Tensor | None = None,
+    gain: Tensor | None = None,
+    norm_scale: float = 1.0,
+    eps: float | None = None,
+) -> Tensor:
+    """Differential attention of up to 8 queries as a layer calls it, with the norm behind it; no gradients.
+
+    Args:
+        query: (B, 2H, T, D), pairs of heads adjacent.
+        key: (B, G, S, 2D) for the keys of both maps side by side, (B, G, S, D) where they share them.
+        value: (B, G, S, Dv).
+        lam: λ in float32, broadcastable to (B, T, H).
+        scale, queries: as in a `Call`; causal without the latter.
+        gain: (Dv,), ones where it is None.
+        norm_scale, eps: the output is ``norm_scale · gain · y / sqrt(mean(y²) + eps)``, or y where eps is None.
+
+    Returns:
+        (B, T, H, Dv) in the inputs' dtype, rounded once.
+    """
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return torch.ops.diffattn.fused_triton_decoding(query, key, value, lam, queries, scale, gain, norm_scale, eps)
+
+
+for _device in _DEVICES:
+    torch.library.impl("diffattn::fused_triton", _device, launch.forward)
+    torch.library.impl("diffattn::fused_triton_backward", _device, launch.backward)
+    torch.library.impl("diffattn::fused_triton_output", _device, launch.output)
+    torch.library.impl("diffattn::fused_triton_decoding", _device, launch.decoding)
+
+
+@torch.library.register_fake("diffattn::fused_triton")
+def _(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, H = q.shape[:3]
+    out = v.new_empty(B, T, H, v.shape[-1])
+    return out, torch.empty_like(out), lam.new_empty(2, B, H, T)
+
+
+@torch.library.register_fake("diffattn::fused_triton_backward")
+def _(
+    d_output: Tensor, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lam.new_empty(lam.shape)
+
+
+@torch.library.register_fake("diffattn::fused_triton_output")
+def _(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor | None, v: Tensor, *options: Any) -> Tensor:
+    return v.new_empty(*q1.shape[:3], v.shape[-1])
+
+
+@torch.library.register_fake("diffattn::fused_triton_decoding")
+def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    B, N, T, _ = query.shape
+    return value.new_empty(B, T, N // 2, value.shape[-1])
+
+
+def _apart(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q1, k1, q2 and k2, which is None where both maps share their keys."""
+    q1, q2 = q.unbind(3)
+    maps = k.unbind(3)
+    return q1, maps[0], q2, maps[1] if len(maps) == 2 else None
+
+
+def _formula_of_output(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, queries: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what `fused_triton` returns, with zeros for what its backward pass alone reads."""
+    out = kernel_derivatives.output(*_apart(q, k), v, lam, queries, causal, scale)
+    return out, torch.zeros_like(out), lam.new_zeros(2, *lam.transpose(1, 2).shape)
+
+
+def _formula_of_gradients(
+    d_output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    queries: Tensor | None,
+    output: Tensor,
+    o2: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns what `fused_triton_backward` returns."""
+    grads = kernel_derivatives.gradients(d_output, *_apart(q, k), v, lam, queries, causal, scale)
+    d_q1, d_k1, d_q2, d_k2, d_v, d_lam = grads
+    d_k = d_k1.unsqueeze(3) if d_k2 is None else torch.stack([d_k1, d_k2], dim=3)
+    return torch.stack([d_q1, d_q2], dim=3), d_k, d_v, d_lam
+
+
+def _joined(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor | None,
+    v: Tensor,
+    lam: Tensor,
+    queries: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """Returns what `fused_triton_output` returns, with derivatives."""
+    q, k = torch.stack([q1, q2], dim=3), k1.unsqueeze(3) if k2 is None else torch.stack([k1, k2], dim=3)
+    return torch.ops.diffattn.fused_triton(q, k, v, lam, queries, causal, scale)[0]
+
+
+kernel_derivatives.register(
+    kernel_derivatives.Operators(
+        "fused_triton", _formula_of_output, _formula_of_gradients, (0, 0, 0, 0, 1), (0, 0, 1), saved=3
+    )
+)
+kernel_derivatives.register_output("fused_triton_output", _joined, (0, 0, 0, 0, 0, 0, 1), 0)
