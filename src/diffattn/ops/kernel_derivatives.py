@@ -153,7 +153,9 @@ def register(operators: Operators) -> None:
     backward_op = getattr(torch.ops.diffattn, backward_name)
 
     def backward(ctx: Any, d_output: Tensor, *unread: Tensor) -> tuple[Any, ...]:
-        tensors, saved = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
+        # Read once: gradient checkpointing gives each of them out once.
+        every = ctx.saved_tensors
+        tensors, saved = every[:number], every[number:]
         # The formulas do not read what was saved, so that it has no derivative.
         grads = backward_op(d_output, *tensors, *(x.detach() for x in saved), *ctx.numbers)
         of_tensors = (None if x is None else grad for x, grad in zip(tensors[:-1], grads, strict=True))
