@@ -23,7 +23,7 @@ from support.fused_cases import CASES, DTYPES
 from torch import Tensor
 
 from diffattn.ops.cpu import compiling
-from diffattn.ops.cpu.operator import decodes, fused_cpu_decoding
+from diffattn.ops.cpu.operator import decode, decodes
 from diffattn.ops.visibility import seeing_queries
 
 SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-omit-frame-pointer"
@@ -92,7 +92,7 @@ def run_decoding(x: Inputs) -> None:
     given = [guarded(t) for t in (query, key, x.v.transpose(1, 2), x.lam)]
     if decodes(given[0], given[2]) and x.q1.shape[1] <= x.k1.shape[1]:
         gain = guarded(torch.ones(x.v.shape[-1]))
-        assert fused_cpu_decoding(*given, gain=gain, eps=1e-5).isfinite().all()
+        assert decode(*given, gain=gain, eps=1e-5).isfinite().all()
 
 
 def inside() -> int:

@@ -1,10 +1,10 @@
-"""``attn_implementation="diff_fused"``: the fused kernel where it supports the call, the standard call elsewhere.
+"""``attn_implementation="diff_fused"``: a fused kernel where one supports the call, the standard call elsewhere.
 
 An attention function of ``transformers`` that is given λ and the norm behind it beside queries, keys and values, and
-returns output heads that are already subtracted and normalised. It is total: a call that the kernel does not serve
-(another device or dtype, no compiled kernel, a mask of its own per query and key, a derivative in forward mode) is
-padded, computed by ``sdpa`` and subtracted, with the same result up to rounding; ``diffattn doctor`` tells which of the
-two serves here.
+returns output heads that are already subtracted and normalised. The kernels are the compiled one of the CPU and those
+in Triton of a GPU. It is total: a call that neither serves (another device or dtype, no compiled kernel, a mask of its
+own per query and key, a derivative in forward mode) is padded, computed by ``sdpa`` and subtracted, with the same
+result up to rounding; ``diffattn doctor`` tells which of them serves here.
 
 Its mask is O(S): the queries that see a key are a range of them, be the pattern causal or causal within each of the
 sequences that a row was packed from. T = 3 queries behind 2 cached keys, of which the first is padding:
@@ -45,8 +45,12 @@ from diffattn.ops.derivatives import through_sdpa
 from diffattn.ops.half import attention_inputs
 from diffattn.ops.reference import Call
 from diffattn.ops.standard import open_dead_rows, pad_queries, subtract
+from diffattn.ops.triton import operator as fused_triton
 from diffattn.ops.visibility import visible_in_ranges, visible_keys
 from diffattn.variants import ATTENTIONS
+
+# Both offer the same functions.
+KERNELS = (fused_cpu, fused_triton)
 
 
 def diff_fused_attention(
@@ -81,23 +85,20 @@ def diff_fused_attention(
         Output heads (B, T, H, V), H = N / 2, and None for the weights, which no one has held. Half-precision ones may
         be float32: the standard call leaves the rounding to the norm behind it.
     """
-    if (
-        _needs_standard_call(attention_mask, dropout, kwargs) is None
-        and fused_cpu.unsupported(Call(query, key, query, key, value, lam)) is None
-    ):
+    kernel = None
+    if _needs_standard_call(attention_mask, dropout, kwargs) is None:
+        # Their keys are not told apart here: a kernel that serves V2 serves V1 of these widths.
+        call = Call(query, key, query, key, value, lam)
+        kernel = next((one for one in KERNELS if one.unsupported(call) is None), None)
+    if kernel is not None:
         queries = None if attention_mask is None else attention_mask[:, :, 0, 0]
-        if fused_cpu.decodes(query, value):
+        if kernel.decodes(query, value):
             gain, norm_scale, eps = (None, 1.0, None) if norm is None else (norm.weight, norm.scale, norm.eps)
-            output = fused_cpu.fused_cpu_decoding(
+            output = kernel.decode(
                 query, key, value, lam, scale=scaling, queries=queries, gain=gain, norm_scale=norm_scale, eps=eps
             )
             return output, None
-        q_BTNd, k_BSGW, v_BSGV = (x.transpose(1, 2) for x in (query, key, value))
-        # Views, whose backward is one stack or one concatenation; that of strided slices fills a buffer of zeros each.
-        q1, q2 = q_BTNd.unflatten(2, (-1, 2)).unbind(3)
-        k1, k2 = k_BSGW.chunk(2, dim=-1) if _holds_both_keys(query, key) else (k_BSGW, k_BSGW)
-        call = Call(q1, k1, q2, k2, v_BSGV, lam, causal=True, scale=scaling, queries=queries)
-        output = fused_cpu.fused_cpu_diff_attention(call)
+        output = kernel.attend(query, key, value, lam, scale=scaling, queries=queries)
         return output if norm is None else norm(output, norm.scale), None
 
     if _holds_both_keys(query, key):

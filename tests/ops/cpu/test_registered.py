@@ -86,7 +86,7 @@ def test_decoding_as_a_layer_calls_it(one_key: bool, masked: bool, norm: str, dt
         seeing = None if x.key_padding is None else seeing_queries(queries, keys, True, x.key_padding)
         arguments, options = as_of_a_layer(x), NORMS[norm]
         assert fused_cpu.decodes(arguments[0], arguments[2])
-        actual = fused_cpu.fused_cpu_decoding(*arguments, queries=seeing, **options)
+        actual = fused_cpu.decode(*arguments, queries=seeing, **options)
         expected, eager = normed(x.to(torch.float64), **options), normed(x, **options)
         assert (actual.shape, actual.dtype) == (eager.shape, dtype)
         # Rounding of what the norm divides is divided by the same.

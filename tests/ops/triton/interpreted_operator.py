@@ -238,7 +238,7 @@ def test_decoding_as_a_layer_calls_it(one_key: bool, norm: str) -> None:
         x = inputs(T=queries, S=19, one_key=one_key, key_padding=padding)
         arguments = as_of_a_layer(x)
         assert fused_triton.decodes(arguments[0], arguments[2])
-        got = fused_triton.fused_triton_decoding(*arguments, queries=ranges(x), **options)
+        got = fused_triton.decode(*arguments, queries=ranges(x), **options)
         wanted = normed(x.to(torch.float64), **options)
         assert (got.dtype, got.shape) == (BF16, wanted.shape)
         assert (got.double() - wanted).norm() <= 1e-2 * wanted.norm()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.comparison import Inputs, make_inputs
+from support.interpreter import run_in_interpreter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffattn.errors import UnsupportedError
@@ -29,16 +28,7 @@ needs_triton = pytest.mark.skipif(
 
 @needs_triton
 def test_in_the_interpreter() -> None:
-    tests = Path(__file__).with_name("interpreted_operator.py")
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:xdist", tests]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    root = Path(__file__).parents[3]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
-    assert int(passed[1]) > 80
-    assert "skipped" not in done.stdout
+    run_in_interpreter(Path(__file__).with_name("interpreted_operator.py"), at_least=90)
 
 
 @pytest.fixture

@@ -100,8 +100,24 @@ def fused_cpu_diff_attention(call: Call, *, formulas: bool = True) -> Tensor:
     return output[..., :width]
 
 
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, lam: Tensor, *, scale: float | None, queries: Tensor | None
+) -> Tensor:
+    """Differential attention as a layer calls it, with gradients; arguments as of `decode`, with any number of queries.
+
+    Returns:
+        (B, T, H, Dv) in the inputs' dtype.
+    """
+    q_BTNd, k_BSGW, v_BSGV = (x.transpose(1, 2) for x in (query, key, value))
+    # Views, whose backward is one stack or one concatenation; that of strided slices fills a buffer of zeros each.
+    q1, q2 = q_BTNd.unflatten(2, (-1, 2)).unbind(3)
+    k1, k2 = (k_BSGW, k_BSGW) if key.shape[-1] == query.shape[-1] else k_BSGW.chunk(2, dim=-1)
+    call = Call(q1, k1, q2, k2, v_BSGV, lam, causal=True, scale=scale, queries=queries)
+    return fused_cpu_diff_attention(call)
+
+
 def decodes(query: Tensor, value: Tensor) -> bool:
-    """Tells whether `fused_cpu_decoding` serves a call, of those to which `unsupported` answers None.
+    """Tells whether `decode` serves a call, of those to which `unsupported` answers None.
 
     It does not where a graph is traced, which would hold for few queries only, nor in forward mode or within
     `torch.func`, because the operator has no derivatives and cannot be batched.
@@ -112,7 +128,7 @@ def decodes(query: Tensor, value: Tensor) -> bool:
     return even and query.shape[2] <= DECODING_QUERIES
 
 
-def fused_cpu_decoding(
+def decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,

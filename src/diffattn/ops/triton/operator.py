@@ -158,8 +158,28 @@ def fused_triton_diff_attention(call: Call, *, formulas: bool = True) -> Tensor:
         return torch.ops.diffattn.fused_triton_output(q1, k1, q2, second, v, lam, queries, causal, scale)
 
 
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, lam: Tensor, *, scale: float | None, queries: Tensor | None
+) -> Tensor:
+    """Differential attention as a layer calls it, with gradients; arguments as of `decode`, with any number of queries.
+
+    Nothing is copied: queries and keys of both maps lie side by side, and so do their gradients.
+
+    Returns:
+        (B, T, H, Dv) in the inputs' dtype.
+    """
+    width = query.shape[-1]
+    scale = 1.0 / math.sqrt(width) if scale is None else scale
+    q = query.transpose(1, 2).unflatten(2, (-1, 2))
+    k, v = key.transpose(1, 2).unflatten(3, (-1, width)), value.transpose(1, 2)
+    lam = lam.expand(q.shape[:3])
+    if torch.is_grad_enabled():
+        return torch.ops.diffattn.fused_triton(q, k, v, lam, queries, True, scale)[0]
+    return torch.ops.diffattn.fused_triton_output(*_apart(q, k), v, lam, queries, True, scale)
+
+
 def decodes(query: Tensor, value: Tensor) -> bool:
-    """Tells whether `fused_triton_decoding` serves a call, of those to which `unsupported` answers None.
+    """Tells whether `decode` serves a call, of those to which `unsupported` answers None.
 
     It does not where a graph is traced, which would hold for few queries only, nor in forward mode or within
     `torch.func`, because the operator has no derivatives and cannot be batched.
@@ -169,7 +189,7 @@ def decodes(query: Tensor, value: Tensor) -> bool:
     return launch.few(query.shape[2], query.shape[1] // 2, value.shape[1])
 
 
-def fused_triton_decoding(
+def decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,

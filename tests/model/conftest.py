@@ -1,0 +1,10 @@
+"""What is no test here: what runs in a process of its own."""
+
+from __future__ import annotations
+
+import os
+
+collect_ignore: list[str] = []
+# By its name in a process of the interpreter, pytest collects it.
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore.append("interpreted_fused.py")
