@@ -1,4 +1,4 @@
-"""The block table: pure Python, sizes that the kernels can take, and memory that the measured chip has."""
+"""The block tables: an entry for every chip and width, sizes that the kernels take, and memory that there is."""
 
 import itertools
 
@@ -6,22 +6,31 @@ import pytest
 import torch
 
 from diffattn.ops.triton.configs import (
+    DECODING,
+    FORWARD,
+    KEYS,
     MOST_SPANS,
+    QUERIES,
+    SHARED,
+    TABLES,
     Blocks,
+    chip_of,
     decoding_blocks,
     forward_blocks,
     heads_in_wave,
     key_walks,
+    passed_over,
     query_blocks,
+    refusal,
+    shared_bytes,
     spans_of_keys,
 )
 
 CPU = torch.device("cpu")
-# What a program may have on compute capability 9.0.
-SHARED = 232_448
-WIDTHS = [(16, 32, False), (64, 128, False), (96, 192, False), (128, 256, False), (256, 256, False)]
-WIDTHS += [(16, 16, True), (64, 64, True), (80, 80, True), (128, 128, True), (256, 256, True), (64, 128, True)]
-every_width = pytest.mark.parametrize(("width", "value_width", "one_key"), WIDTHS)
+WIDTHS = range(16, 257, 16)
+# Softmax maps with keys of their own, and maps that share one key, at every pair of widths.
+CASES = list(itertools.product(WIDTHS, WIDTHS, (False, True)))
+every_chip = pytest.mark.parametrize("chip", TABLES)
 
 
 def power_of_two(n: int) -> int:
@@ -33,33 +42,105 @@ def held_and_staged(blocks: Blocks, held: int, staged: int) -> int:
     return 2 * (held + max(1, blocks.stages - 1) * staged)
 
 
-@every_width
-def test_entries_are_sizes_that_the_kernels_take(width: int, value_width: int, one_key: bool) -> None:
-    entries = [forward_blocks(width, value_width, one_key), query_blocks(width, value_width, one_key)]
-    walks = key_walks(width, value_width, one_key)
-    entries += [walk.blocks for walk in walks]
-    entries.append(decoding_blocks(width, value_width, one_key))
-    for blocks in entries:
-        assert {blocks.rows, blocks.keys} <= {16, 32, 64, 128}
-        assert blocks.warps in (1, 2, 4, 8)
-        assert 1 <= blocks.stages <= 4
-    # Every gradient is made once.
-    assert sorted(itertools.chain(*[["k"] * walk.makes_k + ["v"] * walk.makes_v for walk in walks])) == ["k", "v"]
+@every_chip
+def test_every_width_has_entries_of_sizes_that_the_kernels_take(chip: str) -> None:
+    for width, value_width, one_key in CASES:
+        case = (chip, width, value_width, one_key)
+        assert refusal(chip, SHARED[TABLES[chip]], width, value_width, one_key) is None
+        walks = key_walks(*case)
+        entries = [forward_blocks(*case), query_blocks(*case), decoding_blocks(*case)]
+        for blocks in [*entries, *(walk.blocks for walk in walks)]:
+            assert {blocks.rows, blocks.keys} <= {16, 32, 64, 128}
+            assert blocks.warps in (1, 2, 4, 8)
+            assert 1 <= blocks.stages <= 4
+        # Every gradient is made once.
+        assert sorted(itertools.chain(*[["k"] * walk.makes_k + ["v"] * walk.makes_v for walk in walks])) == ["k", "v"]
 
 
-@every_width
-def test_tiles_fit_into_the_measured_chip(width: int, value_width: int, one_key: bool) -> None:
-    d, dv = power_of_two(width), power_of_two(value_width)
-    keys = d if one_key else 2 * d
-    forward = forward_blocks(width, value_width, one_key)
-    together = forward.together
-    staged = forward.keys * ((keys if together else d) + dv)
-    assert held_and_staged(forward, forward.rows * d * (1 + together), staged) <= SHARED
-    queries = query_blocks(width, value_width, one_key)
-    assert held_and_staged(queries, queries.rows * (2 * d + dv), queries.keys * (keys + dv)) <= SHARED
-    for blocks, makes_k, _ in key_walks(width, value_width, one_key):
-        held = blocks.keys * (keys + (dv if makes_k else 0))
-        assert held_and_staged(blocks, held, blocks.rows * (2 * d + dv)) <= SHARED
+@every_chip
+def test_tiles_that_lie_in_shared_memory_fit_into_it(chip: str) -> None:
+    # Tiles that stay lie there on Hopper and on Blackwell for data centres, elsewhere in registers.
+    staying = TABLES[chip] in ("sm_90", "sm_100")
+    for width, value_width, one_key in CASES:
+        case, d, dv = (chip, width, value_width, one_key), power_of_two(width), power_of_two(value_width)
+        keys = d if one_key else 2 * d
+        forward, queries = forward_blocks(*case), query_blocks(*case)
+        together = forward.together
+        held = staying * forward.rows * d * (1 + together)
+        taken = [held_and_staged(forward, held, forward.keys * ((keys if together else d) + dv))]
+        held = staying * queries.rows * (2 * d + dv)
+        if TABLES[chip] != "gfx942":
+            taken.append(held_and_staged(queries, held, queries.keys * (keys + dv)))
+            for blocks, makes_k, _ in key_walks(*case):
+                held = staying * blocks.keys * (keys + (dv if makes_k else 0))
+                taken.append(held_and_staged(blocks, held, blocks.rows * (2 * d + dv)))
+        assert max(taken) <= SHARED[TABLES[chip]], case
+
+
+def test_tables_hold_the_chips_they_are_made_for_and_no_entry_is_out_of_reach() -> None:
+    assert set(TABLES.values()) == SHARED.keys()
+    for tables in (FORWARD, QUERIES, KEYS, DECODING):
+        assert tables.keys() == SHARED.keys()
+        for rows in tables.values():
+            limits = [most for most, _ in rows]
+            for earlier, later in itertools.combinations(limits, 2):
+                holds = later.width <= earlier.width and later.value_width <= earlier.value_width
+                assert not (holds and (later.one_key or not earlier.one_key)), (earlier, later)
+
+
+def test_the_copy_engine_is_used_only_where_there_is_one() -> None:
+    for name in ("sm_80", "sm_86", "gfx942"):
+        entries = [blocks for tables in (FORWARD, QUERIES, DECODING) for _, blocks in tables[name]]
+        entries += [walk.blocks for _, walks in KEYS[name] for walk in walks]
+        assert not any(blocks.descriptors for blocks in entries)
+
+
+def test_the_interpreter_stands_in_for_the_card_that_was_measured() -> None:
+    assert (chip_of(CPU), shared_bytes(CPU)) == ("sm_90", 232_448)
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [
+        (("sm_75", 65_536, 64, 128, False), "a GPU of type sm_75 is not supported; it serves sm_80, sm_86, "),
+        (("gfx1100", 65_536, 64, 128, False), "a GPU of type gfx1100 is not supported; it serves sm_80, sm_86, "),
+        (("sm_90", 101_376, 64, 128, False), "a GPU with 101376 bytes of shared memory for a program is not supported"),
+        (("sm_90", 232_448, 64, 257, False), "heads of 257 are not supported; it serves widths up to 256"),
+        (("sm_80", 166_912, 320, 64, True), "heads of 320 are not supported; it serves widths up to 256"),
+    ],
+)
+def test_what_the_tables_do_not_serve_is_said(case: tuple[str, int, int, int, bool], sentence: str) -> None:
+    said = refusal(*case)
+    assert said is not None
+    assert said.startswith(sentence)
+
+
+V1, V2, WIDE_V2, WIDEST_V2 = (64, 128, False), (64, 64, True), (128, 128, True), (256, 256, True)
+UNMEASURED = "V2 without a mask is left to PyTorch's kernels where nobody has measured which is faster"
+LONG = "PyTorch's kernels are faster in training V2 with heads wider than 64 and more than 8,192 queries"
+
+
+@pytest.mark.parametrize(
+    ("chip", "case", "queries", "training", "masked", "sentence"),
+    [
+        ("sm_90", V1, 16384, True, False, None),
+        ("gfx942", V1, 16384, True, False, None),
+        ("sm_90", V2, 16384, True, False, None),
+        ("sm_90", WIDE_V2, 8192, True, False, None),
+        ("sm_90", WIDE_V2, 16384, False, False, None),
+        ("sm_90", WIDE_V2, 16384, True, False, LONG),
+        ("sm_90", WIDE_V2, 16384, True, True, None),
+        ("sm_90", WIDEST_V2, 2048, False, False, UNMEASURED),
+        ("sm_80", V2, 2048, True, False, UNMEASURED),
+        ("sm_80", V2, 2048, True, True, None),
+        ("sm_80", V2, 8, False, False, None),
+        ("sm_80", V2, 8, True, False, UNMEASURED),
+    ],
+)
+def test_auto_takes_what_was_measured_or_must_be_faster(
+    chip: str, case: tuple[int, int, bool], queries: int, training: bool, masked: bool, sentence: str | None
+) -> None:
+    assert passed_over(chip, *case, queries, training, masked) == sentence
 
 
 def test_a_wave_is_as_many_heads_as_have_a_place() -> None:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffattn.ops.triton.configs import Blocks, Walk, heads_in_wave, key_walks, query_blocks
+from diffattn.ops.triton.configs import Blocks, Walk, chip_of, heads_in_wave, key_walks, query_blocks
 from diffattn.ops.triton.forward import MOST_ROWS, describable, described, near_keys, padded
 from diffattn.ops.triton.tiles import (
     keys_to_walk,
@@ -331,8 +331,10 @@ def backward(
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
     k1, k2, v = near_keys(k1, k2, v)
-    widths = (q1.shape[3], v.shape[3], k2 is k1)
-    for_queries, for_keys = (query_blocks(*widths), key_walks(*widths)) if blocks is None else blocks
+    if blocks is None:
+        case = (chip_of(v.device), q1.shape[3], v.shape[3], k2 is k1)
+        blocks = query_blocks(*case), key_walks(*case)
+    for_queries, for_keys = blocks
     statistics, d_lam = row_statistics(d_out, lam, out, o2, lse)
     launches = Gradients(d_out, (q1, k1, q2, k2, v), statistics, causal=causal, scale=scale, queries=queries)
     d_q = launches.queries(for_queries)

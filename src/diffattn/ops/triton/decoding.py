@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffattn.ops.triton.configs import Blocks, decoding_blocks, spans_of_keys
+from diffattn.ops.triton.configs import Blocks, chip_of, decoding_blocks, spans_of_keys
 from diffattn.ops.triton.forward import describable, described, padded
 from diffattn.ops.triton.tiles import LOWEST, matrix_of, seen_keys, softmax_step, tile_of
 
@@ -124,7 +124,7 @@ def decode(
     B, T, H, D = q1.shape
     S, G, DV = k1.shape[1], k1.shape[2], v.shape[3]
     if blocks is None:
-        blocks = decoding_blocks(D, DV, k2 is k1)
+        blocks = decoding_blocks(chip_of(v.device), D, DV, k2 is k1)
     rows = max(16, int(triton.next_power_of_2(H // G * T)))
     if splits is None:
         splits = spans_of_keys(q1.device, B * G, S, blocks)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffattn.ops.triton.configs import Blocks, forward_blocks, heads_in_wave
+from diffattn.ops.triton.configs import Blocks, chip_of, forward_blocks, heads_in_wave
 from diffattn.ops.triton.tiles import (
     LOWEST,
     keys_to_walk,
@@ -211,7 +211,7 @@ def forward(
     k1, k2, v = near_keys(k1, k2, v)
     one_key = k2 is k1
     if blocks is None:
-        blocks = forward_blocks(D, DV, one_key)
+        blocks = forward_blocks(chip_of(v.device), D, DV, one_key)
     BD, BV = padded(D), padded(DV)
     out = v.new_empty(B, T, H, DV)
     o2 = torch.empty_like(out) if save or not blocks.together else None
