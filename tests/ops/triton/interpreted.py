@@ -9,146 +9,167 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from support.comparison import NAMES, Inputs, make_inputs
-from torch import Tensor
+from mutants import MUTATIONS, mutant
+from support.triton_cases import (
+    ALLOWED,
+    BF16,
+    F16,
+    Blocks,
+    Form,
+    Kernels,
+    Problem,
+    Walk,
+    alike,
+    decoded,
+    definition,
+    errors,
+    far,
+    lam_of,
+    make_problem,
+    misaligned,
+    normed,
+    of_cache,
+    one_projection,
+    package_kernels,
+    relative,
+    results,
+)  # fmt: skip
 
-from benchmarks.bare import bare_module
-from benchmarks.interpreter import mend_interpreter
-
-mend_interpreter()
-backward, configs, decoding, forward, reference = (
-    bare_module(f"ops.{name}")
-    for name in ("triton.backward", "triton.configs", "triton.decoding", "triton.forward", "reference")
-)
-Blocks, Walk = configs.Blocks, configs.Walk
+from benchmarks.interpreter import last_programs, mend_interpreter
 
 # Forms of the kernels: blocks of 16, so that small shapes cross them.
-TOGETHER = (Blocks(16, 16, 4, 2), Blocks(16, 16, 4, 2), (Walk(Blocks(16, 16, 4, 2)),))
-APART = (
-    Blocks(16, 16, 4, 2, together=False),
-    Blocks(16, 16, 4, 2),
-    (Walk(Blocks(16, 16, 4, 2), makes_v=False), Walk(Blocks(16, 16, 4, 2), makes_k=False)),
-)
-DESCRIBED = (
-    Blocks(16, 16, 4, 2, descriptors=True),
-    Blocks(16, 16, 4, 2, descriptors=True),
-    (Walk(Blocks(16, 16, 4, 2, descriptors=True)),),
-)
-FORMS = {"together": TOGETHER, "apart": APART, "described": DESCRIBED}
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-def padding(keys: int) -> Tensor:
-    """Two sequences: one with padding in front, so that rows see no key, the other behind."""
-    key_padding = torch.zeros(2, keys, dtype=torch.bool)
-    key_padding[0, : keys // 2] = True
-    key_padding[1, -keys // 4 :] = True
-    return key_padding
-
-
-# Name, form of the kernels, dtype, arguments of `make_inputs`.
-CASES: list[tuple[str, str, torch.dtype, dict[str, Any]]] = [
-    ("V1", "together", F32, {"T": 37, "D": 16, "Dv": 32}),
-    ("V1, apart", "apart", F32, {"T": 37, "D": 16, "Dv": 32}),
-    ("V1, described", "described", F32, {"T": 37, "D": 16, "Dv": 32}),
-    ("V2", "together", F32, {"T": 37, "D": 16, "Dv": 16, "one_key": True}),
-    ("V2, apart", "apart", F32, {"T": 37, "D": 16, "Dv": 16, "one_key": True}),
-    ("V2, described", "described", F32, {"T": 37, "D": 16, "Dv": 16, "one_key": True}),
-    ("T < S", "together", F32, {"T": 21, "S": 43, "D": 16, "Dv": 32}),
-    ("not causal, T < S", "together", F32, {"T": 21, "S": 43, "D": 16, "Dv": 32, "causal": False}),
-    ("not causal, T > S", "apart", F32, {"T": 43, "S": 21, "D": 16, "Dv": 32, "causal": False}),
-    ("padded", "together", F32, {"T": 37, "D": 16, "Dv": 32, "key_padding": padding(37)}),
-    ("padded, T < S, V2", "together", F32, {"T": 5, "S": 43, "D": 16, "one_key": True, "key_padding": padding(43)}),
-    ("padded, not causal", "apart", F32, {"T": 19, "S": 37, "causal": False, "key_padding": padding(37)}),
-    ("groups", "together", F32, {"T": 19, "H": 4, "G": 2, "D": 16, "Dv": 32}),
-    ("no groups", "together", F32, {"T": 19, "H": 3, "G": 3, "D": 16, "Dv": 32}),
-    ("odd widths", "together", F32, {"T": 23, "D": 11, "Dv": 37}),
-    ("odd widths, described", "described", F32, {"T": 23, "D": 24, "Dv": 40}),
-    ("scale", "together", F32, {"T": 19, "D": 16, "Dv": 32, "scale": 0.9}),
-    ("float16", "together", F16, {"T": 37, "D": 16, "Dv": 32}),
-    ("bfloat16", "together", BF16, {"T": 37, "D": 16, "Dv": 32}),
-    ("bfloat16, apart", "apart", BF16, {"T": 37, "D": 16, "Dv": 32}),
-    ("bfloat16, V2", "together", BF16, {"T": 37, "D": 16, "Dv": 16, "one_key": True}),
+SMALL, APART, DESCRIBED = Blocks(16, 16, 4, 2), Blocks(16, 16, 4, 2, together=False), Blocks(16, 16, 4, 2, True, True)
+TOGETHER = Form(SMALL, (SMALL, (Walk(SMALL),)))
+FORMS = {
+    "": TOGETHER,
+    "apart": Form(APART, (SMALL, (Walk(SMALL, makes_v=False), Walk(SMALL, makes_k=False)))),
+    "described": Form(DESCRIBED, (DESCRIBED, (Walk(DESCRIBED),))),
+}
+V2, LONGER = {"one_key": True}, {"T": 21, "S": 43}
+# Name, form of the kernels, arguments of `make_problem`.
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    *((f"V{1 + one_key}", form, {"T": 37, "one_key": one_key}) for one_key in (False, True) for form in FORMS),
+    ("T < S", "", LONGER),
+    ("not causal, T < S", "", {**LONGER, "causal": False}),
+    ("not causal, T > S", "apart", {"T": 43, "S": 21, "causal": False}),
+    ("padded", "", {"T": 37, "padded": True}),
+    ("padded, T < S, V2", "", {"T": 5, "S": 43, "padded": True, **V2}),
+    ("padded, not causal", "apart", {"T": 19, "S": 37, "padded": True, "causal": False}),
+    # A block of queries that sees no key, keys that no query sees, and queries that begin again within a block.
+    ("packed", "", {"sequences": (5, -31, 1, 14)}),
+    ("packed, V2", "described", {"sequences": (-18, 11, 12), **V2}),
+    ("static cache", "", {"T": 3, "S": 43, "written": 24}),
+    ("static cache, V2", "apart", {"T": 18, "S": 43, "written": 21, **V2}),
+    ("groups", "", {"T": 19, "H": 4, "G": 2}),
+    ("groups, packed, V2", "", {"H": 6, "G": 2, "sequences": (9, 10), **V2}),
+    ("no groups", "", {"T": 19, "H": 3, "G": 3}),
+    ("odd widths", "", {"T": 23, "D": 11, "Dv": 37}),
+    ("odd widths, described", "described", {"T": 23, "D": 24, "Dv": 40}),
+    *((f"width {d}", "", {"B": 1, "T": 18, "H": 1, "D": d, "Dv": 2 * d}) for d in (64, 80, 128)),
+    *((f"width {d}, V2", "", {"B": 1, "T": 18, "H": 1, "D": d, "Dv": d, **V2}) for d in (32, 96, 200)),
+    ("width 256", "apart", {"B": 1, "T": 18, "H": 1, "D": 256, "Dv": 256}),
+    ("scale", "", {"T": 19, "scale": 0.9}),
+    ("λ below 0", "", {"T": 19, "change": lam_of(lambda lam: -lam)}),
+    ("λ is 0", "", {"T": 19, "change": lam_of(torch.zeros_like)}),
+    ("λ above 1", "apart", {"T": 19, "change": lam_of(lambda lam: 1.5 + lam[:, :, :1])}),
+    ("λ of a head", "", {"T": 19, **V2, "change": lam_of(lambda lam: lam[0, 0])}),
+    ("λ of a layer", "", {"T": 19, "change": lam_of(lambda lam: lam[0, 0, 0])}),
+    ("one projection", "", {"T": 19, "change": one_projection}),
+    ("one projection, V2", "described", {"T": 19, "change": one_projection, **V2}),
+    ("view of a cache", "described", {"T": 5, "S": 27, "change": of_cache}),
+    ("misaligned", "described", {"T": 19, "change": misaligned}),
+    ("steps of 0", "described", {"T": 19, "change": alike, **V2}),
+    ("gradient of a sum", "", {"T": 19, "cotangent": lambda y: y.new_ones(()).expand_as(y)}),
+    ("gradient of rows alike", "described", {"T": 19, "cotangent": lambda y: y[:, :1].expand_as(y)}),
+    ("gradient transposed", "", {"T": 19, "cotangent": lambda y: y.transpose(1, 3).contiguous().transpose(1, 3)}),
+    ("offsets beyond 2³¹", "", {"T": 5, "S": 17, "dtype": F16, "change": far(2**31 + 2**20, 2**12)}),
+    ("tokens far apart", "", {"B": 1, "T": 33, "dtype": F16, "change": far(0, 2**27)}),
+    ("float16", "", {"T": 37, "dtype": F16}),
+    ("bfloat16", "", {"T": 37, "dtype": BF16}),
+    ("bfloat16", "apart", {"T": 37, "dtype": BF16}),
+    ("bfloat16, V2", "", {"T": 37, "dtype": BF16, **V2}),
+    ("no queries", "described", {"T": 0, "S": 5}),
+    ("no keys", "", {"T": 3, "S": 0, "causal": False, **V2}),
 ]
-# The same for decoding, with the number of spans of keys.
-DECODING: list[tuple[str, torch.dtype, int, dict[str, Any]]] = [
-    ("1 query", F32, 3, {"T": 1, "S": 83, "D": 16, "Dv": 32}),
-    ("1 span", F32, 1, {"T": 1, "S": 37, "D": 16, "Dv": 32}),
-    ("5 queries, V2", F32, 2, {"T": 5, "S": 43, "D": 16, "Dv": 16, "one_key": True}),
-    ("padded", F32, 4, {"T": 2, "S": 71, "D": 16, "Dv": 32, "key_padding": padding(71)}),
-    ("odd widths, one group", BF16, 2, {"T": 2, "S": 43, "H": 5, "G": 1, "D": 24, "Dv": 40}),
+# Name, number of spans of keys, form, arguments of `make_problem`.
+DECODING: list[tuple[str, int, Any, dict[str, Any]]] = [
+    ("1 query", 3, SMALL, {"T": 1, "S": 83}),
+    ("1 span", 1, DESCRIBED, {"T": 1, "S": 37}),
+    ("5 queries, V2", 2, SMALL, {"T": 5, "S": 43, **V2}),
+    ("8 queries of 3 heads", 2, SMALL, {"T": 8, "S": 43, "H": 3}),
+    ("not causal", 2, SMALL, {"T": 3, "S": 43, "causal": False}),
+    ("padded", 4, SMALL, {"T": 2, "S": 71, "padded": True}),
+    ("static cache", 4, DESCRIBED, {"T": 2, "S": 71, "written": 33, "change": of_cache}),
+    ("odd widths, one group", 2, SMALL, {"T": 2, "S": 43, "H": 5, "D": 24, "Dv": 40, "dtype": BF16}),
+    ("float16, no queries", 1, SMALL, {"T": 0, "S": 9, "dtype": F16}),
+    ("no keys", 1, SMALL, {"T": 2, "S": 0, "causal": False}),
 ]
 
 
-def relative(got: list[Tensor], wanted: list[Tensor]) -> list[float]:
-    return [((x.double() - y).norm() / y.norm()).item() for x, y in zip(got, wanted, strict=True)]
+def say(name: str, problem: Problem, found: dict[str, float], **more: Any) -> None:
+    allowed = ALLOWED[problem.inputs.v.dtype]
+    print(json.dumps({"case": name, "allowed": allowed, "errors": found} | more), flush=True)
 
 
-def queries_of(x: Inputs) -> Tensor | None:
-    """int32 (2, B, S) where the call has padding."""
-    if x.key_padding is None:
-        return None
-    T, S = x.q1.shape[1], x.k1.shape[1]
-    key = torch.arange(S, dtype=torch.int32)
-    first = (key - (S - T)).clamp(min=0) if x.causal else torch.zeros_like(key)
-    first = torch.where(x.key_padding, first.new_full((), T), first)
-    return torch.stack([first, torch.full_like(first, T)])
+def training(kernels: Kernels) -> None:
+    for name, form, options in CASES:
+        problem = make_problem(**options)
+        got = results(problem, kernels, FORMS[form])
+        # Two runs of one form are enough here: programs follow one another.
+        again = results(problem, kernels, FORMS[form]) if name == "V2" else got
+        same = all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
+        say(f"{name}, {form}" if form else name, problem, errors(got, definition(problem)), same_bits=same)
 
 
-def definition(x: Inputs, cotangent: Tensor) -> list[Tensor]:
-    """Output and gradients in float64; of V2's one k the sum, in the places of both."""
-    leaves = [y.detach().double().requires_grad_() for y in x[:6]]
-    if x.k2 is x.k1:
-        leaves[3] = leaves[1]
-    output = reference.diff_attention_reference(*leaves, **x.options)
-    return [output.detach(), *torch.autograd.grad(output, leaves, cotangent.double())]
+def few_queries(kernels: Kernels) -> None:
+    for name, splits, blocks, options in DECODING:
+        problem = make_problem(**options)
+        gain = torch.linspace(0.5, 1.5, problem.inputs.v.shape[-1]).to(problem.inputs.v.dtype)
+        wide, how = definition(problem)[0], {"splits": splits, "blocks": blocks}
+        found = {"output": relative(decoded(problem, kernels, **how), wide)}
+        found["normed"] = relative(decoded(problem, kernels, norm=True, **how), normed(wide))
+        found["with gain"] = relative(decoded(problem, kernels, norm=True, gain=gain, **how), normed(wide, gain))
+        say(f"decoding, {name}", problem, found)
 
 
-def kernels(x: Inputs, form: tuple[Any, Any, Any], cotangent: Tensor) -> list[Tensor]:
-    """The same of the kernels, in the order of NAMES."""
-    options = {"causal": x.causal, "scale": x.scale or x.q1.shape[-1] ** -0.5, "queries": queries_of(x)}
-    out, o2, lse = forward.forward(*x[:6], **options, blocks=form[0])
-    d_q, d_k, d_v, d_lam = backward.backward(cotangent, *x[:6], out, o2, lse, **options, blocks=form[1:])
-    return [out, d_q[:, :, :, 0], d_k[:, :, :, 0], d_q[:, :, :, 1], d_k[:, :, :, -1], d_v, d_lam]
+def many_heads(kernels: Kernels) -> None:
+    """More programs than a second or third dimension of a grid can count, of which the last run, for the last head."""
+    problem = make_problem(B=2, T=3, H=40_000, G=40_000)
+    with last_programs(4):
+        got = results(problem, kernels, TOGETHER)
+    x = problem.inputs
+    last = x._replace(**{name: getattr(x, name)[-1:, :, -1:] for name in ("q1", "k1", "q2", "k2", "v", "lam")})
+    wanted = definition(Problem(last, problem.cotangent[-1:, :, -1:]))
+    say("80,000 heads", problem, errors([y[-1:, :, -1:] for y in got], wanted), unwritten=bool(got[0].isnan().any()))
+
+
+def known_wrong() -> None:
+    for name, mutation in MUTATIONS.items():
+        problem = make_problem(**mutation.call)
+        with mutant(mutation) as kernels:
+            say(name, problem, errors(results(problem, kernels, TOGETHER), definition(problem)), known_wrong=True)
 
 
 def main() -> None:
+    mend_interpreter()
+    # NumPy's warnings of logarithms of 0, which a row without keys discards.
+    warnings.simplefilter("ignore", RuntimeWarning)
     # Fills what is allocated with NaN: an output that nobody writes shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    for name, form, dtype, options in CASES:
-        x = make_inputs(**{"H": 2, "G": 1, **options}, dtype=dtype)
-        cotangent = torch.randn(*x.q1.shape[:3], x.v.shape[-1], generator=torch.Generator().manual_seed(1)).to(dtype)
-        got, wanted = kernels(x, FORMS[form], cotangent), definition(x, cotangent)
-        swapped = definition(x._replace(q1=x.q2, k1=x.k2, q2=x.q1, k2=x.k2 if x.k2 is x.k1 else x.k1), cotangent)
-        row = {"case": name, "dtype": str(dtype), "errors": dict(zip(NAMES, relative(got, wanted), strict=True))}
-        print(json.dumps(row | {"swapped": relative(got[:1], swapped[:1])[0]}), flush=True)
-    for name, dtype, splits, options in DECODING:
-        x = make_inputs(**{"H": 2, "G": 1, **options}, dtype=dtype)
-        scale = x.q1.shape[-1] ** -0.5
-        gain = torch.linspace(0.5, 1.5, x.v.shape[-1]).to(dtype)
-        wide = reference.diff_attention_reference(*(y.double() for y in x[:6]), **x.options)
-        # The first row of a padded sequence may see no key; its norm is that of zeros.
-        normed = 0.2 * gain.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        for norm, wanted_output in ((False, wide), (True, normed)):
-            extra = {"gain": gain, "norm_scale": 0.2, "eps": 1e-5} if norm else {}
-            got = decoding.decode(
-                *x[:6],
-                causal=x.causal,
-                scale=scale,
-                queries=queries_of(x),
-                splits=splits,
-                blocks=Blocks(16, 16, 4, 2),
-                **extra,
-            )
-            row = {"case": f"decoding, {name}" + ", norm" * norm, "dtype": str(dtype)}
-            print(json.dumps(row | {"errors": {"output": relative([got], [wanted_output])[0]}}), flush=True)
+    kernels = package_kernels()
+    training(kernels)
+    few_queries(kernels)
+    many_heads(kernels)
+    known_wrong()
 
 
 if __name__ == "__main__":

@@ -156,3 +156,8 @@ def test_spans_are_enough_for_the_chip_and_no_shorter_than_two_tiles() -> None:
     assert spans_of_keys(CPU, 8, 256, blocks) == 2
     assert spans_of_keys(CPU, 4096, 32768, blocks) == 1
     assert spans_of_keys(CPU, 1, 10**6, blocks) == MOST_SPANS
+
+
+def test_calls_without_rows_or_keys_have_sizes_too() -> None:
+    assert heads_in_wave(CPU, 0, 8) >= 1
+    assert spans_of_keys(CPU, 0, 0, Blocks(16, 64, 4, 3)) == 1
