@@ -99,11 +99,11 @@ HERE = "tests/benchmarks/test_attention.py::test_every_case_is_the_definition"
 # Standard calls join the halves of V1's cached keys, which the models never do: no "decode" for the slower forms.
 SLOWER: dict[str, Any] = {"phases": PHASES[:2], "up_to": 2048}
 ENTRIES = (
-    Entry(TWIN, "softmax", "fused", whole, softmax, HERE),
+    Entry(TWIN, "softmax", "fused_cpu", whole, softmax, HERE),
     Entry(
         "v1_fused",
         "diff_v1",
-        "fused",
+        "fused_cpu",
         halves,
         fused,
         FUSED,
@@ -114,7 +114,7 @@ ENTRIES = (
     Entry(
         "v2_fused",
         "diff_v2",
-        "fused",
+        "fused_cpu",
         halves,
         fused,
         FUSED,

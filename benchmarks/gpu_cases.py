@@ -23,6 +23,7 @@ from benchmarks.bare import bare_module
 
 standard = bare_module("ops.standard")
 reference = bare_module("ops.reference")
+variants = bare_module("variants")
 
 # "default" is what PyTorch chooses by itself.
 BACKENDS = {
@@ -216,33 +217,33 @@ def seeing_queries(call: Call, key_padding: Tensor) -> Tensor:
 
 
 class Way(NamedTuple):
-    """A way to compute the attention of one kind; FLOPs per visible pair and softmax head of width d, in units of d."""
+    """A way to compute the attention of one kind, and the form that it is in the variant's record of FLOPs."""
 
     kind: str
     run: Callable[..., Tensor]
-    forward_flops: float
-    backward_flops: float
+    form: str
 
 
 WAYS = {
-    "softmax": Way("softmax", softmax, 4, 10),
-    "v1_padded": Way("v1", v1_padded, 8, 20),
-    "v1_unequal": Way("v1", v1_unequal, 6, 14),
-    "v1_unequal_repeated": Way("v1", v1_unequal_repeated, 6, 14),
-    "v1_two_calls": Way("v1", v1_two_calls, 6, 14),
-    "v2_standard": Way("v2", v2_standard, 8, 20),
-    "v1_fused": Way("v1", fused, 6, 14),
-    "v2_fused": Way("v2", fused, 8, 22),
+    "softmax": Way("softmax", softmax, "standard"),
+    "v1_padded": Way("v1", v1_padded, "standard"),
+    "v1_unequal": Way("v1", v1_unequal, "unequal"),
+    "v1_unequal_repeated": Way("v1", v1_unequal_repeated, "unequal"),
+    "v1_two_calls": Way("v1", v1_two_calls, "two_calls"),
+    "v2_standard": Way("v2", v2_standard, "standard"),
+    "v1_fused": Way("v1", fused, "fused_triton"),
+    "v2_fused": Way("v2", fused, "fused_triton"),
 }
+VARIANTS = {"softmax": "softmax", "v1": "diff_v1", "v2": "diff_v2"}
 
 
 def executed_flops(way: str, problem: Problem, backward: bool) -> int:
     """What a way computes of the pairs that are visible; for the backward pass with the scores computed again."""
-    per_pair = WAYS[way].forward_flops + (WAYS[way].backward_flops if backward else 0)
-    if backward and way == "v1_fused" and problem.width > 64:
-        # d_k and d_v are two walks, each with scores of its own.
-        per_pair += 2
-    return int(per_pair * problem.width * problem.heads * problem.pairs * problem.batch)
+    kind, _, form = WAYS[way]
+    value_width = 2 * problem.width if kind == "v1" else problem.width
+    # In units of d, for a pair of softmax heads.
+    units = variants.VARIANTS[VARIANTS[kind]].flops[form].executed(value_width, training=backward)
+    return int(units * problem.width * problem.heads // 2 * problem.pairs * problem.batch)
 
 
 def definition(call: Call, key_padding: Tensor | None = None) -> Tensor:

@@ -16,10 +16,12 @@ import json
 import statistics
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.rows import Writer, provenance
+from diffattn.plan.activations import find_backend
 from diffattn.plan.cost import match_parameters
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
 from diffattn.plan.setting import Setting
@@ -95,6 +97,7 @@ class Case:
             precision=self.precision,
             backend=self.backend,
             checkpointing=self.checkpointing,
+            machine=None,
         )
 
     def predicted(self) -> int:
@@ -116,9 +119,9 @@ class Case:
 _SMALL, _LONG = 512, 2048
 _FORMS = (
     ("softmax", "standard"),
-    ("diff_v1", "fused"),
+    ("diff_v1", "fused_cpu"),
     ("diff_v1", "standard"),
-    ("diff_v2", "fused"),
+    ("diff_v2", "fused_cpu"),
     ("diff_v2", "standard"),
 )
 _PRECISIONS = ("fp32", "autocast", "bf16")
@@ -135,13 +138,13 @@ def design() -> list[Case]:
             precision, context, checkpointing = settings[(5 * i + 7 * j) % len(settings)]
             cases.append(Case("training", name, attention, context, precision, backend, checkpointing))
     # The smallest shape in full over precision and checkpointing, at the short context.
-    for attention, backend in (("diff_v1", "fused"), ("softmax", "standard")):
+    for attention, backend in (("diff_v1", "fused_cpu"), ("softmax", "standard")):
         for precision in _PRECISIONS:
             cases += [
                 Case("training", names[0], attention, _SMALL, precision, backend, again) for again in (False, True)
             ]
     # Two settings that the turn leaves out.
-    cases.append(Case("training", names[0], "diff_v2", _LONG, "autocast", "fused"))
+    cases.append(Case("training", names[0], "diff_v2", _LONG, "autocast", "fused_cpu"))
     cases.append(Case("training", names[0], "softmax", _LONG, "bf16", "standard", True))
     # Maps written out.
     cases += [Case("training", names[0], attention, _SMALL, "fp32", "materialised") for attention, _ in _FORMS[::2]]
@@ -156,9 +159,14 @@ def read(path: Path) -> dict[Case, int]:
     """Measured bytes by case, from the rows of a file; none where there is no file."""
     if not path.exists():
         return {}
-    names = [field.name for field in fields(Case)]
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {Case(**{name: row[name] for name in names}): row["measured"] for row in rows}
+    return {_case(row): row["measured"] for row in rows}
+
+
+def _case(row: dict[str, Any]) -> Case:
+    """The case of a row; rows from before a GPU had a kernel call the CPU's ``fused``."""
+    found = {field.name: row[field.name] for field in fields(Case)}
+    return Case(**found | {"backend": find_backend(row["backend"])})
 
 
 def table(measured: dict[Case, int]) -> str:
@@ -179,10 +187,9 @@ def table(measured: dict[Case, int]) -> str:
 
 def renew(path: Path) -> None:
     """Write the rows of a file again with the predictions of the planner as it is now; what was measured stays."""
-    names = [field.name for field in fields(Case)]
     rows = {}
     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        case = Case(**{name: row[name] for name in names})
+        case = _case(row)
         predicted = case.predicted()
         rows[case] = row | {"predicted": predicted, "ratio": round(predicted / row["measured"], 4)}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()), encoding="utf-8")

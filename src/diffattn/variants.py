@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple, Protocol
 
 Axis = Literal["D", "d", "H", "V", "HV"]
 Units = tuple[int, int]
+# The widest values for which the Triton kernel makes the gradients of keys and values in one walk over the queries.
+ONE_WALK = 128
 
 
 class Sizes(Protocol):
@@ -43,6 +45,44 @@ class Heads(NamedTuple):
     queries: int
     groups: int
     width: int
+
+
+class Form(NamedTuple):
+    """The FLOPs of one way to compute attention, per query-key pair and pair of softmax heads, in units of d.
+
+    Each part is a pair of numbers: products as wide as queries and keys, and products as wide as values. A product of
+    width w costs 2w.
+
+    Attributes:
+        forward: what the forward pass does.
+        backward: what the backward pass does, with the scores that it computes again.
+        backward_wide: the same where values are wider than ``ONE_WALK``.
+    """
+
+    forward: Units
+    backward: Units
+    backward_wide: Units
+
+    def executed(self, value_width: int, *, training: bool) -> int:
+        """Returns all of it for values of that width: of the forward pass, or of both passes."""
+        backward = self.backward if value_width <= ONE_WALK else self.backward_wide
+        return sum(self.forward) + (sum(backward) if training else 0)
+
+
+def _recomputed(forward: Units) -> Form:
+    """Returns the form of a flash kernel, which computes the scores again.
+
+    Its backward pass has three products as wide as queries (scores, d_q, d_k) where the forward pass has one, and two
+    as wide as values (dP, d_v).
+    """
+    backward = (3 * forward[0], 2 * forward[1])
+    return Form(forward, backward, backward)
+
+
+def _kept(forward: Units) -> Form:
+    """Returns the form that keeps its maps: for each product of the forward pass two gradients."""
+    backward = (2 * forward[0], 2 * forward[1])
+    return Form(forward, backward, backward)
 
 
 class Look(NamedTuple):
@@ -119,8 +159,8 @@ class Variant:
         chosen_heads: whether ``dex_heads`` of the configuration says which heads have its own tensors.
         switches: the fields of the configuration that it alone has, with their published values.
         tensors: the tensors of its own.
-        flops: for each backend that it has, FLOPs of attention per query-key pair and pair of softmax heads, in units
-            of d: products as wide as queries and keys, and products as wide as values. A product of width w costs 2w.
+        flops: for each backend that it has, the FLOPs of attention by pass. ``definition`` is the arithmetic of the
+            formula, which a model's FLOPs are counted by.
         look: how charts draw it.
     """
 
@@ -140,7 +180,7 @@ class Variant:
     chosen_heads: bool = False
     switches: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     tensors: tuple[OwnTensor, ...] = ()
-    flops: Mapping[str, Units]
+    flops: Mapping[str, Form]
     look: Look
 
     def heads(self, shape: Sizes) -> Heads:
@@ -221,8 +261,12 @@ class Variant:
 
 
 # One map costs the same in every backend, since nothing is subtracted.
-_ONE_MAP: Mapping[str, Units] = MappingProxyType(
-    dict.fromkeys(("definition", "fused", "standard", "two_calls", "four_calls", "materialised"), (4, 4))
+_ONE_MAP: Mapping[str, Form] = MappingProxyType(
+    dict.fromkeys(
+        ("definition", "fused_cpu", "fused_triton", "standard", "unequal", "two_calls", "four_calls"),
+        _recomputed((4, 4)),
+    )
+    | {"materialised": _kept((4, 4))}
 )
 
 _RECORDS = (
@@ -248,15 +292,19 @@ _RECORDS = (
             OwnTensor(name=f"lam.lambda_{which}", axes=("d",), float32=True) for which in ("q1", "k1", "q2", "k2")
         ),
         # By the definition two maps of width d, and one product of their difference with V of width 2d; the standard
-        # call pads q to [q1, 0] and [0, q2], so that every width is 2d.
+        # call pads q to [q1, 0] and [0, q2], so that every width is 2d. On a GPU each map is multiplied with V by
+        # itself. The Triton kernel has scores, dP and the gradient of q in one kernel, scores, dP and the gradients of
+        # k and v in another, dP for both maps at once; of wide values that one makes scores for k and for v.
         flops=MappingProxyType(
             {
-                "definition": (4, 4),
-                "fused": (4, 4),
-                "standard": (8, 8),
-                "two_calls": (4, 8),
-                "four_calls": (8, 8),
-                "materialised": (4, 4),
+                "definition": _recomputed((4, 4)),
+                "fused_cpu": _recomputed((4, 4)),
+                "fused_triton": Form((4, 8), backward=(16, 12), backward_wide=(20, 12)),
+                "standard": _recomputed((8, 8)),
+                "unequal": _recomputed((4, 8)),
+                "two_calls": _recomputed((4, 8)),
+                "four_calls": _recomputed((8, 8)),
+                "materialised": _kept((4, 4)),
             }
         ),
         look=Look("#0072B2", "#56b4e9", (5, 2), "square"),
@@ -274,8 +322,18 @@ _RECORDS = (
         switches=MappingProxyType({"lambda_form": "sigmoid", "pairs_share_group": True}),
         tensors=(OwnTensor(name="lambda_proj.weight", axes=("H", "D"), split=True, unless=("lambda_form", "one")),),
         # By the definition four maps of width d, and two products of a difference with V of width d. It is one call by
-        # nature, so it has no form of several calls.
-        flops=MappingProxyType({"definition": (8, 4), "fused": (8, 4), "standard": (8, 8), "materialised": (8, 4)}),
+        # nature, whose widths are equal, so it has no form of several calls, and that of unequal widths is the standard
+        # call. The Triton kernel is as for V1.
+        flops=MappingProxyType(
+            {
+                "definition": _recomputed((8, 4)),
+                "fused_cpu": _recomputed((8, 4)),
+                "fused_triton": Form((8, 8), backward=(32, 12), backward_wide=(40, 12)),
+                "standard": _recomputed((8, 8)),
+                "unequal": _recomputed((8, 8)),
+                "materialised": _kept((8, 4)),
+            }
+        ),
         look=Look("#D55E00", "#ff9e4a", (6, 2, 1.5, 2), "triangle-up"),
     ),
     Variant(

@@ -157,13 +157,18 @@ LINEAR_V2 = LINEAR + 2 * 3 * (5124 + 366)
         ("softmax", "standard", LINEAR, 8, 8, 20),
         ("softmax", "four_calls", LINEAR, 8, 8, 20),
         ("diff_v1", "definition", LINEAR, 8, 8, 20),
-        ("diff_v1", "fused", LINEAR, 8, 8, 20),
+        ("diff_v1", "fused_cpu", LINEAR, 8, 8, 20),
         ("diff_v1", "standard", LINEAR, 8, 16, 40),
+        ("softmax", "fused_triton", LINEAR, 8, 8, 20),
+        ("diff_v1", "fused_triton", LINEAR, 8, 12, 28),
+        ("diff_v1", "unequal", LINEAR, 8, 12, 28),
         ("diff_v1", "two_calls", LINEAR, 8, 12, 28),
         ("diff_v1", "four_calls", LINEAR, 8, 16, 40),
         ("diff_v2", "definition", LINEAR_V2, 12, 12, 32),
-        ("diff_v2", "fused", LINEAR_V2, 12, 12, 32),
+        ("diff_v2", "fused_cpu", LINEAR_V2, 12, 12, 32),
+        ("diff_v2", "fused_triton", LINEAR_V2, 12, 16, 44),
         ("diff_v2", "standard", LINEAR_V2, 12, 16, 40),
+        ("diff_v2", "unequal", LINEAR_V2, 12, 16, 40),
     ],
 )
 def test_flops_by_hand(attention, backend, linear, model, executed, backward):
@@ -172,6 +177,37 @@ def test_flops_by_hand(attention, backend, linear, model, executed, backward):
     training = flops_per_token(PRIME, attention, context=7, backend=backend)
     assert training.model == 3 * (linear + model * UNIT)
     assert training.executed == 3 * linear + (executed + backward) * UNIT
+
+
+@pytest.mark.parametrize(
+    ("attention", "width", "backward"),
+    [("diff_v1", 64, 28), ("diff_v1", 66, 32), ("diff_v2", 128, 44), ("diff_v2", 130, 52)],
+)
+def test_the_triton_kernel_makes_scores_once_more_for_values_wider_than_128(attention, width, backward):
+    """V1's values are twice as wide as a head. The difference of two contexts leaves attention alone."""
+    shape = dataclasses.replace(PRIME, head_dim=width)
+
+    def unit(phase, backend):
+        one, three = (
+            flops_per_token(shape, attention, context=T, phase=phase, backend=backend).executed for T in (1, 3)
+        )
+        # 3 layers, 3 pairs of heads, one more visible key.
+        return (three - one) / (3 * 3 * width)
+
+    forward = {"diff_v1": 12, "diff_v2": 16}[attention]
+    assert unit("forward", "fused_triton") == forward
+    assert unit("training", "fused_triton") == forward + backward
+    assert unit("training", "fused_cpu") == {"diff_v1": 28, "diff_v2": 44}[attention]
+
+
+def test_no_pass_of_a_form_does_less_than_the_definition():
+    for variant in VARIANTS.values():
+        least = variant.flops["definition"]
+        for form in variant.flops.values():
+            for mine, its in zip(form, least, strict=True):
+                # Maps that are kept are not computed again in the backward pass.
+                kept = form is variant.flops["materialised"] and its is not least.forward
+                assert sum(mine) >= sum(its) - (least.forward[0] if kept else 0)
 
 
 @few

@@ -35,7 +35,7 @@ PER_PAIR = {"softmax": 4 * n * d, "diff_v1": 4 * n * d, "diff_v2": 6 * n * d, "g
 
 
 def found(attention: str, shape: ModelShape = SHAPE, **changes: Any) -> Estimate:
-    setting = {"context": T, "batch": B, "precision": "fp32", "backend": "fused", "machine": MACHINE}
+    setting = {"context": T, "batch": B, "precision": "fp32", "backend": "fused_cpu", "machine": MACHINE}
     return estimate(shape, attention, Setting(**(setting | changes)))
 
 
@@ -67,7 +67,7 @@ def test_prefill_makes_one_row_of_logits_per_sequence(attention: str) -> None:
 @pytest.mark.parametrize("attention", VARIANTS)
 def test_training_flops_and_what_checkpointing_adds(attention: str) -> None:
     plain, again = found(attention).training, found(attention, checkpointing=True).training
-    by_cost = flops_per_token(SHAPE, attention, context=T, backend="fused")
+    by_cost = flops_per_token(SHAPE, attention, context=T, backend="fused_cpu")
     assert plain.flops_per_token == TokenFlops(by_cost.model, by_cost.executed)
     assert plain.flops == by_cost.executed * B * T
     layers = 2 * MATRICES[attention] + L * PER_PAIR[attention] * (T + 1) // 2

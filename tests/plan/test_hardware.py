@@ -21,6 +21,16 @@ def test_every_machine_has_all_rates_and_a_source() -> None:
         assert "disk" in machine.source or "NVMe" in machine.source
 
 
+def test_cards_have_a_chip_and_processors_have_none(tmp_path: Path) -> None:
+    chips = {name: machine.chip for name, machine in MACHINES.items() if machine.chip is not None}
+    assert chips == {"H100 SXM": "sm_90", "A100 80GB": "sm_80", "RTX 4090": "sm_89", "RTX 3060 12GB": "sm_86"}
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"bandwidth": 1e9, "chip": "sm_120"}))
+    assert load_machine(file).chip == "sm_120"
+    file.write_text(json.dumps(MACHINES["Apple M2"].to_json()))
+    assert load_machine(file) == MACHINES["Apple M2"]
+
+
 def test_rates_from_the_architecture() -> None:
     """Cores · clock · vectors per cycle · lanes · 2."""
     pi, desktop = MACHINES["Raspberry Pi 5"], MACHINES["DDR5 desktop"]
@@ -76,6 +86,7 @@ def test_a_file_names_the_machine_and_may_leave_out_what_is_unknown(tmp_path: Pa
         ({"flops": {"fp32": 1e12}}, "FLOP/s for fp32 and bf16"),
         ({"flops": {"fp32": 1e12, "bf16": -1}}, "flops of bf16=-1"),
         ({"name": 3}, "name=3"),
+        ({"chip": 90}, "chip=90; wanted the name of a GPU's architecture"),
     ],
 )
 def test_bad_files_are_one_line(tmp_path: Path, values: Any, words: str) -> None:

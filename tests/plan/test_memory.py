@@ -50,13 +50,16 @@ def test_a_layer_by_hand():
     softmax = 2 * (3 * D + 1) + width + 2 * keys + width + n + 4 * F
     assert layer(PRIME, "softmax", backend="standard", size=4, autocast=False).token == 4 * softmax
     v1 = softmax - n + 4 * n // 2 + 2 * width + n // 2
-    assert layer(PRIME, "diff_v1", backend="fused", size=4, autocast=False).token == 4 * v1
+    assert layer(PRIME, "diff_v1", backend="fused_cpu", size=4, autocast=False).token == 4 * v1
+    # V1 in the Triton kernel: one log-sum-exp of each map and output head, and O2 in the dtype of the output.
+    triton = v1 - 4 * n // 2 + 2 * n // 2 + 2 * width
+    assert layer(PRIME, "diff_v1", backend="fused_triton", size=4, autocast=False).token == 4 * triton
     # The one padded call: q and the result twice as wide, the difference beside it.
     padded = softmax + width + (2 * width - width) + 3 * width + n // 2
     assert layer(PRIME, "diff_v1", backend="standard", size=4, autocast=False).token == 4 * padded
     # V2: twice the queries, λ, and two log-sum-exps in two parts for each of n heads.
     v2 = softmax + width + n - n + 4 * n
-    assert layer(PRIME, "diff_v2", backend="fused", size=4, autocast=False).token == 4 * v2
+    assert layer(PRIME, "diff_v2", backend="fused_cpu", size=4, autocast=False).token == 4 * v2
     # The gate, and its product with what softmax keeps.
     assert layer(PRIME, "gated", backend="standard", size=4, autocast=False).token == 4 * (softmax + 2 * width)
 
@@ -133,10 +136,28 @@ def test_more_of_anything_needs_no_less(case):
         assert training_memory(larger, attention, setting).total > here.total
 
 
+def test_a_gpu_needs_more_in_the_backward_pass_of_a_half_precision_call():
+    def need(attention, backend, size, gpu):
+        one = layer(PRIME, attention, backend=backend, size=size, autocast=False, gpu=gpu)
+        return one.in_attention
+
+    for attention, backend in FORMS:
+        assert need(attention, backend, 4, True) == need(attention, backend, 4, False)
+    # d_q of 6 heads in float32 and a sum a row; d_k and d_v for 6 heads instead of 2.
+    assert need("softmax", "standard", 2, True) - need("softmax", "standard", 2, False) == 24 * 15 + 2 * 2 * 6 * 14
+    # V1's padded call has widths of 28 and 1 group; unequal widths have d_q of 14, keys in 2 groups, values of 28 in 1.
+    padded = need("diff_v1", "standard", 2, True) - need("diff_v1", "standard", 2, False)
+    unequal = need("diff_v1", "unequal", 2, True) - need("diff_v1", "unequal", 2, False)
+    assert (padded, unequal) == (24 * 29 + 2 * 2 * 6 * 28, 24 * 15 + 2 * 6 * (14 + 28))
+    # Five numbers and the gradient of λ for each row of 3 output heads, wherever it is planned.
+    for gpu in (False, True):
+        assert need("diff_v1", "fused_triton", 2, gpu) - need("diff_v1", "fused_cpu", 2, gpu) == 6 * 4 * 3
+
+
 def test_what_saves_memory_saves_it():
     shape = ModelShape.preset("1.4B")
 
-    def total(attention="diff_v1", precision="fp32", backend="fused", checkpointing=False):
+    def total(attention="diff_v1", precision="fp32", backend="fused_cpu", checkpointing=False):
         setting = Setting(batch=2, context=2048, precision=precision, backend=backend, checkpointing=checkpointing)
         return training_memory(shape, attention, setting).total
 
@@ -144,6 +165,8 @@ def test_what_saves_memory_saves_it():
     for precision in PRECISIONS:
         assert total(precision=precision, checkpointing=True) < total(precision=precision)
     assert total("softmax") < total() < total(backend="two_calls") < total(backend="standard")
+    half = [total(precision="bf16", backend=name) for name in ("fused_cpu", "fused_triton", "unequal", "standard")]
+    assert half == sorted(set(half))
     assert total(backend="standard") < total(backend="materialised")
 
 
@@ -178,7 +201,7 @@ def test_softmax_and_definition_have_no_form_of_their_own():
 
     assert len({peak("softmax", name) for name in BACKENDS[:-1]}) == 1
     for attention in ("diff_v1", "diff_v2"):
-        assert peak(attention, "fused") == peak(attention, "definition")
+        assert peak(attention, "fused_cpu") == peak(attention, "definition")
 
 
 def test_users_mistakes_are_one_line():

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 
 from diffattn.errors import ConfigError
-from diffattn.plan.hardware import MACHINES
+from diffattn.plan.hardware import MACHINES, Machine
 from diffattn.plan.setting import DEFAULT_SETTING, PRECISIONS, Precision, Setting, resolve_dtype
 from diffattn.plan.shape import ModelShape
+from diffattn.variants import VARIANTS
+
+SHAPE = ModelShape.preset("3M")
 
 
 def test_names_and_objects_make_the_same_setting() -> None:
-    named = Setting(context="4k", batch="1", precision="Mixed", backend="STANDARD", machine="h100")
+    named = Setting(context="4k", batch="1", precision="Mixed", backend="AUTO", machine="h100")
     objects = Setting(context=4096, batch=1, precision=PRECISIONS["mixed"], machine=MACHINES["H100 SXM"])
     assert named == objects == Setting() == DEFAULT_SETTING
     assert replace(named, context=8).context == 8
@@ -74,4 +77,51 @@ def test_what_cannot_be_is_refused_in_one_line(changes: dict[str, object], words
 
 def test_a_backend_that_the_variant_does_not_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="two_calls"):
-        Setting(backend="two_calls").check(ModelShape.preset("3M"), "diff_v2")
+        Setting(backend="two_calls").for_model(SHAPE, "diff_v2")
+
+
+@pytest.mark.parametrize("backend", ["standard", "fused_cpu", "fused_triton", "unequal", "materialised"])
+def test_a_backend_that_is_asked_for_is_planned_on_every_machine(backend: str) -> None:
+    for machine in (None, *MACHINES):
+        assert Setting(backend=backend, machine=machine).for_model(SHAPE, "diff_v1").backend == backend
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("fused", "fused_cpu"), ("Fused", "fused_cpu"), ("triton", "fused_triton"), ("materialized", "materialised")],
+)
+def test_older_and_shorter_names_of_a_backend_are_understood(text: str, name: str) -> None:
+    assert Setting(backend=text).backend == name
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=list(MACHINES))
+def test_auto_is_the_backend_that_serves_on_the_machine(machine: Machine) -> None:
+    served = {name: Setting(machine=machine).for_model(SHAPE, name).backend for name in VARIANTS}
+    if machine.name in ("Apple M2", "DDR5 desktop", "Raspberry Pi 5"):
+        assert served == {"softmax": "standard", "diff_v1": "fused_cpu", "diff_v2": "fused_cpu", "gated": "standard"}
+    else:
+        v2 = "fused_triton" if machine.name == "H100 SXM" else "standard"
+        assert served == {"softmax": "standard", "diff_v1": "fused_triton", "diff_v2": v2, "gated": "standard"}
+
+
+def test_auto_is_the_standard_call_where_the_triton_kernel_does_not_serve() -> None:
+    def served(shape: ModelShape = SHAPE, attention: str = "diff_v1", **changes: object) -> str:
+        return Setting(**changes).for_model(shape, attention).backend
+
+    assert served() == served(precision="autocast") == "fused_triton"
+    assert served(precision="float32") == "standard"
+    # V1's values are twice as wide as a head.
+    assert served(replace(SHAPE, head_dim=128)) == "fused_triton"
+    assert served(replace(SHAPE, head_dim=130)) == "standard"
+    assert served(machine=Machine("old card", chip="sm_70")) == "standard"
+    # V2 where the standard call was measured to be faster, or nothing was.
+    wide = replace(SHAPE, head_dim=128)
+    long = {"context": 8193, "shape": wide}
+    assert served(attention="diff_v2", context=8192, shape=wide) == "fused_triton"
+    assert served(attention="diff_v2", **long) == served(attention="diff_v2", machine="a100") == "standard"
+    assert served(attention="diff_v2", shape=replace(SHAPE, head_dim=130)) == "standard"
+    # Integers are not trained, so what counts is reading a prompt.
+    integers = Precision("int4", "bf16", "bf16", "bf16", "bf16")
+    assert served(attention="diff_v2", precision=integers, **long) == "fused_triton"
+    # Nothing is known of where it runs.
+    assert served(machine=None) == "standard"

@@ -61,7 +61,7 @@ def test_result_has_what_is_promised(tmp_path: Path) -> None:
     assert v1["cache_bytes_per_token"] == v2["cache_bytes_per_token"] == softmax["cache_bytes_per_token"]
     assert softmax["attention_backend"] == "standard"
     for name, row in (("diff_v1", v1), ("diff_v2", v2)):
-        assert row["attention_backend"] == ("fused" if build.unavailable(torch.float32) is None else "standard")
+        assert row["attention_backend"] == ("fused_cpu" if build.unavailable(torch.float32) is None else "standard")
         shape = DiffTransformerForCausalLM.from_pretrained(out / f"{name}-seed0" / "model").config.shape()
         flops = flops_per_token(shape, name, context=result["recipe"]["context"], backend=row["attention_backend"])
         assert row["executed_flops_per_token"] == flops.executed

@@ -31,20 +31,24 @@ PAGE = Path(plan_memory.__file__).parents[1] / "docs" / "plan.md"
 
 def runs(attention: str, precision: str, backend: str) -> bool:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    return backend != "fused" or VARIANTS[attention].maps == 1 or serving_backend(attention, "cpu", dtype) == "fused"
+    return (
+        backend != "fused_cpu"
+        or VARIANTS[attention].maps == 1
+        or serving_backend(attention, "cpu", dtype) == "fused_cpu"
+    )
 
 
 @pytest.mark.parametrize(
     ("shape", "attention", "precision", "backend", "checkpointing"),
     [
         (GROUPED, "softmax", "fp32", "standard", False),
-        (GROUPED, "diff_v1", "fp32", "fused", False),
+        (GROUPED, "diff_v1", "fp32", "fused_cpu", False),
         (GROUPED, "diff_v1", "autocast", "standard", True),
         (GROUPED, "diff_v1", "fp32", "materialised", False),
-        (GROUPED, "diff_v2", "bf16", "fused", True),
+        (GROUPED, "diff_v2", "bf16", "fused_cpu", True),
         (UNTIED, "softmax", "autocast", "standard", True),
-        (UNTIED, "diff_v1", "bf16", "fused", False),
-        (UNTIED, "diff_v2", "autocast", "fused", False),
+        (UNTIED, "diff_v1", "bf16", "fused_cpu", False),
+        (UNTIED, "diff_v2", "autocast", "fused_cpu", False),
         (UNTIED, "diff_v2", "fp32", "standard", True),
         (GROUPED, "gated", "autocast", "standard", False),
         (UNTIED, "gated", "fp32", "materialised", False),
@@ -74,7 +78,7 @@ def test_the_real_model_is_as_predicted(shape, attention, precision, backend, ch
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
 def test_autograd_saves_what_is_counted(attention, precision):
     """The storages that autograd keeps, the parameters apart, against the sum of the model's own tensors."""
-    for backend in ("fused", "standard", "materialised"):
+    for backend in ("fused_cpu", "standard", "materialised"):
         if not runs(attention, precision, backend):
             continue
         B, T, shape = 2, 37, GROUPED
@@ -107,9 +111,9 @@ def test_autograd_saves_what_is_counted(attention, precision):
 def test_inference_is_as_predicted(precision):
     forms = (
         ("softmax", "standard", GROUPED, 3),
-        ("diff_v1", "fused", GROUPED, 1),
+        ("diff_v1", "fused_cpu", GROUPED, 1),
         ("diff_v1", "standard", UNTIED, 3),
-        ("diff_v2", "fused", UNTIED, 1),
+        ("diff_v2", "fused_cpu", UNTIED, 1),
         ("diff_v2", "standard", GROUPED, 3),
         ("diff_v1", "materialised", UNTIED, 3),
         ("gated", "standard", GROUPED, 3),
@@ -127,7 +131,7 @@ def test_inference_is_as_predicted(precision):
 
 def test_known_wrong_models_of_memory_are_noticed():
     """The bound of 10% is tighter than what each of these would get wrong."""
-    real = {"batch": 2, "context": 192, "precision": "fp32"}
+    real = {"batch": 2, "context": 192, "precision": "fp32", "backend": "standard"}
     measured = Subject(GROUPED, "diff_v1", Setting(**real)).training()[0]
 
     def ratio(attention="diff_v1", **changes):
@@ -148,10 +152,17 @@ def test_what_does_not_run_is_refused():
         assert "\n" not in str(caught.value)
 
 
+def test_auto_is_what_serves_on_this_machine():
+    for attention in ("softmax", "diff_v1"):
+        subject = Subject(GROUPED, attention, Setting(context=8, precision="fp32", machine="H100 SXM"))
+        assert subject.setting.backend == serving_backend(attention, "cpu", torch.float32)
+        assert subject.setting.machine is None
+
+
 def test_no_kernel_is_said(monkeypatch):
     monkeypatch.setattr("diffattn.study.plan_check.serving_backend", lambda *_: "standard")
     with pytest.raises(UnsupportedError, match="diffattn doctor"):
-        Subject(GROUPED, "diff_v1", Setting(context=8, precision="fp32", backend="fused"))
+        Subject(GROUPED, "diff_v1", Setting(context=8, precision="fp32", backend="fused_cpu"))
 
 
 def test_the_machine_is_measured_into_a_file_that_the_planner_reads(tmp_path):
@@ -187,7 +198,7 @@ def test_the_measured_rows_are_predicted():
         "attention": {"softmax", "diff_v1", "diff_v2"},
         "context": {512, 2048},
         "precision": {"fp32", "autocast", "bf16"},
-        "backend": {"fused", "standard", "materialised"},
+        "backend": {"fused_cpu", "standard", "materialised"},
         "checkpointing": {False, True},
     }.items():
         assert {getattr(case, field) for case in trained} == levels, field

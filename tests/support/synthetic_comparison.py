@@ -29,7 +29,7 @@ def comparison(seeds: int = 2) -> ComparisonResult:
             checkpoint_bytes=12_130_456 + 5_012 * place,
             load_seconds=0.1234 + 0.0101 * place,
             first_token_seconds=0.0351 + 0.0023 * place,
-            attention_backend="fused",
+            attention_backend="fused_cpu",
         )
         for place, name in enumerate(shift)
     }

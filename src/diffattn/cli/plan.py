@@ -58,7 +58,7 @@ def plan(options: PlanOptions, *, measure: bool = False, json: bool = False, htm
         from diffattn.report.plan_page import render_plan
 
         write_text(html, render_plan(result))
-    say(text.setting_line(setting), *result.notes, *result.sentences)
+    say(text.setting_line(result), *result.notes, *result.sentences)
     for title, lines in shown:
         if title:
             say("", title)

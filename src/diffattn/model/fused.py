@@ -124,7 +124,7 @@ def serving_backend(attention: str, device: str, dtype: torch.dtype) -> str:
     ``dtype`` is that of queries, keys and values, under autocast that of the products. Compiles the kernel if need be.
     """
     fused = ATTENTIONS[attention].maps > 1 and device == "cpu" and dtype in build.DTYPES
-    return "fused" if fused and build.unavailable(dtype) is None else "standard"
+    return "fused_cpu" if fused and build.unavailable(dtype) is None else "standard"
 
 
 def _holds_both_keys(query: Tensor, key: Tensor) -> bool:

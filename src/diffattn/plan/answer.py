@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from diffattn.plan import text
+from diffattn.plan.activations import resolve
 from diffattn.plan.estimate import DISK_DTYPES, Estimate, estimate
 from diffattn.plan.named_model import Model, named
 from diffattn.plan.result import BackendRow, Plan, PlannedModel, RatioRow
@@ -136,9 +137,7 @@ def _at(found: Estimate, path: str) -> float | None:
 
 def _backend_rows(model: Model, setting: Setting) -> Iterator[BackendRow]:
     """Yields what each backend of the variant costs, and its maps beside those of a softmax model of the same shape."""
-    # Softmax has nothing to subtract, so its other backends are the standard call by other names.
-    alike = ("standard", "materialised") if VARIANTS[model.attention].maps == 1 else backends_of(model.attention)
-    for backend in alike:
+    for backend in backends_of(model.attention):
         under = replace(setting, backend=backend)
         found = estimate(model.built, model.attention, under)
         twin = estimate(model.shape, BASELINE, replace(under, tp=1))
@@ -159,9 +158,10 @@ def _backend_rows(model: Model, setting: Setting) -> Iterator[BackendRow]:
 
 
 def backends_of(attention: str) -> tuple[str, ...]:
-    """Returns the backends that a variant has.
+    """Returns the backends that a variant has, without those that are its standard call by another name.
 
-    >>> backends_of("diff_v2")
-    ('definition', 'fused', 'standard', 'materialised')
+    >>> backends_of("diff_v2"), backends_of("softmax")
+    (('definition', 'fused_cpu', 'fused_triton', 'standard', 'materialised'), ('standard', 'materialised'))
     """
-    return tuple(VARIANTS[attention].flops)
+    known = VARIANTS[attention].flops
+    return tuple(name for name in known if name == "standard" or resolve(attention, name) != "standard")

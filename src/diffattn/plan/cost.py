@@ -15,7 +15,7 @@ from diffattn.errors import ConfigError
 from diffattn.plan.activations import check_backend
 from diffattn.plan.setting import BYTES
 from diffattn.plan.shape import ModelShape, check_positive_int
-from diffattn.variants import BASELINE, VARIANTS, Units
+from diffattn.variants import BASELINE, VARIANTS, Form
 
 PHASES = ("forward", "training")
 
@@ -175,23 +175,28 @@ def flops_per_token(
     not counted, although a backend that works in tiles does some of them. c, per query-key pair and pair of baseline
     heads, is the sum of the products as wide as q and k, and those as wide as v:
 
-    ====================================== ======= ======= =======
-    backend                                softmax diff_v1 diff_v2
-    ====================================== ======= ======= =======
-    definition, fused (maps subtracted)    4d + 4d 4d + 4d 8d + 4d
-    materialised (maps written out)        4d + 4d 4d + 4d 8d + 4d
-    standard (one call; V1's q padded)     4d + 4d 8d + 8d 8d + 8d
-    two_calls (V of width 2d)              4d + 4d 4d + 8d
-    four_calls                             4d + 4d 8d + 8d
-    ====================================== ======= ======= =======
+    ============================================= ======= ======= =======
+    backend                                       softmax diff_v1 diff_v2
+    ============================================= ======= ======= =======
+    definition, fused_cpu (maps subtracted)       4d + 4d 4d + 4d 8d + 4d
+    materialised (maps written out)               4d + 4d 4d + 4d 8d + 4d
+    fused_triton (both products, then subtracted) 4d + 4d 4d + 8d 8d + 8d
+    standard (one call; V1's q padded)            4d + 4d 8d + 8d 8d + 8d
+    unequal (one call; V1's V of width 2d)        4d + 4d 4d + 8d 8d + 8d
+    two_calls (V of width 2d)                     4d + 4d 4d + 8d
+    four_calls                                    4d + 4d 8d + 8d
+    ============================================= ======= ======= =======
 
     Gated attention costs what softmax does; its gate is a product with parameters.
 
     Training, model: 3 × forward. Training, executed: linear 3 × forward; attention's backward pass recomputes the
     scores, as flash kernels do. It has three products as wide as q and k (scores, dQ, dK) and two as wide as v (dP,
     dV) where the forward pass has one of each: 2.5 × forward where both cost the same (8d, then 20d), 3·4d + 2·8d for
-    V1's two_calls. Materialised maps are kept, not recomputed: 2 × forward. Norms, RoPE, exponentials, λ and
-    element-wise work are not counted, nor is gradient checkpointing.
+    V1's unequal and two_calls. The Triton kernel makes dQ in one kernel and dK and dV in another, each with scores of
+    its own, and dP once for both maps: 16d + 12d for V1 and 32d + 12d for V2; where v is wider than 128, dK and dV are
+    made apart, 20d + 12d and 40d + 12d. Materialised maps are kept, not recomputed: 2 × forward. Norms, RoPE,
+    exponentials, λ and element-wise work are not counted, nor are gradient checkpointing and the zeros that the Triton
+    kernel computes where a width is no power of two.
 
     Args:
         shape: the shape that is built: for a matched V2, what ``match_parameters`` returned.
@@ -206,7 +211,8 @@ def flops_per_token(
     Raises:
         ConfigError: an unknown variant, phase or backend, one that the variant does not have, or a context below 1.
 
-    Source: arXiv 2410.05258v2, sections 2 and 3.1, and the authors' flashdiff_1 (two calls) and flashdiff_2 (four).
+    Source: arXiv 2410.05258v2, sections 2 and 3.1, and the authors' flashdiff_1 (two calls) and flashdiff_2 (four);
+    docs/gpu.md for the Triton kernel.
 
     >>> flops = flops_per_token(ModelShape.preset("3M"), "diff_v1", context=256, phase="forward")
     >>> flops.model, flops.executed
@@ -217,15 +223,14 @@ def flops_per_token(
         raise ConfigError(f"phase={phase!r}", "a phase", f"use one of {', '.join(PHASES)}")
     linear = _linear(shape, attention)
     training = phase == "training"
+    passes = 3 if training else 1
     # L · n/2 · (T + 1)/2 times c = units · d; every entry of the table is a multiple of 4, so this stays whole.
     per_four = shape.num_layers * shape.num_heads * shape.head_dim * (context + 1)
-    by_definition = sum(forms["definition"]) * per_four // 4
-    wide_as_q, wide_as_v = (units * per_four // 4 for units in forms[backend])
-    passes = 3 if training else 1
-    # With the forward pass: four products as wide as q, of which one is scores again where no map was kept.
-    as_q = passes + (training and backend != "materialised")
-    executed = as_q * wide_as_q + passes * wide_as_v
-    return Flops(model=passes * (linear + by_definition), executed=passes * linear + executed)
+    by_definition = sum(forms["definition"].forward)
+    executed = forms[backend].executed(VARIANTS[attention].heads(shape).width, training=training)
+    return Flops(
+        model=passes * (linear + by_definition * per_four // 4), executed=passes * linear + executed * per_four // 4
+    )
 
 
 def decoding_flops_per_token(shape: ModelShape, attention: str, *, context: int, backend: str = "standard") -> Flops:
@@ -254,7 +259,7 @@ def decoding_flops_per_token(shape: ModelShape, attention: str, *, context: int,
     forms = _forms(shape, attention, context, backend)
     per_two = shape.num_layers * shape.num_heads * shape.head_dim * context
     linear = _linear(shape, attention)
-    model, executed = (linear + sum(forms[name]) * per_two // 2 for name in ("definition", backend))
+    model, executed = (linear + sum(forms[name].forward) * per_two // 2 for name in ("definition", backend))
     return Flops(model=model, executed=executed)
 
 
@@ -315,7 +320,7 @@ def bytes_of(count: int, float32: int, dtype: str) -> int:
     return -int(-(count - float32) * BYTES[dtype] // 1) + 4 * float32
 
 
-def _forms(shape: ModelShape, attention: str, context: int, backend: str) -> Mapping[str, Units]:
+def _forms(shape: ModelShape, attention: str, context: int, backend: str) -> Mapping[str, Form]:
     """Returns FLOPs by backend, as a variant's record has them, once the four arguments are known to be possible."""
     shape.check_variant(attention)
     check_positive_int("context", context)

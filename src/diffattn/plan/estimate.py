@@ -168,6 +168,8 @@ class Rank:
 class Estimate:
     """Everything that is known of a model before it is built."""
 
+    backend: str
+    """The backend that is planned: the setting's, and for ``"auto"`` the one that serves on its machine."""
     parameters: Parameters
     """Numbers of parameters, by part."""
     training: TrainingCost | None
@@ -199,6 +201,7 @@ class Estimate:
     def to_json(self) -> dict[str, object]:
         """Returns the fields by name."""
         return {
+            "backend": self.backend,
             "parameters": self.parameters.to_json(),
             "training": None if self.training is None else self.training.to_json(),
             "prefill": self.prefill.to_json(),
@@ -238,18 +241,18 @@ def estimate(shape: ModelShape, attention: str, setting: Setting) -> Estimate:
 
     Source: ``cost.py``, ``memory.py``; Williams, Waterman, Patterson, "Roofline" (2009).
 
-    >>> setting = Setting(context=256, precision="bf16", backend="fused")
+    >>> setting = Setting(context=256, precision="bf16", backend="fused_cpu")
     >>> found = estimate(ModelShape.preset("3M"), "diff_v1", setting)
     >>> found.parameters.total, found.decoding.memory.cache
     (3001344, 983040)
     """
-    setting.check(shape, attention)
+    setting = setting.for_model(shape, attention)
     precision, machine, backend = setting.precision, setting.machine, setting.backend
     batch, context = setting.batch, setting.context
     counted = count_parameters(shape, attention)
     tokens, pairs = batch * context, batch * context * context
     size = int(BYTES[precision.activations])
-    one = layer(shape, attention, backend=backend, size=size, autocast=precision.autocast)
+    one = layer(shape, attention, backend=backend, size=size, autocast=precision.autocast, gpu=setting.gpu)
     held = shape.num_layers * (one.token * tokens + one.position * context + one.scores * pairs)
     weights = weight_bytes(shape, attention, dtype=precision.weights)
     embedding = shape.vocab_size * shape.hidden_size
@@ -309,6 +312,7 @@ def estimate(shape: ModelShape, attention: str, setting: Setting) -> Estimate:
     sizes = {dtype: weight_bytes(shape, attention, dtype=dtype) for dtype in DISK_DTYPES}
     read_seconds = None if machine is None else machine.read_seconds(weights)
     return Estimate(
+        backend=backend,
         parameters=counted,
         training=training,
         prefill=prefill,
@@ -347,7 +351,7 @@ def _rank(
             f"use one of {', '.join(possible)}",
         )
     size = int(BYTES[precision.activations])
-    one = layer(shape, attention, backend=setting.backend, size=size, autocast=precision.autocast)
+    one = layer(shape, attention, backend=setting.backend, size=size, autocast=precision.autocast, gpu=setting.gpu)
     whole = norm(shape.hidden_size, size, precision.autocast, VARIANTS[attention].readers)
     whole += norm(shape.hidden_size, size, precision.autocast, 2)
     cut = one.token - whole

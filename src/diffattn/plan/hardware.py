@@ -36,6 +36,8 @@ class Machine:
         memory: bytes that a program can fill; None: unknown.
         disk: bytes per second of reading a large file; None: unknown.
         source: where the numbers come from.
+        chip: of a GPU its architecture, as compilers name it, such as ``"sm_90"``; it says which backend serves there.
+            None: a processor.
 
     Raises:
         ConfigError: a rate that is not above 0, or a dtype without one.
@@ -51,6 +53,7 @@ class Machine:
     memory: int | None = None
     disk: float | None = None
     source: str = ""
+    chip: str | None = None
 
     def __post_init__(self) -> None:
         for key in ("bandwidth", "memory", "disk"):
@@ -111,6 +114,7 @@ MACHINES: dict[str, Machine] = {
         7e9,
         "NVIDIA H100 Tensor Core GPU data sheet: FP32 67 and BF16 989 TFLOP/s dense, 3.35 TB/s; disk: PCIe 4 NVMe, "
         "assumed 7 GB/s",
+        "sm_90",
     ),
     "A100 80GB": Machine(
         "A100 80GB",
@@ -120,6 +124,7 @@ MACHINES: dict[str, Machine] = {
         7e9,
         "NVIDIA A100 data sheet (80GB SXM): FP32 19.5 and BF16 312 TFLOP/s dense, 2,039 GB/s; disk: PCIe 4 NVMe, "
         "assumed 7 GB/s",
+        "sm_80",
     ),
     "RTX 4090": Machine(
         "RTX 4090",
@@ -129,6 +134,7 @@ MACHINES: dict[str, Machine] = {
         7e9,
         "NVIDIA Ada GPU architecture whitepaper, appendix A: FP32 82.6, BF16 with FP32 accumulate 165.2 TFLOP/s dense, "
         "1,008 GB/s; disk: PCIe 4 NVMe, assumed 7 GB/s",
+        "sm_89",
     ),
     "RTX 3060 12GB": Machine(
         "RTX 3060 12GB",
@@ -138,6 +144,7 @@ MACHINES: dict[str, Machine] = {
         3.5e9,
         "NVIDIA GeForce RTX 3060 specifications: 3,584 cores at 1.78 GHz (12.7 TFLOP/s), 360 GB/s; BF16 with FP32 "
         "accumulate twice that, as in the GA102 whitepaper; disk: PCIe 3 NVMe, assumed 3.5 GB/s",
+        "sm_86",
     ),
     "Apple M2": Machine(
         "Apple M2",
@@ -211,4 +218,10 @@ def machine_from(values: Any, *, name: str) -> Machine:
     for key in ("name", "source"):
         if not isinstance(values.get(key, ""), str):
             raise ConfigError(f"machine {name!r} has {key}={values[key]!r}", "text", "put it in quotes")
+    if not isinstance(values.get("chip"), str | None):
+        raise ConfigError(
+            f"machine {name!r} has chip={values['chip']!r}",
+            "the name of a GPU's architecture, such as sm_90, or null",
+            "put it in quotes, or write null for a processor",
+        )
     return Machine(**{"name": name, **values})

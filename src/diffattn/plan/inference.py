@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffattn.plan.activations import resolve
+from diffattn.plan.activations import FUSED, resolve
 from diffattn.plan.cost import ByKind, bytes_of, count_parameters, float32_parameters
 from diffattn.plan.setting import BYTES, Setting
 from diffattn.plan.shape import ModelShape
 from diffattn.variants import VARIANTS
+
+# The fewest keys of a span, and the most spans of a call, as ``diffattn.ops.triton.configs`` cuts the keys; a test
+# compares.
+LEAST_SPAN, MOST_SPANS = 64, 128
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Inference:
     """The sizes that prefill and decoding share, and the bytes of both at each point at which the peak may lie."""
 
     def __init__(self, shape: ModelShape, attention: str, setting: Setting) -> None:
-        setting.check(shape, attention)
+        setting = setting.for_model(shape, attention)
         dtypes = setting.precision
         self.shape, self.variant = shape, VARIANTS[attention]
         self.batch, self.context = setting.batch, setting.context
@@ -69,6 +73,14 @@ class Inference:
         N, _, W = self.variant.heads(self.shape)
         return 2 * self.size * N * W * self.batch * keys if self.keys < N * W else 0
 
+    def partial(self, keys: int) -> int:
+        """Returns the bytes at most of what the Triton kernel's programs find for one query, each in a span of keys.
+
+        Of both maps of each output head: a part of the result in float32, its largest score and the sum.
+        """
+        spans = min(-(-keys // LEAST_SPAN), MOST_SPANS)
+        return 2 * self.variant.output_heads(self.shape) * spans * 4 * (self.variant.heads(self.shape).width + 2)
+
     def prefill(self) -> list[InferenceMemory]:
         """Returns the bytes at each point of prefill at which the peak may lie."""
         shape, variant, a = self.shape, self.variant, self.size
@@ -83,7 +95,7 @@ class Inference:
         call = a * ((2 * width if padded else queries) + 2 * keys)
         # It is made beside q, k and v, and waits for the call's result.
         gate = a * width if variant.gated else 0
-        if variant.maps == 1 or self.backend == "fused":
+        if variant.maps == 1 or self.backend in FUSED:
             # And the product with the gate.
             result = a * width + 2 * gate
         else:
@@ -91,8 +103,8 @@ class Inference:
             result = a * N * W + (4 if a == 4 else 12) * width
         if variant.norm:
             # In the norm: x̂ and the result in float32, and the cast input.
-            result = a * (width if self.backend == "fused" else N * W) + (8 if a == 4 else 12) * width
-            result += 4 * width if self.backend != "fused" and a == 4 else 0
+            result = a * (width if self.backend in FUSED else N * W) + (8 if a == 4 else 12) * width
+            result += 4 * width if self.backend not in FUSED and a == 4 else 0
         # Rotating the queries of the last layer, its combine step, its feed-forward layer; the final norm; the logits.
         found = [
             self.at(cache - cache // shape.num_layers, (hidden + a * (4 * queries + 2 * keys) + gate) * tokens + rope),
@@ -118,6 +130,8 @@ class Inference:
             self.at(cache, new + small + once_more),
             self.at(cache, new + small + a * B * shape.vocab_size, head=True),
         ]
+        if self.backend == "fused_triton":
+            found.append(self.at(cache, new + small + B * self.partial(keys)))
         if self.backend == "materialised":
             found.append(self.at(cache, new + small + self.spread(keys), self.maps(1, keys)))
         return found

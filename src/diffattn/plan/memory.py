@@ -65,7 +65,7 @@ def training_memory(shape: ModelShape, attention: str, setting: Setting) -> Trai
     Source: ``training_moments``; docs/plan.md gives the error against measured steps.
 
     >>> shape = ModelShape.preset("3M")
-    >>> training_memory(shape, "diff_v1", Setting(context=256, precision="fp32", backend="fused")).optimizer
+    >>> training_memory(shape, "diff_v1", Setting(context=256, precision="fp32", backend="fused_cpu")).optimizer
     24011040
     """
     found = training_moments(shape, attention, setting)
@@ -97,7 +97,7 @@ def decoding_memory(shape: ModelShape, attention: str, setting: Setting) -> Infe
     Source: ``transformers.cache_utils.DynamicLayer``; the profiler's memory events.
 
     >>> shape = ModelShape.preset("3M")
-    >>> decoding_memory(shape, "diff_v2", Setting(context=256, precision="bf16", backend="fused")).cache
+    >>> decoding_memory(shape, "diff_v2", Setting(context=256, precision="bf16", backend="fused_cpu")).cache
     983040
     """
     state = Inference(shape, attention, setting)
@@ -137,7 +137,7 @@ def training_moments(shape: ModelShape, attention: str, setting: Setting) -> dic
     >>> max(found, key=lambda name: found[name].total)
     'gradient of the embedding'
     """
-    setting.check(shape, attention)
+    setting = setting.for_model(shape, attention)
     dtypes, batch, context = setting.precision, setting.batch, setting.context
     if not dtypes.trains:
         raise ConfigError(
@@ -148,7 +148,7 @@ def training_moments(shape: ModelShape, attention: str, setting: Setting) -> dic
     gradient = int(BYTES[dtypes.gradients])
     L, D, V, F = shape.num_layers, shape.hidden_size, shape.vocab_size, shape.intermediate_size
     tokens, pairs = batch * context, batch * context * context
-    one = layer(shape, attention, backend=setting.backend, size=size, autocast=autocast)
+    one = layer(shape, attention, backend=setting.backend, size=size, autocast=autocast, gpu=setting.gpu)
 
     weights = bytes_of(counted.total, lambdas, dtypes.weights)
     optimizer = 2 * bytes_of(counted.total, lambdas, dtypes.optimizer) + 4 * _tensors(shape, attention)

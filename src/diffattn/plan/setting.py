@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffattn.errors import ConfigError
 from diffattn.names import SHORT_DTYPES, one_of
-from diffattn.plan.activations import check_backend, find_backend
+from diffattn.plan.activations import AUTO, check_backend, find_backend, serving
 from diffattn.plan.hardware import Machine, load_machine
 from diffattn.plan.shape import ModelShape, check_positive_int
 from diffattn.quantities import short, whole
@@ -107,10 +107,12 @@ class Setting:
     """Number format of each part, or the name of one in ``PRECISIONS``. Default: ``"mixed"``, bfloat16 with a float32
     copy of the weights."""
     backend: str
-    """The way in which attention is computed: ``"definition"`` and ``"fused"`` (maps subtracted in the kernel),
-    ``"standard"`` (one sdpa call), ``"materialised"`` (eager: maps written out); or one of two forms of V1 that are
+    """The way in which attention is computed: ``"auto"``, the one that serves on the machine (``for_model`` says which;
+    without a machine the standard call); ``"standard"`` (one sdpa call), ``"unequal"`` (one sdpa call, in which V1's
+    values are twice as wide as its keys), ``"fused_triton"`` (the GPU kernel), ``"fused_cpu"`` and ``"definition"``
+    (maps subtracted in the kernel), ``"materialised"`` (eager: maps written out); or one of two forms of V1 that are
     known from the literature and that this package does not have, ``"two_calls"`` and ``"four_calls"``.
-    Default: ``"standard"``."""
+    Default: ``"auto"``."""
     checkpointing: bool
     """True where training keeps only each layer's input and computes the layer again for its backward pass. Default:
     False."""
@@ -128,7 +130,7 @@ class Setting:
         context: int | str = 4096,
         batch: int | str = 1,
         precision: Precision | str = "mixed",
-        backend: str = "standard",
+        backend: str = AUTO,
         checkpointing: bool = False,
         machine: Machine | str | Path | None = "H100 SXM",
         fsdp: int = 1,
@@ -149,13 +151,32 @@ class Setting:
         for key, value in read.items():
             object.__setattr__(self, key, value)
 
-    def check(self, shape: ModelShape, attention: str) -> None:
-        """Raises a ``ConfigError`` unless the shape can carry the variant, and the variant has the backend.
+    def for_model(self, shape: ModelShape, attention: str) -> Setting:
+        """Returns the setting with the backend by which this model is planned: ``"auto"`` is the one that serves.
 
-        >>> Setting(backend="fused").check(ModelShape.preset("3M"), "diff_v1")
+        Raises:
+            ConfigError: the shape cannot carry the variant, or the variant does not have the backend.
+
+        >>> shape = ModelShape.preset("3M")
+        >>> [Setting().for_model(shape, name).backend for name in ("diff_v1", "softmax")]
+        ['fused_triton', 'standard']
+        >>> Setting(machine="Raspberry Pi 5").for_model(shape, "diff_v1").backend
+        'fused_cpu'
         """
         shape.check_variant(attention)
+        if self.backend == AUTO:
+            served = serving(
+                shape, attention, self.machine, activations=self.precision.activations, context=self.context,
+                trains=self.precision.trains,
+            )  # fmt: skip
+            return replace(self, backend=served)
         check_backend(attention, self.backend)
+        return self
+
+    @property
+    def gpu(self) -> bool:
+        """True where the machine is known to be a GPU."""
+        return self.machine is not None and self.machine.chip is not None
 
     def to_json(self) -> dict[str, object]:
         """Returns the fields by name, each as JSON has it.
@@ -269,8 +290,9 @@ class PlanOptions:
     master_dtype: str | None = None
     """Format of the second copy of the weights. Default: as ``precision`` says."""
     backend: str = DEFAULT_SETTING.backend
-    """Way to compute attention: standard, fused, definition or materialised. The planner also knows two_calls and
-    four_calls, two ways from the literature to compute V1 that diffattn itself does not have."""
+    """Way to compute attention: auto (the one that diffattn takes on this machine), standard, unequal, fused_triton,
+    fused_cpu, definition or materialised. The planner also knows two_calls and four_calls, two ways from the literature
+    to compute V1 that diffattn itself does not have."""
     checkpointing: bool = DEFAULT_SETTING.checkpointing
     """Save memory in training by computing each layer twice."""
     fsdp: int = DEFAULT_SETTING.fsdp

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from diffattn.humanize import count, flops, seconds, size
+from diffattn.plan.activations import AUTO
 from diffattn.plan.estimate import Estimate
 from diffattn.plan.hardware import MACHINES, GiB
 from diffattn.plan.memory import inference_memory
@@ -56,7 +57,6 @@ def _maps(one: PlannedModel, backends: Sequence[BackendRow]) -> str:
         return ""
     rows = [row for row in backends if row.model == one.name and row.attention == one.attention]
     held = [(row.backend, row.score_ratio_to_twin) for row in rows if row.score_ratio_to_twin is not None]
-    free = [row.backend for row in rows if not row.score_bytes]
     ratio = held[0][1]
     doubled = ", ".join(backend for backend, its_ratio in held if its_ratio > 1.5)
     verdict = f"doubled in {doubled} alone" if doubled else "doubled in no backend"
@@ -65,7 +65,7 @@ def _maps(one: PlannedModel, backends: Sequence[BackendRow]) -> str:
     return (
         f" Beside a softmax model of its own shape, the memory of its attention maps is {verdict}, "
         f"because it {because}: "
-        f"{', '.join(backend for backend, _ in held)} holds {ratio:.2f}× the bytes of maps, {', '.join(free)} hold "
+        f"{', '.join(backend for backend, _ in held)} holds {ratio:.2f}× the bytes of maps, the others hold "
         f"none in either; its KV cache is {'the same' if cache == 1 else f'{cache:.2f}×'} in every row."
     )
 
@@ -163,7 +163,8 @@ def small_machine_sentence(models: Sequence[PlannedModel], setting: Setting) -> 
     first = [each.first_token_seconds for each in found if each.first_token_seconds is not None]
     if setting.machine is not None and len(first) == len(found):
         text += f". On {setting.machine.name} the first token comes after at least {said(first, seconds)}"
-    small = Setting(batch=setting.batch, context=setting.context, precision=SMALL_PRECISION)
+    # The standard call, which serves on all of them, so that one number is said.
+    small = Setting(batch=setting.batch, context=setting.context, precision=SMALL_PRECISION, backend="standard")
     needs = [inference_memory(each.shape, each.attention, small) for each in models]
     return (
         f"{text}. With int4 weights and a bf16 cache, {setting.batch} × {setting.context:,} tokens need "
@@ -204,23 +205,37 @@ def table(plan: Plan) -> list[list[str]]:
     return rows
 
 
-def setting_line(setting: Setting) -> str:
+def setting_line(plan: Plan) -> str:
     """Says what the numbers hold for, in one line.
 
-    >>> setting_line(Setting(machine="rtx 3060", context=256))
-    'machine: RTX 3060 12GB; context: 256; batch: 1; precision: mixed; backend: standard'
+    >>> from diffattn.plan.answer import plan
+    >>> setting_line(plan("diff_v1:3M", setting=Setting(machine="rtx 3060", context=256)))
+    'machine: RTX 3060 12GB; context: 256; batch: 1; precision: mixed; backend: auto (diff_v1:3M: fused_triton)'
     """
+    setting = plan.setting
     listed = ", ".join(f"{part} {dtype}" for part, dtype in setting.precision.to_json().items() if dtype is not None)
     parts = {
         "machine": "none, so no times" if setting.machine is None else setting.machine.name,
         "context": f"{setting.context:,}",
         "batch": f"{setting.batch:,}",
         "precision": setting.precision.name or listed,
-        "backend": setting.backend,
+        "backend": backend_words(plan),
     }
     parts |= {"checkpointing": "on"} if setting.checkpointing else {}
     parts |= {key: str(ranks) for key, ranks in (("fsdp", setting.fsdp), ("tp", setting.tp)) if ranks > 1}
     return "; ".join(f"{key}: {value}" for key, value in parts.items())
+
+
+def backend_words(plan: Plan) -> str:
+    """Returns the name of the backend, and for ``auto`` what it is for each model.
+
+    >>> from diffattn.plan.answer import plan
+    >>> backend_words(plan("diff_v1:3M", "softmax:3M", Setting(context=256)))
+    'auto (diff_v1:3M: fused_triton, softmax:3M: standard)'
+    """
+    if plan.setting.backend != AUTO:
+        return plan.setting.backend
+    return f"{AUTO} ({', '.join(f'{model.name}: {model.estimate.backend}' for model in plan.models)})"
 
 
 def backend_table(rows: Sequence[BackendRow]) -> list[list[str]]:
@@ -231,7 +246,7 @@ def backend_table(rows: Sequence[BackendRow]) -> list[list[str]]:
 
     >>> from diffattn.plan.answer import plan
     >>> result = plan("diff_v2:3M", "softmax:3M", Setting(context=256, machine=None))
-    >>> [row[:3] for row in backend_table(result.backends)][4]
+    >>> [row[:3] for row in backend_table(result.backends)][5]
     ['diff_v2:3M', 'materialised', '22.5 MiB']
     """
     found = [["model", "backend", "maps", "to twin", "cache", "FLOPs/token", "training", "inference"]]

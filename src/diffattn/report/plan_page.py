@@ -14,6 +14,7 @@ from diffattn import humanize
 from diffattn.plan.activations import resolve
 from diffattn.plan.answer import ratio_rows
 from diffattn.plan.result import BackendRow, Plan, RatioRow
+from diffattn.plan.text import backend_words
 from diffattn.report import charts
 from diffattn.report.compare_table import ratio_text
 from diffattn.report.page import render_charts
@@ -132,7 +133,7 @@ def _fixed(plan: Plan) -> str:
     words = {
         "precision": setting.precision.name or "as given",
         "machine": "none, so no times" if setting.machine is None else setting.machine.name,
-        "attention backend": setting.backend,
+        "attention backend": backend_words(plan),
         "gradient checkpointing": "on" if setting.checkpointing else "off",
     }
     return " · ".join(f"{key} {value}" for key, value in words.items())

@@ -25,7 +25,7 @@ class VariantResult(Result):
     bits_per_byte: Sequence[float]
     """Held-out loss in bits per byte of text, one for each seed."""
     attention_backend: str
-    """The backend that served the attention, such as ``fused`` or ``standard``."""
+    """The backend that served the attention, such as ``fused_cpu`` or ``standard``."""
     train_tokens_per_second: float
     """Tokens of a training step over its median time, in tokens per second; the median over seeds."""
     train_peak_bytes: float

@@ -7,7 +7,7 @@ import tempfile
 import time
 import warnings
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.fused import DIFF_FUSED, serving_backend
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.transformers_private import attention_implementation
+from diffattn.plan.activations import AUTO
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token, weight_bytes
 from diffattn.plan.hardware import Machine
 from diffattn.plan.memory import decoding_memory, prefill_memory, training_memory
@@ -33,7 +34,7 @@ from diffattn.variants import VARIANTS
 
 # The precisions and the backends that can be built here; the planner knows more of both.
 _PRECISIONS = ("fp32", "autocast", "bf16")
-_IMPLEMENTATIONS = {"fused": DIFF_FUSED, "standard": "sdpa", "materialised": "eager"}
+_IMPLEMENTATIONS = {"fused_cpu": DIFF_FUSED, "standard": "sdpa", "materialised": "eager"}
 
 
 class Subject:
@@ -43,26 +44,27 @@ class Subject:
         shape: the softmax Transformer being replaced; for a matched V2, what ``match_parameters`` returned.
         attention: a name in ``VARIANTS``.
         setting: how it is run, here on one rank: the precision ``"fp32"``, ``"autocast"`` or ``"bf16"``, the backend
-            ``"fused"``, ``"standard"`` or ``"materialised"``; softmax's fused is the standard call.
+            ``"fused_cpu"``, ``"standard"``, ``"materialised"``, or ``"auto"`` for what serves here; softmax's fused_cpu
+            is the standard call. The setting's machine is not used.
 
     Raises:
         ConfigError: a name that is not among these, or a shape that cannot carry the variant.
-        UnsupportedError: ``"fused"`` where no kernel serves.
+        UnsupportedError: ``"fused_cpu"`` where no kernel serves.
 
     >>> Subject(ModelShape.preset("300K"), "softmax", Setting(context=16, precision="fp32")).setting.batch
     1
     """
 
     def __init__(self, shape: ModelShape, attention: str, setting: Setting) -> None:
-        _check_runs(setting)
+        setting = _here(attention, setting)
         self.shape, self.attention, self.setting = shape, attention, setting
         self.autocasts = setting.precision.autocast
-        dtype = torch.float32 if setting.precision.name == "fp32" else torch.bfloat16
+        dtype = _dtype(setting)
         implementation = _IMPLEMENTATIONS[setting.backend]
-        if setting.backend == "fused" and VARIANTS[attention].maps == 1:
+        if setting.backend == "fused_cpu" and VARIANTS[attention].maps == 1:
             implementation = "sdpa"
-        elif setting.backend == "fused" and serving_backend(attention, "cpu", dtype) != "fused":
-            raise UnsupportedError("backend='fused'", "a compiled kernel", "`diffattn doctor` says what fails")
+        elif setting.backend == "fused_cpu" and serving_backend(attention, "cpu", dtype) != "fused_cpu":
+            raise UnsupportedError("backend='fused_cpu'", "a compiled kernel", "`diffattn doctor` says what fails")
         # One position more than the context, for the token that is decoded behind it.
         config = DiffTransformerConfig.from_shape(
             shape, attention, max_position_embeddings=max(shape.max_position_embeddings, setting.context + 1)
@@ -226,13 +228,13 @@ def measure_plan(
 
     Source: what is measured, and what is not, is in docs/plan.md.
 
-    >>> setting = Setting(context=32, precision="fp32", backend="fused")
+    >>> setting = Setting(context=32, precision="fp32", backend="fused_cpu")
     >>> rates = Machine("toy", {"fp32": 1e11, "bf16": 1e11}, bandwidth=1e10, disk=1e9)
     >>> rows = measure_plan(ModelShape.preset("300K"), "softmax", setting, machine=rates, repeats=1)
     >>> all(row.ratio == 1 for row in rows if row.exact)
     True
     """
-    _check_runs(setting)
+    setting = _here(attention, setting)
     batch, context, precision = setting.batch, setting.context, setting.precision
     step_peak = training_memory(shape, attention, setting).total
     memory = main_memory()
@@ -299,8 +301,17 @@ def measure_plan(
     return rows
 
 
-def _check_runs(setting: Setting) -> None:
-    """Raises a ``ConfigError`` unless a model can be built here in this setting."""
+def _dtype(setting: Setting) -> torch.dtype:
+    """Returns the dtype of queries, keys and values."""
+    return torch.float32 if setting.precision.name == "fp32" else torch.bfloat16
+
+
+def _here(attention: str, setting: Setting) -> Setting:
+    """Returns the setting as this machine's processor runs it, with the backend that serves there for ``"auto"``.
+
+    Raises:
+        ConfigError: no model can be built here in this setting.
+    """
     precision = setting.precision.name
     given = f"precision={precision!r}" if precision else "a format of a single part, such as --weights-dtype"
     if precision not in _PRECISIONS:
@@ -309,12 +320,16 @@ def _check_runs(setting: Setting) -> None:
             "for a model that is built, one of float32, autocast, bfloat16",
             "pass one of them as --dtype alone",
         )
-    if setting.backend not in _IMPLEMENTATIONS:
+    backend = setting.backend
+    if backend == AUTO:
+        backend = serving_backend(attention, "cpu", _dtype(setting))
+    if backend not in _IMPLEMENTATIONS:
         raise ConfigError(
-            f"backend={setting.backend!r}",
+            f"backend={backend!r}",
             f"for a model that is built, one of {', '.join(_IMPLEMENTATIONS)}",
             "pass one of them as --backend",
         )
+    return replace(setting, backend=backend, machine=None)
 
 
 def _save_and_load(model: DiffTransformerForCausalLM, repeats: int) -> tuple[int, float]:
