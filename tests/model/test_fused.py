@@ -19,9 +19,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.fused import DIFF_FUSED, diff_fused_attention, diff_fused_mask
+from diffattn.model.fused import DIFF_FUSED, diff_fused_attention, diff_fused_mask, serving_backend
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.ops.cpu import build
+from diffattn.ops.triton import operator as fused_triton
 from diffattn.probes.lens import attention_maps
 
 DIFFERENTIAL = ("diff_v1", "diff_v2")
@@ -347,3 +348,22 @@ def test_maps_need_eager_attention_as_they_do_under_sdpa(attention):
     assert model.config._attn_implementation == DIFF_FUSED
     model.set_attn_implementation("eager")
     assert maps == attention_maps(model, tokens(1, 5), layer=1, head=2)
+
+
+def test_what_serves_a_model_is_named_by_device_dtype_and_width(monkeypatch):
+    asked = []
+
+    def unavailable(device, width, value_width):
+        asked.append((device.type, width, value_width))
+        return None if value_width <= 256 else "too wide"
+
+    monkeypatch.setattr(fused_triton, "unavailable", unavailable)
+    assert serving_backend("diff_v1", "cuda", torch.bfloat16, 128) == "fused_triton"
+    assert serving_backend("diff_v2", "cuda", torch.float16, 256) == "fused_triton"
+    assert serving_backend("diff_v1", "cuda", torch.bfloat16, 130) == "standard"
+    assert asked == [("cuda", 128, 256), ("cuda", 256, 256), ("cuda", 130, 260)]
+    assert serving_backend("diff_v1", "cuda", torch.float32, 64) == "standard"
+    assert serving_backend("softmax", "cuda", torch.bfloat16, 64) == "standard"
+    monkeypatch.setattr(build, "unavailable", lambda dtype: None if dtype == torch.float32 else "none")
+    assert serving_backend("diff_v1", "cpu", torch.float32, 64) == "fused_cpu"
+    assert serving_backend("diff_v1", "cpu", torch.bfloat16, 64) == "standard"

@@ -34,7 +34,7 @@ def runs(attention: str, precision: str, backend: str) -> bool:
     return (
         backend != "fused_cpu"
         or VARIANTS[attention].maps == 1
-        or serving_backend(attention, "cpu", dtype) == "fused_cpu"
+        or serving_backend(attention, "cpu", dtype, 32) == "fused_cpu"
     )
 
 
@@ -155,7 +155,7 @@ def test_what_does_not_run_is_refused():
 def test_auto_is_what_serves_on_this_machine():
     for attention in ("softmax", "diff_v1"):
         subject = Subject(GROUPED, attention, Setting(context=8, precision="fp32", machine="H100 SXM"))
-        assert subject.setting.backend == serving_backend(attention, "cpu", torch.float32)
+        assert subject.setting.backend == serving_backend(attention, "cpu", torch.float32, 32)
         assert subject.setting.machine is None
 
 

@@ -118,13 +118,23 @@ def diff_fused_attention(
     return output if norm is None else norm(output, norm.scale), None
 
 
-def serving_backend(attention: str, device: str, dtype: torch.dtype) -> str:
+def serving_backend(attention: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
     """Returns what serves a causal call of a model by default, as ``diffattn.plan.cost.flops_per_token`` names it.
 
-    ``dtype`` is that of queries, keys and values, under autocast that of the products. Compiles the kernel if need be.
+    ``dtype`` is that of queries, keys and values, under autocast that of the products, and ``head_dim`` the width of a
+    softmax head. Compiles the CPU kernel if need be.
     """
-    fused = ATTENTIONS[attention].maps > 1 and device == "cpu" and dtype in build.DTYPES
-    return "fused_cpu" if fused and build.unavailable(dtype) is None else "standard"
+    variant = ATTENTIONS[attention]
+    if variant.maps == 1:
+        return "standard"
+    if device == "cpu":
+        served = dtype in build.DTYPES and build.unavailable(dtype) is None
+        return "fused_cpu" if served else "standard"
+    value_width = variant.join * head_dim
+    served = dtype in fused_triton.DTYPES and (
+        fused_triton.unavailable(torch.device(device), head_dim, value_width) is None
+    )
+    return "fused_triton" if served else "standard"
 
 
 def _holds_both_keys(query: Tensor, key: Tensor) -> bool:

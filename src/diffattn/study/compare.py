@@ -266,7 +266,7 @@ def _variant(study: _Study, attention: str, results: list[TrainResult], plan: Ru
     shape = pair_config(study.shape, attention, match=study.options.match).shape()
     parameters = count_parameters(shape, attention)
     used = study.options.recipe(1, 0)
-    backend = serving_backend(attention, used.device, getattr(torch, used.dtype))
+    backend = serving_backend(attention, used.device, getattr(torch, used.dtype), shape.head_dim)
     flops = flops_per_token(shape, attention, context=study.context, phase="training", backend=backend)
     load = measure_load(results[0].model_folder, used.device)
     speeds = sorted(result.train_tokens_per_second for result in results)

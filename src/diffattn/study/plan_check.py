@@ -56,14 +56,14 @@ class Subject:
     """
 
     def __init__(self, shape: ModelShape, attention: str, setting: Setting) -> None:
-        setting = _here(attention, setting)
+        setting = _here(shape, attention, setting)
         self.shape, self.attention, self.setting = shape, attention, setting
         self.autocasts = setting.precision.autocast
         dtype = _dtype(setting)
         implementation = _IMPLEMENTATIONS[setting.backend]
         if setting.backend == "fused_cpu" and VARIANTS[attention].maps == 1:
             implementation = "sdpa"
-        elif setting.backend == "fused_cpu" and serving_backend(attention, "cpu", dtype) != "fused_cpu":
+        elif setting.backend == "fused_cpu" and serving_backend(attention, "cpu", dtype, shape.head_dim) != "fused_cpu":
             raise UnsupportedError("backend='fused_cpu'", "a compiled kernel", "`diffattn doctor` says what fails")
         # One position more than the context, for the token that is decoded behind it.
         config = DiffTransformerConfig.from_shape(
@@ -234,7 +234,7 @@ def measure_plan(
     >>> all(row.ratio == 1 for row in rows if row.exact)
     True
     """
-    setting = _here(attention, setting)
+    setting = _here(shape, attention, setting)
     batch, context, precision = setting.batch, setting.context, setting.precision
     step_peak = training_memory(shape, attention, setting).total
     memory = main_memory()
@@ -306,7 +306,7 @@ def _dtype(setting: Setting) -> torch.dtype:
     return torch.float32 if setting.precision.name == "fp32" else torch.bfloat16
 
 
-def _here(attention: str, setting: Setting) -> Setting:
+def _here(shape: ModelShape, attention: str, setting: Setting) -> Setting:
     """Returns the setting as this machine's processor runs it, with the backend that serves there for ``"auto"``.
 
     Raises:
@@ -322,7 +322,7 @@ def _here(attention: str, setting: Setting) -> Setting:
         )
     backend = setting.backend
     if backend == AUTO:
-        backend = serving_backend(attention, "cpu", _dtype(setting))
+        backend = serving_backend(attention, "cpu", _dtype(setting), shape.head_dim)
     if backend not in _IMPLEMENTATIONS:
         raise ConfigError(
             f"backend={backend!r}",
