@@ -43,7 +43,6 @@ from diffattn.ops.cpu import build
 from diffattn.ops.cpu import operator as fused_cpu
 from diffattn.ops.derivatives import through_sdpa
 from diffattn.ops.half import attention_inputs
-from diffattn.ops.reference import Call
 from diffattn.ops.standard import open_dead_rows, pad_queries, subtract
 from diffattn.ops.triton import operator as fused_triton
 from diffattn.ops.visibility import visible_in_ranges, visible_keys
@@ -85,13 +84,12 @@ def diff_fused_attention(
         Output heads (B, T, H, V), H = N / 2, and None for the weights, which no one has held. Half-precision ones may
         be float32: the standard call leaves the rounding to the norm behind it.
     """
-    kernel = None
     if _needs_standard_call(attention_mask, dropout, kwargs) is None:
-        # Their keys are not told apart here: a kernel that serves V2 serves V1 of these widths.
-        call = Call(query, key, query, key, value, lam)
-        kernel = next((one for one in KERNELS if one.unsupported(call) is None), None)
-    if kernel is not None:
         queries = None if attention_mask is None else attention_mask[:, :, 0, 0]
+        kernel = next((one for one in KERNELS if one.refuses(query, key, value, lam, queries) is None), None)
+    else:
+        kernel = None
+    if kernel is not None:
         if kernel.decodes(query, value):
             gain, norm_scale, eps = (None, 1.0, None) if norm is None else (norm.weight, norm.scale, norm.eps)
             output = kernel.decode(

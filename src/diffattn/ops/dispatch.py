@@ -47,10 +47,11 @@ BACKENDS: dict[str, Backend] = {
     ),
     "fused_triton": Backend(
         "fused_triton",
-        "NVIDIA GPUs of type Hopper, with Triton",
+        "GPUs of NVIDIA and AMD, with Triton",
         fused_triton.unsupported,
         fused_triton.fused_triton_diff_attention,
         partial(fused_triton.fused_triton_diff_attention, formulas=False),
+        fused_triton.passed_over,
         packs=True,
     ),
     "standard": Backend("standard", _ANY_DEVICE, _supports_everything, standard_diff_attention, packs=True),

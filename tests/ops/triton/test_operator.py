@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffattn.errors import UnsupportedError
 from diffattn.ops.dispatch import BACKENDS, diff_attention
 from diffattn.ops.reference import Call
+from diffattn.ops.triton import configs
 from diffattn.ops.triton import operator as fused_triton
 
 BF16 = torch.bfloat16
@@ -34,8 +35,7 @@ def test_in_the_interpreter() -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors without data that say that they lie on an H100, and a Triton that is new enough."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA TITAN X")
+    monkeypatch.setattr(configs, "_facts", lambda index: ("sm_90", configs.SHARED["sm_90"], 132))
     monkeypatch.setattr(fused_triton, "triton_version", lambda: "3.6.0")
     # What else `standard` calls asks for a PyTorch with CUDA.
     next_one = BACKENDS["standard"]._replace(run=lambda call: call.v.new_empty(*call.q1.shape[:3], call.v.shape[-1]))
@@ -117,9 +117,50 @@ def test_an_old_triton_is_refused(version: str, served: bool, gpu: None, monkeyp
         )
 
 
-def test_a_card_without_a_block_table_is_refused(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (5, 2))
-    refused(on_gpu(), "NVIDIA TITAN X is not supported; it serves cards of type Hopper")
+def test_a_chip_without_a_block_table_is_refused(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "_facts", lambda index: ("sm_52", 49152, 24))
+    refused(on_gpu(), "a GPU of type sm_52 is not supported; it serves sm_80, .*")
+
+
+def test_a_card_with_too_little_shared_memory_is_refused(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "_facts", lambda index: ("sm_90", 49152, 24))
+    refused(on_gpu(), "a GPU with 49152 bytes of shared memory for a program is not supported; it needs .* on sm_90")
+
+
+def chosen(x: Inputs, **options: Any) -> str:
+    """The first backend of "auto" that a GPU's call is left to."""
+    call = Call(*x[:6], **options)
+    return next(name for name, one in BACKENDS.items() if not (one.refuses(call) or one.passed_over(call)))
+
+
+def test_auto_passes_over_what_another_backend_is_faster_for(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a chip that nobody timed, V2 without a mask; V1, masks and decoding are the kernels' everywhere."""
+    monkeypatch.setattr(configs, "_facts", lambda index: ("sm_80", configs.SHARED["sm_80"], 108))
+    v1, v2 = on_gpu(T=16), on_gpu(T=16, one_key=True)
+    padding = torch.zeros(2, 16, dtype=torch.bool, device="cuda")
+    assert chosen(v1) == "fused_triton"
+    assert chosen(v2) == "standard"
+    reason = fused_triton.passed_over(Call(*v2[:6]))
+    assert str(reason).startswith("fused_triton: V2 without a mask is left to")
+    assert chosen(v2, key_padding=padding) == "fused_triton"
+    assert chosen(on_gpu(T=1, S=16, one_key=True)) == "fused_triton"
+    # By its name it serves.
+    assert diff_attention(*v2[:6], backend="fused_triton").shape == (2, 16, 6, 16)
+
+
+def test_a_layer_asks_for_the_same(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "_facts", lambda index: ("sm_80", configs.SHARED["sm_80"], 108))
+
+    def refusal(queries: int, one_key: bool, masked: bool) -> str | None:
+        query, lam = (torch.empty(2, 4, queries, 8, dtype=BF16, device="cuda"), torch.empty((), device="cuda"))
+        key = torch.empty(2, 2, 16, 8 if one_key else 16, dtype=BF16, device="cuda")
+        ranges = torch.empty(2, 2, 16, dtype=torch.int32, device="cuda") if masked else None
+        return fused_triton.refuses(query, key, key.new_empty(2, 2, 16, 16), lam, ranges)
+
+    assert refusal(16, one_key=False, masked=False) is None
+    assert refusal(16, one_key=True, masked=True) is None
+    assert refusal(1, one_key=True, masked=False) is None
+    assert str(refusal(16, one_key=True, masked=False)).startswith("fused_triton: V2 without a mask is left to")
 
 
 def test_triton_is_not_imported_before_a_kernel_is() -> None:

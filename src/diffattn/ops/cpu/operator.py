@@ -100,6 +100,11 @@ def fused_cpu_diff_attention(call: Call, *, formulas: bool = True) -> Tensor:
     return output[..., :width]
 
 
+def refuses(query: Tensor, key: Tensor, value: Tensor, lam: Tensor, queries: Tensor | None) -> str | None:
+    """Returns None where `decode` or `attend` is to compute a layer's call, else one sentence; arguments as there."""
+    return unsupported(Call(query, key, query, key, value, lam))
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, lam: Tensor, *, scale: float | None, queries: Tensor | None
 ) -> Tensor:

@@ -31,15 +31,16 @@ from diffattn.config_fields import dtype_name
 from diffattn.ops import derivatives, kernel_derivatives
 from diffattn.ops.reference import Call, as_lam
 from diffattn.ops.torch_private import constant_while_compiled
-from diffattn.ops.triton import launch
+from diffattn.ops.triton import configs, launch
 from diffattn.ops.visibility import seeing_queries
 
 DTYPES = (torch.bfloat16, torch.float16)
-MAX_WIDTH = 256
 # Older ones were not tried. Those before 3.7.1 miscompile products with a transposed tile that was computed, on Hopper:
 # our kernels transpose loaded tiles only.
 OLDEST_TRITON = (3, 6)
 
+# Widths of the kernels' tiles.
+_TILES = (16, 32, 64, 128, 256)
 # ROCm's PyTorch calls its devices cuda too.
 _DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 
@@ -81,25 +82,51 @@ def unsupported(call: Call) -> str | None:
         return f"fused_triton: {dtype_name(v.dtype)} inputs are not supported; it serves {served}"
     if derivatives.forward_mode(q1, k1, q2, k2, v, lam):
         return kernel_derivatives.no_forward_mode("fused_triton")
-    return unavailable(device, _as_padded(q1.shape[-1]), _as_padded(v.shape[-1]))
+    return unavailable(device, *_tiles(q1.shape[-1], v.shape[-1]), k2 is k1)
 
 
-def _as_padded(width: int) -> int:
-    """The width of the tiles that hold this one, a power of two; wider ones as they are.
+def passed_over(call: Call) -> str | None:
+    """Returns None where the kernels are the best choice for a call that they serve, else one sentence."""
+    q1, k1, q2, k2, v, lam, *_ = call
+    masked = call.key_padding is not None or call.queries is not None
+    training = any(isinstance(x, Tensor) and x.requires_grad for x in (q1, k1, q2, k2, v, lam))
+    return _passed_over(q1.device, q1.shape[-1], v.shape[-1], k2 is k1, q1.shape[1], training, masked)
 
-    A graph with sizes that are free is so compiled for the width of a tile, and `unavailable` gets a number.
+
+def _passed_over(
+    device: torch.device, width: int, value_width: int, one_key: bool, queries: int, training: bool, masked: bool
+) -> str | None:
+    widths = _tiles(width, value_width)
+    training = training and torch.is_grad_enabled()
+    reason = configs.passed_over(_chip_of(device), *widths, one_key, queries, training, masked)
+    return None if reason is None else f"fused_triton: {reason}"
+
+
+def _tiles(width: int, value_width: int) -> tuple[int, int]:
+    """The widths of the tiles that hold two widths, powers of two, which the block tables do not tell from them.
+
+    Where a graph with free sizes is compiled, these are numbers.
     """
-    return next((tile for tile in (16, 32, 64, 128, MAX_WIDTH) if width <= tile), width)
+    first, second = (next((n for n in _TILES if w <= n), w) for w in (width, value_width))
+    return first, second
 
 
-def unavailable(device: torch.device, width: int, value_width: int) -> str | None:
-    """Returns None where Triton is installed and the device computes heads so wide, else one sentence.
+def _chip_of(device: torch.device) -> str:
+    return configs.chip_of(device)
+
+
+constant_while_compiled(_chip_of)
+
+
+def unavailable(device: torch.device, width: int, value_width: int, one_key: bool) -> str | None:
+    """Returns None where Triton is installed and there are blocks for a device and two widths, else one sentence.
 
     `torch.compile` takes the answer as a constant.
     """
-    if max(width, value_width) > MAX_WIDTH:
-        return f"fused_triton: heads of {max(width, value_width)} are not supported; it serves widths up to {MAX_WIDTH}"
-    return triton_missing() or _of_another_chip(device)
+    if missing := triton_missing():
+        return missing
+    reason = configs.refusal(configs.chip_of(device), configs.shared_bytes(device), width, value_width, one_key)
+    return None if reason is None else f"fused_triton: {reason}"
 
 
 constant_while_compiled(unavailable)
@@ -128,13 +155,6 @@ def triton_missing() -> str | None:
     return None
 
 
-def _of_another_chip(device: torch.device) -> str | None:
-    """The block table is for Hopper, whose place the interpreter takes."""
-    if device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0):
-        return None
-    return f"fused_triton: {torch.cuda.get_device_name(device)} is not supported; it serves cards of type Hopper"
-
-
 def fused_triton_diff_attention(call: Call, *, formulas: bool = True) -> Tensor:
     """Differential attention through the Triton kernels, for calls to which `unsupported` answers None.
 
@@ -156,6 +176,21 @@ def fused_triton_diff_attention(call: Call, *, formulas: bool = True) -> Tensor:
     # A compiled graph has no second derivatives.
     with nullcontext() if formulas or torch.compiler.is_compiling() else kernel_derivatives.without_formulas():
         return torch.ops.diffattn.fused_triton_output(q1, k1, q2, second, v, lam, queries, causal, scale)
+
+
+def refuses(query: Tensor, key: Tensor, value: Tensor, lam: Tensor, queries: Tensor | None) -> str | None:
+    """Returns None where `decode` or `attend` is to compute a layer's call, else one sentence; arguments as there.
+
+    The sentence says why they do not serve the call, or which other way to compute it is faster.
+    """
+    one_key = key.shape[-1] == query.shape[-1]
+    # Both keys lie in one tensor here: another object says that they are two.
+    call = Call(query, key, query, key if one_key else value, value, lam)
+    if reason := unsupported(call):
+        return reason
+    training = any(x.requires_grad for x in (query, key, value, lam))
+    sizes = (query.shape[-1], value.shape[-1], one_key, query.shape[2])
+    return _passed_over(query.device, *sizes, training, queries is not None)
 
 
 def attend(
