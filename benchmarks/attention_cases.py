@@ -92,6 +92,17 @@ def diffllama(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
     return signal - lam * noise
 
 
+def unequal(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, lam: Tensor) -> Tensor:
+    """One call whose values are twice as wide as its keys, which some kernels of a GPU serve, with nothing padded."""
+    groups = v.shape[2]
+    queries = torch.stack([x.unflatten(2, (groups, -1)) for x in (q1, q2)], dim=3).flatten(2, 4)
+    keys = torch.stack([k1, k2], dim=3).flatten(2, 3)
+    q, k, v = (x.transpose(1, 2) for x in (queries, keys, v))
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True).transpose(1, 2)
+    signal, noise = o.unflatten(2, (groups, 2, -1)).unbind(3)
+    return (signal - lam * noise).flatten(2, 3).to(v.dtype)
+
+
 fused, standard = (partial(diff_attention, backend=name) for name in ("fused_cpu", "standard"))
 FUSED = "tests/ops/cpu/test_operator.py::test_forward_and_gradients"
 STANDARD = "tests/ops/test_standard.py::test_output_and_gradients"
@@ -124,6 +135,7 @@ ENTRIES = (
     ),
     Entry("v1_standard", "diff_v1", "standard", halves, standard, STANDARD, groups=HEADS // 2, **SLOWER),
     Entry("v2_standard", "diff_v2", "standard", halves, standard, STANDARD, queries=2 * HEADS, **SLOWER),
+    Entry("v1_unequal", "diff_v1", "unequal", halves, unequal, HERE, groups=HEADS // 2, **SLOWER),
     Entry("v1_diffllama", "diff_v1", "four_calls", whole, diffllama, HERE, **SLOWER),
 )
 

@@ -65,7 +65,9 @@ def test_executed_flops_are_those_that_torch_counts(entry: Entry) -> None:
     # torch counts the products of its plain form, which computes masked pairs too and recomputes no scores: two
     # products forward and four backward, where a flash kernel does five.
     with sdpa_kernel(SDPBackend.MATH):
-        for problem, torchs, flashs in ((DECODE, 2, 2), (TRAINING, 6, 7)):
+        # Of unequal widths d and 2d a pair of maps is 12d forward, and 24d and 28d backward.
+        ratio = (9, 10) if entry.name == "v1_unequal" else (6, 7)
+        for problem, torchs, flashs in ((DECODE, 1, 1), (TRAINING, *ratio)):
             call = Call(entry, problem)
             with FlopCounterMode(display=False) as counter:
                 call()

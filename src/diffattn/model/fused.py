@@ -43,6 +43,7 @@ from diffattn.ops.cpu import build
 from diffattn.ops.cpu import operator as fused_cpu
 from diffattn.ops.derivatives import through_sdpa
 from diffattn.ops.half import attention_inputs
+from diffattn.ops.sdpa import without_nan
 from diffattn.ops.standard import open_dead_rows, pad_queries, subtract
 from diffattn.ops.triton import operator as fused_triton
 from diffattn.ops.visibility import visible_in_ranges, visible_keys
@@ -108,8 +109,9 @@ def diff_fused_attention(
     def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
 
-    # Computed a second time, for a second derivative, dropout would draw others.
-    o_BTNV = sdpa(query, key, value, mask) if dropout else through_sdpa(sdpa, query, key, value, mask)
+    with without_nan(query.device, query.shape[2], mask):
+        # Computed a second time, for a second derivative, dropout would draw others.
+        o_BTNV = sdpa(query, key, value, mask) if dropout else through_sdpa(sdpa, query, key, value, mask)
     if dead is not None:
         o_BTNV = o_BTNV.masked_fill(dead, 0.0)
     output = subtract(o_BTNV, lam)

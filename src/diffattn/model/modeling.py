@@ -31,6 +31,7 @@ from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 from diffattn.model.masks import model_mask, positions_of_sequences
 from diffattn.model.transformers_private import check_cache_name, restore_when_stopped
 from diffattn.ops.half import quick_products
+from diffattn.ops.sdpa import without_nan
 
 # With one of these arguments the library loads other tensors than those that a folder's config.json describes.
 _OTHER_WEIGHTS = ("state_dict", "subfolder", "variant", "gguf_file", "key_mapping", "ignore_mismatched_sizes")
@@ -106,7 +107,9 @@ class DiffDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        # Around the layer's call, because a checkpointed layer is computed again outside of the model's forward.
+        with without_nan(hidden_states.device, hidden_states.shape[1], kwargs.get("attention_mask")):
+            attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 

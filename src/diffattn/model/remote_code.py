@@ -25,6 +25,8 @@ _SHIPPED = {
     "diffattn.ops.half": "diff_half",
     "diffattn.ops.standard": "diff_standard",
     "diffattn.ops.derivatives": "diff_derivatives",
+    "diffattn.ops.sdpa": "diff_sdpa",
+    "diffattn.ops.visibility": "diff_visibility",
     "diffattn.ops.reference": "diff_reference",
     "diffattn.ops.torch_private": "diff_torch_private",
     "diffattn.plan.shape": "diff_shape",

@@ -11,6 +11,16 @@ of one ordinary grouped-query call:
 Any engine that serves grouped-query attention therefore serves this. The price is in FLOPs: per query, key and output
 head V1 (Dv = 2D) costs 16D, against 8D when the maps are subtracted first, and V2 (Dv = D) 8D against 6D.
 
+Some kernels on a GPU serve keys and values of unequal widths and counts. They need no padding: V1 then costs 12D, and
+28D instead of 40D with the scores computed again in the backward pass. Of each group of R = H / G output heads:
+
+    queries   q1 of the R heads, then q2 of them    (2H heads of width D)
+    keys      k1, k2                                (2G heads of width D)
+    values    v                                     (G heads of width Dv)
+
+PyTorch is asked which kernel it would take (`diffattn.ops.sdpa`). Elsewhere the first form is the better one: the CPU's
+kernel wants equal widths, and one query over a cache takes 1.2 to 125 times as long as softmax attention in the second.
+
 Shape letters: B batch, T queries, S keys, N = 2H query heads, H output heads, G key/value groups, D width of q and k,
 W common width of the call.
 """
@@ -18,14 +28,22 @@ W common width of the call.
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from diffattn.ops.derivatives import through_sdpa
 from diffattn.ops.half import attention_inputs
 from diffattn.ops.reference import Call, as_lam
+from diffattn.ops.sdpa import chosen, on_gpu, without_nan
+
+# Up to so many queries are decoding.
+_FEW = 8
+# Heads of queries, keys and values for one group of two output heads.
+_GROUPED, _UNEQUAL, _REPEATED = (4, 1, 1), (4, 2, 1), (4, 4, 4)
 
 
 def pad_queries(q: Tensor) -> Tensor:
@@ -63,9 +81,13 @@ def subtract(o: Tensor, lam: Tensor) -> Tensor:
     >>> subtract(torch.tensor([[[[5.0], [4.0]]]]), torch.tensor([0.5])).tolist()
     [[[[3.0]]]]
     """
-    lam = as_lam(lam, o)[..., None]
     # unbind's backward is one stack; that of o[..., 0::2, :] is a buffer of zeros per slice and their sum.
     signal, noise = o.unflatten(-2, (-1, 2)).unbind(-2)
+    return _difference(signal, noise, lam)
+
+
+def _difference(signal: Tensor, noise: Tensor, lam: Tensor) -> Tensor:
+    lam = as_lam(lam, signal)[..., None]
     return torch.addcmul(signal.to(lam.dtype), lam, noise.to(lam.dtype), value=-1)
 
 
@@ -80,36 +102,90 @@ def standard_diff_attention(call: Call) -> Tensor:
     >>> standard_diff_attention(Call(q1, k1, q2, k2, v, 0.8)).shape
     torch.Size([2, 5, 4, 8])
     """
-    q1, k1, q2, k2, v, lam, causal, scale, *_ = call
+    q1, k1, _, _, v, lam, causal, scale, *_ = call
     value_width = v.shape[-1]
     scale = 1.0 / math.sqrt(q1.shape[-1]) if scale is None else scale
-
-    if k1 is k2:
-        q_BTNW = torch.stack([q1, q2], dim=-2).flatten(-3, -2)
-        k_BSGW = k1
-    else:
-        q_BTNW = _pad_pair(q1, q2)
-        k_BSGW = torch.cat([k1, k2], dim=-1)
-    # The flash kernel on CPU wants one width for keys and values; without it the call would hold every score in memory.
-    width = max(q_BTNW.shape[-1], value_width)
-    q, k, v_padded = (_widen(x, width).transpose(1, 2) for x in (q_BTNW, k_BSGW, v))
-
     mask, dead = _mask(call)
-    q, k, v_padded, mask = attention_inputs(q, k, v_padded, mask)
-    # SDPA aligns its causal mask top-left, which is ours only where T = S.
-    is_causal = causal and mask is None and q1.shape[1] == k1.shape[1]
-    grouped = q.shape[1] != k.shape[1]
+    with without_nan(q1.device, q1.shape[1], mask):
+        unequal, repeated = _form(call, mask is not None)
+        q_BTNW, k_BSGW, v_BSGW = _unequal(call) if unequal else _equal(call)
+        if repeated:
+            k_BSGW, v_BSGW = (_repeat(x, q_BTNW.shape[2] // x.shape[2]) for x in (k_BSGW, v_BSGW))
+        q, k, v_padded = (x.transpose(1, 2) for x in (q_BTNW, k_BSGW, v_BSGW))
+        q, k, v_padded, mask = attention_inputs(q, k, v_padded, mask)
+        # SDPA aligns its causal mask top-left, which is ours only where T = S. `all` and `any` make bool, which SDPA
+        # wants, of what is a symbol in a graph for every length.
+        is_causal = all((causal, mask is None, q1.shape[1] == k1.shape[1]))
+        grouped = any(x.shape[1] != q.shape[1] for x in (k, v_padded))
 
-    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
-        )
+        def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+            )
 
-    o = through_sdpa(sdpa, q, k, v_padded, mask)
-    output = subtract(o.transpose(1, 2)[..., :value_width], as_lam(lam, v))
+        o = through_sdpa(sdpa, q, k, v_padded, mask).transpose(1, 2)[..., :value_width]
+    lam = as_lam(lam, v)
+    if unequal:
+        # Views of the call's output: putting its pairs side by side would copy it.
+        of_groups = (k1.shape[2], -1)
+        signal, noise = o.unflatten(2, (k1.shape[2], 2, -1)).unbind(3)
+        output = _difference(signal, noise, lam.expand(q1.shape[:3]).unflatten(2, of_groups)).flatten(2, 3)
+    else:
+        output = subtract(o, lam)
     if dead is not None:
         output = output.masked_fill(dead, 0.0)
     return output.to(v.dtype)
+
+
+def _form(call: Call, masked: bool) -> tuple[bool, bool]:
+    """Returns whether V1's widths are left unequal, and whether each query head gets keys and values of its own."""
+    q, v, one_key = call.q1, call.v, call.k1 is call.k2
+    if not on_gpu(q.device):
+        return False, False
+
+    def serves(heads: tuple[int, int, int], width: int, value_width: int) -> SDPBackend:
+        dtype = q.dtype
+        if torch.is_autocast_enabled("cuda") and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype("cuda")
+        # A graph that is traced for any width would not be one for any kernel.
+        widths = operator.index(width), operator.index(value_width)
+        return chosen(q.device, dtype, heads, *widths, masked, torch.is_grad_enabled())
+
+    widths = (q.shape[-1], v.shape[-1])
+    few = q.shape[1] <= _FEW
+    if not (one_key or few) and serves(_UNEQUAL, *widths) == SDPBackend.CUDNN_ATTENTION:
+        return True, False
+    width = max(widths[0] * (1 if one_key else 2), widths[1])
+    if serves(_GROUPED, width, width) != SDPBackend.MATH:
+        return False, False
+    if one_key:
+        return False, serves(_REPEATED, width, width) != SDPBackend.MATH
+    served = serves(_REPEATED, *widths) != SDPBackend.MATH
+    return served, served
+
+
+def _equal(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries in adjacent pairs, keys and values, all of one width."""
+    if call.k1 is call.k2:
+        q_BTNW = torch.stack([call.q1, call.q2], dim=-2).flatten(-3, -2)
+        k_BSGW = call.k1
+    else:
+        q_BTNW = _pad_pair(call.q1, call.q2)
+        k_BSGW = torch.cat([call.k1, call.k2], dim=-1)
+    # The flash kernel on CPU wants one width for keys and values; without it the call would hold every score in memory.
+    width = max(q_BTNW.shape[-1], call.v.shape[-1])
+    return _widen(q_BTNW, width), _widen(k_BSGW, width), _widen(call.v, width)
+
+
+def _unequal(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, T, G · 2 · R, D), keys (B, S, G · 2, D) and values (B, S, G, Dv), by group and then by map."""
+    q1, q2 = (q.unflatten(2, (call.v.shape[2], -1)) for q in (call.q1, call.q2))
+    return torch.stack([q1, q2], dim=3).flatten(2, 4), torch.stack([call.k1, call.k2], dim=3).flatten(2, 3), call.v
+
+
+def _repeat(x: Tensor, times: int) -> Tensor:
+    """Each head of (B, S, heads, W) so many times, one behind another."""
+    return x.unsqueeze(3).expand(-1, -1, -1, times, -1).flatten(2, 3)
 
 
 def _widen(x: Tensor, width: int) -> Tensor:

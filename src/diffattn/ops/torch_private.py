@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch._C import _functorch
 from torch._functorch.utils import enable_single_level_autograd_function as enable_single_level_autograd_function
 from torch.autograd import forward_ad
@@ -24,6 +25,8 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 SingleLevelFunction = torch.autograd.function._SingleLevelFunction
 forward_mode_enabled = forward_ad._set_fwd_grad_enabled
+fused_sdpa_choice = torch._fused_sdp_choice
+current_sdpa_backends = torch.nn.attention._cur_sdpa_kernel_backends
 
 
 def in_forward_mode() -> bool:
@@ -43,6 +46,10 @@ _TESTED = ">=2.13,<2.14"
 _TRANSFORMS = (
     "second derivatives and forward mode of attention within torch.func raise an error",
     "PyTorch has a public function that says which transforms of torch.func are active",
+)
+_SDPA = (
+    "V1 on a GPU is not laid out for the kernel that serves it, and cuDNN's NaN is not avoided",
+    "PyTorch has a public function that says which kernel it takes for a call, and which ones are switched on",
 )
 _KERNEL = (
     "derivatives of the kernels within torch.func, and in forward mode, raise an error",
@@ -75,6 +82,8 @@ NAMES = (
         "torch.compile breaks the graph at each call of the CPU kernel",
         "torch.compiler.assume_constant_result no longer imports the compiler",
     ),
+    PrivateName("torch:_fused_sdp_choice", _TESTED, *_SDPA),
+    PrivateName("torch.nn.attention:_cur_sdpa_kernel_backends", _TESTED, *_SDPA),
     PrivateName(
         "torch.nn:Module._apply", _TESTED,
         "λ and the rotary frequencies are rounded when a model is cast to half precision",
