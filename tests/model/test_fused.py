@@ -353,15 +353,15 @@ def test_maps_need_eager_attention_as_they_do_under_sdpa(attention):
 def test_what_serves_a_model_is_named_by_device_dtype_and_width(monkeypatch):
     asked = []
 
-    def unavailable(device, width, value_width):
-        asked.append((device.type, width, value_width))
+    def unavailable(device, width, value_width, one_key):
+        asked.append((device.type, width, value_width, one_key))
         return None if value_width <= 256 else "too wide"
 
     monkeypatch.setattr(fused_triton, "unavailable", unavailable)
     assert serving_backend("diff_v1", "cuda", torch.bfloat16, 128) == "fused_triton"
     assert serving_backend("diff_v2", "cuda", torch.float16, 256) == "fused_triton"
     assert serving_backend("diff_v1", "cuda", torch.bfloat16, 130) == "standard"
-    assert asked == [("cuda", 128, 256), ("cuda", 256, 256), ("cuda", 130, 260)]
+    assert asked == [("cuda", 128, 256, False), ("cuda", 256, 256, True), ("cuda", 130, 260, False)]
     assert serving_backend("diff_v1", "cuda", torch.float32, 64) == "standard"
     assert serving_backend("softmax", "cuda", torch.bfloat16, 64) == "standard"
     monkeypatch.setattr(build, "unavailable", lambda dtype: None if dtype == torch.float32 else "none")

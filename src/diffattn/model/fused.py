@@ -130,9 +130,9 @@ def serving_backend(attention: str, device: str, dtype: torch.dtype, head_dim: i
     if device == "cpu":
         served = dtype in build.DTYPES and build.unavailable(dtype) is None
         return "fused_cpu" if served else "standard"
-    value_width = variant.join * head_dim
+    widths = (head_dim, variant.join * head_dim)
     served = dtype in fused_triton.DTYPES and (
-        fused_triton.unavailable(torch.device(device), head_dim, value_width) is None
+        fused_triton.unavailable(torch.device(device), *widths, one_key=variant.join == 1) is None
     )
     return "fused_triton" if served else "standard"
 
