@@ -26,9 +26,13 @@ if "--interpret" in sys.argv:
 
 import torch
 
+from benchmarks.gpu_cases import Problem, blocks_of
 from benchmarks.gpu_checks import compiling, correctness, kernels, nan, serves
+from benchmarks.gpu_decoding import decoding
 from benchmarks.gpu_device import Device, provenance, short_name
-from benchmarks.gpu_timings import ceilings, decoding, launching, step, subtraction, timing
+from benchmarks.gpu_packed import packed
+from benchmarks.gpu_served import served
+from benchmarks.gpu_timings import ceilings, launching, step, subtraction, timing
 from benchmarks.interpreter import mend_interpreter
 from benchmarks.rows import Writer
 
@@ -38,10 +42,12 @@ SECTIONS = {
         ceilings,
         compiling,
         serves,
+        served,
         nan,
         kernels,
         timing,
         decoding,
+        packed,
         step,
         launching,
         subtraction,
@@ -64,7 +70,12 @@ def main() -> None:
     device = Device(arguments.interpret)
     write, origin, began = Writer(arguments.out), provenance(device), time.monotonic()
     common = {"benchmark": "gpu", "gpu": short_name(origin["machine"]["gpu"])}
-    write(common | {"what": "run"} | origin)
+    blocks = {
+        f"{kind} {width}": blocks_of(kind, Problem(1, 1, 1, 2, 2, width), device.chip)
+        for kind in ("v1", "v2")
+        for width in (64, 128)
+    }
+    write(common | {"what": "run"} | origin | {"blocks": blocks})
     failed = False
     for name in arguments.sections:
         try:

@@ -10,6 +10,7 @@ Tensors lie as a model lays them out, (batch, sequence, heads, width) with the t
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from benchmarks.bare import bare_module
 standard = bare_module("ops.standard")
 reference = bare_module("ops.reference")
 variants = bare_module("variants")
+visibility = bare_module("ops.visibility")
+configs = bare_module("ops.triton.configs")
 
 # "default" is what PyTorch chooses by itself.
 BACKENDS = {
@@ -36,7 +39,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class Problem(NamedTuple):
-    """Sizes of one call, those of the softmax twin."""
+    """Sizes of one call, those of the softmax twin; `value_width` where V1 or V2 has values of another width."""
 
     batch: int
     queries: int
@@ -46,6 +49,7 @@ class Problem(NamedTuple):
     width: int
     dtype: str = "bfloat16"
     causal: bool = True
+    value_width: int | None = None
 
     @property
     def pairs(self) -> int:
@@ -71,7 +75,7 @@ class Call(NamedTuple):
 
 def make_call(problem: Problem, kind: str, device: str, seed: int = 0) -> Call:
     """Unit-normal inputs and a λ in (0.2, 0.9) per token and head; the same numbers for every way to compute them."""
-    B, T, S, N, G, d, dtype, causal = problem
+    B, T, S, N, G, d, dtype, causal, value_width = problem
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -80,7 +84,7 @@ def make_call(problem: Problem, kind: str, device: str, seed: int = 0) -> Call:
 
     q = normal(B, T, 2 * N if kind == "v2" else N, d)
     k = normal(B, S, G, d)
-    v = normal(B, S, G // 2, 2 * d) if kind == "v1" else normal(B, S, G, d)
+    v = normal(B, S, G // 2, value_width or 2 * d) if kind == "v1" else normal(B, S, G, value_width or d)
     lam = 0.2 + 0.7 * torch.rand(B, T, N // 2 if kind == "v1" else N, device=device, generator=generator)
     return Call(kind, q, k, v, lam.requires_grad_(), causal)
 
@@ -106,7 +110,11 @@ def sdpa(
     """One `scaled_dot_product_attention`, (B, T, heads, width) in and out, under a named backend."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1] or q.shape[1] != v.shape[1]
-    causal = causal and mask is None and q.shape[2] > 1
+    T, S = q.shape[2], k.shape[2]
+    causal = causal and mask is None and T > 1
+    if causal and T != S:
+        # PyTorch's own causal mask begins at the top left.
+        mask, causal = bottom_right(T, S, backend, q.device), False
 
     def run() -> Tensor:
         o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
@@ -116,6 +124,17 @@ def sdpa(
         return run()
     with sdpa_kernel(BACKENDS[backend]):
         return run()
+
+
+@functools.cache
+def bottom_right(queries: int, keys: int, backend: str, device: torch.device) -> Tensor:
+    """The causal mask of fewer queries than keys; for FlashAttention, which takes no tensor, by its name."""
+    if backend == "flash":
+        # The import loads PyTorch's compiler.
+        from torch.nn.attention.bias import causal_lower_right
+
+        return causal_lower_right(queries, keys)
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def softmax(call: Call, backend: str, mask: Tensor | None = None) -> Tensor:
@@ -198,22 +217,49 @@ class Fused(torch.autograd.Function):
 
 
 def fused(call: Call, backend: str, queries: Tensor | None = None) -> Tensor:
-    """The Triton kernels; few queries without gradients are decoded."""
+    """The operators of the Triton kernels, as a layer calls them; few queries without gradients are decoded."""
+    triton = bare_module("ops.triton.operator")
+    scale, maps = 1 / math.sqrt(call.q.shape[-1]), 1 if call.kind == "v2" else 2
     if torch.is_grad_enabled():
-        return Fused.apply(call.kind, call.causal, queries, call.q, call.k, call.v, call.lam)
-    options: dict[str, Any] = {"causal": call.causal, "scale": 1 / math.sqrt(call.q.shape[-1]), "queries": queries}
-    if call.q.shape[1] <= 8:
-        return bare_module("ops.triton.decoding").decode(*split(call), call.v, call.lam, **options)
-    return bare_module("ops.triton.forward").forward(*split(call), call.v, call.lam, **options, save=False)[0]
+        q, k = call.q.unflatten(2, (-1, 2)), call.k.unflatten(2, (-1, maps))
+        return torch.ops.diffattn.fused_triton(q, k, call.v, call.lam, queries, call.causal, scale)[0]
+    query, value = call.q.transpose(1, 2), call.v.transpose(1, 2)
+    if triton.decodes(query, value):
+        key = call.k.unflatten(2, (-1, maps)).flatten(3).transpose(1, 2)
+        return torch.ops.diffattn.fused_triton_decoding(query, key, value, call.lam, queries, scale, None, 1.0, None)
+    q1, k1, q2, k2 = split(call)
+    given = reference.Call(q1, k1, q2, k2, call.v, call.lam, call.causal, queries=queries)
+    return triton.fused_triton_diff_attention(given)
+
+
+PASSES = {
+    "forward": configs.forward_blocks,
+    "queries": configs.query_blocks,
+    "keys": configs.key_walks,
+    "decoding": configs.decoding_blocks,
+}
+
+
+def blocks_of(kind: str, problem: Problem, chip: str) -> dict[str, Any]:
+    """The entries of the block table that a call takes, by pass; none where the chip has no table."""
+    if chip not in configs.TABLES:
+        return {}
+    width = problem.width
+    value_width = problem.value_width or (2 * width if kind == "v1" else width)
+    return {name: entry(chip, width, value_width, kind == "v2") for name, entry in PASSES.items()}
+
+
+def padding_of(problem: Problem, device: str) -> Tensor:
+    """bool (B, S): the first third of one sequence and the last fifth of another."""
+    padding = torch.zeros(problem.batch, problem.keys, dtype=torch.bool, device=device)
+    padding[0, : problem.keys // 3] = True
+    padding[1, -problem.keys // 5 :] = True
+    return padding
 
 
 def seeing_queries(call: Call, key_padding: Tensor) -> Tensor:
-    """The masks as the kernels take them, int32 (2, B, S): the first query that sees a key, the one behind the last."""
-    T, S = call.q.shape[1], call.k.shape[1]
-    key = torch.arange(S, dtype=torch.int32, device=key_padding.device)
-    first = (key - (S - T)).clamp(min=0) if call.causal else torch.zeros_like(key)
-    first = torch.where(key_padding, first.new_full((), T), first)
-    return torch.stack([first, torch.full_like(first, T)])
+    """The masks of a call as the kernels take them."""
+    return visibility.seeing_queries(call.q.shape[1], call.k.shape[1], call.causal, key_padding)
 
 
 class Way(NamedTuple):

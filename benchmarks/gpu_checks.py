@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_cases as cases
-from benchmarks.gpu_cases import BACKENDS, WAYS, Call, Problem, make_call
+from benchmarks.gpu_cases import WAYS, Call, Problem, make_call, padding_of
 from benchmarks.gpu_device import Device, Row, probe
+from benchmarks.gpu_served import sdpa_call, users_forms
 
 
 def serves(device: Device) -> Iterator[Row]:
@@ -44,7 +45,7 @@ def serves(device: Device) -> Iterator[Row]:
         mask = torch.ones(2, 1, problem.queries, problem.keys, dtype=torch.bool, device=device.name).tril()
         run = functools.partial(WAYS[way].run, call, mask=mask if masked else None)
         row: Row = {"what": "serves", "call": name, "problem": problem._asdict(), "mask": masked}
-        row["default"] = _chosen(run)
+        row["default"] = sdpa_call(lambda run=run: run("default"))["kernel"]
         for backend in device.backends:
             forward = probe(lambda run=run, backend=backend: run(backend))
             row[backend] = {"forward": forward}
@@ -55,42 +56,37 @@ def serves(device: Device) -> Iterator[Row]:
         yield row
 
 
-def _chosen(run: Callable[[str], Tensor]) -> str:
-    """The backend that SDPA's own choice names for the call that `run` makes."""
-    chosen: list[str] = []
-    names = {backend.value: name for name, backend in BACKENDS.items()}
-    real = cases.F.scaled_dot_product_attention
-
-    def look(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
-        chosen.append(names.get(torch._fused_sdp_choice(q, k, v, mask, 0.0, **options), "none"))
-        return q.new_empty(*q.shape[:3], v.shape[3])
-
-    cases.F.scaled_dot_product_attention = look
-    try:
-        return chosen[0] if (said := probe(lambda: run("default"))) is True else str(said)
-    finally:
-        cases.F.scaled_dot_product_attention = real
-
-
 def nan(device: Device) -> Iterator[Row]:
-    """Backward passes with a mask tensor and scores near −100: PyTorch's issue 196678 says cuDNN gives NaN."""
-    for T in (64, 128, 192, 256) if not device.tiny else (16,):
-        problem = Problem(2, T, T, 8, 8, 64)
-        call = make_call(problem, "softmax", device.name)
-        with torch.no_grad():
-            call.q.mul_(0.1).add_(3.6)
-            call.k.mul_(0.1).sub_(3.6)
-        mask = torch.ones(T, T, dtype=torch.bool, device=device.name).tril().expand(2, 1, T, T)
-        for backend in device.backends:
-            row: Row = {"what": "nan", "case": f"softmax_{backend}", "problem": problem._asdict(), "mask": True}
-            found: dict[str, int] = {}
+    """Backward passes with a mask and scores near −100, where PyTorch's issue 196678 says that cuDNN gives NaN.
 
-            def run(backend: str = backend, found: dict[str, int] = found) -> None:
-                grads = torch.autograd.grad(cases.softmax(call, backend, mask).sum(), call.leaves)  # noqa: B023
-                found |= {n: int(g.isnan().sum()) for n, g in zip(("d_q", "d_k", "d_v"), grads, strict=True)}
+    Softmax attention with a mask tensor under each backend of PyTorch, and `diff_attention` with padding.
+    """
+    for T in (64, 128, 192, 256) if not device.tiny else (16,):
+        problem = Problem(2, T, T, device.heads, device.heads, 16 if device.tiny else 64)
+        mask = torch.ones(T, T, dtype=torch.bool, device=device.name).tril().expand(2, 1, T, T)
+        ways: dict[str, tuple[str, Callable[[Call], Tensor]]] = {
+            f"softmax_{backend}": ("softmax", functools.partial(cases.softmax, backend=backend, mask=mask))
+            for backend in device.backends
+        }
+        padding = padding_of(problem, device.name)
+        for name, (kind, function) in users_forms(device).items():
+            ways[name] = kind, functools.partial(function, key_padding=padding)
+        for name, (kind, function) in ways.items():
+            call = make_call(problem, kind, device.name)
+            with torch.no_grad():
+                # Scores are the product of the means, times the width and 1 / √width.
+                mean = (100 / call.q.shape[-1] ** 0.5) ** 0.5
+                call.q.mul_(0.1).add_(mean)
+                call.k.mul_(0.1).sub_(mean)
+            row: Row = {"what": "nan", "case": name, "problem": problem._asdict(), "mask": True}
+
+            def run(function: Any = function, call: Call = call, row: Row = row) -> None:
+                grads = torch.autograd.grad(function(call).sum(), call.leaves)
+                names = ("d_q", "d_k", "d_v", "d_lam")
+                row["nan_values"] = {n: int(g.isnan().sum()) for n, g in zip(names, grads, strict=False)}
 
             said = probe(run)
-            yield row | ({"nan_values": found} if said is True else {"unsupported": said})
+            yield row if said is True else row | {"unsupported": said}
 
 
 def compiling(device: Device) -> Iterator[Row]:
@@ -111,7 +107,7 @@ def _compile(job: tuple[Problem, str, bool]) -> str | None:
     problem, kind, padding = job
     try:
         call = make_call(problem, kind, "cuda")
-        queries = cases.seeing_queries(call, _padding(problem, "cuda")) if padding else None
+        queries = cases.seeing_queries(call, padding_of(problem, "cuda")) if padding else None
         output = cases.fused(call, "triton", queries)
         output.backward(torch.ones_like(output))
         with torch.no_grad():
@@ -127,7 +123,7 @@ def _compile(job: tuple[Problem, str, bool]) -> str | None:
 def correctness(device: Device) -> Iterator[Row]:
     """Relative errors of outputs and gradients against the definition in float64, of every way and backend."""
     if device.tiny:
-        problems = [Problem(2, 19, 19, 4, 4, 16), Problem(1, 19, 37, 8, 4, 16, causal=False)]
+        problems = [Problem(1, 19, 19, 4, 4, 16), Problem(1, 19, 37, 4, 2, 16, causal=False)]
     else:
         base = Problem(2, 448, 448, 8, 8, 64)
         problems = [base, base._replace(width=128), base._replace(groups=4, heads=16), base._replace(dtype="float16")]
@@ -144,15 +140,20 @@ def correctness(device: Device) -> Iterator[Row]:
 
 
 def kernel_problems(device: Device) -> list[tuple[Problem, bool]]:
-    """Shapes that cross blocks, with and without padding: lengths, groups, widths, dtypes, few queries."""
+    """Shapes that cross blocks, with and without padding; together they take every entry of the block table."""
     if device.tiny:
-        base = Problem(2, 37, 37, 8, 4, 16)
-        return [(base, False), (base._replace(keys=53), False), (base, True)]
-    base = Problem(2, 333, 333, 8, 4, 64)
+        base = Problem(2, 37, 37, 4, 2, 16)
+        return [(base._replace(keys=53), False), (base, True)]
+    base, few = Problem(2, 333, 333, 8, 4, 64), Problem(2, 1, 500, 8, 4, 64)
     problems = [(base, False), (base._replace(keys=403), False), (base, True), (base._replace(width=128), True)]
     problems += [(base._replace(width=width), False) for width in (16, 32, 48, 80, 96, 128)]
     problems += [(base._replace(dtype="float16"), False), (base._replace(queries=400, causal=False), False)]
-    return [*problems, (base._replace(queries=1, keys=500), False), (base._replace(queries=5, keys=500), True)]
+    problems += [(few, False), (few._replace(queries=5), True), (few._replace(width=128), False)]
+    # Widths that neither V1 nor V2 has in a model.
+    for shape in (base, few):
+        for width, value_width in ((64, 64), (64, 128), (128, 128), (128, 256), (200, 200), (256, 256)):
+            problems.append((shape._replace(width=width, value_width=value_width), False))
+    return problems
 
 
 def kernels(device: Device) -> Iterator[Row]:
@@ -160,15 +161,9 @@ def kernels(device: Device) -> Iterator[Row]:
     for problem, padding in kernel_problems(device):
         for kind in ("v1", "v2"):
             ways = {f"{kind}_fused_triton": functools.partial(cases.fused, backend="triton")}
-            yield from _correct(device, problem, kind, ways, padding, twice=True)
-
-
-def _padding(problem: Problem, device: str) -> Tensor:
-    """bool (B, S): the first third of one sequence and the last fifth of another."""
-    padding = torch.zeros(problem.batch, problem.keys, dtype=torch.bool, device=device)
-    padding[0, : problem.keys // 3] = True
-    padding[1, -problem.keys // 5 :] = True
-    return padding
+            blocks = cases.blocks_of(kind, problem, device.chip)
+            for row in _correct(device, problem, kind, ways, padding, twice=True):
+                yield row | {"blocks": blocks}
 
 
 def _correct(
@@ -182,7 +177,7 @@ def _correct(
     call = make_call(problem, kind, device.name)
     key_padding, options = None, {}
     if padding:
-        key_padding = _padding(problem, device.name)
+        key_padding = padding_of(problem, device.name)
         options = {"queries": cases.seeing_queries(call, key_padding)}
     with torch.no_grad():
         d_output = torch.randn_like(cases.definition(call))
@@ -197,10 +192,10 @@ def _correct(
                 row["errors"] = cases.relative_errors(got, wanted)
                 if twice:
                     again = cases.results(function, call, d_output)
-                    row["same_bits"] = all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
                     with torch.no_grad():
-                        inference = function(call)
-                    row["errors"]["inference"] = cases.relative_errors([inference], wanted)["output"]
+                        got, again = [*got, function(call)], [*again, function(call)]
+                    row["same_bits"] = all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
+                    row["errors"]["inference"] = cases.relative_errors(got[-1:], wanted)["output"]
 
         said = probe(check)
         yield row if said is True else row | {"unsupported": said}

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.bare import bare_module
+
+configs = bare_module("ops.triton.configs")
 Row = dict[str, Any]
 # At most: a slower clock waits longer.
 CYCLES_A_SECOND = 2_000_000_000
@@ -25,6 +28,16 @@ class Device:
         self.tiny = interpret
         self.name = "cpu" if interpret else "cuda"
         self.backends = ["flash", "math"] if interpret else ["flash", "cudnn", "efficient", "math"]
+        # The block table that the kernels take.
+        self.chip = configs.chip_of(torch.device(self.name))
+        # Softmax heads of most problems.
+        self.heads = 2 if interpret else 16
+        # What `diff_attention` is asked for: on a CPU "auto" takes another kernel.
+        self.asked = "fused_triton" if interpret else "auto"
+
+    def rounds(self, wanted: int) -> int:
+        """How often the ways to compute a problem take turns."""
+        return 1 if self.tiny else wanted
 
     def seconds(self, function: Callable[[], object], calls: int, ahead: float = 0.001) -> float:
         """Seconds of one of `calls` calls, by events around all of them.
@@ -32,10 +45,7 @@ class Device:
         The card first waits `ahead` seconds, in which this process gets ahead of it: launches are not what is measured.
         """
         if self.tiny:
-            began = time.perf_counter()
-            for _ in range(calls):
-                function()
-            return (time.perf_counter() - began) / calls
+            return self.host_seconds(function, calls)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(round(ahead * CYCLES_A_SECOND))
         begin.record()
@@ -47,6 +57,9 @@ class Device:
 
     def host_seconds(self, function: Callable[[], object], calls: int) -> float:
         """Seconds in which this process issues one of `calls` calls, whenever the card is done with it."""
+        if self.tiny:
+            # The interpreter is slow, and the numbers of a dry run mean nothing.
+            calls = 1
         self.wait()
         began = time.perf_counter()
         for _ in range(calls):
@@ -62,7 +75,6 @@ class Device:
     def extra_bytes(self, function: Callable[[], object]) -> int:
         """The most that a call holds beyond what was held before it."""
         if self.tiny:
-            function()
             return 0
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -90,7 +102,7 @@ def provenance(device: Device) -> Row:
         machine = {"gpu": facts.name, "multiprocessors": facts.multi_processor_count}
         machine |= {"capability": f"{facts.major}.{facts.minor}", "memory_bytes": facts.total_memory}
     command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
-    return {"command": command, "versions": versions, "machine": machine}
+    return {"command": command, "versions": versions, "machine": machine, "chip": device.chip}
 
 
 def short_name(gpu: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Sections of `benchmarks.gpu` that measure time and memory."""
+"""Sections of `benchmarks.gpu` that measure time and memory of training and of whole calls."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks import gpu_cases as cases
 from benchmarks.gpu_cases import WAYS, Call, Problem, executed_flops, make_call
 from benchmarks.gpu_device import Device, Row, probe
+from benchmarks.gpu_served import served_by, users_forms
 from benchmarks.gpu_step import training_step
 from benchmarks.rows import pairwise, spread
 
@@ -39,7 +40,7 @@ FUSED = {
 }
 
 
-def forms() -> dict[str, tuple[str, Callable[[Call], Tensor]]]:
+def forms(device: Device) -> dict[str, tuple[str, Callable[[Call], Tensor]]]:
     """What is timed, by name: the kind of its call and the function."""
     named: dict[str, tuple[str, Callable[[Call], Tensor]]] = {}
     for way, backends in (
@@ -52,20 +53,21 @@ def forms() -> dict[str, tuple[str, Callable[[Call], Tensor]]]:
     ):
         for backend in backends:
             named[f"{way}_{backend}"] = (WAYS[way].kind, functools.partial(WAYS[way].run, backend=backend))
-    return named | FUSED
+    return named | FUSED | users_forms(device)
 
 
-def _twins(seconds: dict[str, list[float]], mine: list[float]) -> Row:
+def compared_with_twins(seconds: dict[str, list[float]], mine: list[float]) -> Row:
+    """The time of one case as a ratio to that of each softmax call, round by round."""
     return {twin: spread(pairwise(operator.truediv, mine, seconds[twin])) for twin in seconds if "softmax" in twin}
 
 
 def timing(device: Device) -> Iterator[Row]:
     """Forward, and forward and backward with its memory; 16k tokens in sequences of 2k to 16k."""
-    lengths = (16,) if device.tiny else (4096, 2048, 8192, 16384)
+    lengths, heads = (16,) if device.tiny else (4096, 2048, 8192, 16384), device.heads
     problems = []
     for T in lengths:
         batch = 1 if device.tiny else TOKENS // T
-        problems += [Problem(batch, T, T, 16, 16, width) for width in ((16,) if device.tiny else (64, 128))]
+        problems += [Problem(batch, T, T, heads, heads, width) for width in ((16,) if device.tiny else (64, 128))]
     if not device.tiny:
         problems.insert(2, Problem(4, 4096, 4096, 16, 4, 64))
         problems.insert(3, Problem(4, 4096, 4096, 16, 4, 128))
@@ -75,8 +77,9 @@ def timing(device: Device) -> Iterator[Row]:
             yield from _timed(device, problem, phase, calls)
 
 
-def _runner(phase: str, call: Call, function: Callable[[Call], Tensor]) -> Callable[[], object]:
-    if phase == "forward":
+def runner_of(phase: str, call: Call, function: Callable[[Call], Tensor]) -> Callable[[], Any]:
+    """What is timed: a call without gradients, or with its backward pass where the phase is "forward_backward"."""
+    if phase != "forward_backward":
 
         def forward() -> Tensor:
             with torch.no_grad():
@@ -91,10 +94,10 @@ def _timed(device: Device, problem: Problem, phase: str, calls: dict[str, Call])
     common: Row = {"what": "timing", "phase": phase, "problem": problem._asdict()}
     runners: dict[str, Callable[[], object]] = {}
     memory: dict[str, int] = {}
-    for name, (kind, function) in forms().items():
+    for name, (kind, function) in forms(device).items():
 
         def prepare(name: str = name, kind: str = kind, function: Callable[[Call], Tensor] = function) -> None:
-            runner = _runner(phase, calls[kind], function)
+            runner = runner_of(phase, calls[kind], function)
             runner()
             memory[name] = device.extra_bytes(runner)
             runners[name] = runner
@@ -107,33 +110,36 @@ def _timed(device: Device, problem: Problem, phase: str, calls: dict[str, Call])
         repeats[name] = max(1, min(10, round(0.002 / device.seconds(runner, 2))))
         ahead[name] = min(0.02, 1.2 * repeats[name] * device.host_seconds(runner, 2))
     seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(2 if device.tiny else 15):
+    for _ in range(device.rounds(15)):
         for name, runner in runners.items():
             seconds[name].append(device.seconds(runner, repeats[name], ahead[name]))
     for name, mine in seconds.items():
         row = common | {"case": name, "rounds": len(mine), "calls_a_round": repeats[name], "seconds": spread(mine)}
-        row["ratio_to"] = _twins(seconds, mine)
+        row["ratio_to"] = compared_with_twins(seconds, mine)
         row["extra_peak_bytes"] = memory[name]
-        flops = executed_flops(name.rsplit("_", 1)[0], problem, backward=phase != "forward")
+        way = name.rsplit("_", 1)[0]
+        if way not in WAYS:
+            row |= served_by(name.rsplit("_", 1)[1], calls[forms(device)[name][0]], phase == "forward")
+            way = row["way"]
+        flops = executed_flops(way, problem, backward=phase != "forward")
         row |= {"executed_flops": flops, "executed_flops_per_second": round(flops / spread(mine)["median"])}
         yield row
 
 
 def launching(device: Device) -> Iterator[Row]:
     """Seconds in which the host issues a call that is nearly no work for the card, which then waits for the host."""
-    T = 16 if device.tiny else 128
-    calls = {kind: make_call(Problem(1, T, T, 16, 16, 64), kind, device.name) for kind in ("softmax", "v1", "v2")}
-    for phase in ("forward", "forward_backward"):
-        for name, (kind, function) in forms().items():
-            row: Row = {"what": "launching", "phase": phase, "case": name, "tokens": T}
+    tokens, width, heads = *((16, 16) if device.tiny else (128, 64)), device.heads
+    for phase in ("forward", "forward_backward", "decoding"):
+        problem = Problem(1, 1 if phase == "decoding" else tokens, tokens, heads, heads, width)
+        calls = {kind: make_call(problem, kind, device.name) for kind in ("softmax", "v1", "v2")}
+        for name, (kind, function) in forms(device).items():
+            row: Row = {"what": "launching", "phase": phase, "case": name, "tokens": tokens}
+            make = functools.partial(runner_of, phase, calls[kind], function)
 
-            def measure(
-                row: Row = row, kind: str = kind, function: Callable[[Call], Tensor] = function, phase: str = phase
-            ) -> None:
-                runner = _runner(phase, calls[kind], function)
+            def measure(row: Row = row, make: Callable[[], Callable[[], object]] = make) -> None:
+                runner = make()
                 device.host_seconds(runner, 2)
-                rounds, repeats = (1, 1) if device.tiny else (9, 20)
-                row["host_seconds"] = spread([device.host_seconds(runner, repeats) for _ in range(rounds)])
+                row["host_seconds"] = spread([device.host_seconds(runner, 20) for _ in range(device.rounds(9))])
 
             said = probe(measure)
             yield row if said is True else row | {"unsupported": said}
@@ -159,70 +165,6 @@ def subtraction(device: Device) -> Iterator[Row]:
             yield {"what": "subtraction", "phase": phase, "width": 2 * width, "tokens": tokens, "seconds": taken}
 
 
-def decoding(device: Device) -> Iterator[Row]:
-    """One query over a cache, in CUDA graphs that walk over several caches, more than the card's own cache holds."""
-    sizes = [(2, 64)] if device.tiny else [(1, 4096), (1, 32768), (16, 4096), (16, 32768)]
-    for batch, keys in sizes:
-        for width, groups in [(16, 16)] if device.tiny else [(64, 16), (128, 16), (64, 4)]:
-            problem = Problem(batch, 1, keys, 16, groups, width)
-            read = 2 * batch * keys * groups * width * 2
-            caches = 1 if device.tiny else max(1, min(24, -(-(2**28) // read)))
-            calls = {
-                kind: [make_call(problem, kind, device.name, seed) for seed in range(caches)]
-                for kind in ("softmax", "v1", "v2")
-            }
-            runners: dict[str, Callable[[], object]] = {}
-            for name, (kind, function) in decoding_forms().items():
-                runs = [_runner("forward", call, function) for call in calls[kind]]
-                said = probe(lambda: runners.update({name: _graph(device, runs)}))  # noqa: B023
-                if said is not True:
-                    yield {"what": "decoding", "problem": problem._asdict(), "case": name, "unsupported": said}
-            seconds: dict[str, list[float]] = {name: [] for name in runners}
-            for _ in range(2 if device.tiny else 15):
-                for name, run in runners.items():
-                    seconds[name].append(device.seconds(run, 1) / caches)
-            for name, mine in seconds.items():
-                taken = spread(mine)
-                yield {
-                    "what": "decoding",
-                    "problem": problem._asdict(),
-                    "case": name,
-                    "caches": caches,
-                    "rounds": len(mine),
-                    "seconds": taken,
-                    "ratio_to": _twins(seconds, mine),
-                    "bytes_read": read,
-                    "bytes_per_second": round(read / taken["median"]),
-                }
-
-
-def decoding_forms() -> dict[str, tuple[str, Callable[[Call], Tensor]]]:
-    named: dict[str, tuple[str, Callable[[Call], Tensor]]] = {}
-    for way in ("softmax", "v1_padded", "v1_unequal", "v2_standard"):
-        for backend in ("flash", "cudnn", "default"):
-            named[f"{way}_{backend}"] = (WAYS[way].kind, functools.partial(WAYS[way].run, backend=backend))
-    return named | FUSED
-
-
-def _graph(device: Device, runners: list[Callable[[], object]]) -> Callable[[], object]:
-    """The calls one after the other as one CUDA graph, so that launches cost nothing."""
-    if device.tiny:
-        runners[0]()
-        return runners[0]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for runner in runners:
-            runner()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for runner in runners:
-            runner()
-    # The graph knows addresses: the tensors that lie there live as long as it does.
-    return lambda kept=runners: graph.replay()
-
-
 def step(device: Device) -> Iterator[Row]:
     """A training step (forward and backward, no optimizer) of four layers shaped as the paper's 1.4B model."""
     sizes: Row = {"batch": 4, "tokens": 4096, "layers": 4}
@@ -230,8 +172,8 @@ def step(device: Device) -> Iterator[Row]:
         sizes = {"batch": 1, "tokens": 16, "layers": 1}
     runners: dict[str, Callable[[], object]] = {}
     memory: dict[str, int] = {}
-    for name, (kind, function) in forms().items():
-        if not name.endswith(("_default", "_triton", "_unequal_cudnn")):
+    for name, (kind, function) in forms(device).items():
+        if not name.endswith(("_default", "_triton", "_unequal_cudnn", "_auto", "_standard")):
             continue
         hidden = {"hidden": 32} if device.tiny else {}
         run = training_step(kind, function, device=device.name, dtype=torch.bfloat16, **sizes, **hidden)
@@ -241,9 +183,9 @@ def step(device: Device) -> Iterator[Row]:
             continue
         runners[name], memory[name] = run, device.extra_bytes(run)
     seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(2 if device.tiny else 9):
+    for _ in range(device.rounds(9)):
         for name, run in runners.items():
             seconds[name].append(device.seconds(run, 1, 0.02))
     for name, mine in seconds.items():
         row: Row = {"what": "step", **sizes, "case": name, "rounds": len(mine), "seconds": spread(mine)}
-        yield row | {"ratio_to": _twins(seconds, mine), "extra_peak_bytes": memory[name]}
+        yield row | {"ratio_to": compared_with_twins(seconds, mine), "extra_peak_bytes": memory[name]}

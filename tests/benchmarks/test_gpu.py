@@ -9,16 +9,48 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_device import short_name
+from benchmarks import gpu_cases as cases
+from benchmarks.gpu_checks import kernel_problems
+from benchmarks.gpu_device import Device, short_name
 from benchmarks.gpu_tables import RESULTS, read, tables
+from diffattn.ops.triton import configs
 
 ROOT = Path(__file__).parents[2]
+# A machine that has torch, Triton and what these need, and nothing else: every finder of modules finds those alone.
+BARE = """
+import runpy, sys
+
+HERE = {"torch", "torchgen", "functorch", "triton", "numpy", "benchmarks", "diffattn"} | sys.stdlib_module_names
+# What torch imports of other packages.
+HERE |= {"typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock"}
+
+class Few:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in HERE or top.startswith("_sysconfigdata"):
+            return self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Few, sys.meta_path)
+for name in ("transformers", "safetensors"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    sys.exit(f"{name} could be imported")
+runpy.run_module("benchmarks.gpu", run_name="__main__", alter_sys=True)
+"""
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     out = tmp_path_factory.mktemp("gpu") / "rows.jsonl"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--interpret", "--out", str(out)]
+    command = [sys.executable, "-c", BARE, "--interpret", "--out", str(out)]
     # The package itself is not on the path: only what the command loads by file.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
@@ -30,8 +62,22 @@ def test_a_run_says_once_where_it_is_from_and_every_section_gives_rows(rows: lis
     run, *measured = rows
     assert run["what"] == "run"
     assert {"command", "versions", "machine"} <= set(run)
+    assert run["chip"] == "sm_90"
+    assert set(run["blocks"]["v1 64"]) == {"forward", "queries", "keys", "decoding"}
     sections = {row["what"] for row in measured}
-    wanted = {"ceilings", "serves", "nan", "correctness", "timing", "decoding", "step", "launching", "subtraction"}
+    wanted = {
+        "ceilings",
+        "serves",
+        "served",
+        "nan",
+        "correctness",
+        "timing",
+        "decoding",
+        "packed",
+        "step",
+        "launching",
+        "subtraction",
+    }
     assert sections == wanted
     for row in measured:
         assert (row["benchmark"], row["gpu"]) == ("gpu", None)
@@ -73,13 +119,72 @@ def test_what_serves_is_right(rows: list[dict]) -> None:
 
 def test_the_kernels_run_or_say_why_not(rows: list[dict]) -> None:
     kernels = [row for row in rows if "triton" in row.get("case", "")]
-    assert {row["what"] for row in kernels} == {"correctness", "timing", "decoding", "step", "launching"}
+    sections = {"correctness", "timing", "decoding", "packed", "step", "launching"}
+    assert {row["what"] for row in kernels} - {"nan"} == sections
     for row in kernels:
         if importlib.util.find_spec("triton") is None:
-            assert row["unsupported"] == "No module named 'triton'"
+            assert "triton" in row["unsupported"].lower()
         else:
             assert "unsupported" not in row
             assert row.get("same_bits", True)
+            assert row.get("same_bits_in_graph", True)
+
+
+def test_users_calls_are_measured_and_what_serves_them_is_named(rows: list[dict]) -> None:
+    served = [row for row in rows if row["what"] == "served"]
+    assert {row["standard"]["way"] for row in served} == {"v1_padded", "v2_standard"}
+    assert all(row["standard"]["kernel"] in ("flash", "math") for row in served)
+    if importlib.util.find_spec("triton") is not None:
+        plain = [row for row in served if row["problem"]["dtype"] == "bfloat16" and row["call"] == "v1, 64 wide"]
+        assert {row["auto"]["backend"] for row in plain} == {"fused_triton"}
+    (wide, *_) = [row for row in served if row["problem"]["dtype"] == "float32"]
+    assert wide["auto"]["backend"] == "standard"
+    assert "float32" in wide["auto"]["passed_over"][0] or "Triton" in wide["auto"]["passed_over"][0]
+    standard = [row for row in rows if row.get("case", "").endswith("diff_attention_standard")]
+    assert {row["what"] for row in standard} == {"nan", "timing", "decoding", "packed", "step", "launching"}
+    assert all(row["way"] in ("v1_padded", "v2_standard") for row in standard if row["what"] == "timing")
+
+
+def test_one_and_four_queries_are_decoded(rows: list[dict]) -> None:
+    decoded = [row for row in rows if row["what"] == "decoding" and row["case"] == "softmax_default"]
+    assert [row["problem"]["queries"] for row in decoded] == [1, 4]
+
+
+def test_packed_rows_are_right(rows: list[dict]) -> None:
+    checked = [row for row in rows if row["what"] == "packed" and "errors" in row]
+    assert {row["case"] for row in checked} >= {"v1_diff_attention_standard", "v2_diff_attention_standard"}
+    assert all(error < 1e-2 for row in checked for error in row["errors"].values())
+
+
+@pytest.mark.parametrize("chip", configs.TABLES)
+@pytest.mark.parametrize("name", cases.PASSES)
+def test_the_checks_on_a_card_take_every_entry_of_its_block_table(chip: str, name: str) -> None:
+    device = Device(interpret=True)
+    device.tiny = False
+    problems = [problem for problem, _ in kernel_problems(device) if name != "decoding" or problem.queries <= 8]
+    taken = {cases.blocks_of(kind, problem, chip)[name] for problem in problems for kind in ("v1", "v2")}
+    widths = (16, 32, 64, 128, 256)
+    assert taken == {
+        cases.PASSES[name](chip, width, value_width, one_key)
+        for width in widths
+        for value_width in widths
+        for one_key in (True, False)
+    }
+
+
+def test_tables_of_other_rows_have_the_columns_that_these_have(rows: list[dict]) -> None:
+    renamed = [
+        row | {"case": row["case"].replace("attention_fused_triton", "attention_auto")} if "case" in row else row
+        for row in rows[1:]
+    ]
+    found = dict(tables({"a dry run": renamed}))
+    head = "| width | tokens | softmax, PyTorch's choice | softmax, FlashAttention-2 | V1, padded call |"
+    assert found["a dry run, forward"][0].startswith(head)
+    assert {"a dry run, decoding, 1 query", "a dry run, decoding, 4 queries"} <= set(found)
+    if importlib.util.find_spec("triton") is not None:
+        assert "V1, `diff_attention`" in found["a dry run, forward"][0]
+        assert len(found["a dry run, packed rows"]) == 2 + 4
+    assert "decoding" in found["microseconds of the host"][4]
 
 
 def test_refusals_are_reasons(rows: list[dict]) -> None:
@@ -99,7 +204,7 @@ def test_without_a_gpu_it_names_the_way_out() -> None:
 
 def test_the_tables_of_the_documentation_are_those_of_the_rows() -> None:
     text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    for title, lines in tables():
+    for title, lines in tables(read()):
         assert "\n".join(lines) in text, title
 
 
