@@ -48,3 +48,14 @@ def test_two_runs_give_the_same_bits(rows: list[dict]) -> None:
 def test_what_no_program_writes_stays_poisoned(rows: list[dict]) -> None:
     (row,) = [row for row in rows if row["case"] == "80,000 heads"]
     assert row["unwritten"]
+
+
+def test_the_suite_of_a_gpu_runs_in_the_interpreter() -> None:
+    """Small, so that what a GPU will run has run before, and has found nothing."""
+    suite = Path(__file__).with_name("test_on_gpu.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
