@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffattn.cli.main import main
 from diffattn.ops.cpu import build, compiling
+from diffattn.ops.triton import configs
+from diffattn.ops.triton import operator as fused_triton
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +105,64 @@ def test_on_windows_one_line_says_what_serves(
     assert said.count("the kernel serves Linux and macOS, not win32, where the standard path serves\n") == 1
     assert "diff_attention on CPU, float32: standard\n" in said
     assert "install a C++20 compiler" not in said
+    assert "GPU: none that PyTorch can use\n" in said or "GPU cuda:0: " in said
+
+
+GPU_CASES: dict[str, tuple[str, str | None, list[str]]] = {
+    "H100": (
+        "sm_90",
+        "3.6.0",
+        [
+            "GPU cuda:0: a card",
+            "diff_attention and models on cuda:0, float32: standard (fused_triton: float32 inputs are not supported, "
+            "because GPUs multiply it fast only with a rounding to TF32; it serves bfloat16 and float16)",
+            "diff_attention and models on cuda:0, bfloat16, float16: fused_triton",
+        ],
+    ),
+    "a chip that nobody timed": (
+        "sm_80",
+        "3.6.0",
+        [
+            "diff_attention and models on cuda:0, bfloat16, float16: fused_triton; V2 training: standard "
+            "(fused_triton: V2 without a mask is left to PyTorch's kernels where nobody has measured which is faster)"
+        ],
+    ),
+    "a chip without a table": (
+        "sm_52",
+        "3.6.0",
+        ["diff_attention and models on cuda:0, bfloat16, float16: standard (fused_triton: a GPU of type sm_52 is not "],
+    ),
+    "no Triton": (
+        "sm_90",
+        None,
+        [
+            "diff_attention and models on cuda:0, bfloat16, float16: standard (fused_triton: Triton is not installed; "
+            "install it with pip install triton)"
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_a_gpu_is_told_what_serves_it_and_why(
+    case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tensors without data that say that they lie on it."""
+    chip, triton, lines = GPU_CASES[case]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+    shared = configs.SHARED[configs.TABLES.get(chip, "sm_90")]
+    monkeypatch.setattr(configs, "_facts", lambda index: (chip, shared, 100))
+    monkeypatch.setattr(fused_triton, "triton_version", lambda: triton)
+    with FakeTensorMode():
+        (gpu,) = facts(capsys)["gpus"]
+        assert main(["doctor"]) == 0
+    said = capsys.readouterr().err
+    assert [line for line in lines if line not in said] == []
+    assert "none that PyTorch can use" not in said
+    assert list(gpu["serves"]) == DTYPES
+    assert set(gpu["serves"]["float16"]) == {"diff_attention", "models", "reasons"}
+    assert set(gpu["serves"]["float16"]["models"]) == {"V1 training", "V1 decoding", "V2 training", "V2 decoding"}
 
 
 def test_help_needs_no_torch() -> None:

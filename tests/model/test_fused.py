@@ -12,6 +12,7 @@ from support.fused_cases import needs_kernel, needs_the_kernel
 from support.kernel_calls import recorded_calls
 from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -22,6 +23,7 @@ from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.fused import DIFF_FUSED, diff_fused_attention, diff_fused_mask, serving_backend
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.ops.cpu import build
+from diffattn.ops.triton import configs
 from diffattn.ops.triton import operator as fused_triton
 from diffattn.probes.lens import attention_maps
 
@@ -351,19 +353,17 @@ def test_maps_need_eager_attention_as_they_do_under_sdpa(attention):
 
 
 def test_what_serves_a_model_is_named_by_device_dtype_and_width(monkeypatch):
-    asked = []
-
-    def unavailable(device, width, value_width, one_key):
-        asked.append((device.type, width, value_width, one_key))
-        return None if value_width <= 256 else "too wide"
-
-    monkeypatch.setattr(fused_triton, "unavailable", unavailable)
-    assert serving_backend("diff_v1", "cuda", torch.bfloat16, 128) == "fused_triton"
-    assert serving_backend("diff_v2", "cuda", torch.float16, 256) == "fused_triton"
-    assert serving_backend("diff_v1", "cuda", torch.bfloat16, 130) == "standard"
-    assert asked == [("cuda", 128, 256, False), ("cuda", 256, 256, True), ("cuda", 130, 260, False)]
-    assert serving_backend("diff_v1", "cuda", torch.float32, 64) == "standard"
-    assert serving_backend("softmax", "cuda", torch.bfloat16, 64) == "standard"
+    monkeypatch.setattr(configs, "_facts", lambda index: ("sm_90", configs.SHARED["sm_90"], 132))
+    monkeypatch.setattr(fused_triton, "triton_version", lambda: "3.6.0")
+    # Tensors without data that say that they lie on a GPU.
+    with FakeTensorMode():
+        assert serving_backend("diff_v1", "cuda", torch.bfloat16, 128) == "fused_triton"
+        assert serving_backend("diff_v2", "cuda", torch.float16, 64) == "fused_triton"
+        assert serving_backend("diff_v1", "cuda", torch.bfloat16, 130) == "standard"
+        assert serving_backend("diff_v1", "cuda", torch.float32, 64) == "standard"
+        assert serving_backend("softmax", "cuda", torch.bfloat16, 64) == "standard"
+        # Nobody timed V2 of 256 against PyTorch's kernels.
+        assert serving_backend("diff_v2", "cuda", torch.bfloat16, 256) == "standard"
     monkeypatch.setattr(build, "unavailable", lambda dtype: None if dtype == torch.float32 else "none")
     assert serving_backend("diff_v1", "cpu", torch.float32, 64) == "fused_cpu"
     assert serving_backend("diff_v1", "cpu", torch.bfloat16, 64) == "standard"

@@ -38,7 +38,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", look)
     monkeypatch.setattr(sdpa, "on_gpu", lambda device: True)
-    monkeypatch.setattr(fused, "KERNELS", ())
+    monkeypatch.setattr(fused, "KERNELS", {})
     return calls
 
 

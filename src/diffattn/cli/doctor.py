@@ -68,7 +68,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
         *(_backend(name, backend) for name, backend in facts["backends"].items()),
         *(f"diff_attention on CPU, {dtype}: {used}" for dtype, used in facts["diff_attention"].items()),
         *(f"the model's attention on CPU, {dtype}: {used}" for dtype, used in facts["model_attention"].items()),
-        f"CUDA: {', '.join(facts['cuda']) or 'none'}",
+        *(line for gpu in facts["gpus"] for line in _gpu(gpu)),
+        *([] if facts["gpus"] else ["GPU: none that PyTorch can use"]),
         f"cache folder: {facts['cache']['path']}, {facts['cache']['bytes'] / 1e6:.1f} MB, {_writing(facts['cache'])}",
     ]
 
@@ -76,6 +77,31 @@ def lines(facts: dict[str, Any]) -> list[str]:
 def _backend(name: str, facts: dict[str, str | None]) -> str:
     package = f", from {facts['package']}" if facts["package"] else ""
     return facts["broken"] or f"backend {name}: {facts['hardware']}{package}"
+
+
+def _gpu(facts: dict[str, Any]) -> list[str]:
+    """A line with the GPU's name, and one for the dtypes that the same backends serve, with the reasons."""
+    device = facts["device"]
+    said: dict[tuple[str, str, str], list[str]] = {}
+    for dtype, answers in facts["serves"].items():
+        asked = ("diff_attention", "models")
+        words = [_answers(answers[who]) for who in asked]
+        whom = {" and ".join(asked): words[0]} if words[0] == words[1] else dict(zip(asked, words, strict=True))
+        why = "; ".join(answers["reasons"])
+        for who, served in whom.items():
+            said.setdefault((who, served, why), []).append(dtype)
+    lines = [
+        f"{who} on {device}, {', '.join(dtypes)}: {served}{f' ({why})' if why else ''}"
+        for (who, served, why), dtypes in said.items()
+    ]
+    return [f"GPU {device}: {facts['name']}", *lines]
+
+
+def _answers(served: dict[str, str]) -> str:
+    """The backend of most calls, and the calls that another one serves."""
+    names = list(served.values())
+    most = max(names, key=names.count)
+    return "; ".join([most, *(f"{call}: {name}" for call, name in served.items() if name != most)])
 
 
 def _writing(cache: dict[str, Any]) -> str:

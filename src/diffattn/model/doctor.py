@@ -9,16 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffattn.config_fields import dtype_name
 from diffattn.errors import UnsupportedError
 from diffattn.files import unwritable
 from diffattn.machine import processor_name
 from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.fused import serving
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.ops.backend import installed, load, package_of
 from diffattn.ops.cpu.build import DTYPES, status
 from diffattn.ops.dispatch import BACKENDS
+from diffattn.ops.reference import Call
+
+# The calls that a GPU may serve by different backends.
+CALLS = {
+    "V1 training": ("diff_v1", False),
+    "V1 decoding": ("diff_v1", True),
+    "V2 training": ("diff_v2", False),
+    "V2 decoding": ("diff_v2", True),
+}
 
 
 def examine() -> dict[str, Any]:
@@ -29,8 +40,8 @@ def examine() -> dict[str, Any]:
         implementation = DiffTransformerForCausalLM(config).config._attn_implementation
     names = [dtype_name(dtype) for dtype in DTYPES]
     serves = {name: name in kernel.active or kernel.pending for name in names}
-    # The first of the table, asked without compiling what is not compiled yet.
-    backends = {fused: next(name for name in BACKENDS if fused or name != "fused_cpu") for fused in (False, True)}
+    # Not asked, which would compile what is not compiled yet.
+    backends = {True: "fused_cpu", False: "standard"}
     packages = ("torch", "transformers", "diffattn")
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
@@ -39,7 +50,7 @@ def examine() -> dict[str, Any]:
         "backends": _backends(),
         "diff_attention": {dtype: backends[fused] for dtype, fused in serves.items()},
         "model_attention": {dtype: _model_attention(implementation, fused) for dtype, fused in serves.items()},
-        "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "cache": {
             "path": kernel.cache,
             "bytes": _bytes(Path(kernel.cache)),
@@ -61,6 +72,37 @@ def _backends() -> dict[str, dict[str, str | None]]:
             broken = str(error)
         found[name] = {"hardware": hardware, "package": package_of(entry), "broken": broken}
     return found
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    """Returns what serves the calls on a GPU by dtype, and the sentences of those that were asked before and do not."""
+    device, serves = f"cuda:{index}", {}
+    for dtype in DTYPES:
+        answers: dict[str, dict[str, str]] = {"diff_attention": {}, "models": {}}
+        reasons: dict[str, None] = {}
+        for words, (attention, decoding) in CALLS.items():
+            call = _call(attention, device, dtype, decoding)
+            for name, backend in BACKENDS.items():
+                reason = backend.refuses(call) or backend.passed_over(call)
+                if reason is None:
+                    answers["diff_attention"][words] = name
+                    break
+                # It serves no GPU.
+                reasons |= {} if name == "fused_cpu" else {reason: None}
+            answers["models"][words] = serving(attention, device, dtype, decoding=decoding)[0]
+        serves[dtype_name(dtype)] = answers | {"reasons": list(reasons)}
+    return {"device": device, "name": torch.cuda.get_device_name(index), "serves": serves}
+
+
+def _call(attention: str, device: str, dtype: torch.dtype, decoding: bool) -> Call:
+    """A causal call as a layer with heads of 64 makes it, in training or decoding, where nothing is padded."""
+
+    def empty(tokens: int, width: int) -> Tensor:
+        return torch.empty(1, tokens, 1, width, dtype=dtype, device=device, requires_grad=not decoding)
+
+    q, k = empty(1 if decoding else 16, 64), empty(16, 64)
+    k2, values = (empty(16, 64), empty(16, 128)) if attention == "diff_v1" else (k, empty(16, 64))
+    return Call(q, k, q, k2, values, 0.5)
 
 
 def _model_attention(implementation: str, fused: bool) -> str:

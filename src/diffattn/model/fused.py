@@ -39,7 +39,6 @@ from diffattn.model.transformers_private import (
     sdpa_attention_forward,
     sdpa_mask,
 )
-from diffattn.ops.cpu import build
 from diffattn.ops.cpu import operator as fused_cpu
 from diffattn.ops.derivatives import through_sdpa
 from diffattn.ops.half import attention_inputs
@@ -49,8 +48,8 @@ from diffattn.ops.triton import operator as fused_triton
 from diffattn.ops.visibility import visible_in_ranges, visible_keys
 from diffattn.variants import ATTENTIONS
 
-# Both offer the same functions.
-KERNELS = (fused_cpu, fused_triton)
+# They offer the same functions, and are asked in this order.
+KERNELS = {"fused_cpu": fused_cpu, "fused_triton": fused_triton}
 
 
 def diff_fused_attention(
@@ -87,7 +86,7 @@ def diff_fused_attention(
     """
     if _needs_standard_call(attention_mask, dropout, kwargs) is None:
         queries = None if attention_mask is None else attention_mask[:, :, 0, 0]
-        kernel = next((one for one in KERNELS if one.refuses(query, key, value, lam, queries) is None), None)
+        kernel = next((one for one in KERNELS.values() if one.refuses(query, key, value, lam, queries) is None), None)
     else:
         kernel = None
     if kernel is not None:
@@ -119,22 +118,36 @@ def diff_fused_attention(
 
 
 def serving_backend(attention: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Returns what serves a causal call of a model by default, as ``diffattn.plan.cost.flops_per_token`` names it.
+    """Returns what serves a causal call of a model in training by default, by its name in ``ops.dispatch.BACKENDS``.
 
     ``dtype`` is that of queries, keys and values, under autocast that of the products, and ``head_dim`` the width of a
     softmax head. Compiles the CPU kernel if need be.
     """
-    variant = ATTENTIONS[attention]
-    if variant.maps == 1:
-        return "standard"
-    if device == "cpu":
-        served = dtype in build.DTYPES and build.unavailable(dtype) is None
-        return "fused_cpu" if served else "standard"
-    widths = (head_dim, variant.join * head_dim)
-    served = dtype in fused_triton.DTYPES and (
-        fused_triton.unavailable(torch.device(device), *widths, one_key=variant.join == 1) is None
-    )
-    return "fused_triton" if served else "standard"
+    return serving(attention, device, dtype, head_dim)[0] if ATTENTIONS[attention].maps > 1 else "standard"
+
+
+def serving(
+    attention: str, device: str, dtype: torch.dtype, head_dim: int = 64, *, decoding: bool = False
+) -> tuple[str, list[str]]:
+    """Returns what serves a differential model's causal call, and for each kernel asked before one sentence why not.
+
+    The call is one of 16 tokens in training, where nothing is padded, or of one token in decoding.
+    """
+    # As wide as the keys of both maps where they are two, and as the values.
+    joined = ATTENTIONS[attention].join * head_dim
+
+    def empty(heads: int, tokens: int, width: int) -> Tensor:
+        return torch.empty(1, heads, tokens, width, dtype=dtype, device=device, requires_grad=not decoding)
+
+    tensors = (empty(2, 1 if decoding else 16, head_dim), empty(1, 16, joined), empty(1, 16, joined))
+    lam = torch.empty((), device=device)
+    reasons: list[str] = []
+    for name, kernel in KERNELS.items():
+        reason = kernel.refuses(*tensors, lam, None)
+        if reason is None:
+            return name, reasons
+        reasons.append(reason)
+    return "standard", reasons
 
 
 def _holds_both_keys(query: Tensor, key: Tensor) -> bool:
