@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+# The package itself, before a benchmark loads it without its `__init__`.
+import diffattn.ops.triton.configs as configs
 from benchmarks import gpu_cases as cases
 from benchmarks.gpu_checks import kernel_problems
 from benchmarks.gpu_device import Device, short_name
 from benchmarks.gpu_tables import RESULTS, read, tables
-from diffattn.ops.triton import configs
 
 ROOT = Path(__file__).parents[2]
 # A machine that has torch, Triton and what these need, and nothing else: every finder of modules finds those alone.
