@@ -54,8 +54,10 @@ DEVICE = "cpu" if TINY else "cuda"
 if TINY:
     mend_interpreter()
 BF16, F16 = torch.bfloat16, torch.float16
+# Poison comes with PyTorch's deterministic mode, which warns of the products in the definition.
 # PyTorch loads what inductor needs with its own deprecated torch.jit. NumPy warns of logarithms of 0, not used.
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
