@@ -15,6 +15,7 @@ import tyro  # noqa: F401
 HERE = Path(__file__).parent
 # The files that take longest, which begin first: the processes that share the tests then end together.
 SLOWEST = (
+    "ops/triton/test_operator.py", "model/test_fused_triton.py",
     "ops/cpu/test_processors.py", "export/test_onnx.py", "model/test_compile.py", "study/test_compare.py",
     "ops/cpu/test_registered.py", "scaling/test_ladder.py", "ops/cpu/test_operator.py", "ops/cpu/test_build.py",
     "train/test_kill.py", "report/test_plan_page.py", "report/test_compare_page.py", "model/test_registration.py",

@@ -18,7 +18,7 @@ def run_in_interpreter(tests: Path, *, at_least: int, **environment: str) -> Non
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=580,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)

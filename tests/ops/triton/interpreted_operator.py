@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from support.comparison import Inputs, compare, compare_forward_and_gradients, forward_and_gradients, make_inputs
-from support.derivatives import FORWARD, LATE, SECOND, compare_derivatives, taken
+from support.derivatives import SECOND, compare_derivatives, taken
 from support.fused_cases import padded
 from support.known_wrong import assert_rejects_known_wrong
 from torch import Tensor
@@ -43,7 +43,8 @@ pytestmark = [
 ]
 
 BF16, F16 = torch.bfloat16, torch.float16
-SIZES: dict[str, Any] = {"T": 11, "H": 4, "G": 2, "D": 8, "Dv": 16}
+# Small: the interpreter takes milliseconds for each program, and one takes 64 queries or keys of a head.
+SIZES: dict[str, Any] = {"T": 11, "H": 2, "G": 1, "D": 8, "Dv": 16}
 
 
 def inputs(dtype: torch.dtype = BF16, **options: Any) -> Inputs:
@@ -56,13 +57,12 @@ def by_name(*tensors: Any, **options: Any) -> Tensor:
 
 CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "V1": (BF16, {}),
-    "V1, float16": (F16, {}),
     "V2": (BF16, {"one_key": True, "Dv": 8}),
     "V2, float16, padded": (F16, {"one_key": True, "key_padding": padded(11, 3, 2)}),
     "padded": (BF16, {"key_padding": padded(11, 3, 2)}),
     "T < S, padded": (F16, {"S": 19, "key_padding": padded(19, 5, 2)}),
-    "T < S, one group": (BF16, {"S": 19, "G": 1}),
-    "no groups, odd widths": (BF16, {"G": 4, "D": 5, "Dv": 13}),
+    "two groups": (BF16, {"B": 1, "H": 4, "G": 2}),
+    "no groups, odd widths": (BF16, {"G": 2, "D": 5, "Dv": 13}),
     "not causal": (BF16, {"T": 13, "S": 11, "causal": False, "scale": 0.9}),
     "few queries": (BF16, {"T": 3, "S": 19}),
     "few queries, V2, padded": (F16, {"T": 2, "S": 19, "one_key": True, "key_padding": padded(19, 5, 2)}),
@@ -99,7 +99,7 @@ def test_a_row_packed_from_three_sequences() -> None:
         )
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (11, 1), (2, 1, 1), (2, 11, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(), (2,), (11, 1), (2, 1, 1)], ids=str)
 def test_lam_of_any_shape(shape: tuple[int, ...]) -> None:
     """One λ for all, per head, per token, per sequence: its gradient has its shape."""
     lam = torch.rand(shape, generator=torch.Generator().manual_seed(3))
@@ -123,12 +123,11 @@ def layouts(x: Inputs) -> dict[str, Inputs]:
     return {name: Inputs(*t, x.lam) for name, t in {"heads": before, "rows": ends, "columns": apart}.items()}
 
 
-@pytest.mark.parametrize("layout", ["heads", "rows", "columns"])
-@pytest.mark.parametrize("queries", [3, 11])
+@pytest.mark.parametrize(("queries", "layout"), [(11, "heads"), (11, "columns"), (3, "rows")])
 def test_strided_views(queries: int, layout: str) -> None:
     x = inputs(T=queries, S=12)
     leaves = [t.requires_grad_() for t in layouts(x)[layout][:5]]
-    cotangent = torch.randn(2, queries, 4, 16, generator=torch.Generator().manual_seed(1)).to(BF16)
+    cotangent = torch.randn(2, queries, 2, 16, generator=torch.Generator().manual_seed(1)).to(BF16)
     output = by_name(*leaves, x.lam)
     gradients = torch.autograd.grad(output, leaves, cotangent)
     for got, want in zip([output, *gradients], forward_and_gradients(by_name, x), strict=False):
@@ -186,7 +185,7 @@ def ranges(x: Inputs) -> Tensor | None:
 @pytest.mark.parametrize("case", ["V1", "V2, padded"])
 def test_opcheck(case: str) -> None:
     """Schema, autograd, fakes of fixed and of free sizes, tracing: of all four operators."""
-    options: dict[str, Any] = {"H": 2, "G": 1, "D": 4, "Dv": 4, "T": 9, "S": 9}
+    options: dict[str, Any] = {"D": 4, "Dv": 4, "T": 9, "S": 9}
     if case != "V1":
         options |= {"one_key": True, "key_padding": padded(9, 3, 2)}
     operators = torch.ops.diffattn
@@ -229,10 +228,11 @@ NORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("one_key", [False, True], ids=["V1", "V2"])
+@pytest.mark.parametrize(
+    ("norm", "one_key"), [("no norm", True), ("norm", False), ("norm with gain", False)], ids=["V2", "V1", "V1, gain"]
+)
 @torch.no_grad()
-def test_decoding_as_a_layer_calls_it(one_key: bool, norm: str) -> None:
+def test_decoding_as_a_layer_calls_it(norm: str, one_key: bool) -> None:
     options = NORMS[norm]
     for queries, padding in ((1, None), (3, padded(19, 5, 2))):
         x = inputs(T=queries, S=19, one_key=one_key, key_padding=padding)
@@ -308,10 +308,7 @@ def grads_equal(function: Any, x: Inputs) -> None:
         assert got.equal(want)
 
 
-@pytest.mark.parametrize(
-    ("case", "backend"),
-    [("V1", "aot_eager"), ("V2, padded", "aot_eager"), ("few queries", "aot_eager"), ("V1", "inductor")],
-)
+@pytest.mark.parametrize(("case", "backend"), [("V1", "inductor"), ("V2, padded", "aot_eager")])
 def test_compiles_to_one_graph(case: str, backend: str) -> None:
     """Around it is what a layer does: views of a projection before, a gain after."""
 
@@ -321,7 +318,6 @@ def test_compiles_to_one_graph(case: str, backend: str) -> None:
     options: dict[str, dict[str, Any]] = {
         "V1": {},
         "V2, padded": {"one_key": True, "key_padding": padded(11, 3, 2)},
-        "few queries": {"T": 3, "S": 11},
     }
     x = inputs(**options[case])
     torch._dynamo.reset()
@@ -336,7 +332,7 @@ def test_one_graph_serves_every_length() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(by_name, fullgraph=True, backend=counter, dynamic=True)
-    for T in (11, 17, 5):
+    for T in (11, 5):
         grads_equal(compiled, inputs(T=T))
     assert counter.frame_count == 1
 
@@ -351,7 +347,7 @@ def test_exports_with_any_length() -> None:
     program = torch.export.export(Attention(), inputs()[:6], dynamic_shapes=[{1: length}] * 6)
     targets = [str(node.target) for node in program.graph.nodes]
     assert targets.count("diffattn.fused_triton_output.default") == 1
-    for T in (11, 17, 5):
+    for T in (11, 5):
         x = inputs(T=T)
         assert program.module()(*x[:6]).equal(by_name(*x[:6]))
 
@@ -361,10 +357,18 @@ def test_exports_with_any_length() -> None:
 SMALL: dict[str, int] = {"B": 1, "T": 3, "S": 4, "H": 2, "G": 1, "D": 2, "Dv": 3}
 
 
-@pytest.mark.parametrize("case", ["V1", "V2, padded"])
 @pytest.mark.parametrize(
-    "derivative",
-    ["grad", "vmap of all", "vmap of grad", "jvp", "forward_ad", "double backward", "grad of grad", "dual cotangent"],
+    ("derivative", "case"),
+    [
+        ("vmap of all", "V1"),
+        ("vmap of grad", "V2, padded"),
+        ("jvp", "V1"),
+        ("forward_ad", "V2, padded"),
+        ("double backward", "V1"),
+        ("double backward", "V2, padded"),
+        ("grad of grad", "V1"),
+        ("dual cotangent", "V1"),
+    ],
 )
 def test_the_operators_have_every_derivative(derivative: str, case: str) -> None:
     """Called past `unsupported`, as by a compiled graph; under `auto` another backend serves forward mode."""
@@ -376,14 +380,14 @@ def test_the_operators_have_every_derivative(derivative: str, case: str) -> None
     compare_derivatives(derivative, function, make_inputs(**SMALL, **options, dtype=BF16))
 
 
-@pytest.mark.parametrize("derivative", [*FORWARD, *SECOND, *LATE])
+@pytest.mark.parametrize("derivative", ["jvp", "grad of jvp", "dual cotangent", "double backward", "hessian"])
 def test_by_name_it_refuses_those_that_the_kernels_lack(derivative: str) -> None:
     kind = "second derivatives" if derivative in SECOND else "derivatives in forward mode"
     with pytest.raises(UnsupportedError, match=f"^fused_triton: {kind} are not supported; wanted a backend"):
         taken(derivative, by_name, make_inputs(**SMALL, dtype=BF16))
 
 
-@pytest.mark.parametrize("derivative", ["grad", "vmap of grad", "grad of vmap"])
+@pytest.mark.parametrize("derivative", ["vmap of grad", "grad of vmap"])
 def test_first_derivatives_are_the_kernels(derivative: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: Any) -> Any:
         raise AssertionError("a map was computed")

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from diffattn.config_fields import dtype_name
 from diffattn.errors import ConfigError
+from diffattn.ops.triton.configs import MOST_DECODED
 
-# Queries of a call that is split over its keys, and the rows that they make with the heads of a group at most.
-DECODING_QUERIES, DECODING_ROWS = 8, 64
+# Rows at most that a group's heads make with the queries that are decoded.
+DECODING_ROWS = 64
 
 
 def few(queries: int, heads: int, groups: int) -> bool:
     """Tells whether a call without gradients is decoded: its queries of a group are the rows of one tile."""
-    return queries <= DECODING_QUERIES and heads // groups * queries <= DECODING_ROWS
+    return queries <= MOST_DECODED and heads // groups * queries <= DECODING_ROWS
 
 
 def _kernels(name: str) -> Any:
