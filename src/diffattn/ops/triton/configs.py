@@ -77,18 +77,19 @@ TABLES = {
     "gfx950": "gfx942",
 }
 
-# These chips multiply tiles that lie in registers.
-_FORWARD_IN_REGISTERS: Table = (
-    (UpTo(64, 64, one_key=True), Blocks(64, 64, 4, 3)),
-    (UpTo(64, 128), Blocks(128, 32, 8, 3)),
-    (UpTo(128, 128), Blocks(128, 32, 8, 2)),
-    (UpTo(256, 256), Blocks(64, 32, 8, 2, together=False)),
-)
-
 # Of each table the first entry that holds both widths is taken.
 FORWARD: dict[str, Table] = {
-    "sm_80": _FORWARD_IN_REGISTERS,
-    "sm_86": _FORWARD_IN_REGISTERS,
+    "sm_80": (
+        (UpTo(64, 64, one_key=True), Blocks(64, 64, 4, 3)),
+        (UpTo(64, 128), Blocks(128, 32, 8, 3)),
+        (UpTo(128, 128), Blocks(128, 32, 8, 2)),
+        (UpTo(256, 256), Blocks(64, 32, 8, 2, together=False)),
+    ),
+    "sm_86": (
+        (UpTo(64, 64, one_key=True), Blocks(64, 64, 4, 3)),
+        (UpTo(128, 128), Blocks(128, 32, 8, 2)),
+        (UpTo(256, 256), Blocks(64, 32, 8, 2, together=False)),
+    ),
     "sm_90": (
         (UpTo(64, 64, one_key=True), Blocks(64, 128, 4, 3)),
         (UpTo(64, 128), Blocks(64, 64, 4, 3)),
@@ -139,7 +140,7 @@ QUERIES: dict[str, Table] = {
         (UpTo(64, 128), Blocks(128, 32, 4, 2)),
         (UpTo(128, 128), Blocks(64, 32, 4, 2)),
         (UpTo(128, 256), Blocks(64, 32, 4, 1)),
-        (UpTo(256, 256), Blocks(32, 32, 4, 1)),
+        (UpTo(256, 256), Blocks(32, 16, 4, 1)),
     ),
 }
 

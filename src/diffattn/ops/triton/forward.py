@@ -215,7 +215,9 @@ def forward(
     BD, BV = padded(D), padded(DV)
     out = v.new_empty(B, T, H, DV)
     o2 = torch.empty_like(out) if save or not blocks.together else None
-    lse = torch.empty(2, B, H, T, dtype=torch.float32, device=v.device) if save else None
+    # Where O2 is written anyway, the code for ranges that keeps the log-sum-exps too spills a tenth on Hopper.
+    keep = save or (queries is not None and not blocks.together)
+    lse = torch.empty(2, B, H, T, dtype=torch.float32, device=v.device) if keep else None
     descriptors = blocks.descriptors and all(describable(x) for x in (k1, k2, v))
     keys = [described(x, blocks.keys, w) if descriptors else x for x, w in ((k1, BD), (k2, BD), (v, BV))]
     parts = triton.cdiv(T, blocks.rows)
@@ -224,8 +226,8 @@ def forward(
         *q1.stride()[:3], *k1.stride()[:3], *q2.stride()[:3], *k2.stride()[:3], *v.stride()[:3],
         *lam.stride(), *out.stride()[:3],
         B, T, S, H, H // G, scale * math.log2(math.e), heads_in_wave(v.device, parts, blocks.warps),
-        CAUSAL=causal, RANGES=queries is not None, ONE_KEY=one_key, SAVE=save, TOGETHER=blocks.together,
+        CAUSAL=causal, RANGES=queries is not None, ONE_KEY=one_key, SAVE=keep, TOGETHER=blocks.together,
         DESCRIPTORS=descriptors, ROWS=blocks.rows, KEYS=blocks.keys, D=D, DV=DV, BD=BD, BV=BV,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
-    return out, o2 if save else None, lse
+    return (out, o2, lse) if save else (out, None, None)
