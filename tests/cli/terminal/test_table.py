@@ -168,7 +168,8 @@ def test_the_plan_answers_first_and_fits(
     lines = capsys.readouterr().err.splitlines()
     assert max(map(cell_len, lines)) <= int(columns)
     text = " ".join(" ".join(lines).split())
-    assert text.startswith("machine: RTX 3060 12GB; context: 4,096; batch: 1; precision: bf16; backend: standard")
+    taken = "auto (diff_v1:6.8B: fused_triton, softmax:11B: standard)"
+    assert text.startswith(f"machine: RTX 3060 12GB; context: 4,096; batch: 1; precision: bf16; backend: {taken}")
     assert "'V1:6.8b' is planned as diff_v1:6.8B" in text
     assert "The most that 22.4 GiB (24,000,000,000 bytes) hold:" in text
     answers = [text.index(words) for words in ("diff_v1:6.8B has 62%", "From training to inference", "On disk")]
