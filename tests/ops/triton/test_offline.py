@@ -136,6 +136,7 @@ def test_what_a_chip_does_not_have_is_seen(planted: dict[str, int], said: str) -
 
 
 # Of each chip the forward pass and both passes behind it, which take about two seconds each.
+@pinned
 @pytest.mark.parametrize("shape", ["V1, 64", "V2, 64"])
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 def test_kernels_compile_for_a_gpu_that_is_not_here(chip: str, shape: str) -> None:
@@ -147,6 +148,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(chip: str, shape: str) -> No
         assert beyond(case._asdict() | {"kernel": kernel, "taken": taken}) == []
 
 
+@pinned
 def test_code_that_is_known_is_not_compiled_again() -> None:
     found = {kernel: launch for kernel, _, launch in launches(Case("sm_80", "V2, 64", "bfloat16", "causal", True))}
     code, _ = compiled(found["sums"])
