@@ -55,7 +55,7 @@ test-vllm: .venv-vllm/ready ## the models in vLLM beside generate, in .venv-vllm
 
 # The compiled kernel under AddressSanitizer and UBSan: about a minute.
 asan: $(READY) ## the kernel under AddressSanitizer and UBSan
-	$(BIN)/python tests/support/asan_fused_cpu.py
+	PYTHONPATH=tests $(BIN)/python -m support.asan_fused_cpu
 
 # A wheel with the kernel compiled for each instruction set, in dist/: about a minute and a half.
 wheels: $(READY) ## the wheel that carries the compiled kernel, in dist/
