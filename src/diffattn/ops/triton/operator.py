@@ -238,17 +238,7 @@ def decode(
 ) -> Tensor:
     """Differential attention of up to 8 queries as a layer calls it, with the norm behind it; no gradients.
 
-    Args:
-        query: (B, 2H, T, D), pairs of heads adjacent.
-        key: (B, G, S, 2D) for the keys of both maps side by side, (B, G, S, D) where they share them.
-        value: (B, G, S, Dv).
-        lam: λ in float32, broadcastable to (B, T, H).
-        scale, queries: as in a `Call`; causal without the latter.
-        gain: (Dv,), ones where it is None.
-        norm_scale, eps: the output is ``norm_scale · gain · y / sqrt(mean(y²) + eps)``, or y where eps is None.
-
-    Returns:
-        (B, T, H, Dv) in the inputs' dtype, rounded once.
+    Arguments and result are those of `diffattn.ops.cpu.operator.decode`.
     """
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     return torch.ops.diffattn.fused_triton_decoding(query, key, value, lam, queries, scale, gain, norm_scale, eps)
