@@ -50,8 +50,12 @@ def _packed(device: Device, problem: Problem, kind: str, sequences: int) -> Iter
     errors: dict[str, dict[str, float]] = {}
     for name, (call, function) in forms.items():
         if call is row_of and not name.endswith("one_sequence"):
-            check = functools.partial(cases.results, function, call, d_output.flatten(0, 1)[None])
-            probe(lambda: errors.update({name: cases.relative_errors(check(), wanted)}))  # noqa: B023
+
+            def check(name: str = name, call: Call = call, function: Callable[[Call], Tensor] = function) -> None:
+                got = cases.results(function, call, d_output.flatten(0, 1)[None])
+                errors[name] = cases.relative_errors(got, wanted)
+
+            probe(check)
     for phase in ("forward", "forward_backward"):
         for row in _timed(device, phase, forms):
             name = row.pop("name")

@@ -16,8 +16,9 @@ tangents without a word, and does not work within `torch.func`. It is otherwise 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -27,8 +28,8 @@ from torch import Tensor
 from diffattn.ops import torch_private
 from diffattn.ops.backend import refusal
 from diffattn.ops.derivatives import has_tangent, pullback, transformed
-from diffattn.ops.reference import apply_map, softmax_map
-from diffattn.ops.visibility import visible_in_ranges, visible_keys
+from diffattn.ops.reference import Call, apply_map, as_lam, softmax_map
+from diffattn.ops.visibility import seeing_queries, visible_in_ranges, visible_keys
 
 
 class Operators(NamedTuple):
@@ -63,6 +64,26 @@ def without_formulas() -> Iterator[None]:
         yield
     finally:
         _ALONE.reset(token)
+
+
+def with_formulas(wanted: bool) -> AbstractContextManager[None]:
+    """Within this, calls of the operators have all derivatives if they are wanted, else `without_formulas`."""
+    # A compiled graph has no second derivatives.
+    return nullcontext() if wanted or torch.compiler.is_compiling() else without_formulas()
+
+
+def arguments_of(
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, bool, float]:
+    """Returns q1, k1, q2, k2 (None where both maps share their keys), v, lam, queries, causal and scale of a call.
+
+    λ is (B, T, H), in float32 at least; padding is among `queries`.
+    """
+    q1, k1, q2, k2, v, lam, causal, scale, key_padding, queries = call
+    if queries is None and key_padding is not None:
+        queries = seeing_queries(q1.shape[1], k1.shape[1], causal, key_padding)
+    scale = 1.0 / math.sqrt(q1.shape[-1]) if scale is None else scale
+    return q1, k1, q2, None if k2 is k1 else k2, v, as_lam(lam, v).expand(q1.shape[:3]), queries, causal, scale
 
 
 def no_forward_mode(backend: str) -> str:

@@ -18,7 +18,6 @@ Shape letters: B batch, T queries, S keys, H output heads, G key/value groups, D
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,8 +27,7 @@ from torch import Tensor
 from diffattn.config_fields import dtype_name
 from diffattn.ops import derivatives, kernel_derivatives
 from diffattn.ops.cpu import build
-from diffattn.ops.reference import Call, as_lam
-from diffattn.ops.visibility import seeing_queries
+from diffattn.ops.reference import Call
 
 MAX_WIDTH = 256
 # Queries of a call that is split over its keys, as csrc/ops.cpp has it.
@@ -82,21 +80,14 @@ def fused_cpu_diff_attention(call: Call, *, formulas: bool = True) -> Tensor:
         formulas: whether second derivatives, which the kernel does not have, are those of formulas on tensors, which
             hold both maps; otherwise one that is taken raises `UnsupportedError`.
     """
-    q1, k1, q2, k2, v, lam, causal, scale, key_padding, queries = call
-    B, T, H, D = q1.shape
-    scale = 1.0 / math.sqrt(D) if scale is None else scale
-    if queries is None and key_padding is not None:
-        queries = seeing_queries(T, k1.shape[1], causal, key_padding)
-    lam = as_lam(lam, v).expand(B, T, H)
-    second = None if k2 is k1 else k2
+    q1, k1, q2, second, v, *others = kernel_derivatives.arguments_of(call)
     width = v.shape[-1]
     if v.dtype == torch.bfloat16:
         # Its products take pairs along the inner dimension.
         q1, k1, q2, v = (_even(x) for x in (q1, k1, q2, v))
         second = None if second is None else _even(second)
-    # A compiled graph has no second derivatives.
-    with nullcontext() if formulas or torch.compiler.is_compiling() else kernel_derivatives.without_formulas():
-        output, _ = torch.ops.diffattn.fused_cpu(q1, k1, q2, second, v, lam, queries, causal, scale)
+    with kernel_derivatives.with_formulas(formulas):
+        output, _ = torch.ops.diffattn.fused_cpu(q1, k1, q2, second, v, *others)
     return output[..., :width]
 
 

@@ -21,7 +21,6 @@ import functools
 import importlib
 import math
 import os
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,10 +28,9 @@ from torch import Tensor
 
 from diffattn.config_fields import dtype_name
 from diffattn.ops import derivatives, kernel_derivatives
-from diffattn.ops.reference import Call, as_lam
+from diffattn.ops.reference import Call
 from diffattn.ops.torch_private import constant_while_compiled
 from diffattn.ops.triton import configs, launch
-from diffattn.ops.visibility import seeing_queries
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Older ones were not tried. Those before 3.7.1 miscompile products with a transposed tile that was computed, on Hopper:
@@ -166,16 +164,8 @@ def fused_triton_diff_attention(call: Call, *, formulas: bool = True) -> Tensor:
         formulas: whether second derivatives, which the kernels do not have, are those of formulas on tensors, which
             hold both maps; otherwise one that is taken raises `UnsupportedError`.
     """
-    q1, k1, q2, k2, v, lam, causal, scale, key_padding, queries = call
-    B, T, H, D = q1.shape
-    scale = 1.0 / math.sqrt(D) if scale is None else scale
-    if queries is None and key_padding is not None:
-        queries = seeing_queries(T, k1.shape[1], causal, key_padding)
-    lam = as_lam(lam, v).expand(B, T, H)
-    second = None if k2 is k1 else k2
-    # A compiled graph has no second derivatives.
-    with nullcontext() if formulas or torch.compiler.is_compiling() else kernel_derivatives.without_formulas():
-        return torch.ops.diffattn.fused_triton_output(q1, k1, q2, second, v, lam, queries, causal, scale)
+    with kernel_derivatives.with_formulas(formulas):
+        return torch.ops.diffattn.fused_triton_output(*kernel_derivatives.arguments_of(call))
 
 
 def refuses(query: Tensor, key: Tensor, value: Tensor, lam: Tensor, queries: Tensor | None) -> str | None:
