@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from diffattn.model.modeling import DiffTransformerForCausalLM as DiffTransformerForCausalLM
     from diffattn.model.modeling import DiffTransformerModel as DiffTransformerModel
     from diffattn.model.pairing import build_pair as build_pair
+    from diffattn.model.sharding import check_sharded as check_sharded
+    from diffattn.model.sharding import data_ranks as data_ranks
+    from diffattn.model.sharding import mesh_for as mesh_for
+    from diffattn.model.sharding import shard as shard
     from diffattn.ops.dispatch import diff_attention as diff_attention
     from diffattn.plan.answer import plan as _plan
     from diffattn.plan.named_model import load_shape as load_shape
@@ -61,9 +65,11 @@ _HOME = {
     "Setting": "plan.setting:Setting",
     "ablation": "scaling.ablation:ablation",
     "build_pair": "model.pairing:build_pair",
+    "check_sharded": "model.sharding:check_sharded",
     "compare": "study.compare:compare",
     "continue_training": "train.continued:continue_training",
     "convert_checkpoint": "convert.convert:convert",
+    "data_ranks": "model.sharding:data_ranks",
     "diff_attention": "ops.dispatch:diff_attention",
     "evaluate": "probes.run:evaluate",
     "export_onnx": "export.onnx:export_onnx",
@@ -74,11 +80,13 @@ _HOME = {
     "load_shape": "plan.named_model:load_shape",
     "measure_machine": "study.measured_machine:measure_machine",
     "measure_plan": "study.plan_check:measure_plan",
+    "mesh_for": "model.sharding:mesh_for",
     "plan_pair": "plan.answer:plan",
     "prepare_data": "data.packing:prepare_data",
     "read_points": "scaling.points:read_points",
     "run_ladder": "scaling.ladder:run_ladder",
     "serve_model": "serve.engines:serve",
+    "shard": "model.sharding:shard",
     "train_model": "train.run:train",
 }
 __all__ = list(_HOME)

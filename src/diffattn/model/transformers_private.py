@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.distributed import DistributedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.masking_utils import causal_mask_function as causal_mask_function
@@ -86,7 +87,28 @@ def attention_function(implementation: str, function: Callable[..., Any]) -> Ite
         del ALL_ATTENTION_FUNCTIONS[implementation]
 
 
+def mark_as_placed(model: PreTrainedModel, *, shard: int, replicate: int, tensor: int) -> None:
+    """Tells ``transformers`` that a model is spread over ranks already, as it marks those that it spread itself.
+
+    Its Trainer then wraps the model in nothing, and takes the ranks of a layer as one; saving gathers the weights.
+
+    Args:
+        model: spread over ``shard`` · ``replicate`` · ``tensor`` ranks.
+        shard: the number of ranks that share out one copy of the weights.
+        replicate: the number of these copies.
+        tensor: the number of ranks that compute one layer together.
+    """
+    model.config.distributed_config = DistributedConfig(fsdp_size=shard, dp_replicate_size=replicate, tp_size=tensor)
+    model._is_distributed_loading_by_transformers = True
+    model._is_fsdp_managed_module = True
+    model._fsdp_size, model._tp_size = shard, tensor
+
+
 _TESTED = ">=5.20,<5.24"
+_PLACED = (
+    "transformers.Trainer wraps a sharded model once more, and save_pretrained writes a part of it",
+    "transformers can be told that a model is spread over ranks already",
+)
 _MASKS = (
     "masks of padded and packed rows",
     "the mask of an attention implementation is a promised part of the library's attention interface",
@@ -117,6 +139,13 @@ NAMES = (
         _TESTED,
         "a model stays under sdpa after it was served, which is slower",
         "the engine asks the model for the implementation to put back",
+    ),
+    *(
+        PrivateName(f"transformers.distributed.mixin:DistributedMixin.{name}", _TESTED, *_PLACED)
+        for name in ("_fsdp_size", "_is_distributed_loading_by_transformers", "_tp_size")
+    ),
+    PrivateName(
+        "transformers.distributed.fsdp:apply_fully_sharded_data_parallelism._is_fsdp_managed_module", _TESTED, *_PLACED
     ),
     PrivateName(
         "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.__delitem__", _TESTED,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.attention
+from torch import Tensor, nn
 from torch._C import _functorch
 from torch._functorch.utils import enable_single_level_autograd_function as enable_single_level_autograd_function
 from torch.autograd import forward_ad
@@ -32,6 +34,20 @@ current_sdpa_backends = torch.nn.attention._cur_sdpa_kernel_backends
 def in_forward_mode() -> bool:
     """Returns whether this code runs within ``torch.autograd.forward_ad.dual_level``."""
     return forward_ad._current_level >= 0
+
+
+@contextlib.contextmanager
+def other_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Has a module compute with other tensors than its own parameters, by name, for as long as this lasts.
+
+    ``torch.func.functional_call`` does the same around a call of the module, and not within its ``forward``.
+    """
+    held = {name: module._parameters[name] for name in tensors}
+    module._parameters.update(tensors)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        module._parameters.update(held)
 
 
 def constant_while_compiled(function: Callable[..., Any]) -> None:
@@ -88,6 +104,11 @@ NAMES = (
         "torch.nn:Module._apply", _TESTED,
         "λ and the rotary frequencies are rounded when a model is cast to half precision",
         "a parameter can be marked as one that keeps its dtype",
+    ),
+    PrivateName(
+        "torch.nn:Module._parameters", _TESTED,
+        "tensor parallelism: λ and the norms of heads would compute with DTensors, which the kernels do not take",
+        "a parallel style of torch.distributed.tensor has a module compute with its local parameters",
     ),
     PrivateName(
         "ATen/native/CPUBlas.h:brgemm", _TESTED,
