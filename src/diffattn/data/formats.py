@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import lzma
+import contextlib
+import os
 import re
-import zlib
-from collections.abc import Callable, Iterator
-from pathlib import PurePath
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePath
+from typing import IO
 
-from diffattn.data.rows import Row, is_object, json_array, json_file, json_lines, parquet_rows, table_rows
-from diffattn.errors import DataError, one_line
-from diffattn.files import parse_json
+from diffattn.data import rows
+from diffattn.data.documents import PIECE, SEPARATOR
+from diffattn.data.rows import Row, is_object, json_array, json_file, json_lines
+from diffattn.data.streams import LONGEST, PACKED, Bytes, Characters, unpacked
+from diffattn.errors import DataError
+from diffattn.files import parse_json, shown
 
 # Endings by the content of the file. A folder's tables and .json files are read if they have the field that is wanted.
 PLAIN, LINES, TABLES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".json", ".csv", ".tsv"), (".parquet",)
-_SEPARATOR_LINE = re.compile(r"(?m)^(?:<\|endoftext\|>|\f)\r?(?:\n|\Z)")
+_SEPARATORS = (SEPARATOR, "\f")
+_SEPARATOR_LINE = re.compile(rf"(?m)^(?:{'|'.join(map(re.escape, _SEPARATORS))})\r?(?:\n|\Z)")
 _WEB_PAGE = re.compile(r"\s*(?:<!doctype html|<html[\s>])", re.IGNORECASE)
 # A file with an unknown ending counts as JSON lines if this many of its lines are JSON objects.
 _LINES = 20
-
-
-def _unzstd(data: bytes) -> bytes:
-    # The standard library has zstd only from Python 3.14 on; pyarrow comes with datasets.
-    import pyarrow
-
-    return pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd").read()
-
-
-# For each ending: the first bytes of the content, and the function that unpacks it.
-_PACKED: dict[str, tuple[re.Pattern[bytes], Callable[[bytes], bytes]]] = {
-    ".gz": (re.compile(rb"\x1f\x8b"), gzip.decompress),
-    ".xz": (re.compile(rb"\xfd7zXZ\x00"), lzma.decompress),
-    ".bz2": (re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"), bz2.decompress),
-    ".zst": (re.compile(rb"\x28\xb5\x2f\xfd"), _unzstd),
-}
-PACKED = tuple(_PACKED)
+# A JSON value of at most so many characters is read at once; a longer array row by row.
+_WHOLE = 2**24
+# The first bytes of a stream of Arrow, such as ``datasets`` writes.
+_ARROW = b"\xff\xff\xff\xff"
 _AS_TEXT = "pandoc FILE -t plain -o FILE.txt"
 # The first bytes of a file, its kind, and a way to make text of it.
 _REFUSED = (
@@ -60,78 +51,85 @@ def ending(name: str) -> str:
     return PurePath(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
-def rows_of(name: str, data: bytes, field: str, on_note: Callable[[str], None]) -> Iterator[Row]:
-    """Yields the texts of a file.
+def rows_of(path: Path, field: str, on_note: Callable[[str], None]) -> Iterator[Row]:
+    """Yields the texts of a file, a very long one in several rows.
 
     Args:
-        name: the name of the file in errors; its ending decides what the content leaves open.
-        data: the content of the file, packed or not.
-        field: the field that holds the text in a row of JSON, CSV or Parquet.
+        path: a file, packed or not; the ending of its name decides what the content leaves open.
+        field: the field that holds the text in a row of JSON, CSV, Parquet or Arrow.
         on_note: called if the content is read as something else than the name says.
 
     Raises:
         DataError: anything that cannot be read, with its position in the file.
     """
-    data = _unpacked(name, data)
-    kind = ending(name)
-    if data.startswith(b"PAR1") and data.endswith(b"PAR1"):
-        yield from parquet_rows(name, data, field)
-        return
-    if kind in PARQUET:
-        raise DataError(
-            f"{name}: its name says Parquet, its content does not",
-            "a whole Parquet file",
-            "get it again, since it is damaged or cut short",
-        )
-    _check(name, kind, data)
-    text = _decoded(name, data)
-    if kind in TABLES[1:]:
-        yield from table_rows(name, text, field, tabs=kind == ".tsv")
-    elif kind == ".json":
-        yield from json_file(name, text, field)
-    elif (rows := _array(text)) is not None:
-        on_note(f"{name} is one JSON array of objects: its field {field!r} is read")
-        yield from json_array(name, rows, field)
-    elif kind in LINES:
-        yield from json_lines(name, text, field)
-    elif _is_json_lines(text):
-        on_note(f"{name} has a JSON object in each line: their field {field!r} is read")
-        yield from json_lines(name, text, field)
-    else:
-        if _WEB_PAGE.match(text):
-            if kind not in PLAIN:
-                raise DataError(f"{name}: it is a web page", "a file of text", f"make text of it first: {_AS_TEXT}")
-            on_note(f"{name} is a web page: its tags are read as text")
-        yield from (Row(part, "", "") for part in _SEPARATOR_LINE.split(text))
-
-
-def _unpacked(name: str, data: bytes) -> bytes:
-    """Returns the unpacked content, also if it was packed several times."""
-    said = PurePath(name.lower()).suffix
-    if said in PACKED and not _PACKED[said][0].match(data):
-        raise DataError(
-            f"{name}: its name says {said}, its content does not", f"a {said} file", "correct the ending of its name"
-        )
-    while unpack := next((unpack for begins, unpack in _PACKED.values() if begins.match(data)), None):
-        try:
-            data = unpack(data)
-        except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
+    name, kind = shown(path), ending(path.name)
+    with unpacked(path) as content, contextlib.ExitStack() as opened:
+        if content.peek(4) == b"PAR1":
+            file = opened.enter_context(_seekable(path, content))
+            if _last_bytes(file, 4) == b"PAR1":
+                yield from rows.parquet_rows(name, file, field)
+                return
+            content = Bytes(file.read)
+        if kind in PARQUET:
             raise DataError(
-                f"{name}: cannot be unpacked ({one_line(error)})",
-                "a whole file",
+                f"{name}: its name says Parquet, its content does not",
+                "a whole Parquet file",
                 "get it again, since it is damaged or cut short",
-            ) from None
-    return data
+            )
+        if kind == ".arrow" and content.peek(4) == _ARROW:
+            yield from rows.arrow_rows(name, opened.enter_context(_seekable(path, content)), field)
+            return
+        _check(name, kind, content.peek(4096))
+        text = Characters(name, content)
+        if kind in TABLES[1:]:
+            yield from rows.table_rows(text, field, tabs=kind == ".tsv")
+        elif kind == ".json":
+            yield from _json(text, field)
+        elif (array := _array(text)) is not None:
+            on_note(f"{name} is one JSON array of objects: its field {field!r} is read")
+            yield from json_array(name, array, field)
+        elif kind in LINES:
+            yield from json_lines(name, text.lines(), field)
+        elif _is_json_lines(text):
+            on_note(f"{name} has a JSON object in each line: their field {field!r} is read")
+            yield from json_lines(name, text.lines(), field)
+        else:
+            if _WEB_PAGE.match(text.peek(4096)):
+                if kind not in PLAIN:
+                    raise DataError(f"{name}: it is a web page", "a file of text", f"make text of it first: {_AS_TEXT}")
+                on_note(f"{name} is a web page: its tags are read as text")
+            yield from _parts(text.blocks())
 
 
-def _check(name: str, kind: str, data: bytes) -> None:
+@contextlib.contextmanager
+def _seekable(path: Path, content: Bytes) -> Iterator[IO[bytes]]:
+    """Yields the content of a file as one in which any place can be read: the file itself if it is not packed."""
+    with contextlib.ExitStack() as opened:
+        if content.packed:
+            file: IO[bytes] = opened.enter_context(tempfile.TemporaryFile())
+            while data := content.read(2**20):
+                file.write(data)
+            file.seek(0)
+        else:
+            file = opened.enter_context(path.open("rb"))
+        yield file
+
+
+def _last_bytes(file: IO[bytes], count: int) -> bytes:
+    file.seek(-count, os.SEEK_END)
+    found = file.read()
+    file.seek(0)
+    return found
+
+
+def _check(name: str, kind: str, head: bytes) -> None:
     """Raises a DataError if the content begins like another kind of file than text."""
-    what, way = next(((what, way) for magic, what, way in _REFUSED if data.startswith(magic)), ("", ""))
-    if data.startswith(b"PK\x03\x04"):
+    what, way = next(((what, way) for magic, what, way in _REFUSED if head.startswith(magic)), ("", ""))
+    if head.startswith(b"PK\x03\x04"):
         is_document = kind in _DOCUMENTS
         what = "a file of an office program or a book" if is_document else "a zip archive"
         way = _AS_TEXT if is_document else "unzip FILE -d FOLDER, and give the folder"
-    elif data[257:262] == b"ustar":
+    elif head[257:262] == b"ustar":
         what, way = "a tar archive", "tar -xf FILE -C FOLDER, and give the folder"
     elif kind == ".ipynb":
         what, way = "a notebook", "jupyter nbconvert --to markdown FILE"
@@ -139,72 +137,105 @@ def _check(name: str, kind: str, data: bytes) -> None:
         raise DataError(f"{name}: it is {what}", "a file of text", f"make text of it first: {way}")
 
 
-def _decoded(name: str, data: bytes) -> str:
-    """Returns the content read as UTF-8; raises a DataError that names the encoding that it seems to have instead."""
-    wide = next((form for mark, form in _MARKS if data.startswith(mark)), None) or _without_mark(data[:4096])
-    try:
-        text = data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        if wide is None and _is_binary(data[:4096]):
-            raise _not_text(name) from None
-        what = f"not UTF-8 at byte {error.start} (0x{data[error.start]:02x})"
-        raise _not_utf8(name, what, wide or "latin1") from None
-    if wide is not None:
-        raise _not_utf8(name, f"not UTF-8 but {wide}", wide)
-    if _is_binary(data[:4096]):
-        raise _not_text(name)
-    return text
+def _json(text: Characters, field: str) -> Iterator[Row]:
+    """Yields the rows of a ``.json`` file."""
+    beginning = text.peek(_WHOLE + 1)
+    if len(beginning) <= _WHOLE:
+        yield from json_file(text.name, beginning, field)
+    elif beginning.lstrip().startswith("["):
+        yield from json_array(text.name, rows.elements(text), field)
+    elif _is_json_lines(text):
+        yield from json_lines(text.name, text.lines(), field)
+    else:
+        raise DataError(
+            f"{text.name}: one JSON value of more than {_WHOLE:,} characters",
+            "an array of objects, or one object per line",
+            "write its rows into a .jsonl file: jq -c '.[]' FILE",
+        )
 
 
-_MARKS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"),
-          (b"\xfe\xff", "utf-16"))  # fmt: skip
-
-
-def _without_mark(data: bytes) -> str | None:
-    """The name of a UTF-16 text without a byte-order mark, in which every second byte of most letters is 0, or None."""
-    if not data:
-        return None
-    even, odd = data[::2].count(0), data[1::2].count(0)
-    if max(even, odd) < len(data) / 5 or min(even, odd) > len(data) / 20:
-        return None
-    return "utf-16le" if odd > even else "utf-16be"
-
-
-def _is_binary(data: bytes) -> bool:
-    """Returns whether the beginning of a file has more control characters than a text may have by accident."""
-    controls = sum(data.count(byte) for byte in (*range(9), *range(14, 27)))
-    return controls > len(data) / 20
-
-
-def _not_text(name: str) -> DataError:
-    return DataError(f"{name}: no text but a program's data", "a file of text", "choose another file")
-
-
-def _not_utf8(name: str, what: str, encoding: str) -> DataError:
-    return DataError(f"{name}: {what}", "text in UTF-8", f"convert it first, for example: iconv -f {encoding} -t utf-8")
-
-
-def _array(text: str) -> list[object] | None:
+def _array(text: Characters) -> Iterable[object] | None:
     """The rows of a text that is one JSON array of objects; None for any other text."""
-    if not text[:4096].lstrip().startswith("["):
+    if not text.peek(4096)[:4096].lstrip().startswith("["):
         return None
+    beginning = text.peek(_WHOLE + 1)
+    if len(beginning) > _WHOLE:
+        return rows.elements(text) if rows.begins_with_object(beginning) else None
     try:
-        rows = parse_json(text)
+        found = parse_json(beginning)
     except ValueError:
         return None
-    return rows if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows) else None
+    return found if isinstance(found, list) and found and all(isinstance(row, dict) for row in found) else None
 
 
-def _is_json_lines(text: str) -> bool:
-    if not text[:4096].lstrip().startswith("{"):
+def _is_json_lines(text: Characters) -> bool:
+    """Returns whether the first lines are JSON objects; looks only as far as these lines reach."""
+    if not text.peek(4096)[:4096].lstrip().startswith("{"):
         return False
-    start, seen = 0, 0
-    while start < len(text) and seen < _LINES:
-        end = text.find("\n", start)
-        end = len(text) if end < 0 else end
-        if line := text[start:end].strip():
+    size, start, seen = 2**16, 0, 0
+    while seen < _LINES:
+        beginning = text.peek(size)
+        end = beginning.find("\n", start)
+        if end < 0:
+            if len(beginning) >= size and size <= LONGEST:
+                size *= 4
+                continue
+            end = len(beginning)
+        if line := beginning[start:end].strip():
             if not is_object(line):
                 return False
             seen += 1
         start = end + 1
+        if start > len(beginning):
+            break
     return seen > 0
+
+
+def _parts(blocks: Iterator[str]) -> Iterator[Row]:
+    """Yields the documents between the separator lines of a plain text, a long one in rows of ``PIECE`` characters."""
+    held: list[str] = []
+    size, rest, in_line = 0, "", False
+    for block in blocks:
+        text = rest + block
+        end = _known_end(text, in_line)
+        start = 0
+        # A search for the two words is faster than one for the pattern.
+        for match in _SEPARATOR_LINE.finditer(text, 0, end) if any(map(text.__contains__, _SEPARATORS)) else ():
+            # Here the pattern takes the middle of a line for its beginning.
+            if in_line and match.start() == 0:
+                continue
+            held.append(text[start : match.start()])
+            yield from _cut(held)
+            yield Row("".join(held), "", "")
+            held, size, start = [], 0, match.end()
+        held.append(text[start:end])
+        size += end - start
+        if size > PIECE:
+            yield from _cut(held)
+            size = len(held[0])
+        in_line = text[end - 1] != "\n" if end else in_line
+        rest = text[end:]
+    if _SEPARATOR_LINE.fullmatch(rest):
+        yield Row("".join(held), "", "")
+        held, rest = [], ""
+    held.append(rest)
+    yield from _cut(held)
+    yield Row(held[0], "", "")
+
+
+def _known_end(text: str, in_line: bool) -> int:
+    """Returns where a last line begins that may yet become a separator line, else the end of the text."""
+    start = text.rfind("\n") + 1
+    if start == 0 and in_line:
+        return len(text)
+    last = text[start : start + 20]
+    return start if any(f"{word}\r".startswith(last) for word in _SEPARATORS) else len(text)
+
+
+def _cut(held: list[str]) -> Iterator[Row]:
+    """Yields the parts of a document of which more follows, and leaves its last one."""
+    text = "".join(held)
+    while len(text) > PIECE:
+        yield Row(text[:PIECE], "", "", last=False)
+        text = text[PIECE:]
+    held[:] = [text]

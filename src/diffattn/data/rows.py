@@ -1,20 +1,24 @@
-"""Reads rows of JSON, CSV and Parquet as documents, and finds the field that holds the text."""
+"""Reads rows of JSON, CSV, Parquet and Arrow as documents, and finds the field that holds the text."""
 
 from __future__ import annotations
 
 import csv
-import io
-import sys
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import json
+import mmap
+import re
+from collections.abc import Iterable, Iterator
+from typing import IO, Any, NamedTuple
 
 from diffattn.data.documents import chat_text, is_chat, read_chat
+from diffattn.data.streams import LONGEST, Characters
 from diffattn.errors import DataError, one_line
 from diffattn.files import parse_json
 
 TEXT_FIELD = "text"
 # The fields that are read if a row has no field of the name above.
 CHATS = ("messages", "conversations")
+# The bytes of a table's column that are held at once, and the most rows.
+_BATCH, _ROWS = 2**23, 1024
 
 
 class Row(NamedTuple):
@@ -25,16 +29,17 @@ class Row(NamedTuple):
     """The conversation as JSON; empty for other text."""
     where: str
     """The position in the file, such as ``line 3``."""
+    last: bool = True
+    """False if the next row goes on with the same text."""
 
 
 class NoFieldError(DataError):
     """A file whose rows do not have the field that is wanted."""
 
 
-def json_lines(name: str, text: str, field: str) -> Iterator[Row]:
+def json_lines(name: str, lines: Iterable[str], field: str) -> Iterator[Row]:
     """Yields the rows of a file with one JSON value a line; blank lines are left out."""
-    # str.splitlines would also split at other line ends, which a text in JSON may hold.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         # Files that were joined into one may have byte-order marks inside.
         line = line.strip().lstrip("\ufeff")
         if line:
@@ -49,7 +54,7 @@ def json_lines(name: str, text: str, field: str) -> Iterator[Row]:
             yield _row(name, f"line {number}", row, field)
 
 
-def json_array(name: str, rows: list[Any], field: str) -> Iterator[Row]:
+def json_array(name: str, rows: Iterable[object], field: str) -> Iterator[Row]:
     """Yields the rows of a file that is one JSON array."""
     for number, row in enumerate(rows, start=1):
         yield _row(name, f"row {number}", row, field)
@@ -67,7 +72,7 @@ def json_file(name: str, text: str, field: str) -> Iterator[Row]:
                 "an array of objects, or one object per line",
                 "correct the file",
             ) from None
-        yield from json_lines(name, text, field)
+        yield from json_lines(name, text.split("\n"), field)
         return
     if isinstance(content, dict) and (lists := [key for key, value in content.items() if _is_rows(value)]):
         raise NoFieldError(
@@ -78,15 +83,100 @@ def json_file(name: str, text: str, field: str) -> Iterator[Row]:
     yield from json_array(name, content if isinstance(content, list) else [content], field)
 
 
-def table_rows(name: str, text: str, field: str, *, tabs: bool) -> Iterator[Row]:
+def elements(text: Characters) -> Iterator[object]:
+    """Yields the elements of one JSON array; no more of it than one element and a block is held in memory.
+
+    Raises:
+        DataError: an element that is no JSON or longer than ``LONGEST`` characters, or text behind the array.
+    """
+    blocks = text.blocks()
+    held, place, number = "", 0, 0
+    while True:
+        try:
+            start = _past_space(held, place)
+            if number and held[start] == "]":
+                break
+            value, end = _element(held, start, "," if number else "[")
+        except (ValueError, IndexError, RecursionError) as error:
+            # Perhaps it ends in the next block. As much again is read, so that a long element is not tried too often.
+            rest = held[place:]
+            held, place = _longer(rest, blocks, 2 * len(rest) if len(rest) <= LONGEST else 0), 0
+            if len(held) == len(rest):
+                raise _no_array(text.name, f"row {number + 1} is not JSON ({_reason(error)})") from None
+            continue
+        yield value
+        place, number = end, number + 1
+    if held[start + 1 :].strip() or any(block.strip() for block in blocks):
+        raise _no_array(text.name, f"there is more text behind the array of {number:,} rows")
+
+
+_SPACE = re.compile(r"\s*")
+_DECODER = json.JSONDecoder()
+
+
+def begins_with_object(text: str) -> bool:
+    """Returns whether a text begins like a JSON array whose first element is an object.
+
+    >>> begins_with_object('[{"text": "one"}, '), begins_with_object("[1, ")
+    (True, False)
+    """
+    try:
+        return isinstance(_element(text, _past_space(text, 0), "[")[0], dict)
+    except (ValueError, IndexError, RecursionError):
+        return False
+
+
+def _element(text: str, start: int, sign: str) -> tuple[object, int]:
+    """Returns the element behind a sign, and where it ends.
+
+    Raises:
+        ValueError: no such sign, or no JSON behind it.
+        IndexError: the text ends before it is known where the element does.
+    """
+    if text[start] != sign:
+        raise ValueError(f"{text[start]!r} in place of {sign!r}")
+    value, end = _DECODER.raw_decode(text, _past_space(text, start + 1))
+    if end == len(text):
+        raise IndexError(end)
+    return value, end
+
+
+def _past_space(text: str, start: int) -> int:
+    found = _SPACE.match(text, start)
+    assert found is not None
+    return found.end()
+
+
+def _longer(text: str, blocks: Iterator[str], size: int) -> str:
+    """Returns a text with the next blocks behind it, so that it is longer than ``size``, if there is so much."""
+    parts, length = [text], len(text)
+    while length <= size and (block := next(blocks, None)) is not None:
+        parts.append(block)
+        length += len(block)
+    return "".join(parts)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, IndexError):
+        return "the file ends before the array does"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error, 200)
+
+
+def _no_array(name: str, what: str) -> DataError:
+    return DataError(f"{name}: {what}", "one array of objects", "correct the file, or write one object per line")
+
+
+def table_rows(text: Characters, field: str, *, tabs: bool) -> Iterator[Row]:
     """Yields the rows of a CSV file with a header; a comma, a semicolon or a tab separates its columns."""
-    header_line = text.lstrip("\r\n").split("\n", 1)[0]
+    name = text.name
+    header_line = _first_line(text)
     separators = (
         "\t" if tabs else max(",;\t", key=lambda sign: (_has(header_line, sign, field), header_line.count(sign)))
     )
-    limit = csv.field_size_limit(sys.maxsize)
+    # The limit holds for the whole process, where another table may be read at the same time: it only grows.
+    csv.field_size_limit(max(LONGEST, csv.field_size_limit()))
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separators, strict=True)
+        reader = csv.reader(text.table_lines(), delimiter=separators, strict=True)
         header: list[str] | None = None
         for cells in reader:
             where = f"line {reader.line_num}"
@@ -109,29 +199,81 @@ def table_rows(name: str, text: str, field: str, *, tabs: bool) -> Iterator[Row]
             "cells whose double quotes are closed, with double quotes inside a cell written twice",
             "correct the line",
         ) from None
-    finally:
-        csv.field_size_limit(limit)
 
 
-def parquet_rows(name: str, data: bytes, field: str) -> Iterator[Row]:
+def _first_line(text: Characters) -> str:
+    size = 2**16
+    while True:
+        beginning = text.peek(size).lstrip("\r\n")
+        if "\n" in beginning or len(beginning) < size - 1 or size > LONGEST:
+            return beginning.split("\n", 1)[0]
+        size *= 4
+
+
+def parquet_rows(name: str, file: IO[bytes], field: str) -> Iterator[Row]:
     """Yields the rows of a Parquet file."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
-        names = file.schema_arrow.names
-        chats = [chat for chat in CHATS if chat in names and field == TEXT_FIELD]
-        column = chats[0] if chats and field not in names else names[_column(name, names, field)]
+        table = pyarrow.parquet.ParquetFile(file, buffer_size=2**20)
+        column = text_column(name, table.schema_arrow.names, field)
         number = 0
-        for batch in file.iter_batches(columns=[column]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield _row(name, f"row {number}", {column: value}, column)
-    except (pyarrow.ArrowException, OSError) as error:
+        for group in range(table.num_row_groups):
+            facts = table.metadata.row_group(group)
+            parts = [facts.column(place) for place in range(facts.num_columns)]
+            size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.startswith(column))
+            together = rows_together(facts.num_rows, size)
+            for batch in table.iter_batches(together, row_groups=[group], columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield _row(name, f"row {number}", {column: value}, column)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{name}: cannot be read as Parquet ({one_line(error, 200)})", "a whole Parquet file", "write it again"
         ) from None
+
+
+def arrow_rows(name: str, file: IO[bytes], field: str) -> Iterator[Row]:
+    """Yields the rows of a file with a stream of Arrow, as ``datasets`` writes them."""
+    import pyarrow
+
+    try:
+        # Mapped, since a batch of the file may be larger than memory. It is closed with the last value that is read.
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        stream = pyarrow.ipc.open_stream(pyarrow.py_buffer(content))
+        column = text_column(name, stream.schema.names, field)
+        number = 0
+        for batch in stream:
+            values = batch.column(column)
+            together = rows_together(len(values), values.nbytes)
+            for start in range(0, len(values), together):
+                for value in values.slice(start, together).to_pylist():
+                    number += 1
+                    yield _row(name, f"row {number}", {column: value}, column)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{name}: cannot be read as Arrow ({one_line(error, 200)})", "a whole Arrow file", "write it as Parquet"
+        ) from None
+
+
+def rows_together(count: int, size: int) -> int:
+    """Returns how many rows of a column of ``count`` rows and ``size`` bytes are read at once.
+
+    >>> rows_together(1000, 10**6), rows_together(1000, 10**9)
+    (1024, 8)
+    """
+    return max(1, min(_ROWS, count * _BATCH // max(1, size)))
+
+
+def text_column(name: str, names: list[str], field: str) -> str:
+    """Returns the column of a table that holds the text, or conversations where there is no column of text.
+
+    Raises:
+        NoFieldError: there is none of that name.
+    """
+    chats = [chat for chat in CHATS if chat in names and field == TEXT_FIELD]
+    return chats[0] if chats and field not in names else names[_column(name, names, field)]
 
 
 def is_object(text: str) -> bool:

