@@ -175,6 +175,30 @@ MACHINES: dict[str, Machine] = {
     ),
 }
 
+# The names by which NVIDIA's driver calls these cards. An H200 is an H100 with more and faster memory, and has its
+# rates of arithmetic.
+_BY_DRIVER = {
+    "NVIDIA H100 80GB HBM3": "H100 SXM",
+    "NVIDIA H200": "H100 SXM",
+    "NVIDIA A100-SXM4-80GB": "A100 80GB",
+    "NVIDIA A100 80GB PCIe": "A100 80GB",
+    "NVIDIA GeForce RTX 4090": "RTX 4090",
+    "NVIDIA GeForce RTX 3060": "RTX 3060 12GB",
+}
+
+
+def card_flops(name: str) -> Mapping[str, float] | None:
+    """Returns the peak FLOP/s of a card by dtype, as :class:`Machine` has them; None for a card that is not known.
+
+    Args:
+        name: what the driver calls the card, such as ``torch.cuda.get_device_name()``. Only whole names are known,
+            since cards of one chip differ in their rates: an H100 for PCIe is slower than one for SXM.
+
+    >>> card_flops("NVIDIA A100-SXM4-80GB")["bf16"], card_flops("NVIDIA H100 PCIe")
+    (312000000000000.0, None)
+    """
+    return MACHINES[_BY_DRIVER[name]].flops if name in _BY_DRIVER else None
+
 
 def load_machine(name_or_path: str | Path) -> Machine:
     """Returns a machine by its name or a part of it, in any case, or from a JSON file with the fields of ``Machine``.

@@ -16,14 +16,22 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Required, TypedDict, TypeGuard
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
 from diffattn.config_fields import is_count, is_measure
 from diffattn.errors import TrainingError
 from diffattn.files import explained, parse_json, write_text
+from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DexProjection
+from diffattn.names import SHORT_DTYPES
+from diffattn.plan.cost import flops_per_token
+from diffattn.plan.hardware import card_flops
 from diffattn.progress import OnStage, Stage
+from diffattn.train.recipe import Recipe
+from diffattn.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,9 @@ class Progress:
     """An estimate from the last 20 steps."""
     seconds_left: float
     """An estimate of the seconds until the last step."""
+    mfu: float | None = None
+    """Model FLOPs utilization, an estimate from the last 20 steps: the share of the peak rate of all GPUs that the
+    model FLOPs take. None where the peak is not known."""
 
 
 class MetricsRow(TypedDict, total=False):
@@ -58,6 +69,8 @@ class MetricsRow(TypedDict, total=False):
     """The held-out loss, in nats per token."""
     val_blocks: int
     """The number of held-out blocks that it was measured on."""
+    mfu: float
+    """Model FLOPs utilization of the step, 0 to 1; only where the peak rate of the machine is known."""
 
 
 class Interruption:
@@ -151,7 +164,7 @@ def _is_row(row: object) -> TypeGuard[MetricsRow]:
     if not isinstance(row, dict) or not ("loss" in row or "val_loss" in row):
         return False
     counts = [row.get("step"), row.get("tokens"), row.get("val_blocks", 0)]
-    measures = [row.get("seconds"), *(row[name] for name in ("loss", "val_loss", "grad_norm") if name in row)]
+    measures = [row.get("seconds"), *(row[name] for name in ("loss", "val_loss", "grad_norm", "mfu") if name in row)]
     return all(is_count(value) for value in counts) and all(is_measure(value) for value in measures)
 
 
@@ -165,6 +178,7 @@ class RunCallback(TrainerCallback):
         *,
         tokens_per_step: int,
         validation_blocks: int,
+        peak_tokens_per_second: float | None,
         on_progress: Callable[[Progress], None] | None,
         on_stage: OnStage,
     ) -> None:
@@ -172,6 +186,7 @@ class RunCallback(TrainerCallback):
         self.interruption = interruption
         self.tokens_per_step = tokens_per_step
         self.validation_blocks = validation_blocks
+        self.peak_tokens_per_second = peak_tokens_per_second
         self.on_progress = on_progress
         self.on_stage = on_stage
         self._measured = 0
@@ -198,21 +213,28 @@ class RunCallback(TrainerCallback):
         step, loss, norm = state.global_step, logs["loss"], logs.get("grad_norm", 0.0)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise diverged(f"the loss at step {step} is {loss} (gradient norm {norm})")
-        self.metrics.append(
-            {
-                "step": step,
-                "tokens": step * self.tokens_per_step,
-                "seconds": round(self.seconds, 4),
-                "loss": loss,
-                "grad_norm": norm,
-                "learning_rate": logs["learning_rate"],
-            }
-        )
+        row: MetricsRow = {
+            "step": step,
+            "tokens": step * self.tokens_per_step,
+            "seconds": round(self.seconds, 4),
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": logs["learning_rate"],
+        }
+        if (mfu := self._mfu(self._recent[-1])) is not None:
+            row["mfu"] = round(mfu, 6)
+        self.metrics.append(row)
         if self.on_progress is not None:
             pace = sum(self._recent) / len(self._recent)
             left = (state.max_steps - step) * pace
-            self.on_progress(Progress(step, state.max_steps, loss, self.tokens_per_step / pace, left))
+            rate = self.tokens_per_step / pace
+            self.on_progress(Progress(step, state.max_steps, loss, rate, left, self._mfu(pace)))
         self.interruption.lower()
+
+    def _mfu(self, seconds: float) -> float | None:
+        """Returns the model FLOPs utilization of a step that takes so long."""
+        peak = self.peak_tokens_per_second
+        return None if peak is None else self.tokens_per_step / seconds / peak
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, *, eval_dataloader: Any, **kwargs: Any) -> None:
         self._measured += 1
@@ -231,6 +253,17 @@ class RunCallback(TrainerCallback):
                 "val_blocks": self.validation_blocks,
             }
         )
+
+
+def peak_tokens_per_second(config: DiffTransformerConfig, recipe: Recipe, context: int) -> float | None:
+    """Returns the tokens per second at which the model FLOPs take the peak rate of all ranks; None: it is not known."""
+    peak = card_flops(torch.cuda.get_device_name()) if recipe.device == "cuda" else None
+    # The FLOPs of DEX are not counted anywhere.
+    if peak is None or config.attention not in VARIANTS:
+        return None
+    long = {name: rate for short, name in SHORT_DTYPES.items() if (rate := peak.get(short)) is not None}
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return ranks * long[recipe.dtype] / flops_per_token(config.shape(), config.attention, context=context).model
 
 
 def diverged(what: str) -> TrainingError:

@@ -30,6 +30,7 @@ from diffattn.train.callbacks import (
     Progress,
     RunCallback,
     diverged,
+    peak_tokens_per_second,
     read_metrics,
     warn,
 )
@@ -124,6 +125,7 @@ def _train(
             interruption,
             tokens_per_step=recipe.tokens_per_step(data.train.context),
             validation_blocks=len(some),
+            peak_tokens_per_second=peak_tokens_per_second(model.config, recipe, data.train.context),
             on_progress=on_progress,
             on_stage=on_stage,
         )

@@ -59,6 +59,7 @@ class Console(Board):
     def progress(self, name: str, step: Step, *, first: str | None = None) -> None:
         """Shows the line of one model that is trained."""
         text = f"{name:<16} step {step.step}/{step.steps}  loss {step.loss:.3f}  {step.tokens_per_second:,.0f} tokens/s"
+        text += "" if step.mfu is None else f"  MFU {step.mfu:.1%}"
         # Behind the last step comes the held-out loss, which is a stage of its own.
         if step.step < step.steps:
             minutes, rest = divmod(round(step.seconds_left), 60)
