@@ -34,8 +34,6 @@ _SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 # The name of the program, which stands near the beginning of each page and picture that it writes.
 GENERATOR = "diffattn"
 _OUR_FILES = (f'<meta name="generator" content="{GENERATOR}">'.encode(), f"Software\0{GENERATOR}".encode())
-# The texts by which torch.save reports a failed write; it leaves no error number.
-_TORCH_WRITE_FAILED = ("file write failed", "basic_ios::clear: iostream error")
 
 
 def writable_folder(path: Path) -> Path:
@@ -365,13 +363,13 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Returns whether an error means a full disk or quota; safetensors and torch.save hide its number in their text."""
+    """Returns whether an error means a full disk or quota; safetensors hides its number in its text."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in full:
             return True
-        if any(words in str(seen) for words in (*map(os.strerror, full), *_TORCH_WRITE_FAILED)):
+        if any(words in str(seen) for words in map(os.strerror, full)):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

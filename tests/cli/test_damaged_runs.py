@@ -10,7 +10,7 @@ from support.small_comparison import write_shape, write_text
 
 from diffattn.cli.main import main
 from diffattn.train.callbacks import RunCallback
-from diffattn.train.checkpoint import defect
+from diffattn.train.checkpoints.sealing import defect
 
 START = {
     "train": "train --steps 4 --checkpoints 2 --evaluations 1 --context 16 --shape small.toml --text text --out run",

@@ -1,6 +1,5 @@
 """A run in a process of its own that is killed: from outside, or by itself at an exact point."""
 
-import io
 import os
 import signal
 import time
@@ -9,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from support.small_run import prepare, run
 
 from diffattn import files
 from diffattn.train import callbacks
 from diffattn.train import run as running
+from diffattn.train.checkpoints import saving
 from diffattn.train.recipe import Recipe
 
 
@@ -41,22 +42,20 @@ def half_a_row(metrics: callbacks.MetricsFile, row: dict[str, Any]) -> None:
     metrics._stream.flush()
 
 
-def half_a_file(content: object, path: str) -> None:
-    assert Path(path).name == "optimizer.pt"
-    whole = io.BytesIO()
-    _save(content, whole)
-    Path(path).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+def half_a_file(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, str]) -> None:
+    assert path.parents[1].name.startswith("checkpoint-9.")
+    whole = save(tensors, header)
+    path.write_bytes(whole[: len(whole) // 2])
 
 
 def half_a_folder(folder: Path, keep: int) -> None:
-    (folder / "checkpoint-3" / "optimizer.pt").unlink()
+    (folder / "checkpoint-3" / "state.json").unlink()
 
 
 def without_result(path: Path, content: object) -> None:
     assert path.name == "result.json"
 
 
-_save = torch.save
 # Each call is chosen to fall into the second half of the run, behind good checkpoints, or to its end.
 POINTS: dict[str, Callable[[], None]] = {
     "before the first file appears": lambda: kill_in(os, "replace", 1),
@@ -64,11 +63,11 @@ POINTS: dict[str, Callable[[], None]] = {
     "half a row written": lambda: kill_in(callbacks.MetricsFile, "append", 8, half_a_row),
     "before a held-out loss": lambda: kill_in(callbacks.RunCallback, "on_evaluate", 2),
     "between a held-out loss and its checkpoint": lambda: kill_in(running._PlainTrainer, "_save_checkpoint", 4),
-    "half of the optimizer written": lambda: kill_in(torch, "save", 6, half_a_file),
-    "before the manifest": lambda: kill_in(running, "seal", 3),
-    "before the files are flushed": lambda: kill_in(files, "sync", 20),
-    "before the older checkpoints go": lambda: kill_in(running, "prune", 3),
-    "an older checkpoint half gone": lambda: kill_in(running, "prune", 3, half_a_folder),
+    "half of the tensors written": lambda: kill_in(saving, "save_file", 3, half_a_file),
+    "before the manifest": lambda: kill_in(saving, "seal", 3),
+    "before the files are flushed": lambda: kill_in(files, "sync", 23),
+    "before the older checkpoints go": lambda: kill_in(saving, "prune", 3),
+    "an older checkpoint half gone": lambda: kill_in(saving, "prune", 3, half_a_folder),
     "before the last held-out loss": lambda: kill_in(callbacks.RunCallback, "on_evaluate", 4),
     "behind the last held-out loss": lambda: kill_in(running, "_finish", 1),
     "between the model and the result": lambda: kill_in(running, "write_json", 2, without_result),

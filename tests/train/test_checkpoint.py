@@ -8,7 +8,10 @@ import pytest
 from support.small_run import RECIPE, assert_same_run, checkpoint_steps, partials, run
 
 from diffattn.data.packing import PreparedData
-from diffattn.train import checkpoint
+from diffattn.errors import CheckpointError
+from diffattn.train.checkpoints import sealing
+
+SHARD = "shard-1-of-1.safetensors"
 
 
 def cut(file: Path) -> None:
@@ -22,11 +25,11 @@ def flip(file: Path) -> None:
 
 
 DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
-    ("model.safetensors", cut, "model.safetensors is not what was written"),
-    ("model.safetensors", flip, "model.safetensors is not what was written"),
-    ("optimizer.pt", flip, "optimizer.pt is not what was written"),
-    ("optimizer.pt", Path.unlink, "optimizer.pt is missing"),
-    ("rng_state.pth", lambda file: file.write_bytes(b""), "(0 bytes of"),
+    (SHARD, cut, f"{SHARD} is not what was written"),
+    (SHARD, flip, f"{SHARD} is not what was written"),
+    (SHARD, Path.unlink, f"{SHARD} is missing"),
+    ("state.json", flip, "state.json is not what was written"),
+    ("state.json", lambda file: file.write_bytes(b""), "(0 bytes of"),
     ("trainer_state.json", Path.unlink, "trainer_state.json is missing"),
     ("manifest.json", Path.unlink, "it has no manifest, so it was not completed"),
     ("manifest.json", cut, "its manifest is damaged"),
@@ -59,7 +62,7 @@ def test_without_a_good_checkpoint_the_run_begins_again(
     stopped: Path, whole: Path, data: PreparedData, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (3, 6):
-        flip(stopped / f"checkpoint-{step}" / "model.safetensors")
+        flip(stopped / f"checkpoint-{step}" / SHARD)
     seen: list[int] = []
     run(data, stopped, resume=True, on_progress=lambda progress: seen.append(progress.step))
     assert seen == list(range(1, RECIPE.steps + 1))
@@ -69,7 +72,7 @@ def test_without_a_good_checkpoint_the_run_begins_again(
 
 def test_a_half_written_checkpoint_is_named_and_removed(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.rename(stopped / "checkpoint-6", stopped / "checkpoint-6.partial")
-    assert checkpoint.last_good(stopped) == (
+    assert sealing.last_good(stopped) == (
         (3, stopped / "checkpoint-3"),
         ["skipped checkpoint-6.partial: the run ended while it was being written"],
     )
@@ -83,15 +86,35 @@ def test_one_that_was_killed_before_it_was_marked_is_removed_where_it_is_empty(t
     (tmp_path / "checkpoint-9.a1b2c3d4.partial" / "mine").touch()
     (tmp_path / "checkpoint-9.partial").mkdir()
     said = ["skipped checkpoint-6.a1b2c3d4.partial: the run ended while it was being written"]
-    assert checkpoint.last_good(tmp_path) == (None, said)
+    assert sealing.last_good(tmp_path) == (None, said)
     assert sorted(partials(tmp_path)) == ["checkpoint-9.a1b2c3d4.partial", "checkpoint-9.partial"]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_and_left_as_it_is(stopped: Path, data: PreparedData) -> None:
+    for name in ("checkpoint-3", "checkpoint-6"):
+        (stopped / name / SHARD).rename(stopped / name / "optimizer.pt")
+        (stopped / name / "manifest.json").unlink()
+        sealing.seal(stopped / name, {})
+    before = contents(stopped)
+    with pytest.raises(CheckpointError) as raised:
+        run(data, stopped, resume=True)
+    assert str(raised.value) == (
+        f"{stopped}/checkpoint-6 was written by an earlier version of diffattn, in a format that holds a pickle; "
+        "wanted a checkpoint of this version: finish the run with the version that began it, or start again with "
+        "another --out"
+    )
+    assert contents(stopped) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
     for name in ("checkpoint-", "checkpoint-x", "checkpoint-3-mine", "my-checkpoint-3"):
         (tmp_path / name).mkdir()
-    assert checkpoint.last_good(tmp_path) == (None, [])
-    checkpoint.prune(tmp_path, 1)
+    assert sealing.last_good(tmp_path) == (None, [])
+    sealing.prune(tmp_path, 1)
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -99,7 +122,7 @@ def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
     for step in (9, 100, 20):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "file").write_text("x")
-        checkpoint.seal(tmp_path / f"checkpoint-{step}")
-    checkpoint.prune(tmp_path, 2)
+        sealing.seal(tmp_path / f"checkpoint-{step}", {})
+    sealing.prune(tmp_path, 2)
     assert checkpoint_steps(tmp_path) == [20, 100]
-    assert checkpoint.last_good(tmp_path)[0] == (100, tmp_path / "checkpoint-100")
+    assert sealing.last_good(tmp_path)[0] == (100, tmp_path / "checkpoint-100")

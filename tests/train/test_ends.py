@@ -111,7 +111,8 @@ def test_a_run_that_diverged_ends_with_a_message_and_keeps_the_last_good_checkpo
     assert "\n" not in str(raised.value)
     assert checkpoint_steps(folder) == kept
     for checkpoint in folder.glob("checkpoint-*"):
-        assert all(bool(weight.isfinite().all()) for weight in load_file(checkpoint / "model.safetensors").values())
+        tensors = load_file(checkpoint / "shard-1-of-1.safetensors")
+        assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
     assert "NaN" not in (folder / "metrics.jsonl").read_text()
     assert not (folder / "result.json").exists()
     run(data, folder, recipe, resume=True)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from support.small_run import RECIPE, assert_same_run, at, checkpoint_steps, row
 from diffattn.data.packing import PreparedData
 from diffattn.train import run as running
 from diffattn.train.callbacks import Interruption, RunCallback, read_metrics
-from diffattn.train.checkpoint import defect
+from diffattn.train.checkpoints import saving
+from diffattn.train.checkpoints.saving import Saver
+from diffattn.train.checkpoints.sealing import defect
 
 
 def signal_in(owner: Any, name: str, call: int, number: int = signal.SIGINT) -> Callable[[pytest.MonkeyPatch], None]:
@@ -47,7 +50,7 @@ MOMENTS = {
     "as a row is written": (signal_in(RunCallback, "on_log", 3), 3),
     "in an evaluation": (signal_in(RunCallback, "on_prediction_step", 2), 8),
     "as a held-out loss is written": (signal_in(RunCallback, "on_evaluate", 2), 8),
-    "in writing a checkpoint": (signal_in(running, "seal", 2), 6),
+    "as a checkpoint is begun": (signal_in(Saver, "save", 2), 6),
     "in the last step": (signal_in(RunCallback, "on_step_end", 11), 11),
     "in the last evaluation": (signal_in(RunCallback, "on_evaluate", 4), 11),
     "SIGTERM between two steps": (signal_in(RunCallback, "on_step_begin", 6, signal.SIGTERM), 5),
@@ -89,6 +92,30 @@ def test_an_interruption_in_resuming_and_in_the_step_that_is_shown(
         with pytest.raises(KeyboardInterrupt):
             run(data, tmp_path, resume=True)
     assert checkpoint_steps(tmp_path) == [3, 4]
+    run(data, tmp_path, resume=True)
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_checkpoint_that_is_being_written_at_an_interruption_is_completed(
+    data: PreparedData, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps go on while it is written, so that the one of step 3 is not there yet in step 5."""
+    interrupted, original = threading.Event(), saving.seal
+
+    def slowly(*args: Any) -> None:
+        assert interrupted.wait(60)
+        original(*args)
+
+    def interrupt() -> None:
+        assert checkpoint_steps(tmp_path) == []
+        interrupted.set()
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "seal", slowly)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path, on_progress=at(5, interrupt))
+    assert checkpoint_steps(tmp_path) == [3, 5]
     run(data, tmp_path, resume=True)
     assert_same_run(tmp_path, whole)
 

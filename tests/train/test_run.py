@@ -117,16 +117,8 @@ def test_the_columns_and_the_files_of_a_run(whole: Path, data: PreparedData) -> 
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
-def test_no_file_is_a_pickle_that_needs_more_than_tensors(whole: Path) -> None:
-    """Only the library's optimizer, schedule and generators are torch files, and each opens with weights_only."""
-    known = {".json", ".jsonl", ".safetensors"}
-    pickles = {path.name: path for path in whole.rglob("*") if path.is_file() and path.suffix not in known}
-    assert set(pickles) == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
-    from transformers.trainer import safe_globals
-
-    for path in pickles.values():
-        with safe_globals():
-            torch.load(path, weights_only=True)
+def test_no_file_is_a_pickle(whole: Path) -> None:
+    assert {path.suffix for path in whole.rglob("*") if path.is_file()} == {".json", ".jsonl", ".safetensors"}
 
 
 def test_a_seed_gives_every_variant_the_same_blocks(data: PreparedData, tmp_path: Path, monkeypatch) -> None:

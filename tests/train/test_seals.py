@@ -169,20 +169,6 @@ def test_a_result_of_another_run_is_not_taken(whole: Path, data: PreparedData, t
     is_refused(other, data, "metrics.jsonl is missing, or was changed after the run ended")
 
 
-def test_a_run_from_before_there_were_seals_goes_on_and_it_is_said(
-    stopped: Path, whole: Path, data: PreparedData, capsys: pytest.CaptureFixture[str]
-) -> None:
-    without_seals(stopped)
-    run(data, stopped, resume=True)
-    said = capsys.readouterr().err
-    line = f"{stopped}: an earlier version of diffattn began this run and sealed nothing; its numbers are taken as they"
-    assert said.count(line) == 1
-    assert_same_run(stopped, whole)
-    assert unbroken(json.loads((stopped / "result.json").read_text()))
-    edit_row(stopped, 0, loss=1.0)
-    is_refused(stopped, data, "metrics.jsonl is missing, or was changed")
-
-
 def test_a_finished_run_from_before_there_were_seals_is_taken_and_it_is_said(
     whole: Path, data: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from diffattn.plan.shape import ModelShape
 from diffattn.results.base import Result
 from diffattn.sealed import SEAL, read_sealed, sealed
 from diffattn.study.options import CompareOptions
-from diffattn.train.checkpoint import WAY_OUT
+from diffattn.train.checkpoints.sealing import WAY_OUT
 from diffattn.train.own import lasting
 
 

@@ -13,7 +13,7 @@ from diffattn.errors import CheckpointError, ConfigError, one_line
 from diffattn.folders import RUN, own_folder
 from diffattn.plan.shape import ModelShape
 from diffattn.sealed import read_sealed
-from diffattn.train.checkpoint import WAY_OUT
+from diffattn.train.checkpoints.sealing import WAY_OUT
 from diffattn.train.recipe import Recipe
 
 

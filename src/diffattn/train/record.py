@@ -12,8 +12,8 @@ from diffattn.config_fields import is_measure
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import file_facts
 from diffattn.sealed import SEAL, read_sealed
-from diffattn.train.callbacks import MetricsRow, parse_metrics, read_metrics, warn
-from diffattn.train.checkpoint import MANIFEST, WAY_OUT, checkpoints, defect, has_run_files, sealed_rows
+from diffattn.train.callbacks import MetricsRow, parse_metrics, warn
+from diffattn.train.checkpoints.sealing import MANIFEST, WAY_OUT, checkpoints, defect, has_run_files, sealed_rows
 
 NO_SEAL = "an earlier version of diffattn began this run and sealed nothing; its numbers are taken as they are"
 
@@ -39,8 +39,8 @@ class TrainResult:
         return self.folder / "model"
 
 
-def check_claim(folder: Path, config: Claim) -> bool:
-    """Checks that ``config.json`` says the same as ``config``; returns whether it has a seal.
+def check_claim(folder: Path, config: Claim) -> None:
+    """Checks that ``config.json`` says the same as ``config``.
 
     Raises:
         CheckpointError: it is damaged, or was changed after it was written.
@@ -67,7 +67,6 @@ def check_claim(folder: Path, config: Claim) -> bool:
                     "the same settings",
                     "resume with the same settings or choose another --out",
                 )
-    return SEAL in stored
 
 
 def read_result(folder: Path) -> TrainResult | None:
@@ -105,23 +104,15 @@ def _check_unsealed(folder: Path, file: Path) -> None:
         )
 
 
-def kept_rows(folder: Path, start: tuple[int, Path] | None, has_seal: bool) -> list[MetricsRow]:
+def kept_rows(start: tuple[int, Path] | None) -> list[MetricsRow]:
     """Returns the rows of ``metrics.jsonl`` up to a checkpoint; later rows are measured again."""
     if start is None:
         return []
-    step, checkpoint = start
-    if has_run_files(checkpoint):
-        return parse_metrics(sealed_rows(checkpoint))
-    if has_seal:
+    _, checkpoint = start
+    if not has_run_files(checkpoint):
         raise CheckpointError(
             f"{checkpoint / MANIFEST} was changed after it was written: it does not name config.json and metrics.jsonl",
             "the file as it was written",
             WAY_OUT,
         )
-    warn(f"{folder}: {NO_SEAL}")
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] <= step]
-    if not any(row["step"] == step for row in rows):
-        raise CheckpointError(
-            f"{folder / 'metrics.jsonl'} ends before step {step} of the checkpoint", "all rows up to there", WAY_OUT
-        )
-    return rows
+    return parse_metrics(sealed_rows(checkpoint))

@@ -8,15 +8,14 @@ import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import Dataset, SequentialSampler, Subset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from diffattn.data.packing import PreparedData, ValidationBlocks
 from diffattn.errors import ConfigError
-from diffattn.files import file_facts, sync, whole_folder, writable_folder, write_json
+from diffattn.files import file_facts, whole_folder, writable_folder, write_json
 from diffattn.folders import RUN, holds_model_of_ours, own_folder
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.trained import Trained, write_trained
@@ -29,12 +28,12 @@ from diffattn.train.callbacks import (
     MetricsRow,
     Progress,
     RunCallback,
-    diverged,
     peak_tokens_per_second,
     read_metrics,
     warn,
 )
-from diffattn.train.checkpoint import checkpoints, is_sealed, last_good, prune, seal
+from diffattn.train.checkpoints.sealing import last_good, prune
+from diffattn.train.checkpoints.trainer import SavingTrainer
 from diffattn.train.lock import held
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import Claim, TrainResult, check_claim, kept_rows, read_result
@@ -104,7 +103,7 @@ def _train(
     check_new(folder, resume)
     if not (folder / "config.json").exists():
         write_json(folder / "config.json", sealed(claim))
-    has_seal = check_claim(folder, claim)
+    check_claim(folder, claim)
     finished = read_result(folder)
     if finished is not None:
         return finished
@@ -114,7 +113,7 @@ def _train(
     for line in skipped:
         warn(f"{folder}: {line}")
     step = start[0] if start else 0
-    metrics = MetricsFile(folder / "metrics.jsonl", kept=kept_rows(folder, start, has_seal))
+    metrics = MetricsFile(folder / "metrics.jsonl", kept=kept_rows(start))
     together = recipe.batch_size * recipe.gradient_accumulation
     order = data.order(seed=recipe.seed, num_samples=recipe.steps * together, batch_size=together)
     validation = ValidationBlocks(data.validation)
@@ -143,11 +142,13 @@ def _train(
             # run did so.
             if len(metrics.held_out(recipe.steps)) == min(1, recipe.evaluations):
                 trainer.evaluate(validation)
+            trainer.saved()
         except KeyboardInterrupt:
             interruption.shield()
             trainer.save_now()
             raise
         finally:
+            trainer.close()
             metrics.close()
         interruption.shield()
         on_stage(Stage("saving the model"))
@@ -279,8 +280,8 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     )
 
 
-class _PlainTrainer(Trainer):
-    """The library's Trainer with our order of blocks and checkpoints that are sealed before they appear."""
+class _PlainTrainer(SavingTrainer):
+    """The library's Trainer with our order of blocks and our checkpoints."""
 
     def __init__(
         self,
@@ -293,6 +294,9 @@ class _PlainTrainer(Trainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(
+            folder,
+            recipe.keep_checkpoints,
+            interruption,
             model=model,
             args=training_arguments(recipe, folder),
             train_dataset=order,
@@ -301,10 +305,6 @@ class _PlainTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
-        self._folder = folder
-        self._writing: Path | None = None
-        self._keep = recipe.keep_checkpoints
-        self._interruption = interruption
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -312,47 +312,3 @@ class _PlainTrainer(Trainer):
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         # The library goes by names, and would decay the gain of V1's norm but no other norm's.
         return [name for name, weight in model.named_parameters() if weight.ndim >= 2]
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._writing or self._folder)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        shielded = self._interruption.shielded
-        self._interruption.shield()
-        target = self._folder / f"checkpoint-{self.state.global_step}"
-        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):
-            raise diverged(f"after step {self.state.global_step} a weight is infinite or NaN")
-        with whole_folder(target, replaces=is_sealed) as partial:
-            # A checkpoint that outlives a power cut is of no use without the rows up to it.
-            sync(self._folder / "metrics.jsonl")
-            self._writing = partial
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._writing = None
-            # The library wrote into a folder of the checkpoint's name inside ours.
-            inner = partial / target.name
-            for file in inner.iterdir():
-                file.rename(partial / file.name)
-            inner.rmdir()
-            # The library's pickle of its own arguments; the recipe is in config.json.
-            (partial / "training_args.bin").unlink(missing_ok=True)
-            seal(partial, run=self._folder)
-        prune(self._folder, self._keep)
-        if not shielded:
-            self._interruption.lower()
-
-    def restore(self, checkpoint: Path, metrics: MetricsFile) -> None:
-        """Load the weights, and measure the held-out loss where the run was cut between saving and measuring."""
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        step = self.state.global_step
-        due = step % self.args.eval_steps == 0 or step == self.args.max_steps
-        if self.args.eval_strategy == "steps" and due and not metrics.held_out(step):
-            self.evaluate()
-
-    def save_now(self) -> None:
-        """A checkpoint of the last complete step, unless there is one."""
-        done = [step for step, _ in checkpoints(self._folder)]
-        if self.state.global_step and self.state.global_step not in done:
-            self._save_checkpoint(self.model, trial=None)

@@ -1,7 +1,7 @@
 """The names of ``transformers`` that training uses although the library does not promise to keep them.
 
-They are methods of ``Trainer`` that our trainer, in ``diffattn.train.run``, overrides or calls; so they stand there,
-and this table says what they are for.
+They are methods of ``Trainer`` that our trainer, in ``diffattn.train.run`` and ``diffattn.train.checkpoints.trainer``,
+overrides or calls; so they stand there, and this table says what they are for.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ NAMES = (
         "the library takes a sampler, or can be told to keep the order of the data set",
     ),
     PrivateName(
-        f"{_TRAINER}._get_output_dir", _TESTED,
-        "checkpoints are not written into the folder that is sealed when it is whole",
-        "the folder of a single checkpoint can be set",
-    ),
-    PrivateName(
         f"{_TRAINER}._save_checkpoint", _TESTED,
-        "a run that is killed while it saves leaves half a checkpoint",
-        "the library writes a checkpoint whole or not at all",
+        "checkpoints are written in the library's format, whole on each rank, and nothing seals them",
+        "the library takes a function that writes a checkpoint",
     ),
     PrivateName(
         f"{_TRAINER}._load_from_checkpoint", _TESTED,
-        "a run that was cut between saving and measuring lacks one measurement",
-        "the library has a public function that loads a checkpoint's weights into a trainer",
+        "the library looks for weights in its own format, and finds none",
+        "the library takes a function that reads a checkpoint",
+    ),
+    PrivateName(
+        f"{_TRAINER}._load_optimizer_and_scheduler", _TESTED,
+        "a run that goes on begins with new weights and a new optimizer",
+        "the library takes a function that reads a checkpoint",
+    ),
+    PrivateName(
+        f"{_TRAINER}._load_rng_state", _TESTED,
+        "a run that goes on draws other random numbers",
+        "the library takes a function that reads a checkpoint",
     ),
 )  # fmt: skip

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeGuard
 
@@ -16,21 +18,21 @@ MANIFEST = "manifest.json"
 WAY_OUT = "restore the file, or start again with another --out"
 # The names that whole_folder gives to unfinished folders.
 _UNMARKED = re.compile(rf"checkpoint-\d+\.\w{{8}}{re.escape(PARTIAL)}")
-# Files of the run that a checkpoint's manifest names too, with their length when the checkpoint was written.
-_OF_THE_RUN = ("../config.json", "../metrics.jsonl")
+# A file that each checkpoint of an earlier version has, and none of this one.
+_EARLIER = "optimizer.pt"
+OF_THE_RUN = ("../config.json", "../metrics.jsonl")
+"""Files of the run that a checkpoint's manifest names too, with their length when the checkpoint was begun."""
 
 
-def seal(folder: Path, run: Path | None = None) -> None:
+def seal(folder: Path, known: Mapping[str, FileFacts]) -> None:
     """Writes the manifest of a complete checkpoint: size and SHA-256 of every file.
 
     Args:
         folder: the checkpoint.
-        run: the run's folder, whose ``config.json`` and ``metrics.jsonl`` so far are then in the manifest too.
+        known: the facts of the files that were taken when they were written, and of the files of the run.
     """
-    files = {file.name: file_facts(file) for file in sorted(folder.iterdir()) if file.is_file()}
-    if run is not None:
-        files |= {name: file_facts(run / Path(name).name) for name in _OF_THE_RUN}
-    write_json(folder / MANIFEST, files)
+    others = {file.name for file in folder.iterdir()} - known.keys()
+    write_json(folder / MANIFEST, {**{name: file_facts(folder / name) for name in sorted(others)}, **known})
 
 
 def defect(folder: Path) -> str | None:
@@ -45,9 +47,9 @@ def defect(folder: Path) -> str | None:
         return "its manifest names no files"
     for name, expected in manifest.items():
         file = folder / name
-        if not _are_facts(expected) or (file.parent != folder and name not in _OF_THE_RUN):
+        if not _are_facts(expected) or (file.parent != folder and name not in OF_THE_RUN):
             return "its manifest is damaged"
-        if name in _OF_THE_RUN:
+        if name in OF_THE_RUN:
             continue
         if not file.is_file():
             return f"{name} is missing"
@@ -63,7 +65,7 @@ def is_sealed(folder: Path) -> bool:
 
 def has_run_files(checkpoint: Path) -> bool:
     """Returns whether the manifest of a checkpoint without defect also seals the files of its run."""
-    return set(_OF_THE_RUN) <= parse_json((checkpoint / MANIFEST).read_bytes()).keys()
+    return set(OF_THE_RUN) <= parse_json((checkpoint / MANIFEST).read_bytes()).keys()
 
 
 def sealed_rows(checkpoint: Path) -> bytes:
@@ -74,7 +76,7 @@ def sealed_rows(checkpoint: Path) -> bytes:
     """
     manifest: dict[str, FileFacts] = parse_json((checkpoint / MANIFEST).read_bytes())
     step = checkpoint.name.removeprefix("checkpoint-")
-    for name in _OF_THE_RUN:
+    for name in OF_THE_RUN:
         file, expected = checkpoint.parent / Path(name).name, manifest[name]
         # Rows are appended; the configuration never changes.
         grows = file.suffix == ".jsonl"
@@ -99,6 +101,9 @@ def last_good(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
     """Finds the newest usable checkpoint; returns it, and a line for each newer one that was skipped.
 
     It removes half-written checkpoints and renames damaged ones.
+
+    Raises:
+        CheckpointError: an earlier version of diffattn wrote it, in a format of which no pickle is read any more.
     """
     skipped = []
     for partial in folder.glob(f"checkpoint-*{PARTIAL}"):
@@ -107,6 +112,12 @@ def last_good(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
             shutil.rmtree(partial, ignore_errors=True)
     for step, path in reversed(checkpoints(folder)):
         reason = defect(path)
+        if reason is None and (path / _EARLIER).is_file():
+            raise CheckpointError(
+                f"{path} was written by an earlier version of diffattn, in a format that holds a pickle",
+                "a checkpoint of this version",
+                "finish the run with the version that began it, or start again with another --out",
+            )
         if reason is None:
             return (step, path), skipped
         aside = _free(path.with_name(f"damaged-{path.name}"))
@@ -128,8 +139,15 @@ def _removed_as_empty(partial: Path) -> bool:
 
 def prune(folder: Path, keep: int) -> None:
     """Removes all but the newest ``keep`` of the checkpoints that the run has written."""
-    for path in [path for _, path in checkpoints(folder) if is_sealed(path)][:-keep]:
-        shutil.rmtree(path)
+    found = [path for _, path in checkpoints(folder)]
+    for path in [path for path in found if is_sealed(path)][:-keep]:
+        # The manifest goes last: what a kill leaves of a checkpoint is known by it, and goes the next time.
+        for file in sorted(path.iterdir(), key=lambda file: file.name == MANIFEST):
+            file.unlink()
+    for path in found:
+        # Not empty: a checkpoint that is kept, or somebody's own.
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def _free(path: Path) -> Path:
