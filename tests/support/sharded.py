@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from support.small_models import SHAPE, small_model, tokens
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from diffattn.errors import DiffattnError
+from diffattn.model.attention import DexProjection, DifferentialLambda
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.model.sharding import data_ranks, mesh_for, shard
+from diffattn.model.sharding import check_sharded, data_ranks, mesh_for, shard
 
 # A vocabulary and a feed-forward width that two ranks cannot divide, and few layers.
 UNEVEN = dataclasses.replace(SHAPE, num_layers=2)
@@ -54,11 +62,19 @@ def step(model: DiffTransformerForCausalLM, ids: Tensor, *, parts: int = 1) -> T
     return torch.stack(losses).sum()
 
 
-def errors(names: list[str], ways: list[tuple[str, int]], parts: int = 1) -> dict[str, tuple[float, str, float]]:
+def furthest(model: DiffTransformerForCausalLM, alone: DiffTransformerForCausalLM) -> tuple[str, float]:
+    """Returns the parameter whose gradient differs most, and the difference as a part of its largest number."""
+    far = {}
+    for key, weight in alone.named_parameters():
+        gradient = whole(model.get_parameter(key).grad)
+        far[key] = float((gradient - weight.grad).abs().max() / weight.grad.abs().max())
+    return max(far.items(), key=lambda item: item[1])
+
+
+def errors(names: list[str], ways: list[tuple[str, int]]) -> dict[str, tuple[float, str, float]]:
     """Compares models that are sharded in several ways with one process.
 
-    Returns, by model and way: the difference of the losses, and the parameter whose gradient differs most, with the
-    difference as a part of its largest number.
+    Returns, by model and way: the difference of the losses, and what ``furthest`` returns.
     """
     distributed.init_process_group("gloo")
     found = {}
@@ -67,15 +83,145 @@ def errors(names: list[str], ways: list[tuple[str, int]], parts: int = 1) -> dic
         expected = step(alone, ids)
         for way, tensor in ways:
             mesh = mesh_for(distributed.get_world_size(), shard=way, tensor=tensor, per_host=2, device="cpu")
-            part = data_ranks(mesh)
             model = shard(model_of(name), mesh)
-            loss = step(model, ids.chunk(part.parts)[part.part], parts=parts)
+            loss = step(model, ours(ids, mesh))
             distributed.all_reduce(loss)
             loss /= distributed.get_world_size()
-            far = {}
-            for key, weight in alone.named_parameters():
-                gradient = whole(model.get_parameter(key).grad)
-                far[key] = float((gradient - weight.grad).abs().max() / weight.grad.abs().max())
-            worst = max(far, key=far.get)
-            found[f"{name} {way} {tensor}"] = float(loss - expected), worst, far[worst]
+            found[f"{name} {way} {tensor}"] = float(loss - expected), *furthest(model, alone)
     return found
+
+
+def ours(ids: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Returns this rank's rows of a batch."""
+    return ids.chunk(data_ranks(mesh).parts)[data_ranks(mesh).part]
+
+
+def two_ranks(out: str) -> dict[str, Any]:
+    """Returns what two ranks found, by the name of each question, and writes a model that was trained for one step."""
+    distributed.init_process_group("gloo")
+    meshes = {tensor: mesh_for(2, shard="full", tensor=tensor, device="cpu") for tensor in (1, 2)}
+    return {
+        "exact": {name: {cast: exact(name, cast, meshes[1]) for cast in (False, True)} for name in ("diff_v1", "dex")},
+        "ways": ways_of_computing(meshes),
+        "step": one_step(meshes[1], out),
+        "said": lines_said(meshes[1]),
+    }
+
+
+def exact(name: str, cast: bool, mesh: DeviceMesh) -> dict[str, bool]:
+    """Returns whether what is float32 by design has the bits of one process while the rest computes in bfloat16."""
+
+    def watched(model: DiffTransformerForCausalLM) -> list[Tensor]:
+        seen: list[Tensor] = []
+        for module in model.modules():
+            if isinstance(module, DifferentialLambda):
+                module.register_forward_hook(lambda module, given, result: seen.append(result.detach().clone()))
+            if isinstance(module, DexProjection):
+                module.register_forward_pre_hook(lambda module, given: seen.append(module.weight.detach().clone()))
+        return seen
+
+    alone, model = model_of(name), model_of(name)
+    if cast:
+        alone, model = alone.bfloat16(), model.bfloat16()
+    ids = tokens(BATCH, LENGTH)
+    expected, found = watched(alone), watched(shard(model, mesh, dtype=torch.bfloat16))
+    with torch.no_grad():
+        alone(ids)
+    step(model, ours(ids, mesh))
+    layer, computed = model.model.layers[0], []
+    handle = layer.mlp.gate_proj.register_forward_pre_hook(lambda module, given: computed.append(module.weight.dtype))
+    model(ours(ids, mesh))
+    handle.remove()
+    frequencies = model.model.rotary_emb.inv_freq
+    return {
+        "the same": len(found) > 0 and all(map(torch.equal, found, expected)),
+        "float32": all(each.dtype == torch.float32 for each in found),
+        "rounding would show": any(not torch.equal(each, each.bfloat16().float()) for each in expected),
+        "frequencies": torch.equal(frequencies, model_of(name).model.rotary_emb.inv_freq),
+        "layers compute in bfloat16": computed == [torch.bfloat16],
+        "weights keep their dtype": layer.mlp.gate_proj.weight.dtype == (torch.bfloat16 if cast else torch.float32),
+    }
+
+
+def ways_of_computing(meshes: dict[int, DeviceMesh]) -> dict[str, tuple[str, float]]:
+    """Returns what ``furthest`` returns, with checkpointing, compiled layers, and several passes for a step."""
+    found = {}
+    options: dict[str, dict] = {
+        "checkpointing": {"checkpointing": True},
+        "compiled": {"compiled": True},
+        "accumulated": {},
+    }
+    for name, tensor, way in (
+        ("diff_v1", 1, "checkpointing"), ("dex", 2, "checkpointing"), ("diff_v1", 2, "compiled"),
+        ("diff_v1", 1, "accumulated"), ("diff_v1", 2, "accumulated"), ("dex", 2, "accumulated"),
+    ):  # fmt: skip
+        alone, ids = model_of(name), tokens(BATCH, LENGTH)
+        step(alone, ids)
+        with light_compiler():
+            model = shard(model_of(name), meshes[tensor], **options[way])
+        step(model, ours(ids, meshes[tensor]), parts=2 if way == "accumulated" else 1)
+        found[f"{name} {way} {tensor}"] = furthest(model, alone)
+    return found
+
+
+@contextlib.contextmanager
+def light_compiler() -> Iterator[None]:
+    """Has ``torch.compile`` do all but write and compile a program."""
+    real = torch.compile
+    torch.compile = lambda function: real(function, backend="aot_eager")  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = real
+
+
+def one_step(mesh: DeviceMesh, out: str) -> dict[str, float]:
+    """Trains a sharded model for a step and saves it; returns the norm of its gradients, and that of one process."""
+    norms = {}
+    for way in ("alone", "sharded"):
+        model, ids = model_of("diff_v1"), tokens(BATCH, LENGTH)
+        if way == "sharded":
+            model, ids = shard(model, mesh), ours(ids, mesh)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        step(model, ids)
+        norms[way] = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        if way == "sharded" or distributed.get_rank() == 0:
+            model.save_pretrained(Path(out) / way)
+    return norms
+
+
+def lines_said(mesh: DeviceMesh) -> dict[str, str]:
+    """Returns the line of each mistake."""
+
+    def plainly(name: str) -> None:
+        """Does what a loop does that knows nothing of float32 modules."""
+        model, policy = model_of(name), MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        for module in (*model.model.layers, model):
+            fully_shard(module, mp_policy=policy)
+        model(tokens(1, LENGTH))
+
+    def of_two_seeds() -> None:
+        model = model_of("diff_v1")
+        if distributed.get_rank() == 1:
+            model.model.layers[1].mlp.up_proj.weight.data[3, 4] += 1e-3
+        shard(model, mesh)
+
+    mistakes: dict[str, Callable[[], object]] = {
+        "plain, λ": lambda: plainly("diff_v1"),
+        "plain, DEX": lambda: plainly("dex"),
+        "two seeds": of_two_seeds,
+        "twice": lambda: shard(shard(model_of("softmax"), mesh), mesh),
+        "another model": lambda: shard(torch.nn.Linear(2, 2), mesh),  # type: ignore[type-var]
+        "another mesh": lambda: shard(model_of("softmax"), init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))),
+        "another dtype": lambda: shard(model_of("softmax"), mesh, dtype=torch.float16),
+        "not sharded": lambda: check_sharded(model_of("softmax")),
+    }
+    said = {}
+    for name, mistake in mistakes.items():
+        try:
+            mistake()
+        except DiffattnError as error:
+            said[name] = str(error)
+    check_sharded(shard(model_of("softmax"), mesh))
+    return said

@@ -12,7 +12,7 @@ n, g, d the same of the softmax Transformer that is replaced, D hidden size, H o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from diffattn.errors import UnsupportedError
+from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 from diffattn.model.transformers_private import eager_attention_forward
 from diffattn.ops.half import attention_inputs
@@ -31,8 +31,11 @@ class Float32Module(nn.Module):
     """A module whose own parameters and buffers stay float32 when the model around it is cast.
 
     ``model.bfloat16()`` would round λ (its exponentials then move in steps of 1/128) and the rotary frequencies
-    (positions beyond 256 then collide); moving between devices works as usual.
+    (positions beyond 256 then collide); moving between devices works as usual. A wrapper that computes with rounded
+    copies instead, as FSDP with mixed precision does, cannot be kept from it, and is refused.
     """
+
+    contents: ClassVar[str]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def keep(tensor: Tensor) -> Tensor:
@@ -41,10 +44,24 @@ class Float32Module(nn.Module):
 
         return super()._apply(keep, recurse)
 
+    def check_exact(self, tensor: Tensor) -> None:
+        """Raises if a wrapper has the module compute with a rounded copy of one of its tensors.
+
+        Raises:
+            ConfigError: the tensor has 16 bits.
+        """
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"{self.contents} in {str(tensor.dtype).removeprefix('torch.')}, to which a wrapper rounded it",
+                "float32 whatever the model computes in",
+                "shard the model with diffattn.shard, which keeps it, and with no other wrapper",
+            )
+
 
 class DifferentialLambda(Float32Module):
     """V1's λ = exp(λ_q1·λ_k1) − exp(λ_q2·λ_k2) + λ_init: one number per layer, float32 (arXiv 2410.05258, eq. 2)."""
 
+    contents = "λ"
     lambda_q1: Tensor
     lambda_k1: Tensor
     lambda_q2: Tensor
@@ -57,6 +74,7 @@ class DifferentialLambda(Float32Module):
             self.register_parameter(name, nn.Parameter(torch.empty(width, dtype=torch.float32)))
 
     def forward(self) -> Tensor:
+        self.check_exact(self.lambda_q1)
         # The authors' order of summing, so that a converted model's λ has the same bits.
         signal = torch.exp((self.lambda_q1 * self.lambda_k1).sum())
         noise = torch.exp((self.lambda_q2 * self.lambda_k2).sum())
@@ -275,6 +293,7 @@ class DexProjection(Float32Module):
     would reach either. All of it is float32, whatever the model's dtype.
     """
 
+    contents = "DEX"
     annealed: Tensor
 
     def __init__(self, heads: int, width: int, lambda_init: float) -> None:
@@ -286,6 +305,7 @@ class DexProjection(Float32Module):
 
     def forward(self, o_BTHd: Tensor, rows: list[int] | None = None) -> Tensor:
         """``rows`` says which of the chosen heads these are, where they are not all of them."""
+        self.check_exact(self.weight)
         lam_H = torch.lerp(torch.full_like(self.lam, self.lambda_init), self.lam, self.annealed)
         # λ on the small side of the product: one pass over the outputs.
         scaled = lam_H[:, None, None] * self.weight

@@ -29,7 +29,7 @@ from diffattn.model import fused  # noqa: F401 - registers the attention functio
 from diffattn.model.attention import ATTENTION, DexProjection, DifferentialLambda, Float32Module, SoftmaxAttention
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 from diffattn.model.masks import model_mask, positions_of_sequences
-from diffattn.model.transformers_private import check_cache_name, restore_when_stopped
+from diffattn.model.transformers_private import check_asked_fsdp, check_cache_name, is_tracing, restore_when_stopped
 from diffattn.ops.half import quick_products
 from diffattn.ops.sdpa import without_nan
 
@@ -47,6 +47,7 @@ class DiffRotaryEmbedding(Float32Module):
     and remakes them after ``from_pretrained`` has built the model without storage.
     """
 
+    contents = "the rotary frequencies"
     inv_freq: Tensor
     original_inv_freq: Tensor
     attention_scaling: float
@@ -77,6 +78,7 @@ class DiffRotaryEmbedding(Float32Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        self.check_exact(self.inv_freq)
         angles = position_ids[..., None, None].float() * self.inv_freq.to(device=x.device)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
@@ -163,6 +165,13 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
         elif hasattr(self.config, "auto_map"):
             # The model was loaded from a folder with such files.
             del self.config.auto_map
+        mesh = getattr(next(self.parameters()), "device_mesh", None)
+        if mesh is not None and mesh.size() == 1:
+            # The base gathers the weights of several ranks, and would write those of one as the parts that they are.
+            state = kwargs.pop("state_dict", None) or self.state_dict()
+            kwargs["state_dict"] = {
+                name: getattr(tensor, "full_tensor", tensor.detach)() for name, tensor in state.items()
+            }
         super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
@@ -249,6 +258,8 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
             given = "no input_ids and no inputs_embeds" if input_ids is None else "both input_ids and inputs_embeds"
             raise ConfigError(given, "exactly one of input_ids and inputs_embeds", "pass one of them")
         check_cache_name(kwargs)
+        if self.training and not is_tracing(input_ids):
+            check_asked_fsdp(self)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)

@@ -22,7 +22,7 @@ from diffattn.errors import ConfigError, TrainingError
 from diffattn.model.attention import Float32Module
 from diffattn.model.modeling import DiffDecoderLayer, DiffTransformerModel, DiffTransformerPreTrainedModel
 from diffattn.model.transformers_private import mark_as_placed
-from diffattn.ops.torch_private import other_parameters
+from diffattn.ops.torch_private import other_parameters, quiet_redistribution
 
 REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
 _DTYPES = (None, torch.float32, torch.bfloat16)
@@ -104,7 +104,8 @@ def shard(
     """Spreads a model over the ranks of a mesh, in place, and returns it.
 
     The order is: tensor parallelism, checkpointing, compilation, FSDP2. FSDP2 groups are: the λ or DEX of each layer,
-    which are float32 whatever ``dtype`` is; each layer without them; the embedding, the last norm and the output head.
+    which are float32 whatever ``dtype`` is; each layer without them; the embedding; the last norm with the output head.
+    If the embedding is the output head too, the last two are one, which is kept whole during the step.
     Weights keep their dtype, in which the optimizer changes them, and gradients are summed over ranks in float32.
     All parameters become ``DTensor``, so that ``torch.nn.utils.clip_grad_norm_`` and PyTorch's optimizers, made
     afterwards, do as with one process. ``transformers.Trainer`` takes the model as it is.
@@ -128,12 +129,16 @@ def shard(
     if tensor > 1:
         _parallelize(model, mesh[TENSOR])
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The second is its name before transformers 5.23.
+        name = "activation_checkpointing_enable"
+        enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+        enable({"use_reentrant": False})
     layers = [module for module in model.modules() if isinstance(module, DiffDecoderLayer)]
     if compiled:
         for layer in layers:
             # The function alone, so that the hooks of FSDP2 stay outside of the graph.
             layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+    quiet_redistribution()
     # FSDP2 says that nothing may be written into DEX's part or the logits, and nothing is.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPD\w+\) returned a view")
     replicas = _size(mesh, REPLICATE)
@@ -146,6 +151,11 @@ def shard(
                 # They are small: to gather them twice would take longer than to keep them.
                 fully_shard(module, mesh=data, mp_policy=exact, reshard_after_forward=False)
         fully_shard(layer, mesh=data, mp_policy=policy)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        fully_shard(embedding, mesh=data, mp_policy=policy)
+        # The backward pass begins with them.
+        fully_shard([model.base_model.norm, head], mesh=data, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=data, mp_policy=policy)
     mark_as_placed(model, shard=_size(mesh, SHARD), replicate=replicas, tensor=tensor)
     return model
@@ -245,6 +255,9 @@ def _parallelize(model: DiffTransformerPreTrainedModel, mesh: DeviceMesh) -> Non
         styles[name] = _OnEachRank(Replicate())
     # The weights are the same on all ranks, so each takes its part of its own.
     parallelize_module(decoder, mesh, styles, src_data_rank=None)
+    # The sum over the ranks is a tensor that is still awaited. A compiled layer that is given one has no gradient for
+    # it, and a copy is an ordinary tensor.
+    decoder.embed_tokens.register_forward_hook(lambda module, arguments, embedded: embedded.clone())
     head = model.get_output_embeddings()
     if head is not None:
         parallelize_module(head, mesh, ColwiseParallel(output_layouts=Replicate()), src_data_rank=None)

@@ -7,10 +7,12 @@ underscore, but every model that is written for the library has them; so they st
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
+from torch import distributed
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.distributed import DistributedConfig
@@ -24,7 +26,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 from transformers.utils.generic import is_flash_attention_requested as is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing as is_tracing
 
-from diffattn.errors import UnsupportedError
+from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.private_names import PrivateName
 
 CONTRACT = (
@@ -51,6 +53,26 @@ def check_cache_name(options: Mapping[str, object]) -> None:
             f"transformers {version('transformers')} gives a model its keys and values as cache",
             "a release below 5.24, which gives them as past_key_values",
             "pip install 'transformers>=5.20,<5.24'",
+        )
+
+
+def check_asked_fsdp(model: PreTrainedModel) -> None:
+    """Raises where FSDP was asked for and the model is trained without it, as ``Trainer(fsdp=True)`` does on a CPU.
+
+    The Trainer and ``accelerate launch`` note what was asked for in the environment, and say nothing when they wrap
+    the model in something else: each rank would hold all of it.
+
+    Raises:
+        ConfigError: several ranks train whole copies.
+    """
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    if not asked or getattr(model, "_is_fsdp_managed_module", False) or not distributed.is_initialized():
+        return
+    if (ranks := distributed.get_world_size()) > 1:
+        raise ConfigError(
+            f"FSDP was asked for, and each of {ranks} ranks trains the whole model",
+            "a model that is sharded",
+            "shard it with diffattn.shard(model, mesh) and leave fsdp out, or train on GPUs",
         )
 
 
@@ -98,7 +120,9 @@ def mark_as_placed(model: PreTrainedModel, *, shard: int, replicate: int, tensor
         replicate: the number of these copies.
         tensor: the number of ranks that compute one layer together.
     """
-    model.config.distributed_config = DistributedConfig(fsdp_size=shard, dp_replicate_size=replicate, tp_size=tensor)
+    sizes = {"fsdp_size": shard, "dp_replicate_size": replicate, "tp_size": tensor}
+    # This leaves out a size that an older release has no name for.
+    model.config.distributed_config = DistributedConfig.from_dict(sizes)
     model._is_distributed_loading_by_transformers = True
     model._is_fsdp_managed_module = True
     model._fsdp_size, model._tp_size = shard, tensor

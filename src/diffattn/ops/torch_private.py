@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -34,6 +35,14 @@ current_sdpa_backends = torch.nn.attention._cur_sdpa_kernel_backends
 def in_forward_mode() -> bool:
     """Returns whether this code runs within ``torch.autograd.forward_ad.dual_level``."""
     return forward_ad._current_level >= 0
+
+
+def quiet_redistribution() -> None:
+    """Silences the hints of DTensor that gathering over two dimensions of a mesh takes two steps, one of each rank."""
+    # It takes a second to import, which most do not need.
+    from torch.distributed.tensor import _redistribute
+
+    logging.getLogger(_redistribute.__name__).setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
@@ -104,6 +113,11 @@ NAMES = (
         "torch.nn:Module._apply", _TESTED,
         "λ and the rotary frequencies are rounded when a model is cast to half precision",
         "a parameter can be marked as one that keeps its dtype",
+    ),
+    PrivateName(
+        "torch.distributed.tensor:_redistribute", _TESTED,
+        "each rank prints hints about sharded models of which nobody can take one",
+        "DTensor says them once, or flattens the dimensions itself",
     ),
     PrivateName(
         "torch.nn:Module._parameters", _TESTED,
