@@ -68,9 +68,9 @@ def test_norm_optimizer_and_folder_are_those_of_one_process(two_ranks, folder):
     models = {way: DiffTransformerForCausalLM.from_pretrained(folder / way) for way in norms}
     before = sharded.model_of("diff_v1")
     for key, weight in models["alone"].named_parameters():
-        # A step of Adam is about as long as the learning rate, 0.01, whatever the gradient.
         torch.testing.assert_close(models["sharded"].get_parameter(key), weight, rtol=0, atol=1e-5)
-        assert (weight - before.get_parameter(key)).abs().max() > 5e-3, key
+        # A step of Adam is about as long as the learning rate, 0.01, where a gradient is not small.
+        assert (weight - before.get_parameter(key)).abs().max() > 1e-3, key
     ids = tokens(2, 9)
     torch.testing.assert_close(models["sharded"](ids).logits, models["alone"](ids).logits, rtol=0, atol=1e-4)
 
@@ -88,10 +88,14 @@ def test_norm_optimizer_and_folder_are_those_of_one_process(two_ranks, folder):
         ("another model", "a Linear; wanted a model of diffattn without a wrapper: shard it before anything wraps it"),
         ("another mesh", "a mesh with the dimensions dp; wanted shard, and replicate and tensor where they are "
          "wanted: make it with diffattn.mesh_for"),
+        ("another number", "a mesh of 1 rank where 2 run; wanted all ranks in the mesh: give mesh_for the number of "
+         "all; Accelerator(cpu=True) finds the ranks where there is no GPU"),
         ("another dtype", "dtype=torch.float16; wanted torch.float32 or torch.bfloat16: take torch.bfloat16"),
         ("not sharded", "the weights are whole on every rank, so no wrapper sharded this model; wanted a model that "
          "is sharded by FSDP2: call diffattn.shard(model, mesh) before training, and give the model to no other "
          "wrapper"),
+        ("another wrapper", "FSDP was asked for, and each of 2 ranks trains the whole model; wanted a model that is "
+         "sharded: shard it with diffattn.shard(model, mesh) and leave fsdp out, or train on GPUs"),
     ],
 )  # fmt: skip
 def test_every_rank_says_a_mistake_in_the_same_line(mistake, line, two_ranks):

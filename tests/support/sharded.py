@@ -14,6 +14,7 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
 
 from diffattn.errors import DiffattnError
 from diffattn.model.attention import DexProjection, DifferentialLambda
@@ -182,7 +183,8 @@ def one_step(mesh: DeviceMesh, out: str) -> dict[str, float]:
         model, ids = model_of("diff_v1"), tokens(BATCH, LENGTH)
         if way == "sharded":
             model, ids = shard(model, mesh), ours(ids, mesh)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        # With this eps the rounding of a small gradient does not decide where its weight goes.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3, fused=True)
         step(model, ids)
         norms[way] = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         optimizer.step()
@@ -207,6 +209,12 @@ def lines_said(mesh: DeviceMesh) -> dict[str, str]:
             model.model.layers[1].mlp.up_proj.weight.data[3, 4] += 1e-3
         shard(model, mesh)
 
+    def asked_of_the_trainer() -> None:
+        arguments = TrainingArguments("unused", use_cpu=True, fsdp=True, max_steps=1, report_to="none")
+        Trainer(
+            model_of("softmax"), arguments, train_dataset=[{"input_ids": ids, "labels": ids} for ids in tokens(4, 5)]
+        ).train()
+
     mistakes: dict[str, Callable[[], object]] = {
         "plain, λ": lambda: plainly("diff_v1"),
         "plain, DEX": lambda: plainly("dex"),
@@ -214,8 +222,10 @@ def lines_said(mesh: DeviceMesh) -> dict[str, str]:
         "twice": lambda: shard(shard(model_of("softmax"), mesh), mesh),
         "another model": lambda: shard(torch.nn.Linear(2, 2), mesh),  # type: ignore[type-var]
         "another mesh": lambda: shard(model_of("softmax"), init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))),
+        "another number": lambda: mesh_for(1, shard="full", device="cpu"),
         "another dtype": lambda: shard(model_of("softmax"), mesh, dtype=torch.float16),
         "not sharded": lambda: check_sharded(model_of("softmax")),
+        "another wrapper": asked_of_the_trainer,
     }
     said = {}
     for name, mistake in mistakes.items():

@@ -7,6 +7,7 @@ float32 (λ, DEX), how the heads are split (``DiffTransformerConfig.tensor_paral
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import NamedTuple, TypeVar
 
@@ -42,7 +43,7 @@ def mesh_for(world: int, *, shard: str, tensor: int = 1, per_host: int | None = 
     Their sizes multiply to ``world``. Neighbouring ranks share a ``tensor`` dimension, since they are on one host.
 
     Args:
-        world: the number of ranks. The process group has to exist, or the environment has to be that of torchrun.
+        world: the number of all ranks. The process group has to exist, or the environment has to be that of torchrun.
         shard: ``"full"``: weights, gradients and optimizer are shared out over all ranks. ``"hybrid"``: over the ranks
             of a host, and each host has a copy. ``"none"``: each rank has a copy.
         tensor: the number of ranks that compute one layer together; it divides the key/value heads.
@@ -50,8 +51,15 @@ def mesh_for(world: int, *, shard: str, tensor: int = 1, per_host: int | None = 
         device: ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        ConfigError: an unknown way, or numbers that do not divide each other.
+        ConfigError: an unknown way, or numbers that do not divide each other, or another number of ranks than run.
     """
+    running = distributed.get_world_size() if distributed.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if world != running:
+        raise ConfigError(
+            f"a mesh of {world} rank{'s' * (world != 1)} where {running} run",
+            "all ranks in the mesh",
+            "give mesh_for the number of all; Accelerator(cpu=True) finds the ranks where there is no GPU",
+        )
     sizes = mesh_sizes(world, shard=shard, tensor=tensor, per_host=per_host)
     return init_device_mesh(device, sizes, mesh_dim_names=(REPLICATE, SHARD, TENSOR))
 
