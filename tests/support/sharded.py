@@ -21,8 +21,7 @@ from diffattn.model.attention import DexProjection, DifferentialLambda
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.sharding import check_sharded, data_ranks, mesh_for, shard
 
-# A vocabulary and a feed-forward width that two ranks cannot divide, and few layers.
-UNEVEN = dataclasses.replace(SHAPE, num_layers=2)
+# Two ranks cannot divide their vocabulary and feed-forward width.
 MODELS: dict[str, tuple[str, dict]] = {
     "softmax": ("softmax", {}),
     "diff_v1": ("diff_v1", {"lambda_std": 0.4, "subln_affine": True, "qk_norm": True}),
@@ -33,11 +32,11 @@ MODELS: dict[str, tuple[str, dict]] = {
 BATCH, LENGTH = 4, 9
 
 
-def model_of(name: str) -> DiffTransformerForCausalLM:
+def model_of(name: str, *, layers: int = 2) -> DiffTransformerForCausalLM:
     attention, fields = MODELS[name]
-    tied = fields.get("tie_word_embeddings", False)
-    fields = {key: value for key, value in fields.items() if key != "tie_word_embeddings"}
-    model = small_model(attention, shape=dataclasses.replace(UNEVEN, tie_word_embeddings=tied), **fields)
+    fields = dict(fields)
+    shape = dataclasses.replace(SHAPE, num_layers=layers, tie_word_embeddings=fields.pop("tie_word_embeddings", False))
+    model = small_model(attention, shape=shape, **fields)
     for key, parameter in model.named_parameters():
         if ".dex." in key or key.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -72,23 +71,26 @@ def furthest(model: DiffTransformerForCausalLM, alone: DiffTransformerForCausalL
     return max(far.items(), key=lambda item: item[1])
 
 
-def errors(names: list[str], ways: list[tuple[str, int]]) -> dict[str, tuple[float, str, float]]:
-    """Compares models that are sharded in several ways with one process.
+def errors(cases: list[str]) -> dict[str, tuple[float, str, float]]:
+    """Compares sharded models with one process.
 
-    Returns, by model and way: the difference of the losses, and what ``furthest`` returns.
+    Args:
+        cases: model, way of sharding, and number of ranks for each layer, as in ``diff_v1 full 2``.
+
+    Returns, by case: the difference of the losses, and what ``furthest`` returns.
     """
     distributed.init_process_group("gloo")
     found = {}
-    for name in names:
+    for case in cases:
+        name, way, tensor = case.split()
         alone, ids = model_of(name), tokens(BATCH, LENGTH)
         expected = step(alone, ids)
-        for way, tensor in ways:
-            mesh = mesh_for(distributed.get_world_size(), shard=way, tensor=tensor, per_host=2, device="cpu")
-            model = shard(model_of(name), mesh)
-            loss = step(model, ours(ids, mesh))
-            distributed.all_reduce(loss)
-            loss /= distributed.get_world_size()
-            found[f"{name} {way} {tensor}"] = float(loss - expected), *furthest(model, alone)
+        mesh = mesh_for(distributed.get_world_size(), shard=way, tensor=int(tensor), per_host=2, device="cpu")
+        model = shard(model_of(name), mesh)
+        loss = step(model, ours(ids, mesh))
+        distributed.all_reduce(loss)
+        loss /= distributed.get_world_size()
+        found[case] = float(loss - expected), *furthest(model, alone)
     return found
 
 
@@ -156,10 +158,12 @@ def ways_of_computing(meshes: dict[int, DeviceMesh]) -> dict[str, tuple[str, flo
         ("diff_v1", 1, "checkpointing"), ("dex", 2, "checkpointing"), ("diff_v1", 2, "compiled"),
         ("diff_v1", 1, "accumulated"), ("diff_v1", 2, "accumulated"), ("dex", 2, "accumulated"),
     ):  # fmt: skip
-        alone, ids = model_of(name), tokens(BATCH, LENGTH)
+        # To compile a layer takes a second.
+        layers = 1 if way == "compiled" else 2
+        alone, ids = model_of(name, layers=layers), tokens(BATCH, LENGTH)
         step(alone, ids)
         with light_compiler():
-            model = shard(model_of(name), meshes[tensor], **options[way])
+            model = shard(model_of(name, layers=layers), meshes[tensor], **options[way])
         step(model, ours(ids, meshes[tensor]), parts=2 if way == "accumulated" else 1)
         found[f"{name} {way} {tensor}"] = furthest(model, alone)
     return found
