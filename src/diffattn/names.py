@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from diffattn.errors import ConfigError, did_you_mean
 
@@ -50,6 +51,15 @@ def one_of(
         raise ConfigError(said, "one name", f"{' and '.join(found)} fit, so write one of them in full{way_out}")
     meant = did_you_mean(wanted, spelled, otherwise="choose one of these")
     raise ConfigError(said, f"one of {', '.join(names)}", f"{meant}{way_out}")
+
+
+def several(given: str | Path | Iterable[str | Path]) -> tuple[str, ...]:
+    """Returns one text or several as a tuple.
+
+    >>> several("sotu"), several(["a.txt", "b.txt"])
+    (('sotu',), ('a.txt', 'b.txt'))
+    """
+    return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given))
 
 
 def plain(text: str) -> str:

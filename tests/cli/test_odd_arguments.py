@@ -36,7 +36,7 @@ def test_a_text_and_a_shape_of_any_name_are_read(capsys: pytest.CaptureFixture[s
     os.rename("small.toml", f"{ODD}.toml")
     sizes = ["--steps", "2", "--context", "16"]
     assert main(["train", "--shape", f"{ODD}.toml", *sizes, "--text", ODD, "--out", "run"]) == 0
-    assert json.loads(Path("run/config.json").read_text())["options"]["text"] == os.path.abspath(ODD)
+    assert json.loads(Path("run/config.json").read_text())["options"]["text"] == [os.path.abspath(ODD)]
     capsys.readouterr()
     assert main(["train", "--resume", "--out", "run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["folder"] == "run"

@@ -12,6 +12,7 @@ from tokenizers import normalizers
 from diffattn.cli.main import main
 from diffattn.data.packing import prepare_data
 from diffattn.train.continued import continue_training
+from diffattn.train.own import read_own
 from diffattn.train.recipe import Recipe
 
 ROWS = [f"Row {number} is about {word}. " * 9 for number in range(30) for word in ("rain", "a road")]
@@ -66,6 +67,41 @@ def test_the_field_of_rows_is_named_and_kept(verb: list[str], capsys: pytest.Cap
         Path("moved").mkdir()
         Path("rows.ndjson").rename("moved/rows.ndjson")
         assert main([verb[0], "--resume", "--out", "run", "--text", "moved/rows.ndjson"]) == 0
+
+
+@pytest.mark.parametrize("verb", ["train", "compare"])
+def test_several_texts_are_kept_with_their_weights(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.txt").write_text("\n\f\n".join(ROWS[::2]))
+    Path("b.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in ROWS[1::2]))
+    kind = ["--attention", "softmax"] if verb == "train" else ["--variants", "softmax", "--seeds", "1"]
+    texts = ["--text", "a.txt:0.7", "*.jsonl:0.3"]
+    assert main([verb, "--shape", "small.toml", *kind, *SMALL, *texts, "--out", "run"]) == 0
+    kept = json.loads(Path("run/config.json").read_text())["options"]["text"]
+    assert kept == [f"{Path.cwd()}/a.txt:0.7", f"{Path.cwd()}/*.jsonl:0.3"]
+    resume = [verb, "--resume", "--out", "run"]
+    assert main(resume) == 0
+    assert main([*resume, *texts]) == 0
+    capsys.readouterr()
+    for others in (["a.txt:0.3", "*.jsonl:0.7"], ["a.txt", "*.jsonl"], ["a.txt"]):
+        assert main([*resume, "--text", *others]) == 2
+        assert f"*.jsonl:0.3', now --text {others[0]}" in errors(capsys)
+    Path("moved").mkdir()
+    for name in ("a.txt", "b.jsonl"):
+        Path(name).rename(f"moved/{name}")
+    assert main([*resume, "--text", "moved/a.txt:0.7", "moved/b.jsonl:0.3"]) == 0
+
+
+def test_a_run_that_kept_one_text_as_a_name_goes_on() -> None:
+    """As versions did that knew one text."""
+    Path("a.txt").write_text("\n\f\n".join(ROWS))
+    command = ["train", "--shape", "small.toml", "--attention", "softmax", *SMALL, "--text", "a.txt", "--out", "run"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffattn.train.own.lasting", lambda text: f"{Path.cwd()}/{text[0]}")
+        assert main(command) == 0
+    assert json.loads(Path("run/config.json").read_text())["options"]["text"].endswith("a.txt")
+    assert read_own(Path("run")).text == (f"{Path.cwd()}/a.txt",)
+    assert main(["train", "--resume", "--out", "run", "--text", "a.txt"]) == 0
+    assert main(["train", "--resume", "--out", "run", "--text", "rows.ndjson", "--field", "body"]) == 2
 
 
 def test_what_is_left_out_of_a_folder_is_said(capsys: pytest.CaptureFixture[str]) -> None:

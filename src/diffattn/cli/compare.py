@@ -52,7 +52,7 @@ def _stored(folder: Path, others: Mapping[str, object]) -> CompareOptions:
     stored = Stored.read(folder)
     has = dataclasses.asdict(stored.options)
     text, shape = others.get("text"), others.get("shape")
-    if text and same_text(str(text), stored.options.text, stored.data_digest, stored.options.text_column):
+    if isinstance(text, tuple) and same_text(text, stored.options.text, stored.data_digest, stored.options.text_column):
         # It may have moved.
         has["text"] = text
     if shape and same_shape(load_shape(str(shape)), stored.shape):

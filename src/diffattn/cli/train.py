@@ -94,7 +94,7 @@ def _resume(options: TrainOptions, recipe: Recipe, console: Console) -> TrainRes
     )  # fmt: skip
 
 
-def _moved(own: Own, folder: Path, others: Mapping[str, object]) -> tuple[str | None, Path | None]:
+def _moved(own: Own, folder: Path, others: Mapping[str, object]) -> tuple[tuple[str, ...] | None, Path | None]:
     """Returns the text and the source that were given, once all that was given is known to be what the run has."""
     from diffattn.checkpoint_files import weights_digest
     from diffattn.plan.named_model import load_shape
@@ -118,4 +118,4 @@ def _moved(own: Own, folder: Path, others: Mapping[str, object]) -> tuple[str | 
     rest = {name: value for name, value in others.items() if name not in agreed}
     check_given(folder, rest, has, source="from", text_column="field")
     text, source = others.get("text"), others.get("source")
-    return None if text is None else str(text), source if isinstance(source, Path) else None
+    return text if isinstance(text, tuple) else None, source if isinstance(source, Path) else None

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -201,7 +201,7 @@ class PreparedData:
 
 
 def prepare_data(
-    text: str | Path | Corpus = "sotu",
+    text: str | Path | Sequence[str | Path] | Corpus = "sotu",
     *,
     context: int,
     vocab_size: int | None = None,
@@ -218,7 +218,7 @@ def prepare_data(
     What was prepared before is found in the cache.
 
     Args:
-        text: a source that ``read_corpus`` takes, or a ``Corpus``.
+        text: one source or several that ``read_corpus`` takes, or a ``Corpus``.
         vocab_size: the number of tokens, at least 257, of a tokenizer that is trained; or
         tokenizer: an existing tokenizer, such as that of a pretrained model. Pass exactly one of the two.
         context: tokens per block, at least 2.

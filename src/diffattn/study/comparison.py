@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.config_fields import is_count, is_measure
+from diffattn.data.sources import lasting
 from diffattn.errors import CheckpointError, ConfigError, one_line
 from diffattn.files import write_json
 from diffattn.folders import COMPARISON, own_folder
@@ -18,7 +19,6 @@ from diffattn.results.base import Result
 from diffattn.sealed import SEAL, read_sealed, sealed
 from diffattn.study.options import CompareOptions
 from diffattn.train.checkpoints.sealing import WAY_OUT
-from diffattn.train.own import lasting
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Stored:
             shape = ModelShape(**content["shape"]) if "shape" in content else load_shape(options.shape)
             if content.get("plan"):
                 plan = RunPlan.from_json(content["plan"], options.variants)
-            texts = (content["command"], content.get("data_digest", ""), options.text)
+            texts = (content["command"], content.get("data_digest", ""), *options.text)
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("its command, digest or text is no text")
         except (KeyError, TypeError, AttributeError, ValueError) as error:

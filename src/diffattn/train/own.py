@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffattn.config_fields import is_count
-from diffattn.data.text import read_corpus
+from diffattn.data.sources import lasting, sources_of
+from diffattn.data.text import open_text, text_digest
 from diffattn.errors import CheckpointError, ConfigError, one_line
 from diffattn.folders import RUN, own_folder
 from diffattn.plan.shape import ModelShape
@@ -23,7 +24,7 @@ class Own:
 
     recipe: Recipe
     attention: str
-    text: str
+    text: tuple[str, ...]
     context: int
     data_digest: str
     text_column: str = "text"
@@ -52,7 +53,9 @@ def read_own(folder: Path) -> Own:
         options = config.get("options", {"text": data["name"], "context": data["context"]})
         column = options.get("text_column", "text")
         lossy = options.get("lossy_tokenizer", False)
-        texts = [options["text"], data["digest"], config["model"]["attention"], column]
+        # An earlier version of diffattn kept the name of its one text.
+        text = (options["text"],) if isinstance(options["text"], str) else tuple(options["text"])
+        texts = [*text, data["digest"], config["model"]["attention"], column]
         texts += [source["folder"], source["digest"]] if source else []
         if (
             not all(isinstance(text, str) for text in texts)
@@ -63,7 +66,7 @@ def read_own(folder: Path) -> Own:
         return Own(
             recipe=Recipe(**config["recipe"]),
             attention=config["model"]["attention"],
-            text=options["text"],
+            text=text,
             context=options["context"],
             data_digest=data["digest"],
             text_column=column,
@@ -86,26 +89,30 @@ def check_resumable(out: str | Path, resume: bool) -> None:
 
 
 def to_keep(
-    text: str, context: int, text_column: str, *, shape: ModelShape | None = None, **others: object
+    text: str | Path | Sequence[str | Path],
+    context: int,
+    text_column: str,
+    *,
+    shape: ModelShape | None = None,
+    **others: object,
 ) -> dict[str, object]:
     """Returns the ``options`` of ``config.json``, with which :func:`read_own` lets the run continue."""
     kept: dict[str, object] = {"text": lasting(text), "context": context, "text_column": text_column, **others}
     return kept if shape is None else kept | {"shape": dataclasses.asdict(shape)}
 
 
-def lasting(text: str) -> str:
-    """Returns a name of a text that means the same in any working directory.
-
-    >>> lasting("sotu")
-    'sotu'
-    """
-    path = Path(os.path.expanduser(text))
-    return str(path.absolute()) if text not in ("", "sotu") and path.exists() else text
-
-
-def same_text(given: str, own: str, digest: str, text_column: str) -> bool:
-    """Returns whether a text is that of a run: it has the same name, or another path and the same content."""
-    return lasting(given) in (own, lasting(own)) or read_corpus(given, text_column=text_column).digest == digest
+def same_text(
+    given: str | Path | Sequence[str | Path],
+    own: str | Path | Sequence[str | Path],
+    digest: str,
+    text_column: str,
+) -> bool:
+    """Returns whether a text is that of a run: it has the same names, or other paths and the same content; and the same
+    weights."""
+    weights = [[source.weight for source in sources_of(text)] for text in (given, own)]
+    if weights[0] != weights[1]:
+        return False
+    return lasting(given) == lasting(own) or text_digest(open_text(given, text_column=text_column)) == digest
 
 
 def same_shape(one: ModelShape, other: ModelShape) -> bool:

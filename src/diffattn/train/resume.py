@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from diffattn.plan.shape import ModelShape
@@ -18,7 +18,7 @@ from diffattn.train.single import train_shape
 def resume_training(
     out: str | Path,
     *,
-    text: str | None = None,
+    text: str | Path | Sequence[str | Path] | None = None,
     source: str | Path | None = None,
     shape: ModelShape | str = TrainOptions.shape,
     match: str = TrainOptions.match,
@@ -31,7 +31,7 @@ def resume_training(
     Args:
         out: a folder that :func:`diffattn.train.single.train_shape` or
             :func:`diffattn.train.continued.continue_training` wrote.
-        text: the new path of its text, if that was moved; the content has to be the same.
+        text: the new path of its text, or paths of its texts, if that was moved; the content has to be the same.
         source: the new path of the model that it started from, if that was moved.
         shape, match: the shape of a run whose folder lacks it, because an earlier version of diffattn began it.
         on_progress: called after each step.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from diffattn.data.packing import prepare_data
@@ -29,7 +29,7 @@ def train_shape(
     recipe: Recipe,
     out: str | Path,
     *,
-    text: str = TrainOptions.text,
+    text: str | Path | Sequence[str | Path] = TrainOptions.text,
     text_column: str = TrainOptions.text_column,
     context: int | None = TrainOptions.context,
     match: str = TrainOptions.match,
