@@ -3,6 +3,7 @@
 import bz2
 import csv
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -194,6 +195,23 @@ def test_parquet_is_read_in_batches(tmp_path, monkeypatch) -> None:
     assert [document.text for document in read_corpus(tmp_path / "a.parquet").documents] == texts
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
     assert [document.text for document in read_corpus(tmp_path / "a.parquet.gz").documents] == texts
+
+
+def test_parquet_is_not_read_by_row_groups(tmp_path) -> None:
+    class Watched(io.FileIO):
+        largest = 0
+
+        def read(self, size: int = -1) -> bytes:
+            data = super().read(size)
+            self.largest = max(self.largest, len(data))
+            return data
+
+    texts = [hashlib.sha512(bytes([number])).hexdigest() * 200 for number in range(256)]
+    options = {"compression": "none", "use_dictionary": False, "write_batch_size": 16}
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", **options)
+    with Watched(tmp_path / "a.parquet") as file:
+        assert [row.text for row in rows.parquet_rows("a", file, "text")] == texts
+        assert file.largest < 2_200_000 < (tmp_path / "a.parquet").stat().st_size
 
 
 def test_parquet_that_holds_no_utf8_is_one_line(tmp_path) -> None:

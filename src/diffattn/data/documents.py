@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypeGuard
 
-PIECE = 2**23
+PIECE = 2**22
 """The most characters of a piece of text."""
 SEPARATOR = "<|endoftext|>"
 # A message of a conversation, whose values may be anything until it is read.

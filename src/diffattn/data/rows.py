@@ -216,7 +216,8 @@ def parquet_rows(name: str, file: IO[bytes], field: str) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file, buffer_size=2**20)
+        # By default all of a column's values in a row group are read at once, which may be gigabytes.
+        table = pyarrow.parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
         column = text_column(name, table.schema_arrow.names, field)
         number = 0
         for group in range(table.num_row_groups):

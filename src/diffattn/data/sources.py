@@ -203,12 +203,12 @@ def _begun(pieces: Iterator[Piece]) -> list[Piece]:
 
 
 def _file_pieces(path: Path, name: str, field: str, on_note: Callable[[str], None]) -> Iterator[Piece]:
-    number = 0
+    number, place = 0, shown(path)
     for row in rows_of(path, field, on_note):
         title = f"{name}#{number}" if number else name
         if row.where:
             document = Document(title, row.text, row.chat)
-            check_characters(document, f"{shown(path)}: {row.where}: ")
+            check_characters(document, f"{place}: {row.where}: ")
             yield from pieces_of(document)
         else:
             yield Piece(title, row.text, last=row.last)

@@ -17,8 +17,8 @@ from typing import Any, Protocol, cast
 from diffattn.errors import DataError, one_line
 from diffattn.files import shown
 
-# The bytes that are read at once.
-_CHUNK = 2**20
+# The bytes that are read at once. Blocks of a megabyte leave gaps between what is kept, which add up to 200 MB.
+_CHUNK = 2**16
 LONGEST = 2**27
 """The most characters of a line of JSON, and of a cell of a table: such a row is held in memory as a whole."""
 
@@ -207,7 +207,7 @@ class Characters:
         return self._ahead
 
     def blocks(self) -> Iterator[str]:
-        """Yields the text in blocks of about a million characters."""
+        """Yields the text in blocks."""
         block: str | None = self._ahead
         self._ahead = ""
         while block is not None:
