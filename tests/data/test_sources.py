@@ -66,8 +66,21 @@ def test_weights_are_behind_the_last_colon(folder) -> None:
     ]
     assert text.name == "data/c.txt:0.7 data/*.jsonl:0.3 sotu:2"
     assert [piece.text for piece in text.parts[0].pieces()] == ["text of c.txt"]
-    # The text itself is the same with and without them.
-    assert text_digest(open_text(["data/c.txt:1", "data/inner:2"])) == read_corpus(["data/c.txt", "data/inner"]).digest
+
+
+def test_a_digest_tells_weights_apart_and_not_names(folder) -> None:
+    def digest(*sources: str) -> str:
+        return text_digest(open_text(sources))
+
+    given = digest("data/c.txt:1", "data/inner:2")
+    assert given == digest(f"{folder}/data/c.txt:1.0", "data/inner/*:2")
+    assert given == read_corpus(["data/c.txt:1", "data/inner:2"]).digest
+    others = {
+        digest("data/c.txt", "data/inner"),
+        digest("data/c.txt:2", "data/inner:1"),
+        digest("data/inner:1", "data/c.txt:2"),
+    }
+    assert len({given, *others}) == 4
 
 
 @pytest.mark.parametrize(

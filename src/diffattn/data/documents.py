@@ -112,6 +112,11 @@ class TextDigest:
         return self._hash.hexdigest()
 
 
+def weighted_digest(digests: Iterable[str], weights: Iterable[float]) -> str:
+    """Returns the digest of several texts with weights, from the digest of each; their names are not part of it."""
+    return hashlib.sha256(json.dumps([list(digests), list(map(float, weights))]).encode()).hexdigest()
+
+
 # The names of a message's fields, and other names of the speakers than those that chat templates know.
 _FIELDS = (("role", "content"), ("from", "value"))
 _ROLES = {"human": "user", "gpt": "assistant"}

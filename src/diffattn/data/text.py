@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffattn.data.documents import SEPARATOR, Document, Piece, TextDigest, documents_of
+from diffattn.data.documents import SEPARATOR, Document, Piece, TextDigest, documents_of, weighted_digest
 from diffattn.data.rows import TEXT_FIELD
 from diffattn.data.sources import check_characters, reader_of, sources_of
 from diffattn.errors import ConfigError, DataError
@@ -31,7 +31,7 @@ class Corpus:
     name: str
     documents: tuple[Document, ...]
     digest: str
-    """The SHA-256 of the documents' names, lengths and bytes."""
+    """The SHA-256 of the documents' names, lengths and bytes; of sources with weights :func:`weighted_digest`."""
 
     @classmethod
     def of(cls, name: str, documents: Iterable[Document]) -> "Corpus":
@@ -103,13 +103,19 @@ class Text:
     parts: tuple[TextPart, ...]
     """The sources, at least one, in the order in which they were given."""
 
+    @property
+    def weights(self) -> list[float] | None:
+        """The weights of the sources; None if they have none."""
+        weights = [part.weight for part in self.parts if part.weight is not None]
+        return weights or None
+
     def pieces(self) -> Iterator[Piece]:
         """Yields the pieces of the documents of all sources, one source after the other; blank documents are left out.
 
         Raises:
             DataError: a source that cannot be read, or without text.
         """
-        if self.parts[0].weight is not None:
+        if self.weights is not None:
             for part in self.parts:
                 yield from part.pieces()
             return
@@ -186,7 +192,11 @@ def read_corpus(
     249
     """
     text = open_text(sources, text_column=text_column, on_note=on_note)
-    return Corpus.of(text.name, documents_of(text.pieces()))
+    if text.weights is None:
+        return Corpus.of(text.name, documents_of(text.pieces()))
+    parts = [Corpus.of(part.name, documents_of(part.pieces())) for part in text.parts]
+    documents = tuple(itertools.chain.from_iterable(part.documents for part in parts))
+    return Corpus(text.name, documents, weighted_digest((part.digest for part in parts), text.weights))
 
 
 def _no_text(name: str) -> DataError:
@@ -199,8 +209,14 @@ def text_digest(text: Text) -> str:
     >>> text_digest(open_text("sotu")) == read_corpus("sotu").digest
     True
     """
+    if text.weights is None:
+        return _digest(text.pieces())
+    return weighted_digest((_digest(part.pieces()) for part in text.parts), text.weights)
+
+
+def _digest(pieces: Iterable[Piece]) -> str:
     digest = TextDigest()
-    for piece in text.pieces():
+    for piece in pieces:
         digest.add(piece)
     return digest.hexdigest()
 
