@@ -87,7 +87,7 @@ benchmarks: $(READY) ## measured ratios of this machine
 	$(BIN)/python -m benchmarks.attention --out benchmarks/results/attention.jsonl
 	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup.jsonl
 
-# Of one thread each, for the targets that train for hours; on a GPU as many as it holds, up to one a core.
+# That train at once, for the targets that take hours: one a core, and on a GPU no more than it holds.
 PROCESSES := 2
 
 # The rows of docs/scaling.md: hours. TEXT is the English part of ELTeC as one file.
@@ -96,7 +96,7 @@ ladder: $(READY) ## hours: the rows of docs/scaling.md
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make ladder TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	mkdir -p runs/ladder
 	test -f runs/ladder/rows.jsonl || cp benchmarks/results/ladder.jsonl runs/ladder/rows.jsonl
-	for process in $$(seq $(PROCESSES)); do OMP_NUM_THREADS=1 $(BIN)/diffattn scale run --text $(TEXT) --out runs/ladder --dtype bfloat16 & done; wait
+	$(BIN)/diffattn scale run --text $(TEXT) --out runs/ladder --dtype bfloat16 --processes $(PROCESSES)
 	cp runs/ladder/rows.jsonl benchmarks/results/ladder.jsonl
 
 # Models to be studied, and every study of them: a night. Call it again to go on: models that have their rows are neither trained nor measured again.
@@ -106,7 +106,7 @@ study: $(READY) ## hours: the rows of docs/findings.md
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make study TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	mkdir -p runs/study
 	test -f runs/study/rows.jsonl || test ! -f benchmarks/results/study.jsonl || cp benchmarks/results/study.jsonl runs/study/rows.jsonl
-	for process in $$(seq $(PROCESSES)); do OMP_NUM_THREADS=1 $(BIN)/diffattn scale run $(STUDY) --text $(TEXT) --out runs/study & done; wait
+	$(BIN)/diffattn scale run $(STUDY) --text $(TEXT) --out runs/study --processes $(PROCESSES)
 	cp runs/study/rows.jsonl benchmarks/results/study.jsonl
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.findings --runs runs/study --text $(TEXT) --out benchmarks/results/findings.jsonl
 	$(BIN)/python -m benchmarks.findings --out benchmarks/results/findings.jsonl --table --charts docs/findings --only "training loss" retrieval noise outliers "long_context, 4 times as long"
@@ -127,7 +127,7 @@ ablation: $(READY) ## hours: one thing changed at a time
 	@test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make ablation TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	mkdir -p runs/ablation
 	test -f runs/ablation/rows.jsonl || test ! -f benchmarks/results/ablation.jsonl || cp benchmarks/results/ablation.jsonl runs/ablation/rows.jsonl
-	for process in $$(seq $(PROCESSES)); do OMP_NUM_THREADS=1 $(BIN)/diffattn eval ablation --text $(TEXT) --out runs/ablation --dtype bfloat16 & done; wait
+	$(BIN)/diffattn eval ablation --text $(TEXT) --out runs/ablation --dtype bfloat16 --processes $(PROCESSES)
 	cp runs/ablation/rows.jsonl benchmarks/results/ablation.jsonl
 	$(BIN)/diffattn eval ablation --text $(TEXT) --out runs/ablation --dtype bfloat16 --png docs/findings/ablation.png
 

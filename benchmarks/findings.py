@@ -24,7 +24,7 @@ from benchmarks.rows import Writer, provenance
 from diffattn.report.study_chart import write_study_png
 from diffattn.results.finding import Finding
 from diffattn.results.ladder import LadderRow
-from diffattn.scaling.ladder import ROWS, read_rows
+from diffattn.scaling.rows import ROWS, read_rows
 from diffattn.study import findings
 
 # The file of the ablation's rows, beside that of the findings.

@@ -25,10 +25,12 @@ from diffattn.errors import CheckpointError, ConfigError, TrainingError, one_lin
 PARTIAL = ".partial"
 # The file that lies in every half-written folder, and in no other.
 _MARK = ".being-written-by-diffattn"
-# The beginning of the names of files that are removed again at once.
-_PROBE = ".diffattn-"
+PROBE = ".diffattn-"
+"""The beginning of the names of files that are removed again at once."""
 LOCK = ".in-use-by-diffattn"
 """The lock file in the folder of a run that a process trains in; one that a killed process left locks nothing."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""The errors by which a file system says that it has no locks."""
 # Files that operating systems put into folders by themselves.
 _SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 # The name of the program, which stands near the beginning of each page and picture that it writes.
@@ -62,7 +64,7 @@ def unwritable(path: Path) -> str | None:
 
 def _probe(folder: Path) -> None:
     # The name is new, if the file has one at all: processes that share a folder do this at the same time.
-    with tempfile.TemporaryFile(dir=folder, prefix=_PROBE, suffix=PARTIAL):
+    with tempfile.TemporaryFile(dir=folder, prefix=PROBE, suffix=PARTIAL):
         pass
 
 
@@ -328,7 +330,7 @@ def is_unfinished(path: Path) -> bool:
     """Returns whether a path is a half-written folder of this program, or a file that it removes again at once."""
     if not path.name.endswith(PARTIAL) or path.is_symlink():
         return False
-    return path.name.startswith(_PROBE) or (path / _MARK).is_file()
+    return path.name.startswith(PROBE) or (path / _MARK).is_file()
 
 
 def remove_unfinished(path: Path) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.errors import CheckpointError
-from diffattn.files import explained, read_object
+from diffattn.files import NO_LOCKS, explained, read_object
 
 SEAL = "seal"
 
@@ -57,7 +57,12 @@ def append_row(path: Path, row: Mapping[str, object]) -> None:
         TrainingError: the disk is full; the file is as it was.
     """
     with explained(path), path.open("a+b", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            # Processes that share a file make sure of locks before (``train/lock.py``); one alone needs none.
+            if error.errno not in NO_LOCKS:
+                raise
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         # The last line may lack its end, if it was cut off or edited.

@@ -15,7 +15,8 @@ from diffattn.probes.low_bit import LowBitOptions
 from diffattn.probes.options import EvaluateOptions
 from diffattn.probes.run import evaluate
 from diffattn.results.finding import Finding
-from diffattn.scaling.ladder import ROWS, read_rows, run_ladder
+from diffattn.scaling.ladder import run_ladder
+from diffattn.scaling.rows import ROWS, read_rows
 from diffattn.study import findings
 
 CASES = [

@@ -1,9 +1,6 @@
-"""The ladder: its rows, what is skipped, what two processes share, and what is refused."""
+"""The ladder: its rows, what is skipped, and what is refused."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,10 @@ from diffattn.cli.main import main
 from diffattn.errors import ConfigError, DataError
 from diffattn.intervals import paired_difference
 from diffattn.plan.cost import count_parameters
-from diffattn.scaling.ladder import LadderProgress, read_rows, run_ladder
+from diffattn.scaling.ladder import run_ladder
 from diffattn.scaling.options import LadderOptions, learning_rate_for
+from diffattn.scaling.rows import read_rows
+from diffattn.scaling.runs import LadderProgress
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "benchmarks" / "results" / "ladder.jsonl"
@@ -79,27 +78,12 @@ def test_a_run_that_was_cut_ends_at_the_loss_of_an_uninterrupted_one(text: Path)
     assert [row.val_loss for row in rows] == [row.val_loss for row in whole]
 
 
-def test_two_processes_share_a_ladder(text: Path) -> None:
-    command = [
-        *(sys.executable, "-m", "diffattn", "scale", "run", "--sizes", "7k", "--tokens", "100", "--seeds", "2"),
-        *("--text", str(text / "text"), "--vocab-size", "300", "--context", "16", "--out", str(text / "out")),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    said = [process.communicate(timeout=200)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
-    rows = read_rows(text / "out/rows.jsonl")
-    assert len({(row.arm, row.seed) for row in rows}) == len(rows) == 6
-    assert sum(line.count(": training ") for line in said) == 6
-    assert "runs done" in said[0]
-
-
 def test_json_prints_the_rows_as_one_object(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = f"scale run --sizes 7k --tokens 64 --seeds 1 --variants softmax --vocab-size 300 --context 16 \
         --text {text / 'text'} --out {text / 'out'} --json"
     assert main(arguments.split()) == 0
     (row,) = read_rows(text / "out/rows.jsonl")
-    assert json.loads(capsys.readouterr().out)["rows"] == [row.to_json()]
+    assert json.loads(capsys.readouterr().out) == {"rows": [row.to_json()], "missing": []}
     assert (text / "out/rows.jsonl").read_text() == json.dumps(row.to_json()) + "\n"
 
 

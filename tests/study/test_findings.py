@@ -8,7 +8,7 @@ import pytest
 
 from diffattn.results.finding import Finding, MeanPoint, TrainedModel
 from diffattn.results.study import Axes
-from diffattn.scaling.ladder import read_rows
+from diffattn.scaling.rows import read_rows
 from diffattn.study import findings
 
 ROOT = Path(__file__).parents[2]

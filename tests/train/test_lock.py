@@ -16,8 +16,7 @@ from support.small_run import assert_same_run, at, run
 
 from diffattn.data.packing import PreparedData
 from diffattn.errors import ConfigError
-from diffattn.files import LOCK
-from diffattn.train import lock
+from diffattn.files import LOCK, NO_LOCKS
 from diffattn.train.lock import InUseError, held
 
 # Holds a folder's lock, says so, and waits for the end of its input.
@@ -122,7 +121,7 @@ def test_a_file_system_without_locks_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*arguments: object) -> None:
-        raise OSError(lock._NO_LOCKS[0], "No locks available")
+        raise OSError(NO_LOCKS[0], "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with held(tmp_path):

@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING
 from diffattn.cli.arguments import command_line
 from diffattn.errors import DataError
 from diffattn.files import command
-from diffattn.scaling.options import AblationOptions, FitOptions, LadderOptions
+from diffattn.scaling.options import AblationOptions, FitOptions, LadderOptions, WorkOptions
 
 if TYPE_CHECKING:
     from diffattn.cli.terminal.console import Console
     from diffattn.results.ladder import LadderRow
+    from diffattn.scaling.runs import Missing
 
 
-def scale_run(options: LadderOptions, *, out: Path = Path("runs/ladder"), json: bool = False) -> int:
+def scale_run(options: LadderOptions, work: WorkOptions, *, out: Path = Path("runs/ladder"), json: bool = False) -> int:
     """Train softmax and DIFF models of growing size, for a scaling law.
 
-    It takes hours. Runs that are in --out already are not trained again, so call it again to go on; several processes
-    may share one --out.
+    It takes hours. Runs that are in --out already are not trained again, so call it again to go on. Where another call
+    trains in --out too, this one says at its end which runs that one still has.
 
     Examples:
-        diffattn scale run --sizes 200k 550k --tokens 8M --out runs/ladder
+        diffattn scale run --sizes 200k 550k --processes 2 --out runs/ladder
 
     Args:
         out: Folder for the runs and their results, rows.jsonl.
@@ -35,28 +36,34 @@ def scale_run(options: LadderOptions, *, out: Path = Path("runs/ladder"), json: 
         console.importing()
         from diffattn.scaling.fit import fit_scaling
 
-        rows = _trained(options, out, console)
+        rows, missing = _trained(options, work, out, console)
     file, hint = str(out / "rows.jsonl"), ""
     # Too few points, or losses that do not fall with the size, have no law.
     with contextlib.suppress(DataError):
-        fit_scaling(file, bootstrap=100)
-        hint = f"; fit them with: {command(['diffattn', 'scale', 'fit', file])}"
-    console.note(f"{len(rows)} rows: {file}{hint}")
+        if not missing:
+            fit_scaling(file, bootstrap=100)
+            hint = f"; fit them with: {command(['diffattn', 'scale', 'fit', file])}"
+    console.note(f"{_counted(rows, missing)}: {file}{hint}")
     if json:
-        print_json({"rows": [row.to_json() for row in rows]})
+        print_json({"rows": [row.to_json() for row in rows], "missing": [_named(run) for run in missing]})
     return 0
 
 
 def ablation(
-    options: AblationOptions, *, out: Path = Path("runs/ablation"), png: Path | None = None, json: bool = False
+    options: AblationOptions,
+    work: WorkOptions,
+    *,
+    out: Path = Path("runs/ablation"),
+    png: Path | None = None,
+    json: bool = False,
 ) -> int:
     """Train each variant with one thing changed at a time; print one table.
 
-    It takes hours. Runs that are in --out already are not trained again, so call it again to go on; several processes
-    may share one --out.
+    It takes hours. Runs that are in --out already are not trained again, so call it again to go on. Where another call
+    trains in --out too, this one says at its end which runs that one still has.
 
     Examples:
-        diffattn eval ablation --size 550k --tokens 8M --out runs/ablation
+        diffattn eval ablation --size 550k --processes 2 --out runs/ablation
 
     Args:
         out: Folder for the runs and their results, rows.jsonl.
@@ -71,7 +78,12 @@ def ablation(
         from diffattn.scaling.ablation import ablation as of_rows
 
         check_files(png=png)
-        rows = _trained(ladder, out, console)
+        rows, missing = _trained(ladder, work, out, console)
+    if missing:
+        console.note(f"{_counted(rows, missing)}: {out / 'rows.jsonl'}")
+    if missing and not rows:
+        # Everything is being trained elsewhere, so there is no table yet.
+        return 0
     result = of_rows(rows, command=console.command)
     console.rows(ablation_rows(result))
     if png is not None:
@@ -81,12 +93,31 @@ def ablation(
     return 0
 
 
-def _trained(options: LadderOptions, out: Path, console: Console) -> list[LadderRow]:
+def _trained(
+    options: LadderOptions, work: WorkOptions, out: Path, console: Console
+) -> tuple[list[LadderRow], list[Missing]]:
+    """Returns the rows of a ladder, and the runs that other processes still train; each of those has had its line."""
     from diffattn.scaling.ladder import run_ladder
 
-    return run_ladder(
-        options, out=out, command=console.command, on_progress=console.ladder, on_stage=console, on_note=console.note
-    )
+    missing: list[Missing] = []
+    rows = run_ladder(
+        options, out=out, work=work, command=console.command, on_progress=console.ladder, on_stage=console,
+        on_note=console.note, on_missing=missing.extend,
+    )  # fmt: skip
+    for run in missing:
+        console.note(f"no row yet: {run.run}, which {run.by} trains")
+    return rows, missing
+
+
+def _counted(rows: list[LadderRow], missing: list[Missing]) -> str:
+    """Says how many rows there are, of how many."""
+    if not missing:
+        return f"{len(rows)} rows"
+    return f"{len(rows)} of {len(rows) + len(missing)} rows, call it again once the others are done, or wait by --wait"
+
+
+def _named(run: Missing) -> dict[str, str]:
+    return {"run": run.run, "by": run.by}
 
 
 def scale_fit(

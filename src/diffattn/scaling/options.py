@@ -16,6 +16,9 @@ from diffattn.scaling.arms import ARMS
 from diffattn.train.recipe import Recipe
 from diffattn.variants import BASELINE, DEFAULT_VARIANTS
 
+# Of processes or threads: a larger number is a mistake.
+_MOST = 1024
+
 
 def learning_rate_for(non_embedding_parameters: int) -> float:
     """Returns the peak of the learning rate: ``4e-3 · (N / 10⁶)^(−1/3)`` to two digits, at most 1e-2.
@@ -169,6 +172,28 @@ class AblationOptions:
             text_column=self.text_column, vocab_size=self.vocab_size, context=self.context, batch_size=self.batch_size,
             learning_rate=self.learning_rate, device=self.device, dtype=self.dtype,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkOptions:
+    """The place where the runs of a ladder are trained, and how many at once; none of it changes a result.
+
+    Raises:
+        ConfigError: numbers that cannot work.
+    """
+
+    processes: int = 1
+    """Processes of this machine that train at once, each one run with an equal share of the processor's threads."""
+    threads: int | None = None
+    """Processor threads of each run. Default: all of this machine's, shared by --processes."""
+    wait: bool = False
+    """Wait also for runs that other processes train in --out, and take over what they leave."""
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "threads"):
+            count = getattr(self, name)
+            if count is not None and not 1 <= count <= _MOST:
+                raise ConfigError(f"{name} is {count}", f"a number from 1 to {_MOST:,}", f"change --{name}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from diffattn.config_fields import is_count, is_measure
 from diffattn.errors import TrainingError
@@ -276,6 +277,12 @@ def diverged(what: str) -> TrainingError:
 def warn(line: str) -> None:
     """Prints a line to stderr that the user should see."""
     print(line, file=sys.stderr)
+
+
+def quiet() -> None:
+    """Keeps the libraries from showing bars and warnings of their own."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 class DexAnnealing(TrainerCallback):

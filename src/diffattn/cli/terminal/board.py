@@ -72,10 +72,9 @@ class Board:
     def importing(self) -> None:
         """Says what is waited for in the first seconds, and keeps the libraries from showing bars and warnings."""
         self(Stage(f"{IMPORTING}torch and transformers"))
-        from transformers.utils import logging
+        from diffattn.train.callbacks import quiet
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+        quiet()
 
     def close(self, *, failed: bool = False) -> None:
         """Ends the lines that change; others may follow on the same terminal."""

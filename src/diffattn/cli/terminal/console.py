@@ -20,7 +20,7 @@ from diffattn.humanize import seconds
 
 if TYPE_CHECKING:
     from diffattn.results.comparison import ComparisonResult
-    from diffattn.scaling.ladder import LadderProgress
+    from diffattn.scaling.runs import LadderProgress
     from diffattn.train.callbacks import Progress as Step
 
 RUNS = Path("runs")
