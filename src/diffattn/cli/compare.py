@@ -57,5 +57,7 @@ def _stored(folder: Path, others: Mapping[str, object]) -> CompareOptions:
         has["text"] = text
     if shape and same_shape(load_shape(str(shape)), stored.shape):
         has["shape"] = shape
+    # It changes no number, so it may change.
+    has["track"] = others.get("track", has["track"])
     check_given(folder, others, has, text_column="field")
-    return dataclasses.replace(stored.options, text=has["text"])
+    return dataclasses.replace(stored.options, text=has["text"], track=has["track"])

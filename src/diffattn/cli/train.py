@@ -65,7 +65,7 @@ def _start(options: TrainOptions, recipe: Recipe, console: Console) -> TrainResu
         name = f"{source.name} seed {recipe.seed}"
         return continue_training(
             source, recipe, console.folder, text=options.text, text_column=options.text_column,
-            context=options.context, lossy_tokenizer=options.lossy_tokenizer,
+            context=options.context, lossy_tokenizer=options.lossy_tokenizer, track=options.track,
             on_progress=lambda step: console.progress(name, step), on_stage=console, on_note=console.note,
         )  # fmt: skip
     if options.lossy_tokenizer:
@@ -76,7 +76,7 @@ def _start(options: TrainOptions, recipe: Recipe, console: Console) -> TrainResu
     name = f"{options.attention} seed {recipe.seed}"
     return train_shape(
         options.shape, options.attention, recipe, console.folder, text=options.text, text_column=options.text_column,
-        context=options.context, match=options.match,
+        context=options.context, match=options.match, track=options.track,
         on_progress=lambda step: console.progress(name, step), on_stage=console, on_note=console.note,
     )  # fmt: skip
 
@@ -85,11 +85,13 @@ def _resume(options: TrainOptions, recipe: Recipe, console: Console) -> TrainRes
     from diffattn.train.own import read_own
     from diffattn.train.resume import resume_training
 
-    own = read_own(console.folder)
-    text, source = _moved(own, console.folder, given(options, recipe))
+    own, beside = read_own(console.folder), given(options, recipe)
+    # It changes no number of the run, so it may change.
+    track = options.track if beside.pop("track", None) else None
+    text, source = _moved(own, console.folder, beside)
     name = f"{own.attention if own.source is None else own.source.name} seed {own.recipe.seed}"
     return resume_training(
-        console.folder, text=text, source=source, shape=options.shape, match=options.match,
+        console.folder, text=text, source=source, shape=options.shape, match=options.match, track=track,
         on_progress=lambda step: console.progress(name, step), on_stage=console, on_note=console.note,
     )  # fmt: skip
 

@@ -39,6 +39,7 @@ from diffattn.train.own import same_shape, same_text
 from diffattn.train.record import NO_SEAL, TrainResult
 from diffattn.train.run import train
 from diffattn.train.single import check_context, new_folder
+from diffattn.train.trackers.callback import check_trackers
 
 DEFAULT_STEPS = 250
 """The steps of each run, where neither ``steps`` nor ``minutes`` is given."""
@@ -57,6 +58,7 @@ class _Study:
             # Refuses what cannot be built before anything is read or written.
             pair_config(self.shape, attention, match=options.match)
         self.context = check_context(self.shape, options.context)
+        self.track = check_trackers(options.track)
 
     def build(self, attention: str, seed: int) -> DiffTransformerForCausalLM:
         return build_pair(self.shape, attention, seed=seed, match=self.options.match).model
@@ -152,6 +154,7 @@ def _compare(
                     data,
                     options.recipe(plan.steps, seed),
                     study.run_folder(attention, seed),
+                    track=study.track,
                     resume=resume,
                     on_progress=functools.partial(on_progress, attention, seed),
                     on_stage=on_stage,
@@ -175,8 +178,11 @@ def _same_options(stored: Stored, given: CompareOptions | None, folder: Path) ->
     kept = stored.options
     for field in dataclasses.fields(CompareOptions) if given is not None else ():
         now, then = getattr(given, field.name), getattr(kept, field.name)
-        if now in (then, field.default) or (
-            field.name == "text" and same_text(now, then, stored.data_digest, kept.text_column)
+        # Who sees the metrics changes no number.
+        if (
+            field.name == "track"
+            or now in (then, field.default)
+            or (field.name == "text" and same_text(now, then, stored.data_digest, kept.text_column))
         ):
             continue
         if field.name == "shape" and same_shape(load_shape(now), stored.shape):
@@ -188,7 +194,8 @@ def _same_options(stored: Stored, given: CompareOptions | None, folder: Path) ->
         )
     # The text may lie in another folder than when the comparison began.
     moved = given is not None and given.text != CompareOptions.text
-    return dataclasses.replace(kept, text=given.text) if given is not None and moved else kept
+    kept = dataclasses.replace(kept, text=given.text) if given is not None and moved else kept
+    return kept if given is None else dataclasses.replace(kept, track=given.track)
 
 
 def _plan(study: _Study, data: PreparedData, began: float, on_stage: OnStage) -> RunPlan:

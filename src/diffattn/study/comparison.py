@@ -95,7 +95,8 @@ class Stored:
         content = read_sealed(file, way_out=WAY_OUT)
         plan = None
         try:
-            options = CompareOptions(**{**content["options"], "variants": tuple(content["options"]["variants"])})
+            lists = {name: tuple(value) for name, value in content["options"].items() if isinstance(value, list)}
+            options = CompareOptions(**{**content["options"], **lists})
             shape = ModelShape(**content["shape"]) if "shape" in content else load_shape(options.shape)
             if content.get("plan"):
                 plan = RunPlan.from_json(content["plan"], options.variants)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from diffattn.errors import ConfigError
 from diffattn.model.options import MATCHES, Device, Dtype
 from diffattn.names import one_of, several
+from diffattn.train.options import NO_TRACKER, TRACKERS
 from diffattn.train.recipe import Recipe
 from diffattn.variants import DEFAULT_VARIANTS, VARIANTS
 
@@ -49,6 +50,9 @@ class CompareOptions:
     dtype: Dtype = "auto"
     """Number format of the products; the weights stay float32. auto: bfloat16 where the machine multiplies it fast,
     else float32."""
+    track: tuple[str, ...] = field(default=(NO_TRACKER,), metadata={"choices": TRACKERS})
+    """Programs that show the metrics too, one or several; their files lie in the folder of each run, and metrics.jsonl
+    is written anyway."""
 
     def __post_init__(self) -> None:
         found = tuple(one_of(name, VARIANTS, given=f"variants holds {name!r}") for name in self.variants)

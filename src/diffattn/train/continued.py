@@ -21,6 +21,7 @@ from diffattn.train.recipe import Recipe
 from diffattn.train.record import TrainResult
 from diffattn.train.run import train
 from diffattn.train.single import check_context, check_out, new_folder
+from diffattn.train.trackers.callback import check_trackers
 
 CONTEXT = 512
 """The default tokens per block: pretrained models have contexts that no small machine can train."""
@@ -39,6 +40,7 @@ def continue_training(
     text_column: str = TrainOptions.text_column,
     context: int | None = TrainOptions.context,
     lossy_tokenizer: bool = TrainOptions.lossy_tokenizer,
+    track: Sequence[str] = TrainOptions.track,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
@@ -54,7 +56,7 @@ def continue_training(
         recipe: the settings of the run; the seed decides the order of the data. ``LEARNING_RATE`` suits a pretrained
             model better than the recipe's default.
         out: the run folder; it must not hold a run unless ``resume``.
-        text, text_column, lossy_tokenizer: see :class:`diffattn.train.options.TrainOptions`.
+        text, text_column, lossy_tokenizer, track: see :class:`diffattn.train.options.TrainOptions`.
         context: tokens per block. Default: ``CONTEXT``, or the model's ``max_position_embeddings`` if that is less.
         resume: continue from the last good checkpoint in ``out``; ``source`` still has to be the same model.
         on_progress: called after each step.
@@ -75,6 +77,7 @@ def continue_training(
     check_weights(source)
     default = min(config.max_position_embeddings, CONTEXT)
     context = check_context(config.shape(), default if context is None else context, whose="model")
+    track = check_trackers(track)
     check_out(out, resume)
     with new_folder(Path(out)) as folder:
         data = prepare_data(
@@ -86,8 +89,8 @@ def continue_training(
         origin = {"folder": str(source.resolve()), "digest": weights_digest(source)}
         return train(
             model, data, recipe, folder, source=origin,
-            options=to_keep(text, context, text_column, lossy_tokenizer=lossy_tokenizer), resume=resume,
-            on_progress=on_progress, on_stage=on_stage,
+            options=to_keep(text, context, text_column, lossy_tokenizer=lossy_tokenizer, track=track), track=track,
+            resume=resume, on_progress=on_progress, on_stage=on_stage,
         )  # fmt: skip
 
 

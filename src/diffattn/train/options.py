@@ -9,6 +9,10 @@ from diffattn.model.options import MATCHES
 from diffattn.names import several
 from diffattn.variants import DEFAULT, VARIANTS
 
+NO_TRACKER = "none"
+TRACKERS = (NO_TRACKER, "tensorboard", "trackio", "wandb")
+"""The values of ``track``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
@@ -34,6 +38,9 @@ class TrainOptions:
     """Tokens that the model reads at once. Default: as many as the shape says."""
     lossy_tokenizer: bool = False
     """Use a tokenizer that loses more than 1% of the text; only with ``source``."""
+    track: tuple[str, ...] = field(default=(NO_TRACKER,), metadata={"choices": TRACKERS})
+    """Programs that show the metrics too, one or several; their files lie in the run folder, and metrics.jsonl is
+    written anyway."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", several(self.text))

@@ -15,6 +15,7 @@ from diffattn.folders import RUN, own_folder
 from diffattn.plan.shape import ModelShape
 from diffattn.sealed import read_sealed
 from diffattn.train.checkpoints.sealing import WAY_OUT
+from diffattn.train.options import TrainOptions
 from diffattn.train.recipe import Recipe
 
 
@@ -29,6 +30,7 @@ class Own:
     data_digest: str
     text_column: str = "text"
     lossy_tokenizer: bool = False
+    track: tuple[str, ...] = TrainOptions.track
     shape: ModelShape | None = None
     """The shape; None, like ``match``, if the run has a source or an earlier version of diffattn did not keep it."""
     match: str | None = None
@@ -55,7 +57,8 @@ def read_own(folder: Path) -> Own:
         lossy = options.get("lossy_tokenizer", False)
         # An earlier version of diffattn kept the name of its one text.
         text = (options["text"],) if isinstance(options["text"], str) else tuple(options["text"])
-        texts = [*text, data["digest"], config["model"]["attention"], column]
+        track = tuple(options.get("track", TrainOptions.track))
+        texts = [*text, data["digest"], config["model"]["attention"], column, *track]
         texts += [source["folder"], source["digest"]] if source else []
         if (
             not all(isinstance(text, str) for text in texts)
@@ -71,6 +74,7 @@ def read_own(folder: Path) -> Own:
             data_digest=data["digest"],
             text_column=column,
             lossy_tokenizer=lossy,
+            track=track,
             shape=ModelShape(**options["shape"]) if "shape" in options else None,
             match=options.get("match"),
             source=Path(source["folder"]) if source else None,

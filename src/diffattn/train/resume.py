@@ -22,6 +22,7 @@ def resume_training(
     source: str | Path | None = None,
     shape: ModelShape | str = TrainOptions.shape,
     match: str = TrainOptions.match,
+    track: Sequence[str] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
     on_note: Callable[[str], None] = lambda line: None,
@@ -34,6 +35,7 @@ def resume_training(
         text: the new path of its text, or paths of its texts, if that was moved; the content has to be the same.
         source: the new path of the model that it started from, if that was moved.
         shape, match: the shape of a run whose folder lacks it, because an earlier version of diffattn began it.
+        track: the trackers from now on. Default: those that it was started with.
         on_progress: called after each step.
         on_stage: called with each stage of the work beside the steps.
         on_note: called with a line about the text that a person should see.
@@ -46,14 +48,15 @@ def resume_training(
     own = read_own(Path(out))
     text = own.text if text is None else text
     source = own.source if source is None else source
+    track = own.track if track is None else track
     if own.source is not None and source is not None:
         return continue_training(
             source, own.recipe, out, text=text, text_column=own.text_column, context=own.context,
-            lossy_tokenizer=own.lossy_tokenizer, resume=True, on_progress=on_progress, on_stage=on_stage,
-            on_note=on_note,
+            lossy_tokenizer=own.lossy_tokenizer, track=track, resume=True, on_progress=on_progress,
+            on_stage=on_stage, on_note=on_note,
         )  # fmt: skip
     return train_shape(
         own.shape or shape, own.attention, own.recipe, out, text=text, text_column=own.text_column,
-        context=own.context, match=own.match or match, resume=True, on_progress=on_progress, on_stage=on_stage,
-        on_note=on_note,
+        context=own.context, match=own.match or match, track=track, resume=True, on_progress=on_progress,
+        on_stage=on_stage, on_note=on_note,
     )  # fmt: skip

@@ -35,8 +35,11 @@ from diffattn.train.callbacks import (
 from diffattn.train.checkpoints.sealing import last_good, prune
 from diffattn.train.checkpoints.trainer import SavingTrainer
 from diffattn.train.lock import held
+from diffattn.train.options import TrainOptions
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import Claim, TrainResult, check_claim, kept_rows, read_result
+from diffattn.train.trackers.callback import Trackers, check_trackers
+from diffattn.train.trackers.programs import PROJECT, run_name
 
 
 def train(
@@ -47,6 +50,7 @@ def train(
     *,
     source: dict[str, str] | None = None,
     options: Mapping[str, object] | None = None,
+    track: Sequence[str] = TrainOptions.track,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
@@ -68,6 +72,7 @@ def train(
             resumed with the same model. The held-out loss is then also measured before the first step.
         options: the options beside the recipe that a resumed run needs, kept in ``config.json``; see
             ``train/resume.py``.
+        track: the trackers that get the metrics too; see :class:`diffattn.train.options.TrainOptions`.
         resume: continue from the last good checkpoint in ``out``, or start if there is none.
         on_progress: called after each step.
         on_stage: called with each stage of the work beside the steps.
@@ -80,13 +85,14 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the steps so far were saved.
     """
     _use_attention(model, recipe.attn_implementation)
+    check_trackers(track)
     folder = writable_folder(own_folder(out, RUN))
     recipe = recipe.resolved()
     claim: Claim = {"recipe": recipe.to_dict(), "model": model.config.to_diff_dict(), "data": data.facts}
     more: dict[str, Mapping[str, object] | None] = {"source": source, "options": options}
     claim |= {part: values for part, values in more.items() if values is not None}
     with held(folder):
-        return _train(model, data, recipe, folder, claim, resume, on_progress, on_stage)
+        return _train(model, data, recipe, folder, claim, track, resume, on_progress, on_stage)
 
 
 def _train(
@@ -95,6 +101,7 @@ def _train(
     recipe: Recipe,
     folder: Path,
     claim: Claim,
+    track: Sequence[str],
     resume: bool,
     on_progress: Callable[[Progress], None] | None,
     on_stage: OnStage,
@@ -118,7 +125,7 @@ def _train(
     order = data.order(seed=recipe.seed, num_samples=recipe.steps * together, batch_size=together)
     validation = ValidationBlocks(data.validation)
     some = Subset(validation, range(min(len(validation), recipe.evaluation_blocks)))
-    with Interruption() as interruption:
+    with Interruption() as interruption, Trackers(track, folder, metrics) as trackers:
         callback = RunCallback(
             metrics,
             interruption,
@@ -129,7 +136,7 @@ def _train(
             on_stage=on_stage,
         )
         annealing = DexAnnealing(model, steps=recipe.steps, fraction=recipe.anneal_fraction)
-        trainer = _PlainTrainer(model, recipe, folder, order, some, interruption, [callback, annealing])
+        trainer = _PlainTrainer(model, recipe, folder, order, some, interruption, [callback, annealing, trackers])
         try:
             if start is not None:
                 trainer.restore(start[1], metrics)
@@ -277,6 +284,8 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to="none",
+        run_name=run_name(folder),
+        project=PROJECT,
     )
 
 

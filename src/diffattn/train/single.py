@@ -21,6 +21,7 @@ from diffattn.train.own import check_resumable, to_keep
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import TrainResult
 from diffattn.train.run import check_new, train
+from diffattn.train.trackers.callback import check_trackers
 
 
 def train_shape(
@@ -33,6 +34,7 @@ def train_shape(
     text_column: str = TrainOptions.text_column,
     context: int | None = TrainOptions.context,
     match: str = TrainOptions.match,
+    track: Sequence[str] = TrainOptions.track,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
@@ -45,7 +47,7 @@ def train_shape(
         attention: the variant.
         recipe: the settings of the run.
         out: the run folder; it must not hold a run unless ``resume``.
-        text, text_column, match: see :class:`diffattn.train.options.TrainOptions`.
+        text, text_column, match, track: see :class:`diffattn.train.options.TrainOptions`.
         context: tokens per block; default and upper limit: the shape's ``max_position_embeddings``.
         resume: continue from the last good checkpoint in ``out``.
         on_progress: called after each step.
@@ -59,6 +61,7 @@ def train_shape(
     shape = shape if isinstance(shape, ModelShape) else load_shape(shape)
     pair_config(shape, attention, match=match)
     context = check_context(shape, context)
+    track = check_trackers(track)
     check_out(out, resume)
     with new_folder(Path(out)) as folder:
         data = prepare_data(
@@ -67,10 +70,11 @@ def train_shape(
         )  # fmt: skip
         on_stage(Stage("building the model"))
         model = build_pair(shape, attention, seed=recipe.seed, match=match).model
-        options = to_keep(text, context, text_column, shape=shape, attention=attention, match=match)
+        options = to_keep(text, context, text_column, shape=shape, attention=attention, match=match, track=track)
         return train(
-            model, data, recipe, folder, options=options, resume=resume, on_progress=on_progress, on_stage=on_stage
-        )
+            model, data, recipe, folder, options=options, track=track, resume=resume, on_progress=on_progress,
+            on_stage=on_stage,
+        )  # fmt: skip
 
 
 def check_context(shape: ModelShape, context: int | None, *, whose: str = "shape") -> int:

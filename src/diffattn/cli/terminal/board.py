@@ -5,6 +5,10 @@ Lines for a file or a pipe wait a while, so that a mistake that is found at once
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
+import os
 import threading
 import time
 from types import TracebackType
@@ -72,6 +76,10 @@ class Board:
     def importing(self) -> None:
         """Says what is waited for in the first seconds, and keeps the libraries from showing bars and warnings."""
         self(Stage(f"{IMPORTING}torch and transformers"))
+        if os.environ.get("WANDB_MODE") == "offline":
+            # The library says so on stdout as it is imported, and stdout is for results.
+            with contextlib.redirect_stdout(io.StringIO()):
+                importlib.import_module("transformers.integrations.integration_utils")
         from diffattn.train.callbacks import quiet
 
         quiet()
