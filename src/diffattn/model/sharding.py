@@ -7,12 +7,14 @@ float32 (λ, DEX), how the heads are split (``DiffTransformerConfig.tensor_paral
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
@@ -136,16 +138,8 @@ def shard(
     tensor = _size(mesh, TENSOR)
     if tensor > 1:
         _parallelize(model, mesh[TENSOR])
-    if checkpointing:
-        # The second is its name before transformers 5.23.
-        name = "activation_checkpointing_enable"
-        enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
-        enable({"use_reentrant": False})
-    layers = [module for module in model.modules() if isinstance(module, DiffDecoderLayer)]
-    if compiled:
-        for layer in layers:
-            # The function alone, so that the hooks of FSDP2 stay outside of the graph.
-            layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+    set_computation(model, checkpointing=checkpointing, compiled=compiled)
+    layers = _layers(model)
     quiet_redistribution()
     # FSDP2 says that nothing may be written into DEX's part or the logits, and nothing is.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPD\w+\) returned a view")
@@ -167,6 +161,46 @@ def shard(
     fully_shard(model, mesh=data, mp_policy=policy)
     mark_as_placed(model, shard=_size(mesh, SHARD), replicate=replicas, tensor=tensor)
     return model
+
+
+def set_computation(model: DiffTransformerPreTrainedModel, *, checkpointing: bool, compiled: bool) -> None:
+    """Has a model compute its layers again in the backward pass, or compiled, in place; ``shard`` does this too.
+
+    Args:
+        model: one of our models.
+        checkpointing: keep the input of each layer alone, and compute the layer again in the backward pass.
+        compiled: compile each layer.
+    """
+    if checkpointing:
+        # The second is its name before transformers 5.23.
+        name = "activation_checkpointing_enable"
+        enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+        enable({"use_reentrant": False})
+    if compiled:
+        for layer in _layers(model):
+            # The function alone, so that the hooks of FSDP2 stay outside of the graph.
+            layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+
+
+def whole_model(model: Model) -> Model | None:
+    """Returns a model that is not spread: the one given, or on rank 0 a copy of a spread one in the CPU's memory.
+
+    All ranks call it. The others get None.
+    """
+    if not any(isinstance(weight, DTensor) for weight in model.parameters()):
+        return model
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if distributed.get_rank() != 0:
+        return None
+    config = copy.deepcopy(model.config)
+    config.distributed_config = None
+    whole = type(model)(config)
+    whole.load_state_dict(weights)
+    return whole
+
+
+def _layers(model: nn.Module) -> list[DiffDecoderLayer]:
+    return [module for module in model.modules() if isinstance(module, DiffDecoderLayer)]
 
 
 def check_sharded(model: nn.Module) -> None:

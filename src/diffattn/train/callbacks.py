@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Required, TypedDict, TypeGuard
+from typing import IO, Any, Required, TypedDict, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from diffattn.names import SHORT_DTYPES
 from diffattn.plan.cost import flops_per_token
 from diffattn.plan.hardware import card_flops
 from diffattn.progress import OnStage, Stage
+from diffattn.train.ranks import ALONE, Ranks
 from diffattn.train.recipe import Recipe
 from diffattn.variants import VARIANTS
 
@@ -78,10 +79,12 @@ class Interruption:
     """Ends a run on Ctrl-C or SIGTERM at once, but never between an optimizer step and its row of metrics.
 
     Inside ``with``, a signal raises KeyboardInterrupt; while shielded, it is raised as soon as the shield is lowered.
+    Several ranks are always shielded, and end together where they agree that one of them has had a signal.
     """
 
-    def __init__(self) -> None:
-        self.shielded = False
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
+        self.shielded = ranks.world > 1
         self._pending = False
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -110,23 +113,38 @@ class Interruption:
         self.shielded = True
 
     def lower(self) -> None:
-        self.shielded = False
-        if self._pending:
+        self.shielded = self.ranks.world > 1
+        if self.ranks.any(self._pending):
             self._pending = False
             raise KeyboardInterrupt
 
+    def agree(self) -> None:
+        """Ends several ranks together if one of them has had a signal; one process ends by itself."""
+        if self.ranks.world > 1:
+            self.lower()
+
 
 class MetricsFile:
-    """The file ``metrics.jsonl`` with a row per step and a row per measurement of the held-out loss."""
+    """The file ``metrics.jsonl`` with a row per step and a row per measurement of the held-out loss.
 
-    def __init__(self, path: Path, *, kept: list[MetricsRow]) -> None:
+    Args:
+        path: the file.
+        kept: the rows that it begins with.
+        written: False on the ranks that know the rows and leave the file to rank 0.
+    """
+
+    def __init__(self, path: Path, *, kept: list[MetricsRow], written: bool = True) -> None:
         self.path = path
         self.rows = kept
-        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._stream = path.open("a", encoding="utf-8")
+        self._stream: IO[str] | None = None
+        if written:
+            write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self._stream = path.open("a", encoding="utf-8")
 
     def append(self, row: MetricsRow) -> None:
         self.rows.append(row)
+        if self._stream is None:
+            return
         with explained(self.path):
             self._stream.write(json.dumps(row) + "\n")
             self._stream.flush()
@@ -137,6 +155,8 @@ class MetricsFile:
 
     def close(self) -> None:
         # Closing writes the rest of the buffer, which a full disk may have refused before.
+        if self._stream is None:
+            return
         with explained(self.path):
             self._stream.close()
 
@@ -240,6 +260,7 @@ class RunCallback(TrainerCallback):
     def on_prediction_step(self, args: Any, state: Any, control: Any, *, eval_dataloader: Any, **kwargs: Any) -> None:
         self._measured += 1
         self.on_stage(Stage("measuring the held-out loss", self._measured, len(eval_dataloader)))
+        self.interruption.agree()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         self._measured = 0

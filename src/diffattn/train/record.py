@@ -33,6 +33,10 @@ class TrainResult:
     train_tokens_per_second: float
     """The median training speed."""
 
+    def numbers(self) -> dict[str, float]:
+        """Returns the measurements by name, without the folder."""
+        return {name: value for name, value in vars(self).items() if name != "folder"}
+
     @property
     def model_folder(self) -> Path:
         """The folder in which ``save_pretrained`` wrote the trained model and its tokenizer."""

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset, SequentialSampler, Subset
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from torch.utils.data import Subset
 
 from diffattn.data.packing import PreparedData, ValidationBlocks
 from diffattn.errors import ConfigError
 from diffattn.files import file_facts, whole_folder, writable_folder, write_json
 from diffattn.folders import RUN, holds_model_of_ours, own_folder
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.sharding import data_ranks, mesh_for, mesh_sizes, set_computation, shard, whole_model
 from diffattn.model.trained import Trained, write_trained
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.sealed import sealed
@@ -33,13 +33,14 @@ from diffattn.train.callbacks import (
     warn,
 )
 from diffattn.train.checkpoints.sealing import last_good, prune
-from diffattn.train.checkpoints.trainer import SavingTrainer
+from diffattn.train.layout import Layout
 from diffattn.train.lock import held
 from diffattn.train.options import TrainOptions
+from diffattn.train.ranks import Ranks, joined
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import Claim, TrainResult, check_claim, kept_rows, read_result
 from diffattn.train.trackers.callback import Trackers, check_trackers
-from diffattn.train.trackers.programs import PROJECT, run_name
+from diffattn.train.trainer import RankPart, RunTrainer
 
 
 def train(
@@ -51,6 +52,7 @@ def train(
     source: dict[str, str] | None = None,
     options: Mapping[str, object] | None = None,
     track: Sequence[str] = TrainOptions.track,
+    layout: Layout | None = None,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
@@ -63,6 +65,9 @@ def train(
     have seals (``diffattn.sealed``), so a number that was changed in one of them is an error. While a process trains,
     the folder is locked (``diffattn.train.lock``).
 
+    In a process that torchrun has started, all ranks call this alike and train one model together, as one process
+    would: rank 0 alone writes the folder and calls ``on_progress`` and ``on_stage``.
+
     Args:
         model: a model with float32 weights, trained in place; ``recipe.dtype`` is the dtype of its matrix products.
         data: the result of :func:`diffattn.data.packing.prepare_data`.
@@ -73,6 +78,7 @@ def train(
         options: the options beside the recipe that a resumed run needs, kept in ``config.json``; see
             ``train/resume.py``.
         track: the trackers that get the metrics too; see :class:`diffattn.train.options.TrainOptions`.
+        layout: how the run is spread over ranks and computed, which changes no result. Default: ``Layout()``.
         resume: continue from the last good checkpoint in ``out``, or start if there is none.
         on_progress: called after each step.
         on_stage: called with each stage of the work beside the steps.
@@ -86,13 +92,21 @@ def train(
     """
     _use_attention(model, recipe.attn_implementation)
     check_trackers(track)
-    folder = writable_folder(own_folder(out, RUN))
-    recipe = recipe.resolved()
+    recipe, layout = recipe.resolved(), layout or Layout()
     claim: Claim = {"recipe": recipe.to_dict(), "model": model.config.to_diff_dict(), "data": data.facts}
     more: dict[str, Mapping[str, object] | None] = {"source": source, "options": options}
     claim |= {part: values for part, values in more.items() if values is not None}
-    with held(folder):
-        return _train(model, data, recipe, folder, claim, track, resume, on_progress, on_stage)
+    with joined(recipe.device, recipe.to_dict() | layout.to_dict()) as ranks:
+        layout.check(ranks.world, recipe.batch_size)
+        mesh_sizes(ranks.world, shard=layout.shard, tensor=layout.tensor_parallel, per_host=ranks.rank.per_host)
+        model.config.check_tensor_parallel(layout.tensor_parallel)
+        if not ranks.is_first:
+            on_progress, on_stage = None, unseen
+            track = ()
+            return _train(model, data, recipe, Path(out), claim, layout, ranks, track, resume, on_progress, on_stage)
+        folder = writable_folder(own_folder(out, RUN))
+        with held(folder):
+            return _train(model, data, recipe, folder, claim, layout, ranks, track, resume, on_progress, on_stage)
 
 
 def _train(
@@ -101,31 +115,42 @@ def _train(
     recipe: Recipe,
     folder: Path,
     claim: Claim,
+    layout: Layout,
+    ranks: Ranks,
     track: Sequence[str],
     resume: bool,
     on_progress: Callable[[Progress], None] | None,
     on_stage: OnStage,
 ) -> TrainResult:
-    """Runs the training in a folder that is locked for this process."""
-    check_new(folder, resume)
-    if not (folder / "config.json").exists():
-        write_json(folder / "config.json", sealed(claim))
-    check_claim(folder, claim)
-    finished = read_result(folder)
-    if finished is not None:
-        return finished
+    """Runs the training in a folder that is locked for these ranks."""
 
+    def begin() -> tuple[dict[str, float] | None, str | None]:
+        """Returns the result of a finished run, or else the checkpoint that it goes on from."""
+        check_new(folder, resume)
+        if not (folder / "config.json").exists():
+            write_json(folder / "config.json", sealed(claim))
+        check_claim(folder, claim)
+        finished = read_result(folder)
+        if finished is not None:
+            return finished.numbers(), None
+        start, skipped = last_good(folder)
+        for line in skipped:
+            warn(f"{folder}: {line}")
+        return None, None if start is None else start[1].name
+
+    finished, found = ranks.share(begin)
+    if finished is not None:
+        return TrainResult(folder, **finished)
     on_stage(Stage("getting ready for the first step"))
-    start, skipped = last_good(folder)
-    for line in skipped:
-        warn(f"{folder}: {line}")
+    start = None if found is None else (int(found.rpartition("-")[2]), folder / found)
     step = start[0] if start else 0
-    metrics = MetricsFile(folder / "metrics.jsonl", kept=kept_rows(start))
+    metrics = MetricsFile(folder / "metrics.jsonl", kept=kept_rows(start), written=ranks.is_first)
     together = recipe.batch_size * recipe.gradient_accumulation
     order = data.order(seed=recipe.seed, num_samples=recipe.steps * together, batch_size=together)
     validation = ValidationBlocks(data.validation)
     some = Subset(validation, range(min(len(validation), recipe.evaluation_blocks)))
-    with Interruption() as interruption, Trackers(track, folder, metrics) as trackers:
+    part, parts = _spread(model, recipe, layout, ranks)
+    with Interruption(ranks) as interruption, Trackers(track, folder, metrics) as trackers:
         callback = RunCallback(
             metrics,
             interruption,
@@ -136,7 +161,17 @@ def _train(
             on_stage=on_stage,
         )
         annealing = DexAnnealing(model, steps=recipe.steps, fraction=recipe.anneal_fraction)
-        trainer = _PlainTrainer(model, recipe, folder, order, some, interruption, [callback, annealing, trackers])
+        trainer = RunTrainer(
+            model,
+            recipe,
+            folder,
+            RankPart(order, recipe.batch_size, part, parts),
+            some,
+            interruption,
+            [callback, annealing, trackers],
+            ranks=ranks,
+            part=(part, parts),
+        )
         try:
             if start is not None:
                 trainer.restore(start[1], metrics)
@@ -159,10 +194,31 @@ def _train(
             metrics.close()
         interruption.shield()
         on_stage(Stage("saving the model"))
-        result = _finish(folder, model, data, metrics.held_out(recipe.steps)[-1], continued="source" in claim)
-        prune(folder, 1)
+        whole = whole_model(model)
+
+        def finish() -> dict[str, float]:
+            assert whole is not None
+            result = _finish(folder, whole, data, metrics.held_out(recipe.steps)[-1], continued="source" in claim)
+            prune(folder, 1)
+            return result.numbers()
+
+        result = TrainResult(folder, **ranks.share(finish))
         interruption.lower()
     return result
+
+
+def _spread(model: DiffTransformerForCausalLM, recipe: Recipe, layout: Layout, ranks: Ranks) -> tuple[int, int]:
+    """Spreads a model over the ranks; returns which part of each batch this rank takes, and the number of parts."""
+    dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else None
+    if layout.shard == "none" and layout.tensor_parallel == 1:
+        set_computation(model, checkpointing=layout.checkpointing, compiled=layout.compile)
+        return ranks.rank.number, ranks.world
+    mesh = mesh_for(
+        ranks.world, shard=layout.shard, tensor=layout.tensor_parallel, per_host=ranks.rank.per_host,
+        device=recipe.device,
+    )  # fmt: skip
+    shard(model, mesh, dtype=dtype, checkpointing=layout.checkpointing, compiled=layout.compile)
+    return data_ranks(mesh)
 
 
 def speed(rows: Sequence[MetricsRow]) -> float:
@@ -241,83 +297,3 @@ def _finish(
         ),
     )
     return result
-
-
-def _joined(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Joins samples into a batch with a row per block, or a row per piece if blocks were cut into pieces."""
-    ids = torch.cat([sample["input_ids"].view(-1, sample["input_ids"].shape[-1]) for sample in samples])
-    return {"input_ids": ids, "labels": ids}
-
-
-def _every(steps: int, times: int) -> int:
-    return max(1, math.ceil(steps / times)) if times else steps + 1
-
-
-def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
-    """Returns the recipe as the arguments of the Trainer of ``transformers``."""
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=2 * recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=min(math.ceil(recipe.warmup_fraction * recipe.steps), recipe.steps - 1),
-        weight_decay=recipe.weight_decay,
-        adam_beta1=recipe.beta1,
-        adam_beta2=recipe.beta2,
-        max_grad_norm=recipe.max_grad_norm,
-        optim="adamw_torch_fused",
-        seed=recipe.seed,
-        bf16=recipe.dtype == "bfloat16",
-        use_cpu=recipe.device == "cpu",
-        eval_strategy="steps" if recipe.evaluations else "no",
-        eval_steps=_every(recipe.steps, recipe.evaluations),
-        save_strategy="steps",
-        save_steps=_every(recipe.steps, recipe.checkpoints),
-        save_total_limit=None,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to="none",
-        run_name=run_name(folder),
-        project=PROJECT,
-    )
-
-
-class _PlainTrainer(SavingTrainer):
-    """The library's Trainer with our order of blocks and our checkpoints."""
-
-    def __init__(
-        self,
-        model: DiffTransformerForCausalLM,
-        recipe: Recipe,
-        folder: Path,
-        order: Dataset,
-        validation: Dataset,
-        interruption: Interruption,
-        callbacks: list[TrainerCallback],
-    ) -> None:
-        super().__init__(
-            folder,
-            recipe.keep_checkpoints,
-            interruption,
-            model=model,
-            args=training_arguments(recipe, folder),
-            train_dataset=order,
-            eval_dataset=validation,
-            data_collator=_joined,
-            callbacks=callbacks,
-        )
-        self.remove_callback(PrinterCallback)
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
-
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        # The library goes by names, and would decay the gain of V1's norm but no other norm's.
-        return [name for name, weight in model.named_parameters() if weight.ndim >= 2]

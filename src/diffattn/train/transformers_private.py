@@ -12,9 +12,9 @@ _TESTED = ">=5.20,<5.24"
 _TRAINER = "transformers.trainer:Trainer"
 NAMES = (
     PrivateName(
-        f"{_TRAINER}._get_train_sampler", _TESTED,
-        "a run that goes on sees other blocks than a run that was not cut",
-        "the library takes a sampler, or can be told to keep the order of the data set",
+        f"{_TRAINER}._build_accelerator_args", _TESTED,
+        "accelerate refuses the ranks of a layer on a CPU, and shares out batches that are shared out already",
+        "the library can be told that each rank is given its own samples",
     ),
     PrivateName(
         f"{_TRAINER}._save_checkpoint", _TESTED,
