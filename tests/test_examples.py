@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def _examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     # The text's alone: the compiled kernel's stays where it is.
-    monkeypatch.setattr("diffattn.data.packing.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("diffattn.cache.cache_folder", lambda: tmp_path / "cache")
 
 
 def test_operation(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ WORDS = "the state of the union is strong and the people of the states know it w
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     # The text's cache alone: the compiled kernel's stays where it is.
-    monkeypatch.setattr("diffattn.data.packing.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("diffattn.cache.cache_folder", lambda: tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     sizes = {"vocab_size": 300, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,

@@ -21,7 +21,7 @@ ARGUMENTS = ["--text", "text", "--out", "rows.jsonl", "--runs", "runs", "--size"
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # The text's cache alone: the compiled kernel's stays where it is.
-    monkeypatch.setattr("diffattn.data.packing.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("diffattn.cache.cache_folder", lambda: tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     Path("text").write_text(
         "<|endoftext|>\n".join(f"The people of state {i} are many. They know it well!\n" * 3 for i in range(300))

@@ -88,7 +88,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             raise RuntimeError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffattn.data.packing.cache_folder", lambda: root / "cache")
+        patch.setattr("diffattn.cache.cache_folder", lambda: root / "cache")
         for verb, state in FILES:
             folder = root / f"{verb}-{state}"
             folder.mkdir()
@@ -115,7 +115,7 @@ def test_a_damaged_file_is_one_line_and_nothing_is_changed(
 ) -> None:
     folder = runs / f"{verb}-{state}"
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("diffattn.data.packing.cache_folder", lambda: runs / "cache")
+    monkeypatch.setattr("diffattn.cache.cache_folder", lambda: runs / "cache")
     whole = contents()
     (run,) = [path for path in Path("run").iterdir() if path.is_dir()] if "RUN" in name else [Path("run")]
     file = run / name.removeprefix("RUN/")
@@ -153,7 +153,7 @@ def test_an_undamaged_run_goes_on(
     verb: str, state: str, runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What the refusals above are worth."""
-    monkeypatch.setattr("diffattn.data.packing.cache_folder", lambda: runs / "cache")
+    monkeypatch.setattr("diffattn.cache.cache_folder", lambda: runs / "cache")
     shutil.copytree(runs / f"{verb}-{state}", tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     arguments = RESUME[verb].split()

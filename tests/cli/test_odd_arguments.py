@@ -25,7 +25,7 @@ ODD = os.fsdecode(b"od\xffd")
 
 @pytest.fixture(autouse=True)
 def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffattn.data.packing.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("diffattn.cache.cache_folder", lambda: tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
 
 

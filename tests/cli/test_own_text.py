@@ -22,7 +22,7 @@ SMALL = ["--steps", "1", "--context", "16", "--batch-size", "2", "--dtype", "flo
 @pytest.fixture(autouse=True)
 def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The text's alone: the compiled kernel's stays where it is.
-    monkeypatch.setattr("diffattn.data.packing.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("diffattn.cache.cache_folder", lambda: tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     write_shape(Path("."))
     Path("rows.ndjson").write_text("".join(json.dumps({"body": row}) + "\n" for row in ROWS))

@@ -33,7 +33,7 @@ def _work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A folder with a text and a run, both with a space in their names."""
     folder = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffattn.data.packing.cache_folder", lambda: folder / "cache")
+        patch.setattr("diffattn.cache.cache_folder", lambda: folder / "cache")
         patch.chdir(folder)
         write_shape(folder)
         write_text(folder)

@@ -22,7 +22,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The text's alone: the compiled kernel's stays where it is.
-    monkeypatch.setattr("diffattn.data.packing.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("diffattn.cache.cache_folder", lambda: tmp_path / "cache")
     (tmp_path / "my work").mkdir()
     monkeypatch.chdir(tmp_path / "my work")
     write_shape(Path("."))
@@ -127,7 +127,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     os.chdir(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffattn.data.packing.cache_folder", lambda: folder.parent / "cache")
+        patch.setattr("diffattn.cache.cache_folder", lambda: folder.parent / "cache")
         write_shape(folder)
         write_text(folder)
         for verb in ("train", "compare"):

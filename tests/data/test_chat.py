@@ -5,9 +5,10 @@ import json
 import pytest
 
 from diffattn.data.documents import chat_text
+from diffattn.data.encoding import encode_documents
 from diffattn.data.packing import prepare_data
 from diffattn.data.text import SEPARATOR, Corpus, Document, split_by_document
-from diffattn.data.tokenizer import encode_documents, train_tokenizer
+from diffattn.data.tokenizer import train_tokenizer
 from diffattn.errors import DataError
 
 TEMPLATE = (
@@ -72,7 +73,7 @@ def test_conversations_are_split_alike_with_and_without_a_template_and_prepared(
         each.text for each in split_by_document(plain).validation
     ]
     data = prepare_data(corpus, tokenizer=tokenizer, context=8, validation_fraction=0.2, cache_dir=tmp_path)
-    assert tokenizer.decode(data.train.tokens.tolist()).startswith("<|turn|>user: question")
+    assert tokenizer.decode(data.train.tokens[:].tolist()).startswith("<|turn|>user: question")
     assert data.validation_bytes_per_token == pytest.approx(
         data.facts["bytes"]["validation"] / len(data.validation.tokens), rel=0.1
     )

@@ -10,12 +10,12 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from transformers import PreTrainedTokenizerFast
 
 from diffattn.data import packing
+from diffattn.data.encoding import encode_documents
 from diffattn.data.packing import prepare_data
 from diffattn.data.text import Corpus, Document
 from diffattn.data.tokenizer import (
     byte_lengths,
     document_marks,
-    encode_documents,
     fingerprint,
     train_tokenizer,
     vocabulary_rows,
@@ -138,10 +138,11 @@ def test_prepared_once_for_a_tokenizer(tmp_path: Path, monkeypatch: pytest.Monke
     first = prepare_data(corpus, tokenizer=modern(start=True), **options)
     assert first.facts["tokenizer"] == fingerprint(modern(start=True))
     others = [modern(), sentencepiece(), train_tokenizer([TEXT], 313)]
-    folders = {prepare_data(corpus, tokenizer=other, **options).train.path.parent for other in others}
-    folders |= {first.train.path.parent, prepare_data(corpus, vocab_size=313, **options).train.path.parent}
-    assert len(folders) == 5
-    monkeypatch.setattr(packing, "write_token_files", lambda *a: pytest.fail("built again"))
+    folders = {prepare_data(corpus, tokenizer=other, **options).train.folder for other in others}
+    folders |= {first.train.folder, prepare_data(corpus, vocab_size=313, **options).train.folder}
+    # Of the last two, one was trained before and one is trained here, to the same.
+    assert len(folders) == 4
+    monkeypatch.setattr(packing, "write_shards", lambda *a: pytest.fail("built again"))
     again = prepare_data(corpus, tokenizer=modern(start=True), **options)
     assert np.array_equal(again.train.tokens, first.train.tokens)
     assert again.facts == first.facts

@@ -8,8 +8,9 @@ import pytest
 import torch
 from data.test_needles import TEXT
 
+from diffattn.data.blocks import TrainingOrder
 from diffattn.data.mixture import STAGES, MixedOrder, with_needles
-from diffattn.data.packing import TrainingOrder, prepare_data
+from diffattn.data.packing import prepare_data
 from diffattn.data.text import Corpus, Document
 from diffattn.errors import ConfigError, DataError
 

@@ -3,15 +3,19 @@ import math
 import os
 import pickle
 import random
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
 
+from diffattn.cache import cache_root
 from diffattn.data import packing
-from diffattn.data.packing import TokenBlocks, TrainingOrder, ValidationBlocks, cache_root, prepare_data
+from diffattn.data.blocks import TokenBlocks, TrainingOrder, ValidationBlocks
+from diffattn.data.packing import prepare_data
 from diffattn.data.text import Corpus, Document, split_by_document
+from diffattn.data.token_files import Tokens, write_shard
 from diffattn.data.tokenizer import byte_lengths
 from diffattn.errors import ConfigError, DataError
 
@@ -40,15 +44,24 @@ def data(corpus, cache):
     return prepare_data(corpus, vocab_size=307, context=CONTEXT, validation_fraction=0.2, cache_dir=cache)
 
 
-@pytest.fixture
-def blocks(tmp_path):
-    np.arange(7 * 5 + 3, dtype="<u2").tofile(tmp_path / "t.bin")
-    return TokenBlocks(tmp_path / "t.bin", dtype="<u2", context=5)
+def tokens_of(folder, ids, *counts):
+    """Writes tokens as shards of these numbers of tokens."""
+    paths, start = [], 0
+    for count in counts:
+        paths.append(folder / f"{len(list(folder.iterdir()))}.arrow")
+        write_shard(paths[-1], ids[start : start + count])
+        start += count
+    return Tokens(paths, counts)
+
+
+@pytest.fixture(params=[(38,), (13, 1, 24)], ids=["one shard", "several"])
+def blocks(request, tmp_path):
+    return TokenBlocks([tokens_of(tmp_path, np.arange(38, dtype=np.uint16), *request.param)], context=5, parts=["t"])
 
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(packing, "write_token_files", lambda *a: pytest.fail("built again"))
+    monkeypatch.setattr(packing, "write_shards", lambda *a: pytest.fail("built again"))
 
 
 def error_line(call, error=DataError):
@@ -61,7 +74,7 @@ def error_line(call, error=DataError):
 
 def documents_in(data, blocks):
     """The documents of a token file, read back through its separators."""
-    ids = blocks.tokens.tolist()
+    ids = blocks.tokens[:].tolist()
     assert ids[-1] == 0
     texts, start = [], 0
     for place, index in enumerate(ids):
@@ -89,13 +102,11 @@ def test_blocks_travel_to_a_worker_by_name(blocks):
 
 
 def test_less_than_one_block_is_refused(tmp_path):
-    path = tmp_path / "t.bin"
-    np.arange(4, dtype="<u2").tofile(path)
-    line = error_line(lambda: TokenBlocks(path, dtype="<u2", context=5, part="c, held-out part"))
+    tokens = tokens_of(tmp_path, np.arange(4, dtype=np.uint16), 4)
+    line = error_line(lambda: TokenBlocks([tokens], context=5, parts=["c, held-out part"]))
     assert line == "c, held-out part: 4 tokens; wanted at least 5, for one block: give more text or a shorter context"
-    path.write_bytes(b"")
-    assert "0 tokens" in error_line(lambda: TokenBlocks(path, dtype="<u2", context=5))
-    assert "context is 1" in error_line(lambda: TokenBlocks(path, dtype="<u2", context=1), ConfigError)
+    assert "0 tokens" in error_line(lambda: TokenBlocks([Tokens([], [])], context=5, parts=["t"]))
+    assert "context is 1" in error_line(lambda: TokenBlocks([tokens], context=1, parts=["t"]), ConfigError)
 
 
 def test_an_epoch_takes_every_block_once_and_epochs_differ(blocks):
@@ -207,7 +218,7 @@ def test_the_cache_answers_the_second_time(data, corpus, cache, no_training):
     assert np.array_equal(again.train.tokens, data.train.tokens)
     # The context is how the same files are viewed.
     longer = prepare_data(corpus, vocab_size=307, context=17, validation_fraction=0.2, cache_dir=cache)
-    assert longer.train.path == data.train.path
+    assert longer.train.folder == data.train.folder
 
 
 def test_the_making_of_tokens_says_what_it_does(corpus, tmp_path):
@@ -229,21 +240,28 @@ def test_any_change_of_text_or_size_is_another_cache_entry(data, corpus, tmp_pat
     folders = []
     for change in (body, body, body.replace("Speech 7.", "Speech 8."), body + "\n\f\nmore"):
         text.write_text(change)
-        folders.append(prepare_data(text, **options).train.path.parent)
-    folders.append(prepare_data(text, **options | {"vocab_size": 301}).train.path.parent)
-    folders.append(prepare_data(text, **options, validation_fraction=0.1).train.path.parent)
+        folders.append(prepare_data(text, **options).train.folder)
+    folders.append(prepare_data(text, **options | {"vocab_size": 301}).train.folder)
+    folders.append(prepare_data(text, **options, validation_fraction=0.1).train.folder)
     assert folders[0] == folders[1]
     assert len(set(folders)) == 5
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == sorted({f.name for f in folders})
+    # Beside each there is its tokenizer.
+    assert len(entries(tmp_path / "cache")) == 10
+    assert {folder.name for folder in folders} <= set(entries(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "manifest.json", "tokenizer/tokenizer.json"])
+def entries(cache):
+    """The names of what is in a cache, without its locks."""
+    return sorted(path.name for path in cache.iterdir() if not path.name.startswith("."))
+
+
+@pytest.mark.parametrize("name", ["train-00000.arrow", "validation-00000.arrow", "manifest.json", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
-def test_a_damaged_cache_is_built_again(corpus, data, tmp_path, name, damage):
+def test_what_is_damaged_in_the_cache_is_made_again(corpus, tmp_path, name, damage):
     options = {"vocab_size": 257, "context": CONTEXT, "cache_dir": tmp_path}
     first = prepare_data(corpus, **options)
-    tokens = first.train.tokens.tolist()
-    path = first.train.path.parent / name
+    tokens, kept = first.train.tokens[:].tolist(), entries(tmp_path)
+    path = next(tmp_path.rglob(name))
     whole = path.read_bytes()
     if damage == "gone":
         path.unlink()
@@ -252,13 +270,17 @@ def test_a_damaged_cache_is_built_again(corpus, data, tmp_path, name, damage):
         bad = whole[:-3] if damage == "truncated" else bytes([whole[0] ^ 255]) + whole[1:]
         path.with_suffix(".bad").write_bytes(bad)
         path.with_suffix(".bad").rename(path)
-    again = prepare_data(corpus, **options)
-    assert again.train.tokens.tolist() == tokens
+    notes = []
+    again = prepare_data(corpus, **options, on_note=notes.append)
+    assert again.train.tokens[:].tolist() == tokens
     assert path.read_bytes() == whole
-    assert len(list(tmp_path.iterdir())) == 1
+    assert entries(tmp_path) == kept
+    # A shard is named.
+    line = f"{path} is damaged: its content is not what was written; it is made anew"
+    assert notes == [line] * name.endswith("arrow")
 
 
-def test_a_crash_before_the_rename_leaves_nothing(corpus, tmp_path, monkeypatch):
+def test_a_crash_before_the_rename_is_not_read(corpus, tmp_path, monkeypatch):
     options = {"vocab_size": 257, "context": CONTEXT, "cache_dir": tmp_path}
 
     def crash(source, target):
@@ -268,37 +290,52 @@ def test_a_crash_before_the_rename_leaves_nothing(corpus, tmp_path, monkeypatch)
         patch.setattr(os, "rename", crash)
         with pytest.raises(KeyboardInterrupt):
             prepare_data(corpus, **options)
-    assert list(tmp_path.iterdir()) == []
     assert len(prepare_data(corpus, **options).train) > 0
+    assert not any("partial" in name for name in entries(tmp_path))
 
 
-def test_what_a_killed_process_left_is_not_read_and_is_swept_after_a_day(corpus, tmp_path):
+def test_what_a_killed_process_left_is_swept_after_a_month(corpus, tmp_path):
+    for age, name in ((31, "old.partial"), (29, "young.partial"), (31, "old.survey"), (31, "tokens")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("something")
+        os.utime(tmp_path / name, (time.time() - age * 86_400,) * 2)
+    prepare_data(corpus, vocab_size=257, context=CONTEXT, cache_dir=tmp_path)
+    assert {"young.partial", "tokens"} < set(entries(tmp_path))
+    assert not any("old" in name for name in entries(tmp_path))
+
+
+def test_a_second_process_waits_for_the_first_and_says_so(corpus, tmp_path, monkeypatch):
+    """Here it is a second thread, for which the lock is the same."""
     options = {"vocab_size": 257, "context": CONTEXT, "cache_dir": tmp_path}
-    folder = prepare_data(corpus, **options).train.path.parent
-    (folder / "manifest.json").unlink()
-    for age, name in ((2 * 86_400, "old"), (60, "young")):
-        left = tmp_path / f"{folder.name}.tmp-{name}"
-        (left / "new").mkdir(parents=True)
-        os.utime(left, (time.time() - age,) * 2)
-    prepare_data(corpus, **options)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [folder.name, f"{folder.name}.tmp-young"]
+    write, begun, notes, found = packing.write_shards, threading.Event(), [], []
+
+    def slow(*args):
+        begun.set()
+        while not notes:
+            time.sleep(0.01)
+        return write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "write_shards", slow)
+        thread = threading.Thread(target=lambda: found.append(prepare_data(corpus, **options)))
+        thread.start()
+        assert begun.wait(60)
+        patch.setattr(packing, "write_shards", lambda *args: pytest.fail("the work was done twice"))
+        data = prepare_data(corpus, **options, on_note=notes.append)
+        thread.join()
+    assert notes == ["another process prepares the same text; waiting until it is done"]
+    assert data.train.folder == found[0].train.folder
+    assert np.array_equal(data.train.tokens, found[0].train.tokens)
 
 
-def test_two_processes_at_once_give_one_whole_entry(corpus, tmp_path, monkeypatch):
+def test_without_locks_two_processes_at_once_give_one_whole_entry(corpus, tmp_path, monkeypatch):
+    def no_locks(self, **options):
+        raise NotImplementedError
+
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
     options = {"vocab_size": 257, "context": CONTEXT, "cache_dir": tmp_path}
-    write, published = packing.write_token_files, []
-
-    def interrupted(*args):
-        # While the first is at work, another does all of it.
-        monkeypatch.setattr(packing, "write_token_files", write)
-        published.append(prepare_data(corpus, **options))
-        write(*args)
-
-    monkeypatch.setattr(packing, "write_token_files", interrupted)
     data = prepare_data(corpus, **options)
-    assert np.array_equal(data.train.tokens, published[0].train.tokens)
-    assert os.path.samefile(data.train.path, published[0].train.path)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert np.array_equal(data.train.tokens, prepare_data(corpus, **options).train.tokens)
 
 
 def test_a_cache_folder_that_cannot_be_written_is_one_line(corpus, tmp_path):
@@ -309,14 +346,15 @@ def test_a_cache_folder_that_cannot_be_written_is_one_line(corpus, tmp_path):
     assert "DIFFATTN_CACHE=" in line
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(corpus, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_work_goes_on_later(corpus, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packing, "write_token_files", full)
     options = {"vocab_size": 257, "context": CONTEXT, "cache_dir": tmp_path}
-    assert "No space left" in error_line(lambda: prepare_data(corpus, **options), ConfigError)
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "write_shards", full)
+        assert "No space left" in error_line(lambda: prepare_data(corpus, **options), ConfigError)
+    assert len(prepare_data(corpus, **options).train) > 0
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
@@ -342,7 +380,7 @@ def test_too_little_text_names_its_part(tmp_path):
 def test_the_default_corpus_is_packed_and_then_found_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFATTN_CACHE", str(tmp_path))
     cold = prepare_data(vocab_size=4096, context=256)
-    monkeypatch.setattr(packing, "write_token_files", lambda *a: pytest.fail("built again"))
+    monkeypatch.setattr(packing, "write_shards", lambda *a: pytest.fail("built again"))
     started = time.perf_counter()
     warm = prepare_data(vocab_size=4096, context=256)
     seconds = time.perf_counter() - started

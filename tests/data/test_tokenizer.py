@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
-from diffattn.data.text import SEPARATOR, Document, Split
-from diffattn.data.token_files import check_token_files, write_token_files
-from diffattn.data.tokenizer import byte_lengths, encode_documents, pieces, train_tokenizer
+from diffattn.data import tokenizer as tokenizer_module
+from diffattn.data.documents import SEPARATOR
+from diffattn.data.encoding import encode_documents
+from diffattn.data.tokenizer import byte_lengths, parted, pieces, train_tokenizer
 from diffattn.errors import ConfigError
 
 TEXTS = ["The people of the United States, the people's house.\n\n" * 9, "漢字かな交じり文 🦁👩‍👩‍👧 naïve\r\n\t" * 7]
@@ -64,9 +64,19 @@ def test_pieces_cut_long_text_and_leave_text_without_spaces():
     assert list(pieces("漢" * 50, size=20)) == ["漢" * 50]
 
 
+@given(mixed_text, st.integers(1, 30), st.integers(1, 9), st.integers(5, 40))
+@settings(max_examples=150, deadline=None)
+def test_a_text_that_comes_in_parts_is_cut_as_the_whole(text, size, step, longest):
+    whole = [piece[at : at + longest] for piece in pieces(text, size) for at in range(0, len(piece), longest)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "LONG", longest)
+        parts = list(parted((text[start : start + step] for start in range(0, len(text), step)), size))
+    assert [part for part in parts if part] == [part for part in whole if part]
+
+
 @pytest.mark.parametrize("batch", [1, 5, 1 << 22])
 def test_documents_are_joined_by_separators_whatever_the_batch(tokenizer, monkeypatch, batch):
-    monkeypatch.setattr("diffattn.data.tokenizer.BATCH_CHARACTERS", batch)
+    monkeypatch.setattr("diffattn.data.encoding.UNIT", batch)
     texts = ["one two", f"spelled {SEPARATOR} inside", "🦁", "three\n"]
     separate = [tokenizer.encode(text, split_special_tokens=True) for text in texts]
     assert joined(encode_documents(tokenizer, texts)) == joined([*ids, 0] for ids in separate)
@@ -113,39 +123,3 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused():
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a b": 0}, unk_token="a b"))
     with pytest.raises(ConfigError, match="byte-level"):
         byte_lengths(PreTrainedTokenizerFast(tokenizer_object=words))
-
-
-def test_token_files_hold_both_parts_and_their_tokenizer(tmp_path):
-    train, held_out = tuple(Document(str(i), text) for i, text in enumerate(TEXTS)), (Document("v", "the house"),)
-    write_token_files(tmp_path / "new", Split(train, held_out), "digest", 313)
-    manifest = check_token_files(tmp_path / "new")
-    assert manifest["digest"] == "digest"
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new" / "tokenizer")
-    for name, texts in (("train.bin", TEXTS), ("validation.bin", ["the house"])):
-        ids = np.fromfile(tmp_path / "new" / name, "<u2").tolist()
-        assert ids == joined(encode_documents(tokenizer, texts))
-        assert manifest["files"][name] | {"sha256": ""} == {
-            "dtype": "<u2",
-            "count": len(ids),
-            "bytes": 2 * len(ids),
-            "sha256": "",
-        }
-    assert (tokenizer.padding_side, tokenizer.model_input_names) == ("left", ["input_ids", "attention_mask"])
-
-
-def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    def large(texts, vocab_size):
-        symbols = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        words = {SEPARATOR: 0} | {symbol: 70_000 - i for i, symbol in enumerate(sorted(symbols))}
-        filler = {f"x{i}": i for i in range(1, 70_001) if i not in words.values()}
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE(words | filler, []))
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SEPARATOR)
-
-    monkeypatch.setattr("diffattn.data.token_files.train_tokenizer", large)
-    write_token_files(tmp_path / "new", Split((Document("t", "ab"),), (Document("v", "c"),)), "digest", 70_001)
-    assert check_token_files(tmp_path / "new")["files"]["train.bin"]["dtype"] == "<u4"
-    assert np.fromfile(tmp_path / "new" / "train.bin", "<u4").max() > 65_536

@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerFast
 
 from diffattn.cli.main import main
 from diffattn.convert.llama import to_dex, to_diff_v2
-from diffattn.data.packing import PreparedData, ValidationBlocks, prepare_data
+from diffattn.data.blocks import ValidationBlocks
+from diffattn.data.packing import PreparedData, prepare_data
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.model.configuration import DiffTransformerConfig, lambda_init_schedule
 from diffattn.model.modeling import DiffTransformerForCausalLM
@@ -71,7 +72,7 @@ def models(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.fixture(autouse=True)
 def _cache(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The text's alone: the compiled kernel's stays where it is.
-    monkeypatch.setattr("diffattn.data.packing.cache_folder", lambda: text / "cache")
+    monkeypatch.setattr("diffattn.cache.cache_folder", lambda: text / "cache")
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from support.small_run import CONTEXT, RECIPE, StoppedError, assert_same_run, at, rows, run, small_model, stop
 
-from diffattn.data.packing import PreparedData, TrainingOrder, ValidationBlocks
+from diffattn.data.blocks import TrainingOrder, ValidationBlocks
+from diffattn.data.packing import PreparedData
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.train.callbacks import read_metrics
 from diffattn.train.run import speed, train

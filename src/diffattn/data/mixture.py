@@ -30,8 +30,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from diffattn.data.blocks import TrainingOrder
 from diffattn.data.needles import Haystack, Needle, question
-from diffattn.data.packing import PreparedData, TrainingOrder
+from diffattn.data.packing import PreparedData
 from diffattn.data.text import split_by_document
 from diffattn.errors import ConfigError
 

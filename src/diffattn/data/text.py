@@ -244,10 +244,7 @@ def split_by_document(corpus: Corpus, *, validation_fraction: float = 0.02) -> S
     >>> len(split_by_document(corpus, validation_fraction=0.1).validation)
     2
     """
-    if not 0 < validation_fraction <= 0.5:
-        raise ConfigError(
-            f"validation_fraction is {validation_fraction}", "a number above 0 and at most 0.5", "take 0.05, say"
-        )
+    check_fraction(validation_fraction)
     hashes, sizes = [], Counter[bytes]()
     for document in corpus.documents:
         data = document.text.encode()
@@ -266,6 +263,12 @@ def split_by_document(corpus: Corpus, *, validation_fraction: float = 0.02) -> S
     return Split(train, tuple(document for key, document in pairs if key in held_out))
 
 
+def check_fraction(fraction: float) -> None:
+    """Raises a ``ConfigError`` unless this share of a text can be held out."""
+    if not 0 < fraction <= 0.5:
+        raise ConfigError(f"validation_fraction is {fraction}", "a number above 0 and at most 0.5", "take 0.05, say")
+
+
 def _cut_tail(documents: tuple[Document, ...], fraction: float) -> Split:
     name, text = documents[0].name, documents[0].text
     if len(text) < 2:
@@ -274,11 +277,24 @@ def _cut_tail(documents: tuple[Document, ...], fraction: float) -> Split:
     # The tail holds at least the fraction, and a boundary is searched only in the second half of the text.
     target = len(data[: int(len(data) * (1 - fraction))].decode(errors="ignore"))
     target = min(max(1, target), len(text) - 1)
-    half = min(len(text) // 2, target)
-    paragraphs = [match.end() for match in _PARAGRAPH_END.finditer(text, half, target)]
-    line = text.rfind("\n", half, target) + 1
-    cut, kind = (paragraphs[-1], "a paragraph") if paragraphs else (line, "a line") if line else (target, "a character")
+    cut, kind = last_end(text[:target], min(len(text) // 2, target))
     head, tail = text[:cut], text[cut:]
-    one = "one document" if len(documents) == 1 else f"{len(documents)} equal documents, taken as one"
-    note = f"{one}: its last {len(tail.encode())} bytes, cut after {kind}, are held out"
+    note = one_text_note(len(documents), len(tail.encode()), kind)
     return Split((Document(f"{name} (head)", head),), (Document(f"{name} (tail)", tail),), note)
+
+
+def last_end(text: str, start: int) -> tuple[int, str]:
+    """Returns where the last paragraph ends behind a position, else the last line, else the text; and what ends there.
+
+    >>> last_end("one\\n\\ntwo\\nthree", 2)
+    (5, 'a paragraph')
+    """
+    paragraphs = [match.end() for match in _PARAGRAPH_END.finditer(text, start)]
+    line = text.rfind("\n", start) + 1
+    return (paragraphs[-1], "a paragraph") if paragraphs else (line, "a line") if line else (len(text), "a character")
+
+
+def one_text_note(documents: int, held_out: int, kind: str) -> str:
+    """Says in a sentence how equal documents were cut: how many bytes are held out, after what."""
+    one = "one document" if documents == 1 else f"{documents} equal documents, taken as one"
+    return f"{one}: its last {held_out} bytes, cut after {kind}, are held out"

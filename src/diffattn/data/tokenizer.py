@@ -1,21 +1,16 @@
-"""Trains a byte-level BPE tokenizer of any size, which gives every UTF-8 text back exactly, and encodes documents.
-
-Documents can also be encoded with another tokenizer, such as that of a pretrained model.
-"""
+"""Trains a byte-level BPE tokenizer of any size, which gives every UTF-8 text back exactly; facts of any tokenizer."""
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from diffattn.data.long_text import long_ids
-from diffattn.data.text import SEPARATOR, Document
-from diffattn.errors import ConfigError, DataError, one_line
-from diffattn.files import shown
+from diffattn.data.documents import SEPARATOR
+from diffattn.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,10 +18,10 @@ if TYPE_CHECKING:
 
 # The 256 byte values and the separator.
 SMALLEST_VOCABULARY = 257
-# Characters that are encoded together; this limits the memory, whatever the length of a document.
-BATCH_CHARACTERS = 1 << 22
-# The most characters of a text that is encoded as a whole; a longer one is encoded in windows that overlap.
-LONG = BATCH_CHARACTERS
+# Words of more characters are cut where so many end, but only in training.
+LONG = 1 << 22
+# The characters of text that training gets at once: it holds 256 such pieces.
+_SMALL = 1 << 16
 # The most bytes of a word in training, whose time grows with the square of a word's length. Text without spaces is one
 # word; no word of a text with spaces is so long.
 LONGEST_WORD = 1 << 12
@@ -56,6 +51,30 @@ def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
         yield text[start : found.start()]
         start = found.start()
     yield text[start:]
+
+
+def parted(texts: Iterable[str], size: int = 1 << 20) -> Iterator[str]:
+    """Yields a document that comes in parts as :func:`pieces` would yield the whole; cuts words of over ``LONG``.
+
+    >>> list(parted(["one tw", "o three"], size=2))
+    ['one', ' two', ' three']
+    """
+    held, start, least = "", 0, size
+    for text in texts:
+        # One character before the next piece tells whether a word ends there.
+        held, start = held[max(0, start - 1) :] + text, min(start, 1)
+        while True:
+            found = WORD_BOUNDARY.search(held, start + least)
+            end = len(held) if found is None else found.start()
+            if end - start > LONG:
+                yield held[start : start + LONG]
+                start, least = start + LONG, max(0, least - LONG)
+            elif found is not None:
+                yield held[start:end]
+                start, least = end, size
+            else:
+                break
+    yield held[start:]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
@@ -102,9 +121,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Words stay whole, except those that are longer than a piece.
-    cut = (piece[at : at + LONG] for text in texts for piece in pieces(text) for at in range(0, len(piece), LONG))
-    backend.train_from_iterator(cut, trainer)
+    backend.train_from_iterator(
+        (small for text in texts for part in parted([text]) for small in pieces(part, _SMALL)), trainer
+    )
     backend.pre_tokenizer = words
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -131,7 +150,7 @@ def document_marks(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], int
     >>> document_marks(train_tokenizer([], 257))
     ([], 0)
     """
-    empty = plain_backend(tokenizer).encode("").ids
+    empty = plain_backend(tokenizer.backend_tokenizer.to_str()).encode("").ids
     before = empty[:1] if empty and empty[0] == tokenizer.bos_token_id else []
     behind = tokenizer.backend_tokenizer.token_to_id(SEPARATOR)
     behind = tokenizer.eos_token_id if behind is None else behind
@@ -144,113 +163,15 @@ def document_marks(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], int
     return before, behind
 
 
-def encode_documents(
-    tokenizer: "PreTrainedTokenizerFast",
-    texts: Iterable[str | Document],
-    *,
-    on_encoded: Callable[[int], None] = lambda characters: None,
-) -> Iterator[list[int]]:
-    """Encodes documents between their marks; ``<|endoftext|>`` spelled inside a document stays plain text.
-
-    The ids are those of each document as one text, however long it is.
-
-    Args:
-        tokenizer: one from ``train_tokenizer``, or any other.
-        texts: the documents. A conversation is encoded as the tokenizer's chat template writes it, if there is one;
-            special tokens that the template spells count as special.
-        on_encoded: called again and again with the number of characters that are done.
-
-    Returns:
-        The token ids in lists of any length, in order.
-
-    Raises:
-        ConfigError: the same as ``document_marks``.
-        DataError: a conversation that the template refuses.
-
-    >>> list(encode_documents(train_tokenizer([], 257), ["", "!"]))
-    [[0, 1, 0]]
-    """
-    before, behind = document_marks(tokenizer)
-    backend = plain_backend(tokenizer)
-    apart = _words_apart(backend)
-    # Each part is a text or the ids of a mark.
-    batch: list[str | list[int]] = []
-    waiting = done = 0
-    for document in texts:
-        if isinstance(document, Document) and document.chat and tokenizer.chat_template:
-            batch += [before, _chat_ids(tokenizer, document, before), [behind]]
-            done += len(document.text)
-            continue
-        text = document.text if isinstance(document, Document) else document
-        batch.append(before)
-        for piece in pieces(text) if apart else [text]:
-            if len(piece) > LONG:
-                yield _encode(backend, batch)
-                yield from long_ids(backend, piece)
-                batch, waiting = [], 0
-            else:
-                batch.append(piece)
-                waiting += len(piece)
-            if waiting >= BATCH_CHARACTERS:
-                yield _encode(backend, batch)
-                batch, waiting = [], 0
-            done += len(piece)
-            on_encoded(done - waiting)
-        batch.append([behind])
-    yield _encode(backend, batch)
-    on_encoded(done)
-
-
-def _chat_ids(tokenizer: "PreTrainedTokenizerFast", document: Document, before: list[int]) -> list[int]:
-    """The tokens of a conversation, without those that stand before every document."""
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(json.loads(document.chat), tokenize=False)
-    except (TemplateError, TypeError) as error:
-        raise DataError(
-            f"{shown(document.name)}: the tokenizer's chat template refuses this conversation ({one_line(error)})",
-            "a conversation that fits the template",
-            "change the conversation, or leave it out",
-        ) from None
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    # Some templates write the first token of a text themselves.
-    return ids[len(before) :] if before and ids[: len(before)] == before else ids
-
-
-def plain_backend(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
-    """Returns a copy of the backend that neither truncates nor pads, and reads spelled special tokens as text."""
+def plain_backend(content: str) -> "Tokenizer":
+    """Returns a backend from its JSON; it neither truncates nor pads, and reads spelled special tokens as text."""
     import tokenizers
 
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend = tokenizers.Tokenizer.from_str(content)
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
     return backend
-
-
-def _words_apart(backend: "Tokenizer") -> bool:
-    """Returns whether the tokenizer, like ours, encodes words one by one, so that ``pieces`` may cut between them."""
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    words = backend.pre_tokenizer
-    return (
-        isinstance(backend.model, BPE)
-        and isinstance(words, ByteLevel)
-        and words.use_regex
-        # A prefix space would be put before every piece.
-        and not words.add_prefix_space
-        and backend.normalizer is None
-        # An added token that is not special may hold a space.
-        and all(token.special for token in backend.get_added_tokens_decoder().values())
-    )
-
-
-def _encode(backend: "Tokenizer", batch: list[str | list[int]]) -> list[int]:
-    texts = [piece for piece in batch if isinstance(piece, str)]
-    encodings = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
-    return [index for piece in batch for index in (next(encodings).ids if isinstance(piece, str) else piece)]
 
 
 def vocabulary_rows(tokenizer: "PreTrainedTokenizerFast") -> int:

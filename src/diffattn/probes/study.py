@@ -59,7 +59,7 @@ class StudiedModel:
         """Yields the held-out text in the model's own tokens, in blocks of one length; documents follow one another."""
         import torch
 
-        from diffattn.data.tokenizer import encode_documents
+        from diffattn.data.encoding import encode_documents
 
         rest: list[int] = []
         documents = (dataclasses.replace(document, text=document.text.rstrip()) for document in self.documents)

@@ -134,12 +134,14 @@ def runs_of(
     Raises:
         ConfigError, DataError: text that cannot be used.
     """
-    on_stage(Stage("reading the text"))
-    corpus = read_corpus(options.text, text_column=options.text_column, on_note=on_note)
-    data = prepare_data(corpus, vocab_size=options.vocab_size, context=options.context, on_stage=on_stage)
+    data = prepare_data(
+        options.text, vocab_size=options.vocab_size, context=options.context, text_column=options.text_column,
+        on_stage=on_stage, on_note=on_note,
+    )  # fmt: skip
     if options.needles:
         on_stage(Stage("hiding numbers in the text"))
-    data = with_needles(data, corpus, share=options.needles)
+        corpus = read_corpus(options.text, text_column=options.text_column)
+        data = with_needles(data, corpus, share=options.needles)
     return [
         Run(options, shape, arm, seed, data)
         for shape in options.shapes()

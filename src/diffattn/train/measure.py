@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from diffattn.data.packing import PreparedData, TrainingOrder
+from diffattn.data.blocks import TrainingOrder
+from diffattn.data.packing import PreparedData
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.train.recipe import Recipe
 from diffattn.train.torch_private import memory_events

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Subset
 
-from diffattn.data.packing import PreparedData, ValidationBlocks
+from diffattn.data.blocks import ValidationBlocks
+from diffattn.data.packing import PreparedData
 from diffattn.errors import ConfigError
 from diffattn.files import file_facts, whole_folder, writable_folder, write_json
 from diffattn.folders import RUN, holds_model_of_ours, own_folder

@@ -58,6 +58,14 @@ def test_a_line_for_each_stage_and_then_how_far_it_is(wait: Wait, capsys: pytest
         assert lines(capsys) == ["building the model"]
 
 
+def test_what_a_killed_process_did_is_not_taken_for_speed(wait: Wait, capsys: pytest.CaptureFixture[str]) -> None:
+    with Board() as board:
+        board(Stage("turning the text into tokens", 900, 1000))
+        wait(20)
+        board(Stage("turning the text into tokens", 950, 1000))
+        assert lines(capsys)[-1] == "turning the text into tokens: 95%, about 20 s left"
+
+
 def test_a_stage_that_reports_nothing_is_heard_of_too(wait: Wait, capsys: pytest.CaptureFixture[str]) -> None:
     with Board() as board:
         board(Stage("compiling"))

@@ -40,6 +40,7 @@ class Board:
         self.screen = screen()
         self._lines = _Live(self.screen, keep) if self.screen.is_terminal else _Plain(self.screen, keep)
         self._began = 0.0
+        self._before = 0
         self._stage = ""
 
     def __enter__(self) -> Board:
@@ -54,10 +55,12 @@ class Board:
         """Begins a stage, or says how far it is; the library calls this."""
         now = time.monotonic()
         if stage.name != self._stage:
-            self._stage, self._began = stage.name, now
+            self._stage, self._began, self._before = stage.name, now, stage.done
         text = ""
         if stage.total and stage.done:
-            left = (now - self._began) * (stage.total - stage.done) / stage.done
+            # What was done before, as by a process that was killed, took no time here.
+            new = stage.done - self._before
+            left = (now - self._began) * (stage.total - stage.done) / new if new else 0.0
             text = f"{stage.name}: {100 * stage.done / stage.total:.0f}%"
             # An estimate before anything is timed would be a guess.
             text += f", about {seconds(round(left))} left" if now - self._began > 1 and left >= 1 else ""

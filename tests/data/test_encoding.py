@@ -1,5 +1,6 @@
 """Long documents: their tokens are those of the whole text, and training on text without spaces ends."""
 
+import functools
 import json
 import random
 import time
@@ -9,10 +10,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from diffattn.data import tokenizer as tokenizer_module
-from diffattn.data.long_text import long_ids
-from diffattn.data.text import SEPARATOR
-from diffattn.data.tokenizer import encode_documents, train_tokenizer
+from diffattn.data import encoding
+from diffattn.data.documents import SEPARATOR, Piece
+from diffattn.data.encoding import DocumentParts, Place, encode_documents, long_ids
+from diffattn.data.tokenizer import train_tokenizer
 
 _RANDOM = random.Random(7)
 _WORDS = ["people", "House", "naïve", "漢字", "I'm", "1234", "the", "the", ";", "\n\n", "\n", "constitution", "🦁"]
@@ -82,12 +83,17 @@ def _joined(runs) -> list[int]:
     return [index for run in runs for index in run]
 
 
+def _in_parts(text: str):
+    """The text as it is read from a file: in parts that end anywhere."""
+    return (text[start : start + 777] for start in range(0, len(text), 777))
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_windows_give_the_tokens_of_the_whole_text(name: str) -> None:
     backend = BACKENDS[name]()
     several = 0
     for text in TEXTS.values():
-        runs = list(long_ids(backend, text, **SMALL))
+        runs = [run.ids for run in long_ids(backend, _in_parts(text), **SMALL)]
         assert _joined(runs) == backend.encode(text, add_special_tokens=False).ids
         several += len(runs) > 3
     # Where a text is one token, or one word of a Unigram model, there are no windows to join.
@@ -100,26 +106,50 @@ def test_windows_that_were_just_strung_together_would_not_do() -> None:
     assert strung != backend.encode(text).ids
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long texts are windows of a few thousand characters, and units end after fewer."""
+    monkeypatch.setattr(encoding, "long_ids", functools.partial(long_ids, **SMALL))
+    for name, size in (("WHOLE", 9000), ("PIECE", 12_000), ("UNIT", 2000), ("CUT", 300)):
+        monkeypatch.setattr(encoding, name, size)
+
+
+def _units(tokenizer: PreTrainedTokenizerFast, texts: list[str], begin: Place) -> list[tuple[list[int], Place]]:
+    """The ids of documents from a place on, by unit; each document comes in pieces."""
+    parts = DocumentParts(tokenizer)
+    encode, found = parts.encoder(), []
+    for number, text in enumerate(texts):
+        if number >= begin.document:
+            place = max(begin, Place(number, 0, 0))
+            cut = [*_in_parts(text)]
+            document = (Piece("", each, last=index == len(cut)) for index, each in enumerate(cut, 1))
+            found += [(encode(unit.parts).tolist(), unit.end) for unit in parts.document(document, place)]
+    return [*found, (encode(parts.rest(Place(len(texts), 0, 0)).parts).tolist(), Place(len(texts), 0, 0))]
+
+
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_long_document_encodes_as_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    windows: list[str] = []
-
-    def small(backend: tokenizers.Tokenizer, text: str):
-        windows.append(text)
-        return long_ids(backend, text, **SMALL)
-
-    monkeypatch.setattr(tokenizer_module, "LONG", 9000)
-    monkeypatch.setattr(tokenizer_module, "long_ids", small)
+def test_a_long_document_encodes_as_the_whole(name: str, small: None) -> None:
     backend = BACKENDS[name]()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SEPARATOR)
     for text in (TEXTS["with spaces"], TEXTS["lines"], TEXTS["letters"]):
-        done: list[int] = []
-        runs = list(encode_documents(tokenizer, ["before", text, "behind"], on_encoded=done.append))
-        expected = [[*backend.encode(each, add_special_tokens=False).ids, 0] for each in ("before", text, "behind")]
-        assert _joined(runs) == _joined(expected)
+        texts, done = ["before", text[:11_000], text, "behind"], []
+        expected = _joined([*backend.encode(each, add_special_tokens=False).ids, 0] for each in texts)
+        assert _joined(encode_documents(tokenizer, texts, on_encoded=done.append)) == expected
         assert done == sorted(done)
-        assert done[-1] == len(text) + 12
-    assert len(windows) == 3
+        assert done[-1] == sum(map(len, texts))
+        assert _joined(ids for ids, _ in _units(tokenizer, texts, Place(0, 0, 0))) == expected
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_encoding_goes_on_at_the_end_of_any_unit(name: str, small: None) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=BACKENDS[name](), eos_token=SEPARATOR)
+    texts = [TEXTS["lines"], "one", TEXTS["letters"]]
+    units = _units(tokenizer, texts, Place(0, 0, 0))
+    # A word of a Unigram model stays whole.
+    assert len(units) > (2 if name == "Unigram" else 5)
+    for index in range(len(units) - 1):
+        rest = _joined(ids for ids, _ in _units(tokenizer, texts, units[index][1]))
+        assert rest == _joined(ids for ids, _ in units[index + 1 :])
 
 
 def test_two_million_characters_are_one_text() -> None:
