@@ -132,7 +132,7 @@ def test_measure_puts_both_beside_each_other(
         (("--sweep", "length=1:2"), "sweep 'length=1:2'"),
         (("--against", "softmax:nope"), "size 'nope'"),
         (("--tp", "5"), "tp=5"),
-        (("--fsdp", "0"), "fsdp=0"),
+        (("--ranks", "0"), "ranks=0"),
         (("--sweep", "context=4k"), "sweep 'context=4k'"),
         (("--fits", "8 bananas"), "memory '8 bananas'"),
         (("--fits", "1MiB"), "wanted more"),

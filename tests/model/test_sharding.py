@@ -13,7 +13,7 @@ from support.small_models import tokens
 
 from diffattn.errors import ConfigError
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.model.sharding import mesh_sizes
+from diffattn.plan.ranks.mesh import mesh_sizes
 
 # Sums in another order: of the losses as such, and of gradients as a part of the largest number of each.
 LOSS, GRADIENT = 1e-6, 5e-6

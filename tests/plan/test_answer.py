@@ -64,7 +64,7 @@ def test_layers_that_see_a_window_are_said(tmp_path: Path) -> None:
 
 
 def test_a_model_alone_is_planned_alone() -> None:
-    result = plan("softmax:300K", setting=Setting(context=64, fsdp=2))
+    result = plan("softmax:300K", setting=Setting(context=64, batch=2, ranks=2, shard="full"))
     assert result.against is None
     assert {(row.against, row.ratio) for row in result.ratios} == {(None, None)}
     assert {row.model for row in result.backends} == {"softmax:300K"}
@@ -180,7 +180,7 @@ def test_json_of_a_plan_has_the_names_of_its_fields(paper: Plan) -> None:
 
 
 def test_parallel_plans_have_rows_for_one_rank() -> None:
-    result = plan("diff_v1:300K", "softmax:300K", Setting(context=64, fsdp=2))
+    result = plan("diff_v1:300K", "softmax:300K", Setting(context=64, batch=2, ranks=2, shard="full"))
     rows = {row.key: row.model for row in result.ratios}
     assert 0 < rows["rank_training_bytes"] < rows["training_bytes"]
 

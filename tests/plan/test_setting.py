@@ -40,7 +40,18 @@ def test_a_machine_may_be_a_file(tmp_path: Path) -> None:
 
 def test_json_names_what_a_person_would_have_to_know() -> None:
     found = Setting(machine="m2", precision="autocast").to_json()
-    assert list(found) == ["context", "batch", "precision", "backend", "checkpointing", "machine", "fsdp", "tp"]
+    assert list(found) == [
+        "context",
+        "batch",
+        "precision",
+        "backend",
+        "checkpointing",
+        "machine",
+        "ranks",
+        "shard",
+        "tp",
+        "per_host",
+    ]
     assert found["precision"] == {
         "weights": "fp32", "gradients": "fp32", "optimizer": "fp32", "activations": "bf16", "cache": "bf16",
         "master": None,
@@ -62,7 +73,10 @@ def test_a_precision_has_the_name_that_it_is_known_by() -> None:
         ({"context": "0"}, "context '0'"),
         ({"batch": -1}, "batch=-1"),
         ({"batch": "x"}, "batch 'x'"),
-        ({"fsdp": 0}, "fsdp=0"),
+        ({"ranks": 0}, "ranks=0"),
+        ({"ranks": 2, "batch": 3}, "take 4"),
+        ({"shard": "half"}, "none, full or hybrid"),
+        ({"ranks": 4, "shard": "hybrid", "per_host": 3, "batch": 4}, "take shard='full'"),
         ({"tp": 0}, "tp=0"),
         ({"precision": "fp8"}, "precision='fp8'.*autocast"),
         ({"backend": "flash"}, "backend='flash'.*materialised"),

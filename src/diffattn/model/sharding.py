@@ -26,6 +26,7 @@ from diffattn.model.attention import Float32Module
 from diffattn.model.modeling import DiffDecoderLayer, DiffTransformerModel, DiffTransformerPreTrainedModel
 from diffattn.model.transformers_private import mark_as_placed
 from diffattn.ops.torch_private import other_parameters, quiet_redistribution
+from diffattn.plan.ranks.mesh import mesh_sizes
 
 REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
 _DTYPES = (None, torch.float32, torch.bfloat16)
@@ -64,33 +65,6 @@ def mesh_for(world: int, *, shard: str, tensor: int = 1, per_host: int | None = 
         )
     sizes = mesh_sizes(world, shard=shard, tensor=tensor, per_host=per_host)
     return init_device_mesh(device, sizes, mesh_dim_names=(REPLICATE, SHARD, TENSOR))
-
-
-def mesh_sizes(world: int, *, shard: str, tensor: int = 1, per_host: int | None = None) -> tuple[int, int, int]:
-    """Returns the sizes of the dimensions that :func:`mesh_for` makes, which also tells whether they can be.
-
-    >>> mesh_sizes(16, shard="hybrid", tensor=2, per_host=8)
-    (2, 4, 2)
-    """
-    per_host = world if per_host is None else per_host
-    if shard not in ("none", "full", "hybrid"):
-        raise ConfigError(f"shard={shard!r}", "none, full or hybrid", "correct the name")
-    if tensor < 1 or world % tensor:
-        raise ConfigError(
-            f"tensor parallelism over {tensor} ranks of {world}",
-            "a number that divides the number of ranks",
-            f"take one of {', '.join(str(size) for size in range(1, world + 1) if world % size == 0)}",
-        )
-    if shard != "hybrid":
-        data = world // tensor
-        return (1, data, tensor) if shard == "full" else (data, 1, tensor)
-    if per_host < 1 or world % per_host or per_host % tensor:
-        raise ConfigError(
-            f"shard='hybrid' with {world} ranks, {per_host} on each host and {tensor} for each layer",
-            "the same number of ranks on each host, which the ranks of a layer divide",
-            "take shard='full', or another number of ranks",
-        )
-    return world // per_host, per_host // tensor, tensor
 
 
 def data_ranks(mesh: DeviceMesh) -> DataRank:

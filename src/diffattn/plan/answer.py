@@ -56,7 +56,7 @@ def plan(
     return Plan(
         model=first,
         against=second,
-        ratios=ratio_rows(estimates, parallel=setting.fsdp * setting.tp > 1),
+        ratios=ratio_rows(estimates, parallel=setting.ranks > 1),
         backends=rows,
         setting=setting,
         command=command,
@@ -94,6 +94,18 @@ _ROWS = (
     ("cache_bytes_per_token", "KV cache", "size", "per token", "cache_bytes_per_token"),
     ("score_bytes", "Score maps in training", "size", "", "score_bytes"),
     ("rank_training_bytes", "Training, one rank", "size", "", "rank training total"),
+    *(
+        (f"rank_training_{part}", f"  of it {label}", "size", "", f"rank training {part}")
+        for part, label in (
+            ("weights", "weights"),
+            ("gradients", "gradients so far"),
+            ("optimizer", "optimizer state"),
+            ("gathered", "gathered weights"),
+            ("buffers", "buffers of gradients"),
+            ("activations", "activations"),
+            ("workspace", "workspace"),
+        )
+    ),
     ("rank_decoding_bytes", "Decoding, one rank", "size", "", "rank decoding total"),
     ("training_model_flops", "Training, model FLOPs", "flops", "per token", "training flops_per_token model"),
     ("training_executed_flops", "Training, executed FLOPs", "flops", "per token", "training flops_per_token executed"),
@@ -140,7 +152,7 @@ def _backend_rows(model: Model, setting: Setting) -> Iterator[BackendRow]:
     for backend in backends_of(model.attention):
         under = replace(setting, backend=backend)
         found = estimate(model.built, model.attention, under)
-        twin = estimate(model.shape, BASELINE, replace(under, tp=1))
+        twin = estimate(model.shape, BASELINE, under.alone)
         training = found.training
         yield BackendRow(
             model=model.name,

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Generic, TypeVar
 
-from diffattn.errors import ConfigError
-from diffattn.plan.activations import layer, norm
+from diffattn.plan.activations import layer
 from diffattn.plan.cost import (
     ByKind,
     Parameters,
@@ -20,7 +19,8 @@ from diffattn.plan.cost import (
     weight_bytes,
 )
 from diffattn.plan.inference import InferenceMemory
-from diffattn.plan.memory import TrainingMemory, decoding_memory, prefill_memory, training_memory, training_moments
+from diffattn.plan.memory import TrainingMemory, decoding_memory, prefill_memory, training_memory
+from diffattn.plan.ranks.memory import RankTraining, check_tensor, rank_memory
 from diffattn.plan.setting import BYTES, Setting
 from diffattn.plan.shape import ModelShape
 from diffattn.variants import VARIANTS
@@ -103,26 +103,6 @@ class DiskSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankTraining(ByKind):
-    """Bytes alive at the peak of a training step on one rank, by kind."""
-
-    weights: int
-    """Bytes of its share of the parameters."""
-    gradients: int
-    """Bytes of its share of the gradients."""
-    optimizer: int
-    """Bytes of its share of the optimizer's state."""
-    gathered: int
-    """Bytes of the one layer that FSDP gathers at a time."""
-    activations: int
-    """Bytes of the results that the backward pass needs."""
-    scores: int
-    """Bytes of the T × T maps of its heads."""
-    workspace: int
-    """Bytes that the passes need besides, counted whole."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class RankInference(ByKind):
     """Bytes alive at the peak of prefill or of one decoding step on one rank, by kind."""
 
@@ -140,12 +120,20 @@ class RankInference(ByKind):
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """The share of one of ``fsdp · tp`` ranks."""
+    """The share of the first of several ranks, which has the most."""
 
-    fsdp: int
-    """Ranks that share weights, gradients and the optimizer's state."""
+    ranks: int
+    """The number of ranks."""
+    wrapper: str
+    """The wrapper that trains them together: ``"DDP"``, ``"FSDP2"``, or ``""`` for one rank."""
+    replicate: int
+    """Copies of the weights."""
+    shard: int
+    """Ranks that share one copy of the weights, the gradients and the optimizer's state."""
     tp: int
     """Ranks that share the heads and the feed-forward network of each layer."""
+    batch: int
+    """Sequences that the rank computes in a forward pass."""
     training: RankTraining | None
     """The rank's part of a training step; None where the weights are integers."""
     prefill: RankInference
@@ -155,13 +143,12 @@ class Rank:
 
     def to_json(self) -> dict[str, object]:
         """Returns the fields by name."""
-        return {
-            "fsdp": self.fsdp,
-            "tp": self.tp,
+        parts = {
             "training": None if self.training is None else self.training.to_json(),
             "prefill": self.prefill.to_json(),
             "decoding": self.decoding.to_json(),
         }
+        return vars(self) | parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,58 +320,30 @@ def estimate(shape: ModelShape, attention: str, setting: Setting) -> Estimate:
 def _rank(
     shape: ModelShape, attention: str, setting: Setting, prefill: InferenceMemory, decoding: InferenceMemory
 ) -> Rank:
-    """Returns the bytes of one of fsdp × tp ranks, by part.
+    """Returns the bytes of one rank: training as ``rank_memory`` says, inference by ``tp`` alone.
 
-    Weights, gradients and optimizer state are cut into fsdp · tp equal parts, and FSDP gathers one layer (1 / tp of it)
-    at a time. Maps and cache are cut by tp. Of the layers' activations what lies between the projections is cut by tp,
-    while norms and residuals are whole on every rank; with checkpointing what is kept is a residual, so all is whole.
-    Workspace is counted whole. Training is the largest of the moments as a rank has them: where parameters are cut and
-    activations are not, the peak lies elsewhere than on one device. Inference is cut by tp alone.
+    In inference weights, cache and maps are cut by tp; activations and workspace are counted whole.
     """
-    fsdp, tp, precision = setting.fsdp, setting.tp, setting.precision
-    groups = VARIANTS[attention].heads(shape).groups
-    if groups % tp:
-        possible = [str(number) for number in range(1, groups + 1) if groups % number == 0]
-        raise ConfigError(
-            f"tp={tp} with {groups} key/value heads of the one {attention} call",
-            "a divisor of them, so that both maps of a pair stay on one rank",
-            f"use one of {', '.join(possible)}",
-        )
-    size = int(BYTES[precision.activations])
-    one = layer(shape, attention, backend=setting.backend, size=size, autocast=precision.autocast, gpu=setting.gpu)
-    whole = norm(shape.hidden_size, size, precision.autocast, VARIANTS[attention].readers)
-    whole += norm(shape.hidden_size, size, precision.autocast, 2)
-    cut = one.token - whole
-
-    def activations(amount: int) -> int:
-        return amount if setting.checkpointing else -(-amount * (whole * tp + cut) // (one.token * tp))
+    mesh = setting.mesh
+    check_tensor(shape, attention, mesh.tensor)
 
     def inference(memory: InferenceMemory) -> RankInference:
         return RankInference(
-            weights=-(-memory.weights // tp),
-            cache=-(-memory.cache // tp),
-            scores=-(-memory.scores // tp),
+            weights=-(-memory.weights // mesh.tensor),
+            cache=-(-memory.cache // mesh.tensor),
+            scores=-(-memory.scores // mesh.tensor),
             activations=memory.activations,
             workspace=memory.workspace,
         )
 
-    training = None
-    if precision.trains:
-        shards = fsdp * tp
-        of_layer = (count_parameters(shape, attention).non_embedding - shape.hidden_size) // shape.num_layers
-        training = max(
-            (
-                RankTraining(
-                    weights=-(-moment.weights // shards),
-                    gradients=-(-moment.gradients // shards),
-                    optimizer=-(-moment.optimizer // shards),
-                    gathered=-(-int(of_layer * size) // tp) if fsdp > 1 else 0,
-                    activations=activations(moment.activations),
-                    scores=-(-moment.scores // tp),
-                    workspace=moment.workspace,
-                )
-                for moment in training_moments(shape, attention, setting).values()
-            ),
-            key=lambda rank: rank.total,
-        )
-    return Rank(fsdp=fsdp, tp=tp, training=training, prefill=inference(prefill), decoding=inference(decoding))
+    return Rank(
+        ranks=setting.ranks,
+        wrapper=setting.wrapper,
+        replicate=mesh.replicate,
+        shard=mesh.shard,
+        tp=mesh.tensor,
+        batch=setting.rank_batch,
+        training=rank_memory(shape, attention, setting) if setting.precision.trains else None,
+        prefill=inference(prefill),
+        decoding=inference(decoding),
+    )

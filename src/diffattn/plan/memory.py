@@ -151,7 +151,7 @@ def training_moments(shape: ModelShape, attention: str, setting: Setting) -> dic
     one = layer(shape, attention, backend=setting.backend, size=size, autocast=autocast, gpu=setting.gpu)
 
     weights = bytes_of(counted.total, lambdas, dtypes.weights)
-    optimizer = 2 * bytes_of(counted.total, lambdas, dtypes.optimizer) + 4 * _tensors(shape, attention)
+    optimizer = 2 * bytes_of(counted.total, lambdas, dtypes.optimizer) + 4 * count_tensors(shape, attention)
     if dtypes.master is not None:
         optimizer += bytes_of(counted.total, 0, dtypes.master)
     head = embedding = V * D
@@ -228,7 +228,7 @@ def training_moments(shape: ModelShape, attention: str, setting: Setting) -> dic
             last + rest + (0 if shape.tie_word_embeddings else embedding * gradient),
             0,
             0,
-            4 * _tensors(shape, attention),
+            4 * count_tensors(shape, attention),
         ),
     }
     return found
@@ -243,6 +243,10 @@ def _tied(shape: ModelShape, gradient: int, autocast: bool) -> int:
     return shape.vocab_size * shape.hidden_size * gradient if shape.tie_word_embeddings and not autocast else 0
 
 
-def _tensors(shape: ModelShape, attention: str) -> int:
-    """Counts the tensors of parameters, each of which has its own step count in AdamW."""
+def count_tensors(shape: ModelShape, attention: str) -> int:
+    """Counts the tensors of parameters, each of which has its own step count in AdamW.
+
+    >>> count_tensors(ModelShape.preset("3M"), "softmax")
+    47
+    """
     return shape.num_layers * (9 + VARIANTS[attention].own_parameters) + 2 + (not shape.tie_word_embeddings)

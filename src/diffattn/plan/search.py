@@ -162,7 +162,7 @@ def sweep(
     memory = None if setting.machine is None else setting.machine.memory
     rows = []
     for value in along.values:
-        at = _at(replace(setting, fsdp=1, tp=1), along.axis, value)
+        at = _at(setting.alone, along.axis, value)
         for each in models:
             found = estimate(each.built, each.attention, at)
             peak = None if found.training is None else found.training.memory.total

@@ -10,6 +10,7 @@ from diffattn.errors import ConfigError
 from diffattn.names import SHORT_DTYPES, one_of
 from diffattn.plan.activations import AUTO, check_backend, find_backend, serving
 from diffattn.plan.hardware import Machine, load_machine
+from diffattn.plan.ranks.mesh import Mesh, mesh_sizes
 from diffattn.plan.shape import ModelShape, check_positive_int
 from diffattn.quantities import short, whole
 
@@ -101,8 +102,9 @@ class Setting:
     context: int
     """Tokens T in a sequence, at least 1; decoding adds one behind them. Default: 4096."""
     batch: int
-    """Sequences B in one forward pass, at least 1; under FSDP those of one rank. A training step of several such passes
-    holds the gradients of the first through the others, so at most the bytes of all gradients more. Default: 1."""
+    """Sequences B in one forward pass of all ranks together, at least 1; those ranks that take different blocks share
+    them equally. A training step of several such passes holds the gradients of the first through the others, so at most
+    the bytes of all gradients more. Default: 1."""
     precision: Precision
     """Number format of each part, or the name of one in ``PRECISIONS``. Default: ``"mixed"``, bfloat16 with a float32
     copy of the weights."""
@@ -118,11 +120,17 @@ class Setting:
     False."""
     machine: Machine | None
     """The machine's peak rates, its name in ``MACHINES``, or a JSON file; None: no times. Default: ``"H100 SXM"``."""
-    fsdp: int
-    """Ranks that share weights, gradients and the optimizer's state, at least 1. Default: 1."""
+    ranks: int
+    """Processes that train together, each with a device of its own. Default: as many as ``tp``."""
+    shard: str
+    """What the ranks share: ``"none"``, each has a copy of the model (DDP); ``"full"``, weights, gradients and the
+    optimizer's state are shared out over all ranks (FSDP2); ``"hybrid"``, over the ranks of a host, and each host has a
+    copy. Default: ``"none"``."""
     tp: int
     """Ranks that share the heads and the feed-forward network of each layer; a divisor of the key/value heads of the
     one attention call. Default: 1."""
+    per_host: int | None
+    """Ranks on each host, for ``"hybrid"``. Default: None, all are on one."""
 
     def __init__(
         self,
@@ -133,8 +141,10 @@ class Setting:
         backend: str = AUTO,
         checkpointing: bool = False,
         machine: Machine | str | Path | None = "H100 SXM",
-        fsdp: int = 1,
+        ranks: int | None = None,
+        shard: str = "none",
         tp: int = 1,
+        per_host: int | None = None,
     ) -> None:
         read = {
             "context": parse_tokens(context, "context") if isinstance(context, str) else context,
@@ -143,13 +153,21 @@ class Setting:
             "backend": find_backend(backend),
             "checkpointing": checkpointing,
             "machine": load_machine(machine) if isinstance(machine, str | Path) else machine,
-            "fsdp": fsdp,
+            "ranks": tp if ranks is None else ranks,
+            "shard": shard,
             "tp": tp,
+            "per_host": per_host,
         }
-        for key in ("context", "batch", "fsdp", "tp"):
+        for key in ("context", "batch", "tp", "ranks", *([] if per_host is None else ["per_host"])):
             check_positive_int(key, read[key])
         for key, value in read.items():
             object.__setattr__(self, key, value)
+        if self.batch % self.mesh.data:
+            raise ConfigError(
+                f"a batch of {self.batch} over {self.mesh.data} ranks that each take a part of it",
+                "a batch that they divide",
+                f"take {self.mesh.data * -(-self.batch // self.mesh.data)}",
+            )
 
     def for_model(self, shape: ModelShape, attention: str) -> Setting:
         """Returns the setting with the backend by which this model is planned: ``"auto"`` is the one that serves.
@@ -174,6 +192,41 @@ class Setting:
         return self
 
     @property
+    def mesh(self) -> Mesh:
+        """The layout of the ranks."""
+        return mesh_sizes(self.ranks, shard=self.shard, tensor=self.tp, per_host=self.per_host)
+
+    @property
+    def rank_batch(self) -> int:
+        """The sequences that one rank computes in a forward pass."""
+        return self.batch // self.mesh.data
+
+    @property
+    def wrapper(self) -> str:
+        """The wrapper of PyTorch that holds the ranks together: ``"DDP"``, ``"FSDP2"``, or ``""`` for one rank.
+
+        >>> Setting(ranks=2, batch=2).wrapper, Setting(ranks=2, batch=2, shard="full").wrapper, Setting(tp=2).wrapper
+        ('DDP', 'FSDP2', 'FSDP2')
+        """
+        if self.ranks == 1:
+            return ""
+        return "DDP" if self.shard == "none" and self.tp == 1 else "FSDP2"
+
+    @property
+    def stored(self) -> int:
+        """The bytes of a weight as FSDP2 keeps it, and of its gradient: those of the copy that the optimizer changes.
+
+        >>> Setting().stored, Setting(precision="bf16").stored
+        (4, 2)
+        """
+        return int(BYTES[self.precision.master or self.precision.weights])
+
+    @property
+    def alone(self) -> Setting:
+        """The same setting on one rank, which computes the whole batch."""
+        return replace(self, ranks=1, shard="none", tp=1, per_host=None)
+
+    @property
     def gpu(self) -> bool:
         """True where the machine is known to be a GPU."""
         return self.machine is not None and self.machine.chip is not None
@@ -182,7 +235,7 @@ class Setting:
         """Returns the fields by name, each as JSON has it.
 
         >>> list(Setting().to_json())
-        ['context', 'batch', 'precision', 'backend', 'checkpointing', 'machine', 'fsdp', 'tp']
+        ['context', 'batch', 'precision', 'backend', 'checkpointing', 'machine', 'ranks', 'shard', 'tp', 'per_host']
         """
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         machine = None if self.machine is None else self.machine.to_json()
@@ -268,7 +321,7 @@ class PlanOptions:
     context: str = str(DEFAULT_SETTING.context)
     """Number of tokens in one sequence; 4k means 4096."""
     batch: str = str(DEFAULT_SETTING.batch)
-    """Number of sequences that are computed together."""
+    """Number of sequences that are computed together, by all GPUs."""
     machine: str = DEFAULT_SETTING.machine.name if DEFAULT_SETTING.machine else ""
     """H100 SXM, A100 80GB, RTX 4090, RTX 3060 12GB, Apple M2, DDR5 desktop or Raspberry Pi 5 (a part of the name is
     enough, such as "rtx 3060"), or a .json file."""
@@ -295,10 +348,15 @@ class PlanOptions:
     to compute V1 that diffattn itself does not have."""
     checkpointing: bool = DEFAULT_SETTING.checkpointing
     """Save memory in training by computing each layer twice."""
-    fsdp: int = DEFAULT_SETTING.fsdp
-    """Number of GPUs that share the weights, the gradients and the optimizer's numbers."""
+    ranks: int | None = None
+    """Number of processes that train together, each on a GPU of its own. Default: as many as --tp."""
+    shard: str = DEFAULT_SETTING.shard
+    """What they share: none (each has the whole model), full (weights, gradients and the optimizer's numbers, over all
+    of them) or hybrid (the same within each host; each host has the whole model)."""
     tp: int = DEFAULT_SETTING.tp
     """Number of GPUs that share the heads and the feed-forward network of each layer."""
+    per_host: int | None = None
+    """Number of GPUs in one host, for hybrid. Default: all GPUs are in one host; of a cluster, 8."""
     sweep: str | None = None
     """Answer for several values as well: context=1k:128k or batch=1:64."""
     fits: str | None = None
@@ -319,5 +377,6 @@ class PlanOptions:
         )  # fmt: skip
         return Setting(
             context=self.context, batch=self.batch, machine=self.machine, backend=self.backend,
-            checkpointing=self.checkpointing, precision=precision, fsdp=self.fsdp, tp=self.tp,
+            checkpointing=self.checkpointing, precision=precision, ranks=self.ranks, shard=self.shard, tp=self.tp,
+            per_host=self.per_host,
         )  # fmt: skip

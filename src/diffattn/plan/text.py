@@ -222,7 +222,9 @@ def setting_line(plan: Plan) -> str:
         "backend": backend_words(plan),
     }
     parts |= {"checkpointing": "on"} if setting.checkpointing else {}
-    parts |= {key: str(ranks) for key, ranks in (("fsdp", setting.fsdp), ("tp", setting.tp)) if ranks > 1}
+    if setting.ranks > 1:
+        parts |= {"ranks": f"{setting.ranks} by {setting.wrapper}", "shard": setting.shard}
+    parts |= {"tp": str(setting.tp)} if setting.tp > 1 else {}
     return "; ".join(f"{key}: {value}" for key, value in parts.items())
 
 

@@ -57,7 +57,7 @@ def ablation() -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, Sequence[Sequence[str]]]:
-    pair = plan("diff_v1:6.8B", "softmax:11B", Setting(fsdp=2))
+    pair = plan("diff_v1:6.8B", "softmax:11B", Setting(batch=2, ranks=2, shard="full"))
     scaling = fit_scaling("figure3a", at=(6.8e9, 13.1e9), bootstrap=100)
     measured = [
         MeasuredRow(what="peak of training, checkpointing", unit="bytes", predicted=1e9, measured=9e8, exact=False)
