@@ -8,6 +8,7 @@ end with its exit status. What is computed goes through PyTorch's process group,
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -290,9 +291,16 @@ def _make_group(rank: Rank, device: str, store: dist.Store) -> None:
 
 def _agree(ranks: Ranks, store: dist.Store, mine: Mapping[str, object]) -> None:
     """Raises on rank 0 where another rank has another option; the others end by that."""
-    from diffattn import __version__
 
-    said = json.loads(json.dumps({"version of diffattn": __version__, "version of torch": torch.__version__, **mine}))
+    said = json.loads(
+        json.dumps(
+            {
+                "version of diffattn": importlib.metadata.version("diffattn"),
+                "version of torch": torch.__version__,
+                **mine,
+            }
+        )
+    )
     store.set(f"options/{ranks.rank.number}", json.dumps(said))
 
     def compare() -> None:
