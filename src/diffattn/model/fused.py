@@ -91,7 +91,7 @@ def diff_fused_attention(
         kernel = None
     if kernel is not None:
         if kernel.decodes(query, value):
-            gain, norm_scale, eps = (None, 1.0, None) if norm is None else (norm.weight, norm.scale, norm.eps)
+            gain, norm_scale, eps = (None, 1.0, None) if norm is None else (_gain(norm), norm.scale, norm.eps)
             output = kernel.decode(
                 query, key, value, lam, scale=scaling, queries=queries, gain=gain, norm_scale=norm_scale, eps=eps
             )
@@ -115,6 +115,12 @@ def diff_fused_attention(
         o_BTNV = o_BTNV.masked_fill(dead, 0.0)
     output = subtract(o_BTNV, lam)
     return output if norm is None else norm(output, norm.scale), None
+
+
+def _gain(norm: RMSNormPerHead) -> Tensor | None:
+    """Returns the gain of a norm as a plain tensor: a model that is spread over ranks has it whole, as a DTensor."""
+    to_local = getattr(norm.weight, "to_local", None)
+    return norm.weight if to_local is None else to_local()
 
 
 def serving_backend(attention: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
