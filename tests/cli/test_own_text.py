@@ -11,6 +11,8 @@ from tokenizers import normalizers
 
 from diffattn.cli.main import main
 from diffattn.data.packing import prepare_data
+from diffattn.data.tokenizer import fingerprint, train_tokenizer, vocabulary_rows
+from diffattn.model.loading import load_tokenizer
 from diffattn.train.continued import continue_training
 from diffattn.train.own import read_own
 from diffattn.train.recipe import Recipe
@@ -91,6 +93,30 @@ def test_several_texts_are_kept_with_their_weights(verb: str, capsys: pytest.Cap
     assert main([*resume, "--text", "moved/a.txt:0.7", "moved/b.jsonl:0.3"]) == 0
 
 
+def test_a_tokenizer_that_is_given_is_used_and_kept(
+    tmp_path: Path, lossy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", "--shape", "small.toml", "--attention", "softmax", *SMALL, "--text", "text.txt", "--out", "run"]
+    assert main([*train, "--tokenizer", "lossy"]) == 2
+    rows = vocabulary_rows(load_tokenizer(lossy))
+    assert f"write a shape with vocab_size = {rows} into a TOML file for --shape" in errors(capsys)
+    small = train_tokenizer([TEXT], 280)
+    small.save_pretrained(tmp_path / "mine")
+    assert main([*train, "--tokenizer", "mine"]) == 0
+    assert read_own(Path("run")).tokenizer == tmp_path / "mine"
+    assert load_tokenizer(tmp_path / "run" / "model").get_vocab() == small.get_vocab()
+    assert json.loads(Path("run/config.json").read_text())["data"]["tokenizer"] == fingerprint(small)
+    assert main(["train", "--resume", "--out", "run"]) == 0
+    assert main(["train", "--resume", "--out", "run", "--tokenizer", "mine"]) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", "run", "--tokenizer", "lossy"]) == 2
+    assert "--tokenizer" in errors(capsys)
+    assert main(["train", "--from", "run/model", "--tokenizer", "mine", "--out", "other"]) == 2
+    assert "--tokenizer mine beside --from run/model" in errors(capsys)
+    assert main([*train[:-1], "third", "--tokenizer", "nowhere"]) == 2
+    assert not Path("third").exists()
+
+
 def test_a_run_that_kept_one_text_as_a_name_goes_on() -> None:
     """As versions did that knew one text."""
     Path("a.txt").write_text("\n\f\n".join(ROWS))
@@ -115,7 +141,7 @@ def test_what_is_left_out_of_a_folder_is_said(capsys: pytest.CaptureFixture[str]
 
 def test_a_new_models_tokenizer_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *SMALL, "--shape", "small.toml", "--lossy-tokenizer", "--out", "run"]) == 2
-    assert "--lossy-tokenizer without --from" in errors(capsys)
+    assert "--lossy-tokenizer without --from or --tokenizer" in errors(capsys)
     assert not Path("run").exists()
 
 

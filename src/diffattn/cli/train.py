@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffattn.train.record import TrainResult
 
 # What a model to start from says by itself.
-_OF_A_SHAPE = ("shape", "attention", "match")
+_OF_A_SHAPE = ("shape", "attention", "match", "tokenizer")
 
 
 def train(
@@ -68,15 +68,17 @@ def _start(options: TrainOptions, recipe: Recipe, console: Console) -> TrainResu
             context=options.context, lossy_tokenizer=options.lossy_tokenizer, track=options.track,
             on_progress=lambda step: console.progress(name, step), on_stage=console, on_note=console.note,
         )  # fmt: skip
-    if options.lossy_tokenizer:
+    if options.lossy_tokenizer and options.tokenizer is None:
         raise ConfigError(
-            "--lossy-tokenizer without --from", "--from beside it, since the tokenizer of a new model loses nothing",
+            "--lossy-tokenizer without --from or --tokenizer",
+            "one of them beside it, since a tokenizer that is trained on the text loses nothing",
             "leave --lossy-tokenizer out",
         )  # fmt: skip
     name = f"{options.attention} seed {recipe.seed}"
     return train_shape(
         options.shape, options.attention, recipe, console.folder, text=options.text, text_column=options.text_column,
-        context=options.context, match=options.match, track=options.track,
+        context=options.context, match=options.match, tokenizer=options.tokenizer,
+        lossy_tokenizer=options.lossy_tokenizer, track=options.track,
         on_progress=lambda step: console.progress(name, step), on_stage=console, on_note=console.note,
     )  # fmt: skip
 
@@ -103,11 +105,14 @@ def _moved(own: Own, folder: Path, others: Mapping[str, object]) -> tuple[tuple[
     from diffattn.train.own import same_shape, same_text
 
     has = dataclasses.asdict(own.recipe) | {"attention": own.attention, "context": own.context}
-    has |= {"text_column": own.text_column, "lossy_tokenizer": own.lossy_tokenizer}
+    has |= {"text_column": own.text_column, "lossy_tokenizer": own.lossy_tokenizer, "tokenizer": own.tokenizer}
     has |= {"text": own.text, "source": own.source, "match": own.match, "shape": own.shape and own.shape.name}
     same: dict[str, Callable[[Any], bool]] = {
         "text": lambda text: same_text(text, own.text, own.data_digest, own.text_column)
     }
+    if own.tokenizer is not None:
+        its_tokenizer = own.tokenizer
+        same["tokenizer"] = lambda folder: folder.absolute() == its_tokenizer
     if own.source is not None:
         same["source"] = lambda source: weights_digest(source) == own.source_digest
     elif own.shape is None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
-
 from diffattn.checkpoint_files import printable, read_config, weights_digest
 from diffattn.data.packing import prepare_data
-from diffattn.data.tokenizer import vocabulary_rows
 from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.loading import check_weights, load_config, load_model, load_tokenizer
+from diffattn.model.loading import check_weights, load_config, load_model
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
 from diffattn.train.options import TrainOptions
@@ -20,7 +17,7 @@ from diffattn.train.own import to_keep
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import TrainResult
 from diffattn.train.run import train
-from diffattn.train.single import check_context, check_out, new_folder
+from diffattn.train.single import check_context, check_out, fitting_tokenizer, new_folder
 from diffattn.train.trackers.callback import check_trackers
 
 CONTEXT = 512
@@ -72,7 +69,7 @@ def continue_training(
     """
     source = Path(source)
     config = _read_config(source)
-    tokenizer = _load_tokenizer(source, config.vocab_size)
+    tokenizer = fitting_tokenizer(source, config.vocab_size, whose="model")
     # This comes before the data is prepared, which can take long.
     check_weights(source)
     default = min(config.max_position_embeddings, CONTEXT)
@@ -103,20 +100,3 @@ def _read_config(source: Path) -> DiffTransformerConfig:
             "convert it with diffattn convert, or name another folder with --from",
         )
     return load_config(source)
-
-
-def _load_tokenizer(source: Path, rows: int) -> PreTrainedTokenizerFast:
-    tokenizer = load_tokenizer(source)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ConfigError(
-            f"the tokenizer in {source} is {type(tokenizer).__name__}",
-            "one with a tokenizer.json",
-            "save it again with a recent transformers",
-        )
-    if vocabulary_rows(tokenizer) > rows:
-        raise ConfigError(
-            f"the tokenizer in {source} has ids up to {vocabulary_rows(tokenizer) - 1}, the model {rows} rows",
-            "a row for each id",
-            "take the tokenizer that belongs to the model",
-        )
-    return tokenizer

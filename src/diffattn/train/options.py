@@ -36,8 +36,11 @@ class TrainOptions:
     """Name of the field that holds the text, where the text is rows of JSON, CSV or Parquet."""
     context: int | None = None
     """Tokens that the model reads at once. Default: as many as the shape says."""
+    tokenizer: Path | None = None
+    """Folder of a tokenizer for a new model, which may have as many tokens as the shape's vocab_size or fewer. Default:
+    one is trained on the text."""
     lossy_tokenizer: bool = False
-    """Use a tokenizer that loses more than 1% of the text; only with ``source``."""
+    """Use a tokenizer that loses more than 1% of the text; only with ``source`` or ``tokenizer``."""
     track: tuple[str, ...] = field(default=(NO_TRACKER,), metadata={"choices": TRACKERS})
     """Programs that show the metrics too, one or several; their files lie in the run folder, and metrics.jsonl is
     written anyway."""

@@ -29,6 +29,8 @@ class Own:
     context: int
     data_digest: str
     text_column: str = "text"
+    tokenizer: Path | None = None
+    """The folder of a tokenizer that was given for a shape."""
     lossy_tokenizer: bool = False
     track: tuple[str, ...] = TrainOptions.track
     shape: ModelShape | None = None
@@ -54,7 +56,7 @@ def read_own(folder: Path) -> Own:
         source, data = config.get("source"), config["data"]
         options = config.get("options", {"text": data["name"], "context": data["context"]})
         column = options.get("text_column", "text")
-        lossy = options.get("lossy_tokenizer", False)
+        lossy, tokenizer = options.get("lossy_tokenizer", False), options.get("tokenizer")
         # An earlier version of diffattn kept the name of its one text.
         text = (options["text"],) if isinstance(options["text"], str) else tuple(options["text"])
         track = tuple(options.get("track", TrainOptions.track))
@@ -73,6 +75,7 @@ def read_own(folder: Path) -> Own:
             context=options["context"],
             data_digest=data["digest"],
             text_column=column,
+            tokenizer=Path(tokenizer) if tokenizer is not None else None,
             lossy_tokenizer=lossy,
             track=track,
             shape=ModelShape(**options["shape"]) if "shape" in options else None,

@@ -57,6 +57,6 @@ def resume_training(
         )  # fmt: skip
     return train_shape(
         own.shape or shape, own.attention, own.recipe, out, text=text, text_column=own.text_column,
-        context=own.context, match=own.match or match, track=track, resume=True, on_progress=on_progress,
-        on_stage=on_stage, on_note=on_note,
+        context=own.context, match=own.match or match, tokenizer=own.tokenizer, lossy_tokenizer=own.lossy_tokenizer,
+        track=track, resume=True, on_progress=on_progress, on_stage=on_stage, on_note=on_note,
     )  # fmt: skip

@@ -6,10 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerFast
+
 from diffattn.data.packing import prepare_data
+from diffattn.data.tokenizer import vocabulary_rows
 from diffattn.errors import ConfigError, DiffattnError
 from diffattn.files import writable_folder
 from diffattn.folders import RUN, own_folder
+from diffattn.model.loading import load_tokenizer
 from diffattn.model.pairing import build_pair, pair_config
 from diffattn.plan.named_model import load_shape
 from diffattn.plan.shape import ModelShape
@@ -34,6 +38,8 @@ def train_shape(
     text_column: str = TrainOptions.text_column,
     context: int | None = TrainOptions.context,
     match: str = TrainOptions.match,
+    tokenizer: str | Path | None = TrainOptions.tokenizer,
+    lossy_tokenizer: bool = TrainOptions.lossy_tokenizer,
     track: Sequence[str] = TrainOptions.track,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
@@ -47,7 +53,8 @@ def train_shape(
         attention: the variant.
         recipe: the settings of the run.
         out: the run folder; it must not hold a run unless ``resume``.
-        text, text_column, match, track: see :class:`diffattn.train.options.TrainOptions`.
+        text, text_column, match, tokenizer, lossy_tokenizer, track: see
+            :class:`diffattn.train.options.TrainOptions`.
         context: tokens per block; default and upper limit: the shape's ``max_position_embeddings``.
         resume: continue from the last good checkpoint in ``out``.
         on_progress: called after each step.
@@ -55,22 +62,26 @@ def train_shape(
         on_note: called with a line about the text that a person should see.
 
     Raises:
-        ConfigError, DataError: nothing was written.
+        CheckpointError, ConfigError, DataError: nothing was written.
         TrainingError, KeyboardInterrupt: the same as :func:`diffattn.train.run.train`.
     """
     shape = shape if isinstance(shape, ModelShape) else load_shape(shape)
     pair_config(shape, attention, match=match)
     context = check_context(shape, context)
     track = check_trackers(track)
+    given = None if tokenizer is None else fitting_tokenizer(Path(tokenizer), shape.vocab_size, whose="shape")
     check_out(out, resume)
     with new_folder(Path(out)) as folder:
         data = prepare_data(
-            text, vocab_size=shape.vocab_size, context=context, text_column=text_column, on_stage=on_stage,
-            on_note=on_note,
+            text, vocab_size=shape.vocab_size if given is None else None, tokenizer=given, context=context,
+            text_column=text_column, lossy_tokenizer=lossy_tokenizer, on_stage=on_stage, on_note=on_note,
         )  # fmt: skip
         on_stage(Stage("building the model"))
         model = build_pair(shape, attention, seed=recipe.seed, match=match).model
-        options = to_keep(text, context, text_column, shape=shape, attention=attention, match=match, track=track)
+        options = to_keep(
+            text, context, text_column, shape=shape, attention=attention, match=match, track=track,
+            tokenizer=None if tokenizer is None else str(Path(tokenizer).absolute()), lossy_tokenizer=lossy_tokenizer,
+        )  # fmt: skip
         return train(
             model, data, recipe, folder, options=options, track=track, resume=resume, on_progress=on_progress,
             on_stage=on_stage,
@@ -88,6 +99,26 @@ def check_context(shape: ModelShape, context: int | None, *, whose: str = "shape
             f"change it{more}",
         )
     return context
+
+
+def fitting_tokenizer(folder: Path, rows: int, *, whose: str) -> PreTrainedTokenizerFast:
+    """Loads the tokenizer of a folder; raises if it has more tokens than a model or a shape has rows."""
+    tokenizer = load_tokenizer(folder)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(
+            f"the tokenizer in {folder} is {type(tokenizer).__name__}",
+            "one with a tokenizer.json",
+            "save it again with a recent transformers",
+        )
+    needed = vocabulary_rows(tokenizer)
+    if needed > rows:
+        way = "take the tokenizer that belongs to the model"
+        if whose == "shape":
+            way = f"write a shape with vocab_size = {needed} into a TOML file for --shape, or take another tokenizer"
+        raise ConfigError(
+            f"the tokenizer in {folder} has ids up to {needed - 1}, the {whose} {rows} rows", "a row for each id", way
+        )
+    return tokenizer
 
 
 def check_out(out: str | Path, resume: bool) -> None:
