@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 # The bytes of files from which on it is kept what one reading of them found.
 KEPT_BYTES = 1 << 26
 # The characters of text that a tokenizer is trained on, about, where there are more.
-SAMPLE = 1 << 27
+SAMPLE = 1 << 26
 # Between two reports, in bytes or characters.
 _REPORTED = 1 << 20
 _MANIFEST = "manifest.json"

@@ -11,7 +11,6 @@ import os
 import queue
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -131,16 +130,14 @@ def write_shard(path: Path, ids: npt.NDArray[np.unsignedinteger[Any]]) -> None:
 
     batch = pyarrow.record_batch([pyarrow.array(ids)], names=[_COLUMN])
     # A process may read the file that this one replaces.
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as file:
-        try:
-            with pyarrow.ipc.new_stream(file, batch.schema) as stream:
-                stream.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with new.open("wb") as file, pyarrow.ipc.new_stream(file, batch.schema) as stream:
+            stream.write_batch(batch)
+        sync(new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
     sync(path.parent)
 
 
