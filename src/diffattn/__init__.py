@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffattn.model.sharding import shard as shard
     from diffattn.ops.dispatch import diff_attention as diff_attention
     from diffattn.plan.answer import plan as _plan
+    from diffattn.plan.cluster.answer import plan_cluster as plan_cluster
     from diffattn.plan.named_model import load_shape as load_shape
     from diffattn.plan.setting import Setting as Setting
     from diffattn.plan.shape import ModelShape as ModelShape
@@ -81,6 +82,7 @@ _HOME = {
     "measure_machine": "study.measured_machine:measure_machine",
     "measure_plan": "study.plan_check:measure_plan",
     "mesh_for": "model.sharding:mesh_for",
+    "plan_cluster": "plan.cluster.answer:plan_cluster",
     "plan_pair": "plan.answer:plan",
     "prepare_data": "data.packing:prepare_data",
     "read_points": "scaling.points:read_points",

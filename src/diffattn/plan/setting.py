@@ -351,8 +351,8 @@ class PlanOptions:
     ranks: int | None = None
     """Number of processes that train together, each on a GPU of its own. Default: as many as --tp."""
     shard: str = DEFAULT_SETTING.shard
-    """What they share: none (each has the whole model), full (weights, gradients and the optimizer's numbers, over all
-    of them) or hybrid (the same within each host; each host has the whole model)."""
+    """Way to share the model: none (each has the whole model), full (weights, gradients and the optimizer's numbers are
+    cut into parts) or hybrid (the same within each host; each host has the whole model)."""
     tp: int = DEFAULT_SETTING.tp
     """Number of GPUs that share the heads and the feed-forward network of each layer."""
     per_host: int | None = None

@@ -34,7 +34,7 @@ from diffattn.variants import VARIANTS
 
 # The precisions and the backends that can be built here; the planner knows more of both.
 _PRECISIONS = ("fp32", "autocast", "bf16")
-_IMPLEMENTATIONS = {"fused_cpu": DIFF_FUSED, "standard": "sdpa", "materialised": "eager"}
+IMPLEMENTATIONS = {"fused_cpu": DIFF_FUSED, "standard": "sdpa", "materialised": "eager"}
 
 
 class Subject:
@@ -56,11 +56,11 @@ class Subject:
     """
 
     def __init__(self, shape: ModelShape, attention: str, setting: Setting) -> None:
-        setting = _here(shape, attention, setting)
+        setting = as_built_here(shape, attention, setting.alone)
         self.shape, self.attention, self.setting = shape, attention, setting
         self.autocasts = setting.precision.autocast
         dtype = _dtype(setting)
-        implementation = _IMPLEMENTATIONS[setting.backend]
+        implementation = IMPLEMENTATIONS[setting.backend]
         if setting.backend == "fused_cpu" and VARIANTS[attention].maps == 1:
             implementation = "sdpa"
         elif setting.backend == "fused_cpu" and serving_backend(attention, "cpu", dtype, shape.head_dim) != "fused_cpu":
@@ -234,7 +234,7 @@ def measure_plan(
     >>> all(row.ratio == 1 for row in rows if row.exact)
     True
     """
-    setting = _here(shape, attention, setting)
+    setting = as_built_here(shape, attention, setting.alone)
     batch, context, precision = setting.batch, setting.context, setting.precision
     step_peak = training_memory(shape, attention, setting).total
     memory = main_memory()
@@ -306,11 +306,14 @@ def _dtype(setting: Setting) -> torch.dtype:
     return torch.float32 if setting.precision.name == "fp32" else torch.bfloat16
 
 
-def _here(shape: ModelShape, attention: str, setting: Setting) -> Setting:
+def as_built_here(shape: ModelShape, attention: str, setting: Setting) -> Setting:
     """Returns the setting as this machine's processor runs it, with the backend that serves there for ``"auto"``.
 
     Raises:
         ConfigError: no model can be built here in this setting.
+
+    >>> as_built_here(ModelShape.preset("300K"), "softmax", Setting(precision="fp32")).backend
+    'standard'
     """
     precision = setting.precision.name
     given = f"precision={precision!r}" if precision else "a format of a single part, such as --weights-dtype"
@@ -323,10 +326,10 @@ def _here(shape: ModelShape, attention: str, setting: Setting) -> Setting:
     backend = setting.backend
     if backend == AUTO:
         backend = serving_backend(attention, "cpu", _dtype(setting), shape.head_dim)
-    if backend not in _IMPLEMENTATIONS:
+    if backend not in IMPLEMENTATIONS:
         raise ConfigError(
             f"backend={backend!r}",
-            f"for a model that is built, one of {', '.join(_IMPLEMENTATIONS)}",
+            f"for a model that is built, one of {', '.join(IMPLEMENTATIONS)}",
             "pass one of them as --backend",
         )
     return replace(setting, backend=backend, machine=None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from diffattn.data.blocks import TrainingOrder
@@ -61,16 +61,14 @@ class TrainingStep:
     """A training step on the same tokens again and again: forward, backward, clipping, AdamW.
 
     Args:
-        model: the model, which each step changes; it is put into training mode.
+        model: the model, bare or in a wrapper such as DDP, which each step changes; it is put into training mode.
         ids: the tokens (B, T), on the model's device.
         autocast: compute the products of the forward pass in bfloat16.
         passes: forward and backward passes of each step.
         options: further arguments of each forward pass.
     """
 
-    def __init__(
-        self, model: DiffTransformerForCausalLM, ids: Tensor, *, autocast: bool, passes: int = 1, **options: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, ids: Tensor, *, autocast: bool, passes: int = 1, **options: bool) -> None:
         self.model, self.ids, self.autocast, self.passes, self.options = model.train(), ids, autocast, passes, options
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 

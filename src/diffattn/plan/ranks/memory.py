@@ -108,18 +108,18 @@ def rank_moments(shape: ModelShape, attention: str, setting: Setting) -> dict[st
     mesh = setting.mesh
     check_tensor(shape, attention, mesh.tensor)
     if setting.wrapper != "FSDP2":
-        return _copies(shape, attention, replace(setting, batch=setting.rank_batch))
+        return _copies(shape, attention, setting)
     return _Sharded(shape, attention, setting.for_model(shape, attention)).moments()
 
 
 def _copies(shape: ModelShape, attention: str, setting: Setting) -> dict[str, RankTraining]:
     """Returns the moments of a rank that has the whole model: those of one process, and the buckets of DDP."""
-    buckets = 0
+    buckets, alone = 0, replace(setting.alone, batch=setting.rank_batch)
     if setting.wrapper == "DDP":
         buckets = int(count_parameters(shape, attention).total * BYTES[setting.precision.gradients])
     return {
         name: RankTraining(**vars(moment), gathered=0, buffers=buckets)
-        for name, moment in training_moments(shape, attention, setting).items()
+        for name, moment in training_moments(shape, attention, alone).items()
     }
 
 
