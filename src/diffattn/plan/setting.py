@@ -123,7 +123,7 @@ class Setting:
     ranks: int
     """Processes that train together, each with a device of its own. Default: as many as ``tp``."""
     shard: str
-    """What the ranks share: ``"none"``, each has a copy of the model (DDP); ``"full"``, weights, gradients and the
+    """The way in which the ranks share the model: ``"none"``, each has a copy of the model (DDP); ``"full"``, weights, gradients and the
     optimizer's state are shared out over all ranks (FSDP2); ``"hybrid"``, over the ranks of a host, and each host has a
     copy. Default: ``"none"``."""
     tp: int
@@ -223,7 +223,7 @@ class Setting:
 
     @property
     def alone(self) -> Setting:
-        """The same setting on one rank, which computes the whole batch."""
+        """This setting on one rank, which computes the whole batch."""
         return replace(self, ranks=1, shard="none", tp=1, per_host=None)
 
     @property

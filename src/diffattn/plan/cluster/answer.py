@@ -35,7 +35,7 @@ class Layout:
     tp: int
     """Ranks that compute each layer together."""
     checkpointing: bool
-    """Whether layers are computed again."""
+    """True where layers are computed again."""
     sequences: int
     """Sequences that a rank computes in one pass."""
     passes: int
@@ -43,9 +43,9 @@ class Layout:
     memory: RankTraining
     """Bytes at the peak of a rank."""
     fits: bool
-    """Whether they are at most nine tenths of the machine's memory."""
+    """True where they are at most nine tenths of the machine's memory."""
     traffic: Traffic
-    """What a rank exchanges in one pass."""
+    """The exchange of a rank in one pass."""
     compute_seconds: float
     """Seconds of a step's arithmetic at the machine's peak rates."""
     traffic_seconds: float

@@ -61,7 +61,7 @@ class Cluster:
     between: float
     """Bytes per second of each machine to other hosts, each way."""
     source: str
-    """Where the links' numbers come from."""
+    """The sources of the links' numbers."""
 
     @property
     def hosts(self) -> int:

@@ -33,7 +33,7 @@ from diffattn.plan.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What a rank exchanges in one forward and backward pass."""
+    """The exchange of a rank in one forward and backward pass."""
 
     gathered: int
     """Bytes of weights that it receives as layers are gathered."""

@@ -1,4 +1,4 @@
-"""How ranks are laid out: copies of the model, shares of its weights, and ranks that compute one layer together."""
+"""The layout of ranks: copies of the model, shares of its weights, and ranks that compute one layer together."""
 
 from __future__ import annotations
 
