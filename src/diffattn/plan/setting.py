@@ -123,9 +123,9 @@ class Setting:
     ranks: int
     """Processes that train together, each with a device of its own. Default: as many as ``tp``."""
     shard: str
-    """The way in which the ranks share the model: ``"none"``, each has a copy of the model (DDP); ``"full"``, weights, gradients and the
-    optimizer's state are shared out over all ranks (FSDP2); ``"hybrid"``, over the ranks of a host, and each host has a
-    copy. Default: ``"none"``."""
+    """The way in which the ranks share the model: ``"none"``, each has a copy of it (DDP); ``"full"``, weights,
+    gradients and the optimizer's state are shared out over all ranks (FSDP2); ``"hybrid"``, over the ranks of a host,
+    and each host has a copy. Default: ``"none"``."""
     tp: int
     """Ranks that share the heads and the feed-forward network of each layer; a divisor of the key/value heads of the
     one attention call. Default: 1."""
