@@ -194,8 +194,10 @@ class _Sharded:
         reduced = self.kept_size * groups.layer.part * L
         last = self.exact_size * groups.layer.gathered
         both = 3 if shape.tie_word_embeddings else 2
+        # Each rank of a layer makes a gradient of all symbols, and takes its part of it.
+        symbols = size * V * D if tensor > 1 else 0
         found["gradient of the embedding"] = self._at(
-            gathered=root + exact, gradients=reduced + both * head, buffers=last, workspace=hidden
+            gathered=root + exact, gradients=reduced + both * head, buffers=last, workspace=hidden + symbols
         )
         found |= self._reduction("the rest", self.groups.root, gradients=reduced, gathered=exact)
         found["optimizer step"] = self._at(gradients=self.kept_size * groups.part, workspace=self.steps)
