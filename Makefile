@@ -5,7 +5,7 @@ READY := .venv/ready
 # pip, which says what it is at.
 INSTALL = $(PYTHON) tools/install.py
 
-.PHONY: help setup compare test test-full test-gpu-offline test-vllm asan wheels dist docs portable check benchmarks ladder study gates rates ablation test-lowest test-newest
+.PHONY: help setup compare test test-full test-gpu-offline test-vllm test-ray asan wheels dist docs portable check benchmarks ladder study gates rates ablation test-lowest test-newest
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +41,10 @@ test-full: $(READY) ## also those on real weights, SmolLM2-135M
 test-gpu-offline: $(READY) ## the Triton kernels compiled for every GPU of the block tables, without one
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.gpu_offline --out benchmarks/results/gpu_offline.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops/triton/test_offline.py
+
+# On the machine itself, where each test starts Ray or plays several machines: about ten minutes of two cores.
+test-ray: $(READY) ## the tests that start Ray on this machine
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.ray_tests --out benchmarks/results/ray.jsonl
 
 # vLLM wants an environment apart (3.4 GB); the comparison takes about 10 minutes and writes its rows.
 test-vllm: .venv-vllm/ready ## the models in vLLM beside generate, in .venv-vllm

@@ -8,7 +8,6 @@ import queue
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,6 +45,11 @@ def elsewhere(function: Callable[[], Result]) -> Result:
     return found[0]
 
 
+def me() -> str:
+    """This process, as a lock names it."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
 def test_a_comparison_is_one_processes(tmp_path: Path) -> None:
     options = CompareOptions(
         shape=write_shape(tmp_path), text=write_text(tmp_path), steps=2, seeds=1, variants=("softmax",), dtype="float32"
@@ -80,9 +84,7 @@ def test_a_ladder_takes_the_runs_that_nobody_has_and_names_the_others(tmp_path: 
     rows = run_ladder(ladder, out=out, on_progress=progress)
     # While the first trained softmax, the second trained the other; neither was trained twice.
     assert found == [["diff_v1"]]
-    assert [str(run) for run in missing] == [
-        f"softmax-16x2-seed0-4-0.01 (process {os.getpid()} on {socket.gethostname()})"
-    ]
+    assert [str(run) for run in missing] == [f"softmax-16x2-seed0-4-0.01 ({me()})"]
     assert [row.arm for row in rows] == ["softmax", "diff_v1"]
     assert len(read_rows(out / "rows.jsonl")) == 2
     (run,) = out.glob("softmax-*")
@@ -96,7 +98,6 @@ def test_the_command_says_which_rows_are_missing_and_who_trains_them(
     write_text(tmp_path)
     words = f"--tokens 64 --seeds 1 --vocab-size 300 --context 16 --batch-size 2 --text {tmp_path / 'text'} --json"
     rates = {"scale": "--sizes 7k --variants softmax diff_v1", "eval": "--size 7k --arms softmax diff_v1"}
-    me = f"process {os.getpid()} on {socket.gethostname()}"
     for verb, more in rates.items():
         out = tmp_path / verb
         out.mkdir()
@@ -107,10 +108,10 @@ def test_the_command_says_which_rows_are_missing_and_who_trains_them(
         with held(folder):
             assert elsewhere(lambda command=command: main(command)) == 0  # type: ignore[misc]
         said = capsys.readouterr()
-        assert f"no row yet: {folder.name}, which {me} trains" in said.err.splitlines()
+        assert f"no row yet: {folder.name}, which {me()} trains" in said.err.splitlines()
         assert "1 of 2 rows, call it again once the others are done, or wait by --wait" in said.err
         if verb == "scale":
-            assert json.loads(said.out)["missing"] == [{"run": folder.name, "by": me}]
+            assert json.loads(said.out)["missing"] == [{"run": folder.name, "by": me()}]
             assert "fit them" not in said.err
 
 
@@ -122,35 +123,23 @@ def test_who_waits_has_all_rows_and_takes_over_what_another_leaves(
     folder = out / "softmax-16x2-seed0-4-0.01"
     folder.mkdir(parents=True)
     (out / "rows.jsonl").touch()
-    stages: list[str] = []
-    waited: list[float] = []
-    with ExitStack() as stack:
-        stack.enter_context(held(folder))
+    found: list[list[str]] = []
+    stages: queue.SimpleQueue[str] = queue.SimpleQueue()
+    monkeypatch.setattr("diffattn.scaling.ladder._PATIENCE", 0.05)
 
-        def pause(seconds: float) -> None:
-            waited.append(seconds)
-            # The other one ends without its row.
-            here.put(stack.close)
-            closed.wait(30)
+    def wait() -> None:
+        rows = run_ladder(options, out=out, work=WorkOptions(wait=True), on_stage=lambda at: stages.put(at.name))
+        found.append([row.arm for row in rows])
 
-        # A lock is let go by the thread that has it.
-        here: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        closed = threading.Event()
-        monkeypatch.setattr("diffattn.scaling.ladder.time.sleep", pause)
-        found: list[list[str]] = []
-        work = WorkOptions(wait=True)
-        thread = threading.Thread(
-            target=lambda: found.append(
-                [row.arm for row in run_ladder(options, out=out, work=work, on_stage=lambda at: stages.append(at.name))]
-            )
-        )
+    thread = threading.Thread(target=wait)
+    with held(folder):
         thread.start()
-        here.get(timeout=60)()
-        closed.set()
-        thread.join()
+        while not (name := stages.get(timeout=100)).startswith("waiting for"):
+            assert not found
+    # The other one has ended without its row.
+    thread.join()
+    assert name == f"waiting for 1 runs that others train, such as {folder.name} ({me()})"
     assert found == [["softmax", "diff_v1"]]
-    assert len(waited) == 1
-    assert any(name.startswith(f"waiting for 1 runs that others train, such as {folder.name} (") for name in stages)
 
 
 @pytest.mark.parametrize("kind", ["lockf", "flock"])

@@ -189,6 +189,11 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ({"processes": 0}, "processes is 0; wanted a number from 1"),
         ({"threads": 5000}, "threads is 5000; wanted a number from 1 to 1,024"),
+        ({"on": "slurm"}, "on is 'slurm'; wanted here or ray"),
+        ({"on": "ray", "processes": 2}, "--processes 2 beside --on ray; wanted one of the two"),
+        ({"on": "ray", "wait": True}, "--wait beside --on ray; wanted one of the two"),
+        ({"gpus": 0.5}, "--gpus 0.5 without --on ray; wanted --on ray beside it"),
+        ({"on": "ray", "gpus": 1.5}, "gpus is 1.5; wanted a share from 0 to 1, or a whole number"),
     ],
 )
 def test_bad_numbers_are_one_line(changes: dict[str, object], words: str) -> None:

@@ -62,6 +62,7 @@ def run_ladder(
     Raises:
         ConfigError, DataError: options, text or rows that cannot be used; or a folder on a file system whose locks do
             not hold, so that processes could train one run twice.
+        UnsupportedError: Ray was asked for and is not installed, or cannot be reached.
         TrainingError: a run diverged, a process died or the disk is full; other rows are kept.
         KeyboardInterrupt: Ctrl-C; the runs go on from their last steps the next time.
     """
@@ -71,14 +72,19 @@ def run_ladder(
     # A damaged row is named before any work.
     read_rows(folder / ROWS)
     writable_folder(folder)
-    check_locks(folder)
-    runs = runs_of(options, on_stage=on_stage, on_note=on_note)
-    if work.processes > 1 and (left := sum(run.facts.key not in by_key(folder) for run in runs)):
-        from diffattn.scaling.processes import train_in_processes
+    if work.on == "ray":
+        from diffattn.scaling.ray_tasks import train_on_ray
 
-        train_in_processes(options, work, folder, command, on_progress, at_most=left)
-    # Also behind other processes: what one of them left for a process of somebody else is taken or told of here.
-    missing = _train_here(runs, folder, command, on_progress, on_stage, wait=work.wait)
+        runs, missing = train_on_ray(options, work, folder, command, on_progress, on_stage, on_note)
+    else:
+        check_locks(folder)
+        runs = runs_of(options, on_stage=on_stage, on_note=on_note)
+        if work.processes > 1 and (left := sum(run.facts.key not in by_key(folder) for run in runs)):
+            from diffattn.scaling.processes import train_in_processes
+
+            train_in_processes(options, work, folder, command, on_progress, at_most=left)
+        # Also behind other processes: what one of them left for a process of somebody else is taken or told of here.
+        missing = _train_here(runs, folder, command, on_progress, on_stage, wait=work.wait)
     rows = by_key(folder)
     on_missing([run for run in missing if run.key not in rows])
     return [rows[run.facts.key] for run in runs if run.facts.key in rows]

@@ -16,7 +16,7 @@ from diffattn.scaling.arms import ARMS
 from diffattn.train.recipe import Recipe
 from diffattn.variants import BASELINE, DEFAULT_VARIANTS
 
-# Of processes or threads: a larger number is a mistake.
+# Of processes, threads or GPUs: a larger number is a mistake.
 _MOST = 1024
 
 
@@ -179,13 +179,18 @@ class WorkOptions:
     """The place where the runs of a ladder are trained, and how many at once; none of it changes a result.
 
     Raises:
-        ConfigError: numbers that cannot work.
+        ConfigError: numbers that cannot work, or options of one way beside the other.
     """
 
     processes: int = 1
     """Processes of this machine that train at once, each one run with an equal share of the processor's threads."""
+    on: Literal["here", "ray"] = "here"
+    """Place where the runs are trained. here: this machine. ray: the Ray cluster that runs here or that RAY_ADDRESS
+    names, else this machine by Ray, which has to be installed."""
     threads: int | None = None
-    """Processor threads of each run. Default: all of this machine's, shared by --processes."""
+    """Processor threads of each run. Default: all of this machine's, shared by --processes; with --on ray 1."""
+    gpus: float | None = None
+    """GPUs of each run with --on ray, such as 1, or 0.25 for four runs on a GPU. Default: 1 if the cluster has any."""
     wait: bool = False
     """Wait also for runs that other processes train in --out, and take over what they leave."""
 
@@ -194,6 +199,18 @@ class WorkOptions:
             count = getattr(self, name)
             if count is not None and not 1 <= count <= _MOST:
                 raise ConfigError(f"{name} is {count}", f"a number from 1 to {_MOST:,}", f"change --{name}")
+        if self.on not in ("here", "ray"):
+            raise ConfigError(f"on is {self.on!r}", "here or ray", "change --on")
+        if self.on == "ray" and (self.processes != 1 or self.wait):
+            name = "--wait" if self.wait else f"--processes {self.processes}"
+            raise ConfigError(
+                f"{name} beside --on ray", "one of the two, since Ray trains as many runs as it has threads for",
+                f"leave {name.split()[0]} out",
+            )  # fmt: skip
+        if self.on != "ray" and self.gpus is not None:
+            raise ConfigError(f"--gpus {self.gpus:g} without --on ray", "--on ray beside it", "leave --gpus out")
+        if self.gpus is not None and not (0 <= self.gpus <= 1 or self.gpus in range(2, _MOST)):
+            raise ConfigError(f"gpus is {self.gpus:g}", "a share from 0 to 1, or a whole number", "change --gpus")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,7 +142,7 @@ def check_locks(folder: Path) -> None:
                 raise ConfigError(
                     f"{folder} is on a file system whose locks do not hold ({reason})",
                     "one with locks, or two processes could train one run at once",
-                    "choose a folder on another file system with --out",
+                    "choose another folder with --out, or share the work by --on ray, which needs no locks",
                 )
 
 
