@@ -12,7 +12,7 @@ from safetensors.torch import save
 from support.small_run import prepare, run
 
 from diffattn import files
-from diffattn.train import callbacks
+from diffattn.train import callbacks, trainer
 from diffattn.train import run as running
 from diffattn.train.checkpoints import saving
 from diffattn.train.recipe import Recipe
@@ -62,7 +62,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "before the first row": lambda: kill_in(callbacks.MetricsFile, "append", 1),
     "half a row written": lambda: kill_in(callbacks.MetricsFile, "append", 8, half_a_row),
     "before a held-out loss": lambda: kill_in(callbacks.RunCallback, "on_evaluate", 2),
-    "between a held-out loss and its checkpoint": lambda: kill_in(running._PlainTrainer, "_save_checkpoint", 4),
+    "between a held-out loss and its checkpoint": lambda: kill_in(trainer.RunTrainer, "_save_checkpoint", 4),
     "half of the tensors written": lambda: kill_in(saving, "save_file", 3, half_a_file),
     "before the manifest": lambda: kill_in(saving, "seal", 3),
     "before the files are flushed": lambda: kill_in(files, "sync", 23),

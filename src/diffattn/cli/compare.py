@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from diffattn.cli.arguments import check_given, given
+from diffattn.cli.ranks import console_of_ranks
+from diffattn.rank import rank_here
 from diffattn.study.options import CompareOptions
+from diffattn.train.layout import Layout
 
 
-def compare(options: CompareOptions, *, out: Path | None = None, resume: bool = False, json: bool = False) -> int:
+def compare(
+    options: CompareOptions, layout: Layout, *, out: Path | None = None, resume: bool = False, json: bool = False
+) -> int:
     """Train softmax, V1 and V2 models on the same text; say what is gained at what cost.
 
     Examples:
@@ -21,14 +26,16 @@ def compare(options: CompareOptions, *, out: Path | None = None, resume: bool = 
         out: Folder to write the runs and the report into. Default: a new one in runs/.
         resume: Go on with the comparison in --out, or with the newest one in runs/.
     """
-    from diffattn.cli.terminal.console import Console, print_json
+    from diffattn.cli.terminal.console import print_json
 
-    with Console("compare", out, resume=resume) as console:
-        console.importing()
+    with console_of_ranks("compare", out, resume, options.device, (options, layout)) as console:
         from diffattn.study.compare import compare as run
 
+        if resume:
+            options, layout = _stored(console.folder, given(options), given(layout))
         result = run(
-            _stored(console.folder, given(options)) if resume else options,
+            options,
+            layout=layout,
             out=console.folder,
             resume=resume,
             command=console.command,
@@ -43,8 +50,9 @@ def compare(options: CompareOptions, *, out: Path | None = None, resume: bool = 
     return 0
 
 
-def _stored(folder: Path, others: Mapping[str, object]) -> CompareOptions:
-    """Returns the options of a comparison, once what was given beside ``--resume`` is known to be the same."""
+def _stored(folder: Path, others: Mapping[str, object], spread: Mapping[str, object]) -> tuple[CompareOptions, Layout]:
+    """Returns the options of a comparison, once what was given beside ``--resume`` is known to be the same; the layout
+    is that which is given."""
     from diffattn.plan.named_model import load_shape
     from diffattn.study.comparison import Stored
     from diffattn.train.own import same_shape, same_text
@@ -60,4 +68,5 @@ def _stored(folder: Path, others: Mapping[str, object]) -> CompareOptions:
     # It changes no number, so it may change.
     has["track"] = others.get("track", has["track"])
     check_given(folder, others, has, text_column="field")
-    return dataclasses.replace(stored.options, text=has["text"], track=has["track"])
+    layout = dataclasses.replace(stored.layout.going_on(rank_here().world), **spread)  # type: ignore[arg-type]
+    return dataclasses.replace(stored.options, text=has["text"], track=has["track"]), layout

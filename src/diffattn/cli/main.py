@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
@@ -17,6 +18,7 @@ from diffattn.cli.arguments import nearest, parse, remember, shortened
 from diffattn.cli.options import WIDTH, help_of, summary
 from diffattn.errors import ConfigError, DiffattnError, TrainingError
 from diffattn.probes.registry import OURS, plug_ins
+from diffattn.rank import rank_here
 
 _STUDY = "diffattn.cli.evaluate:verb_of"
 # By verb: the module and the function that is called with the verb's options, and returns the exit status. A study's
@@ -43,6 +45,8 @@ GROUPS = {
 _ABOUT = "Differential Transformers, each next to the softmax Transformer that it replaces."
 _HELP = ("-h", "--help")
 _VERSION = ("-V", "--version")
+# What several ranks can do together; each would do the whole of any other verb.
+_OF_RANKS = ("compare", "train", "plan")
 _UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 
 
@@ -79,9 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         # A path that was given is used in many places, and each of them may meet one that cannot be used.
         if error.errno not in _UNUSABLE or not isinstance(error.filename, str | bytes):
-            raise
+            if not _are_several():
+                raise
+            return _end(traceback.print_exc, status=1)
         given = f"{shortened(os.fsdecode(error.filename))!r} ({os.strerror(error.errno)})"
         return _fail(ConfigError(given, "a path that can be used", "check the path and its rights"), status=2)
+    except Exception:
+        if not _are_several():
+            raise
+        return _end(traceback.print_exc, status=1)
 
 
 def _run(arguments: list[str]) -> int:
@@ -104,6 +114,9 @@ def _run(arguments: list[str]) -> int:
         return _say(overview(verb))
     if asked:
         return _say(help_of(verb, load(verb)))
+    if rank_here().world > 1 and verb not in _OF_RANKS:
+        raise ConfigError(f"diffattn {verb} on {rank_here().world} ranks", "a verb that ranks do together: "
+                          f"{', '.join(_OF_RANKS)}", "start it without torchrun, in one process")  # fmt: skip
     return parse(verb, load(verb), rest)()
 
 
@@ -168,5 +181,22 @@ def _say(text: str) -> int:
 
 
 def _fail(error: DiffattnError, *, status: int) -> int:
-    print(f"diffattn: {error}", file=sys.stderr)
-    return status
+    return _end(lambda: print(f"diffattn: {error}", file=sys.stderr, flush=True), status=status)
+
+
+def _end(say: Callable[[], None], *, status: int) -> int:
+    """Says why the command ends, once on all ranks; returns the status with which this one ends."""
+    if not _are_several():
+        say()
+        return status
+    from diffattn.train.ranks import tell
+
+    return tell(status, say)
+
+
+def _are_several() -> bool:
+    """Returns whether this is one of several ranks, as far as the environment makes sense."""
+    try:
+        return rank_here().world > 1
+    except ConfigError:
+        return False

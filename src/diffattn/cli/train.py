@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffattn.cli.arguments import check_given, given
+from diffattn.cli.ranks import console_of_ranks
 from diffattn.errors import ConfigError
+from diffattn.rank import rank_here
+from diffattn.train.layout import Layout
 from diffattn.train.options import TrainOptions
 from diffattn.train.recipe import Recipe
 
@@ -22,7 +25,13 @@ _OF_A_SHAPE = ("shape", "attention", "match", "tokenizer")
 
 
 def train(
-    options: TrainOptions, recipe: Recipe, *, out: Path | None = None, resume: bool = False, json: bool = False
+    options: TrainOptions,
+    recipe: Recipe,
+    layout: Layout,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    json: bool = False,
 ) -> int:
     """Train one model and write it into a folder, with its losses and checkpoints.
 
@@ -33,13 +42,12 @@ def train(
     Args:
         out: Folder to write the run into. Default: a new one in runs/.
         resume: Go on with the run in --out, or with the newest run in runs/. The run keeps its options; those that are
-            given beside --resume must be the same.
+            given beside --resume must be the same, except --shard, --tp, --checkpointing and --compile.
     """
-    from diffattn.cli.terminal.console import Console, print_json
+    from diffattn.cli.terminal.console import print_json
 
-    with Console("train", out, resume=resume) as console:
-        console.importing()
-        result = _resume(options, recipe, console) if resume else _start(options, recipe, console)
+    with console_of_ranks("train", out, resume, recipe.device, (options, recipe, layout)) as console:
+        result = (_resume if resume else _start)(options, recipe, layout, console)
     console.note(
         f"held-out loss {result.val_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte, "
         f"{result.train_tokens_per_second:,.0f} tokens/s; model: {result.model_folder}"
@@ -49,7 +57,7 @@ def train(
     return 0
 
 
-def _start(options: TrainOptions, recipe: Recipe, console: Console) -> TrainResult:
+def _start(options: TrainOptions, recipe: Recipe, layout: Layout, console: Console) -> TrainResult:
     from diffattn.train.continued import LEARNING_RATE, continue_training
     from diffattn.train.single import train_shape
 
@@ -65,7 +73,7 @@ def _start(options: TrainOptions, recipe: Recipe, console: Console) -> TrainResu
         name = f"{source.name} seed {recipe.seed}"
         return continue_training(
             source, recipe, console.folder, text=options.text, text_column=options.text_column,
-            context=options.context, lossy_tokenizer=options.lossy_tokenizer, track=options.track,
+            context=options.context, lossy_tokenizer=options.lossy_tokenizer, track=options.track, layout=layout,
             on_progress=lambda step: console.progress(name, step), on_stage=console, on_note=console.note,
         )  # fmt: skip
     if options.lossy_tokenizer and options.tokenizer is None:
@@ -78,12 +86,12 @@ def _start(options: TrainOptions, recipe: Recipe, console: Console) -> TrainResu
     return train_shape(
         options.shape, options.attention, recipe, console.folder, text=options.text, text_column=options.text_column,
         context=options.context, match=options.match, tokenizer=options.tokenizer,
-        lossy_tokenizer=options.lossy_tokenizer, track=options.track,
+        lossy_tokenizer=options.lossy_tokenizer, track=options.track, layout=layout,
         on_progress=lambda step: console.progress(name, step), on_stage=console, on_note=console.note,
     )  # fmt: skip
 
 
-def _resume(options: TrainOptions, recipe: Recipe, console: Console) -> TrainResult:
+def _resume(options: TrainOptions, recipe: Recipe, layout: Layout, console: Console) -> TrainResult:
     from diffattn.train.own import read_own
     from diffattn.train.resume import resume_training
 
@@ -91,9 +99,11 @@ def _resume(options: TrainOptions, recipe: Recipe, console: Console) -> TrainRes
     # It changes no number of the run, so it may change.
     track = options.track if beside.pop("track", None) else None
     text, source = _moved(own, console.folder, beside)
+    layout = dataclasses.replace(own.layout.going_on(rank_here().world), **given(layout))  # type: ignore[arg-type]
     name = f"{own.attention if own.source is None else own.source.name} seed {own.recipe.seed}"
     return resume_training(
         console.folder, text=text, source=source, shape=options.shape, match=options.match, track=track,
+        layout=layout,
         on_progress=lambda step: console.progress(name, step), on_stage=console, on_note=console.note,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,17 +29,20 @@ from diffattn.plan.named_model import load_shape
 from diffattn.plan.shape import ModelShape
 from diffattn.probes.lens import attention_maps, token_labels
 from diffattn.progress import OnStage, Stage, unseen
+from diffattn.rank import rank_here
 from diffattn.report.compare_page import render_compare, render_picture
 from diffattn.results.comparison import ComparisonResult, CurvePoint, LossCurve, VariantResult
 from diffattn.results.maps import HeadMaps
 from diffattn.study.comparison import RunPlan, Stored
 from diffattn.study.options import CompareOptions
 from diffattn.train.callbacks import Progress, read_metrics
-from diffattn.train.measure import StepCost, measure_load, measure_step
+from diffattn.train.layout import Layout
+from diffattn.train.measure import LoadCost, StepCost, measure_load, measure_step
 from diffattn.train.own import same_shape, same_text
+from diffattn.train.ranks import Ranks, joined
 from diffattn.train.record import NO_SEAL, TrainResult
 from diffattn.train.run import train
-from diffattn.train.single import check_context, new_folder
+from diffattn.train.single import check_context, folder_of_ranks
 from diffattn.train.trackers.callback import check_trackers
 
 DEFAULT_STEPS = 250
@@ -50,13 +54,14 @@ DEFAULT_MINUTES = 6.0
 class _Study:
     """The parts of a comparison that its steps share."""
 
-    def __init__(self, options: CompareOptions, folder: Path, shape: ModelShape) -> None:
-        self.options = options
+    def __init__(self, options: CompareOptions, folder: Path, shape: ModelShape, layout: Layout, ranks: Ranks) -> None:
+        self.options, self.layout, self.ranks = options, layout, ranks
         self.folder = folder
         self.shape = shape
         for attention in options.variants:
             # Refuses what cannot be built before anything is read or written.
-            pair_config(self.shape, attention, match=options.match)
+            config = pair_config(self.shape, attention, match=options.match)
+            config.check_tensor_parallel(layout.tensor_parallel)
         self.context = check_context(self.shape, options.context)
         self.track = check_trackers(options.track)
 
@@ -71,6 +76,7 @@ def compare(
     options: CompareOptions | None = None,
     *,
     out: str | Path,
+    layout: Layout | None = None,
     resume: bool = False,
     command: str = "diffattn.compare(...)",
     on_note: Callable[[str], None] = lambda line: None,
@@ -79,9 +85,14 @@ def compare(
 ) -> ComparisonResult:
     """Trains every variant over every seed, measures, and writes ``result.json`` and ``report.html`` into ``out``.
 
+    On several ranks all call this alike and train each model together, one after another; rank 0 alone writes and calls
+    ``on_note``, ``on_progress`` and ``on_stage``. Seconds and bytes of a step are those of rank 0 within such a step.
+
     Args:
         options: what to compare; default: the main job.
         out: the run folder; it must not hold a run unless ``resume``.
+        layout: how each run is spread over ranks and computed, which changes no result. Default: ``Layout()``, or with
+            ``resume`` that of before, as far as the number of ranks allows.
         resume: continue what ``out`` holds with the options that it was started with.
         command: the command that made the result, to be named in it.
         on_note: called with a line about what happens next.
@@ -99,19 +110,31 @@ def compare(
     """
     began = time.perf_counter()
     folder = Path(out)
-    if resume:
-        Stored.read(folder)
+    stored = Stored.read(folder) if resume else None
+    first = stored.options if stored is not None else options or CompareOptions()
+    if layout is None:
+        layout = Layout() if stored is None else stored.layout.going_on(rank_here().world)
+    with joined(first.recipe(1, 0).device, dataclasses.asdict(first) | layout.to_dict()) as ranks:
+        layout.check(ranks.world, first.batch_size)
+        ranks.share(lambda: _check_new(folder, resume))
+        if not ranks.is_first:
+            on_note, on_stage, on_progress = lambda line: None, unseen, lambda attention, seed, progress: None
+        with folder_of_ranks(folder, ranks):
+            return _compare(options, folder, layout, ranks, resume, command, began, on_note, on_progress, on_stage)
+
+
+def _check_new(folder: Path, resume: bool) -> None:
     own_folder(folder, COMPARISON)
     if not resume and (folder / "config.json").exists():
         given = f"{folder} is not empty"
         raise ConfigError(given, "a new folder", "go on with the run in it with --resume, or choose another --out")
-    with new_folder(folder):
-        return _compare(options, folder, resume, command, began, on_note, on_progress, on_stage)
 
 
 def _compare(
     options: CompareOptions | None,
     folder: Path,
+    layout: Layout,
+    ranks: Ranks,
     resume: bool,
     command: str,
     began: float,
@@ -119,7 +142,9 @@ def _compare(
     on_progress: Callable[[str, int, Progress], None],
     on_stage: OnStage,
 ) -> ComparisonResult:
-    """Compares, in a folder that no other process has."""
+    """Compares, in a folder that no other process has but these ranks."""
+    # The others look into it once rank 0 has it.
+    ranks.share(lambda: None)
     stored = Stored.read(folder) if resume else None
     if stored is not None:
         options = _same_options(stored, options, folder)
@@ -127,19 +152,22 @@ def _compare(
         if not stored.has_seal:
             on_note(f"{folder}: {NO_SEAL}")
     options = options or CompareOptions()
-    study = _Study(options, folder, stored.shape if stored is not None else load_shape(options.shape))
-    data = prepare_data(
-        options.text, vocab_size=study.shape.vocab_size, context=study.context, text_column=options.text_column,
-        on_stage=on_stage, on_note=on_note,
+    shape = stored.shape if stored is not None else load_shape(options.shape)
+    study = _Study(options, folder, shape, layout, ranks)
+    data = ranks.first_on_host(
+        lambda: prepare_data(
+            options.text, vocab_size=study.shape.vocab_size, context=study.context, text_column=options.text_column,
+            on_stage=on_stage, on_note=on_note,
+        )
     )  # fmt: skip
     if stored is None:
-        stored = Stored(options, study.shape, command, data.facts["digest"])
-        stored.write(folder)
+        stored = Stored(options, study.shape, command, data.facts["digest"], layout=layout)
+        _write(stored, folder, ranks)
     plan = stored.plan
     if plan is None:
         plan = _plan(study, data, began, on_stage)
         stored = dataclasses.replace(stored, plan=plan)
-        stored.write(folder)
+        _write(stored, folder, ranks)
     on_note(
         f"{len(options.variants) * options.seeds} runs of {plan.steps} steps of "
         f"{options.batch_size} × {study.context} tokens{plan.note}; "
@@ -155,6 +183,7 @@ def _compare(
                     options.recipe(plan.steps, seed),
                     study.run_folder(attention, seed),
                     track=study.track,
+                    layout=layout,
                     resume=resume,
                     on_progress=functools.partial(on_progress, attention, seed),
                     on_stage=on_stage,
@@ -162,11 +191,19 @@ def _compare(
             )
     on_stage(Stage("measuring the start-up of the models and writing the report"))
     result = _result(study, data, runs, plan, stored.command)
-    write_json(folder / "result.json", result.to_json())
-    curves, maps = _curves(study), _maps(study, data)
-    write_text(folder / "report.html", render_compare(result, curves, maps))
-    render_picture(curves, maps, folder / "picture.png")
+
+    def report() -> None:
+        write_json(folder / "result.json", result.to_json())
+        curves, maps = _curves(study), _maps(study, data)
+        write_text(folder / "report.html", render_compare(result, curves, maps))
+        render_picture(curves, maps, folder / "picture.png")
+
+    ranks.share(report)
     return result
+
+
+def _write(stored: Stored, folder: Path, ranks: Ranks) -> None:
+    ranks.share(lambda: stored.write(folder))
 
 
 def _same_options(stored: Stored, given: CompareOptions | None, folder: Path) -> CompareOptions:
@@ -199,13 +236,15 @@ def _same_options(stored: Stored, given: CompareOptions | None, folder: Path) ->
 
 
 def _plan(study: _Study, data: PreparedData, began: float, on_stage: OnStage) -> RunPlan:
-    """Measures a step of each variant, and from that how many steps fit into the time."""
-    options = study.options
+    """Measures a step of each variant on all ranks, and from what it costs rank 0 how many steps fit into the time."""
+    options, ranks = study.options, study.ranks
     costs: dict[str, StepCost] = {}
     for attention in options.variants:
         on_stage(Stage(f"measuring a training step of {attention}"))
-        costs[attention] = measure_step(study.build(attention, 0), data, options.recipe(1, 0))
-    used = time.perf_counter() - began
+        model = study.build(attention, 0)
+        costs[attention] = measure_step(model, data, options.recipe(1, 0), layout=study.layout, ranks=ranks)
+    costs = {name: StepCost(**cost) for name, cost in ranks.share(lambda: _as_json(costs)).items()}
+    used = ranks.share(lambda: time.perf_counter() - began)
     steps, note = options.steps or DEFAULT_STEPS, ""
     if options.steps is None:
         minutes = options.minutes or DEFAULT_MINUTES
@@ -220,6 +259,10 @@ def _plan(study: _Study, data: PreparedData, began: float, on_stage: OnStage) ->
         step_seconds={name: cost.seconds for name, cost in costs.items()},
         peak_bytes={name: cost.peak_bytes for name, cost in costs.items()},
     )
+
+
+def _as_json(costs: Mapping[str, StepCost]) -> dict[str, dict[str, Any]]:
+    return {name: dataclasses.asdict(cost) for name, cost in costs.items()}
 
 
 def _steps_that_fit(options: CompareOptions, step: Mapping[str, float], data: PreparedData, seconds: float) -> int:
@@ -275,7 +318,7 @@ def _variant(study: _Study, attention: str, results: list[TrainResult], plan: Ru
     used = study.options.recipe(1, 0)
     backend = serving_backend(attention, used.device, getattr(torch, used.dtype), shape.head_dim)
     flops = flops_per_token(shape, attention, context=study.context, phase="training", backend=backend)
-    load = measure_load(results[0].model_folder, used.device)
+    load = LoadCost(**study.ranks.share(lambda: dataclasses.asdict(measure_load(results[0].model_folder, used.device))))
     speeds = sorted(result.train_tokens_per_second for result in results)
     return VariantResult(
         parameters=parameters.total,

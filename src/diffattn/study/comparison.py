@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from diffattn.results.base import Result
 from diffattn.sealed import SEAL, read_sealed, sealed
 from diffattn.study.options import CompareOptions
 from diffattn.train.checkpoints.sealing import WAY_OUT
+from diffattn.train.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Stored:
     """The digest of the text, which may lie elsewhere by now; empty in a folder of an earlier version."""
     plan: RunPlan | None = None
     """The steps, and the cost of a step of each variant; None until that is measured."""
+    layout: Layout = field(default_factory=Layout)
+    """The way its runs are spread over ranks and computed, which the ranks that go on with it may change."""
     has_seal: bool = True
     """False for a folder that an earlier version began, which sealed nothing."""
 
@@ -75,6 +78,7 @@ class Stored:
             "shape": dataclasses.asdict(self.shape),
             "command": self.command,
             "data_digest": self.data_digest,
+            "layout": self.layout.to_dict(),
             "plan": {} if self.plan is None else self.plan.to_json(),
         }
         write_json(folder / "config.json", sealed(content))
@@ -96,6 +100,7 @@ class Stored:
         plan = None
         try:
             lists = {name: tuple(value) for name, value in content["options"].items() if isinstance(value, list)}
+            layout = Layout(**content.get("layout", {}))
             options = CompareOptions(**{**content["options"], **lists})
             shape = ModelShape(**content["shape"]) if "shape" in content else load_shape(options.shape)
             if content.get("plan"):
@@ -106,4 +111,6 @@ class Stored:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             given = f"{file} is damaged, or of another command ({one_line(error)})"
             raise CheckpointError(given, "the config.json of a comparison", WAY_OUT) from None
-        return cls(options, shape, content["command"], content.get("data_digest", ""), plan, SEAL in content)
+        return cls(
+            options, shape, content["command"], content.get("data_digest", ""), plan, layout, has_seal=SEAL in content
+        )

@@ -97,8 +97,10 @@ class Interruption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Whoever started the ranks ends all when one has failed, and the others still have to say why they end.
+        failed = self.ranks.world > 1 and kind not in (None, KeyboardInterrupt)
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if failed else handler)
         if kind is KeyboardInterrupt:
             # Without this the ending process searches all objects of the libraries for cycles, for more than a second.
             atexit.register(gc.freeze)

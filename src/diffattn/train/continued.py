@@ -12,12 +12,14 @@ from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.loading import check_weights, load_config, load_model
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
+from diffattn.train.layout import Layout
 from diffattn.train.options import TrainOptions
 from diffattn.train.own import to_keep
+from diffattn.train.ranks import joined
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import TrainResult
 from diffattn.train.run import train
-from diffattn.train.single import check_context, check_out, fitting_tokenizer, new_folder
+from diffattn.train.single import check_context, check_out, fitting_tokenizer, folder_of_ranks
 from diffattn.train.trackers.callback import check_trackers
 
 CONTEXT = 512
@@ -38,6 +40,7 @@ def continue_training(
     context: int | None = TrainOptions.context,
     lossy_tokenizer: bool = TrainOptions.lossy_tokenizer,
     track: Sequence[str] = TrainOptions.track,
+    layout: Layout | None = None,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
@@ -55,6 +58,7 @@ def continue_training(
         out: the run folder; it must not hold a run unless ``resume``.
         text, text_column, lossy_tokenizer, track: see :class:`diffattn.train.options.TrainOptions`.
         context: tokens per block. Default: ``CONTEXT``, or the model's ``max_position_embeddings`` if that is less.
+        layout: how the run is spread over ranks and computed, which changes no result. Default: ``Layout()``.
         resume: continue from the last good checkpoint in ``out``; ``source`` still has to be the same model.
         on_progress: called after each step.
         on_stage: called with each stage of the work beside the steps.
@@ -68,27 +72,37 @@ def continue_training(
         TrainingError, KeyboardInterrupt: as in :func:`diffattn.train.run.train`.
     """
     source = Path(source)
+    layout, recipe = layout or Layout(), recipe.resolved()
     config = _read_config(source)
+    config.check_tensor_parallel(layout.tensor_parallel)
     tokenizer = fitting_tokenizer(source, config.vocab_size, whose="model")
     # This comes before the data is prepared, which can take long.
     check_weights(source)
     default = min(config.max_position_embeddings, CONTEXT)
     context = check_context(config.shape(), default if context is None else context, whose="model")
     track = check_trackers(track)
-    check_out(out, resume)
-    with new_folder(Path(out)) as folder:
-        data = prepare_data(
-            text, tokenizer=tokenizer, context=context, text_column=text_column, lossy_tokenizer=lossy_tokenizer,
-            on_stage=on_stage, on_note=on_note,
-        )  # fmt: skip
-        on_stage(Stage("loading the model"))
-        model = load_model(source, "float32")
-        origin = {"folder": str(source.resolve()), "digest": weights_digest(source)}
-        return train(
-            model, data, recipe, folder, source=origin,
-            options=to_keep(text, context, text_column, lossy_tokenizer=lossy_tokenizer, track=track), track=track,
-            resume=resume, on_progress=on_progress, on_stage=on_stage,
-        )  # fmt: skip
+    origin = {"folder": str(source.resolve()), "digest": weights_digest(source)}
+    options = to_keep(text, context, text_column, lossy_tokenizer=lossy_tokenizer, track=track, layout=layout.to_dict())
+    with joined(
+        recipe.device, recipe.to_dict() | layout.to_dict() | options | {"the model": origin["digest"]}
+    ) as ranks:
+        layout.check(ranks.world, recipe.batch_size)
+        ranks.share(lambda: check_out(out, resume))
+        if not ranks.is_first:
+            on_stage, on_note = unseen, lambda line: None
+        with folder_of_ranks(Path(out), ranks) as folder:
+            data = ranks.first_on_host(
+                lambda: prepare_data(
+                    text, tokenizer=tokenizer, context=context, text_column=text_column,
+                    lossy_tokenizer=lossy_tokenizer, on_stage=on_stage, on_note=on_note,
+                )
+            )  # fmt: skip
+            on_stage(Stage("loading the model"))
+            model = load_model(source, "float32")
+            return train(
+                model, data, recipe, folder, source=origin, options=options, track=track, layout=layout,
+                resume=resume, on_progress=on_progress, on_stage=on_stage,
+            )  # fmt: skip
 
 
 def _read_config(source: Path) -> DiffTransformerConfig:

@@ -19,10 +19,10 @@ class Layout:
     """
 
     shard: str = field(default="none", metadata={"choices": SHARDS})
-    """Way to spread the model over the processes (ranks) that torchrun has started. none: each has a copy (DDP).
-    full: all share out weights, gradients and optimizer (FSDP2). hybrid: the ranks of a host share, hosts copy."""
+    """Way to spread the model over the processes that torchrun has started. none: each has a copy. full: they share
+    out weights, gradients and optimizer (FSDP2). hybrid: those of a host share them out, each host has a copy."""
     tensor_parallel: int = field(default=1, metadata={"option": "tp"})
-    """Ranks that compute each layer together, on parts of its heads; a divisor of the key/value heads."""
+    """Number of processes that compute each layer together, on parts of its heads; it divides the key/value heads."""
     checkpointing: bool = False
     """Save memory by computing each layer again in the backward pass, in place of keeping what is inside it."""
     compile: bool = False
@@ -64,6 +64,14 @@ class Layout:
                 "a batch that all ranks share equally: --batch-size counts the blocks of all ranks together",
                 f"take --batch-size {-(-batch_size // parts) * parts}, or another number of ranks",
             )
+
+    def going_on(self, world: int) -> Layout:
+        """Returns the layout in which a run of this one goes on with so many ranks, where no other is asked for.
+
+        >>> Layout(shard="full", checkpointing=True).going_on(1)
+        Layout(shard='none', tensor_parallel=1, checkpointing=True, compile=False)
+        """
+        return self if world > 1 else dataclasses.replace(self, shard="none", tensor_parallel=1)
 
     def to_dict(self) -> dict[str, object]:
         """Returns all fields, for ``config.json``."""

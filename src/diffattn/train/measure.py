@@ -11,13 +11,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from diffattn.data.blocks import TrainingOrder
 from diffattn.data.packing import PreparedData
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.train.checkpoints.state import own_part
+from diffattn.train.layout import Layout
+from diffattn.train.ranks import ALONE, Ranks
 from diffattn.train.recipe import Recipe
 from diffattn.train.torch_private import memory_events
+from diffattn.train.trainer import spread
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,18 @@ class LoadCost:
     """The median seconds from a prompt of 32 tokens to the next token."""
 
 
-def measure_step(model: DiffTransformerForCausalLM, data: PreparedData, recipe: Recipe, *, steps: int = 3) -> StepCost:
+def measure_step(
+    model: DiffTransformerForCausalLM,
+    data: PreparedData,
+    recipe: Recipe,
+    *,
+    steps: int = 3,
+    layout: Layout | None = None,
+    ranks: Ranks = ALONE,
+) -> StepCost:
     """Trains ``model`` for a few steps, which change it, and measures them: forward, backward, clipping, AdamW.
+
+    All ranks call it and make each step together; each is told what it cost this rank.
 
     Peak memory counts the bytes that torch's allocator gives out: weights, gradients, optimizer state, activations and
     the workspace of kernels. It leaves out the interpreter and the libraries' own code and pools, so it does not depend
@@ -49,9 +64,14 @@ def measure_step(model: DiffTransformerForCausalLM, data: PreparedData, recipe: 
     """
     device = recipe.device
     model.to(device)
+    part, parts = spread(model, recipe, layout or Layout(), ranks)
+    placed = model.is_distributed_loading_by_transformers
     order = TrainingOrder(data.train, seed=recipe.seed, num_samples=recipe.batch_size)
-    ids = torch.stack([order[index]["input_ids"] for index in range(recipe.batch_size)]).to(device)
-    step = TrainingStep(model, ids, autocast=recipe.dtype == "bfloat16", passes=recipe.gradient_accumulation)
+    share = recipe.batch_size // parts
+    ids = torch.stack([order[part * share + index]["input_ids"] for index in range(share)]).to(device)
+    trained = DistributedDataParallel(model) if ranks.world > 1 and not placed else model
+    autocast = recipe.dtype == "bfloat16" and not placed
+    step = TrainingStep(trained, ids, autocast=autocast, passes=recipe.gradient_accumulation)
     step()
     peak = step.peak_bytes()
     return StepCost(median_seconds(step, steps, device), peak)
@@ -92,7 +112,7 @@ class TrainingStep:
             *(s for s in states if isinstance(s, Tensor)),
             self.ids,
         ]
-        return peak_bytes(self, kept, self.ids.device.type)
+        return peak_bytes(self, map(own_part, kept), self.ids.device.type)
 
 
 def peak_bytes(function: Callable[[], None], alive: Iterable[Tensor], device: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffattn.config_fields import is_count
@@ -15,6 +15,7 @@ from diffattn.folders import RUN, own_folder
 from diffattn.plan.shape import ModelShape
 from diffattn.sealed import read_sealed
 from diffattn.train.checkpoints.sealing import WAY_OUT
+from diffattn.train.layout import Layout
 from diffattn.train.options import TrainOptions
 from diffattn.train.recipe import Recipe
 
@@ -33,6 +34,8 @@ class Own:
     """The folder of a tokenizer that was given for a shape."""
     lossy_tokenizer: bool = False
     track: tuple[str, ...] = TrainOptions.track
+    layout: Layout = field(default_factory=Layout)
+    """The way it was spread over ranks and computed, which the ranks that go on with it may change."""
     shape: ModelShape | None = None
     """The shape; None, like ``match``, if the run has a source or an earlier version of diffattn did not keep it."""
     match: str | None = None
@@ -78,6 +81,7 @@ def read_own(folder: Path) -> Own:
             tokenizer=Path(tokenizer) if tokenizer is not None else None,
             lossy_tokenizer=lossy,
             track=track,
+            layout=Layout(**options.get("layout", {})),
             shape=ModelShape(**options["shape"]) if "shape" in options else None,
             match=options.get("match"),
             source=Path(source["folder"]) if source else None,

@@ -27,11 +27,10 @@ from diffattn.errors import ConfigError, DiffattnError, TrainingError, one_line
 from diffattn.rank import Rank, rank_here
 
 PATIENCE = timedelta(minutes=10)
-"""The time in which all ranks have to be there, and the limit of each operation in which all take part."""
+"""The time in which all ranks have to be there, the limit of each operation in which all take part, and how long the
+rank that others wait for may give no sign of life."""
 # How often a rank looks for the word of a failure, and how long a rank that was told of one may take to end.
 _LOOK, _GRACE = 0.2, 5.0
-# A host whose first rank has been silent for so long is gone.
-_SILENT = 60.0
 _FAILED, _NOTICED = "failed", "noticed"
 # A wrapper that accelerate was told to put around the model, and which our runs do not take from it.
 _WRAPPERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM":
@@ -109,22 +108,25 @@ class Ranks:
             value = act()
             self._store.set(key, json.dumps(value))
             return value
-        beats, heard, base = b"", time.monotonic(), _store(self.rank)
+        beats, heard = b"", time.monotonic()
         while not self._store.check([key]):
             time.sleep(0.02)
-            now = base.get(f"beat/{leader}") if base.check([f"beat/{leader}"]) else b""
+            pulse = _store(self.rank)
+            now = pulse.get(f"beat/{leader}") if pulse.check([f"beat/{leader}"]) else b""
             if now != beats:
                 beats, heard = now, time.monotonic()
-            if time.monotonic() - heard > _SILENT:
-                raise lost(f"rank {leader} has been silent for {_SILENT:.0f} s")
+            if time.monotonic() - heard > PATIENCE.total_seconds():
+                raise lost(f"rank {leader} gave no sign of life for {PATIENCE.total_seconds():.0f} s")
         found: _T = json.loads(self._store.get(key))
         return found
 
 
 ALONE = Ranks(Rank())
 _here: Ranks | None = None
-# Every rank counts how often it has joined the others, so that the words of an earlier time are not taken for new ones.
+# A process may join several times, one after another, and what was said before must not be heard again.
 _times = itertools.count()
+# The status with which another rank has failed, once this one knows.
+_told: int | None = None
 
 
 def ranks() -> Ranks:
@@ -149,30 +151,32 @@ def joined(device: str = "cpu", agree: Mapping[str, object] | None = None) -> It
     """
     global _here
     rank = rank_here()
+    _check_wrappers()
     if _here is not None or rank.world == 1:
         yield ranks()
         return
-    _check_wrappers()
     ours = not dist.is_initialized()
-    store = dist.PrefixStore(f"time {next(_times)}", _store(rank))
+    store = dist.PrefixStore(f"joined/{next(_times)}", _store(rank))
     _here = Ranks(rank, store)
-    watch = _Watch(rank) if ours and threading.current_thread() is threading.main_thread() else None
     try:
-        with watch or contextlib.nullcontext():
+        with _Watch(rank):
+            _meet(rank, store)
+            _agree(_here, store, agree or {})
             if ours:
                 _make_group(rank, device, store)
-            _agree(_here, store, agree or {})
             yield _here
+            # None leaves before all have come so far, since its end would look like a failure to them.
             _here.any(False)
     except RuntimeError as error:
+        # The group stays until this process ends. Without it the others would fail before they are told why.
         if isinstance(error, DiffattnError) or not _is_of_ranks(error):
             raise
         raise lost(one_line(error, 160)) from error
+    else:
+        if ours:
+            dist.destroy_process_group()
     finally:
         _here = None
-        if ours and dist.is_initialized():
-            with contextlib.suppress(RuntimeError):
-                dist.destroy_process_group()
 
 
 def tell(status: int, say: Callable[[], None]) -> int:
@@ -185,24 +189,29 @@ def tell(status: int, say: Callable[[], None]) -> int:
     if rank.world == 1:
         say()
         return status
-    try:
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    mine = json.dumps([rank.number, status]).encode()
+    # The status of the rank that failed first, once this one knows.
+    heard = _told
+    # Nobody keeps the store any more where the rank that kept it was killed, or has ended before this one.
+    with contextlib.suppress(RuntimeError, ConfigError):
         store = _store(rank)
         if not rank.is_first:
             time.sleep(1.0)
-        if (
-            store.compare_set(_FAILED, "", json.dumps([rank.number, status]))
-            == json.dumps([rank.number, status]).encode()
-        ):
+        first = store.compare_set(_FAILED, "", mine.decode())
+        heard = int(json.loads(first)[1])
+        if first == mine:
             say()
         store.add(_NOTICED, 1)
         until = time.monotonic() + _GRACE
         while store.add(_NOTICED, 0) < rank.world and time.monotonic() < until:
             time.sleep(0.05)
-        return int(json.loads(store.get(_FAILED))[1])
-    # Nobody keeps the store any more: who kept it was killed.
-    except (RuntimeError, ConfigError):
+    if heard is None:
         say()
         return status
+    return heard
 
 
 def lost(what: str) -> TrainingError:
@@ -215,7 +224,7 @@ def lost(what: str) -> TrainingError:
 
 
 def _is_of_ranks(error: RuntimeError) -> bool:
-    words = ("gloo", "nccl", "connection", "timed out", "timeout", "process group", "socket", "broken pipe", "store")
+    words = ("gloo", "nccl", "connection", "timed out", "timeout", "process group", "socket", "broken pipe")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
@@ -279,28 +288,27 @@ def _make_group(rank: Rank, device: str, store: dist.Store) -> None:
         torch.cuda.set_device(rank.local)
         backend = "cpu:gloo,cuda:nccl"
     group = dist.PrefixStore("group", store)
-    try:
-        dist.init_process_group(backend, store=group, rank=rank.number, world_size=rank.world, timeout=PATIENCE)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"rank {rank.number} does not meet the other {rank.world - 1} ranks ({one_line(error, 160)})",
-            f"all ranks within {PATIENCE.total_seconds() / 60:.0f} minutes",
-            "check that every host was started, with the same command",
-        ) from error
+    dist.init_process_group(backend, store=group, rank=rank.number, world_size=rank.world, timeout=PATIENCE)
+
+
+def _meet(rank: Rank, store: dist.Store) -> None:
+    """Waits until all ranks are there. PyTorch would wait too, but could not be told of a failure meanwhile."""
+    until = time.monotonic() + PATIENCE.total_seconds()
+    store.add("here", 1)
+    while (here := store.add("here", 0)) < rank.world:
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"{here} of {rank.world} ranks came within {PATIENCE.total_seconds():.0f} s",
+                "all of them",
+                "check that every host was started, with the same command",
+            )
+        time.sleep(0.02)
 
 
 def _agree(ranks: Ranks, store: dist.Store, mine: Mapping[str, object]) -> None:
     """Raises on rank 0 where another rank has another option; the others end by that."""
-
-    said = json.loads(
-        json.dumps(
-            {
-                "version of diffattn": importlib.metadata.version("diffattn"),
-                "version of torch": torch.__version__,
-                **mine,
-            }
-        )
-    )
+    versions = {f"the version of {name}": importlib.metadata.version(name) for name in ("diffattn", "torch")}
+    said = json.loads(json.dumps({**versions, **mine}, default=str))
     store.set(f"options/{ranks.rank.number}", json.dumps(said))
 
     def compare() -> None:
@@ -311,7 +319,7 @@ def _agree(ranks: Ranks, store: dist.Store, mine: Mapping[str, object]) -> None:
                     raise ConfigError(
                         f"{name} is {said.get(name)!r} on rank 0 and {other.get(name)!r} on rank {number}",
                         "the same options on every rank",
-                        "start all ranks with one command",
+                        "start all ranks by one command, with one environment",
                     )
 
     ranks.share(compare)
@@ -324,20 +332,25 @@ class _Watch:
         self._rank = rank
         # An operation of the store that waits must not keep the other thread.
         self._store = _store(rank, anew=True)
+        # Python runs what a signal asks for in the main thread alone. Where a run is in another, as in a worker of Ray,
+        # whoever started it ends it.
+        self._in_main = threading.current_thread() is threading.main_thread()
         self._over = threading.Event()
         self._ended: EndedError | None = None
         self._thread = threading.Thread(target=self._look, name="ranks", daemon=True)
         self._before: Any = None
 
     def __enter__(self) -> _Watch:
-        self._before = signal.signal(signal.SIGUSR1, self._end)
+        if self._in_main:
+            self._before = signal.signal(signal.SIGUSR1, self._end)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-        signal.signal(signal.SIGUSR1, self._before)
+        if self._in_main:
+            signal.signal(signal.SIGUSR1, self._before)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if self._ended is not None and not self._over.is_set():
@@ -354,8 +367,10 @@ class _Watch:
                 if self._store.check([_FAILED]):
                     break
             failed, status = json.loads(self._store.get(_FAILED))
-            if failed == rank.number:
+            if failed == rank.number or not self._in_main:
                 return
+            global _told
+            _told = status
             self._ended = EndedError(failed, status)
             main = threading.main_thread().ident
             assert main is not None
@@ -364,5 +379,7 @@ class _Watch:
             if self._over.wait(_GRACE / 2):
                 return
             self._store.add(_NOTICED, 1)
+            # A library that is being imported may have swallowed it.
+            signal.pthread_kill(main, signal.SIGUSR1)
             if not self._over.wait(_GRACE):
                 os._exit(status)

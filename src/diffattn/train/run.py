@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch.utils.data import Subset
 
 from diffattn.data.blocks import ValidationBlocks
@@ -18,7 +17,7 @@ from diffattn.errors import ConfigError
 from diffattn.files import file_facts, whole_folder, writable_folder, write_json
 from diffattn.folders import RUN, holds_model_of_ours, own_folder
 from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.model.sharding import data_ranks, mesh_for, mesh_sizes, set_computation, shard, whole_model
+from diffattn.model.sharding import mesh_sizes, whole_model
 from diffattn.model.trained import Trained, write_trained
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.sealed import sealed
@@ -41,7 +40,7 @@ from diffattn.train.ranks import Ranks, joined
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import Claim, TrainResult, check_claim, kept_rows, read_result
 from diffattn.train.trackers.callback import Trackers, check_trackers
-from diffattn.train.trainer import RankPart, RunTrainer
+from diffattn.train.trainer import RankPart, RunTrainer, spread
 
 
 def train(
@@ -150,7 +149,7 @@ def _train(
     order = data.order(seed=recipe.seed, num_samples=recipe.steps * together, batch_size=together)
     validation = ValidationBlocks(data.validation)
     some = Subset(validation, range(min(len(validation), recipe.evaluation_blocks)))
-    part, parts = _spread(model, recipe, layout, ranks)
+    part, parts = spread(model, recipe, layout, ranks)
     with Interruption(ranks) as interruption, Trackers(track, folder, metrics) as trackers:
         callback = RunCallback(
             metrics,
@@ -206,20 +205,6 @@ def _train(
         result = TrainResult(folder, **ranks.share(finish))
         interruption.lower()
     return result
-
-
-def _spread(model: DiffTransformerForCausalLM, recipe: Recipe, layout: Layout, ranks: Ranks) -> tuple[int, int]:
-    """Spreads a model over the ranks; returns which part of each batch this rank takes, and the number of parts."""
-    dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else None
-    if layout.shard == "none" and layout.tensor_parallel == 1:
-        set_computation(model, checkpointing=layout.checkpointing, compiled=layout.compile)
-        return ranks.rank.number, ranks.world
-    mesh = mesh_for(
-        ranks.world, shard=layout.shard, tensor=layout.tensor_parallel, per_host=ranks.rank.per_host,
-        device=recipe.device,
-    )  # fmt: skip
-    shard(model, mesh, dtype=dtype, checkpointing=layout.checkpointing, compiled=layout.compile)
-    return data_ranks(mesh)
 
 
 def speed(rows: Sequence[MetricsRow]) -> float:

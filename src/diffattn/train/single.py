@@ -19,9 +19,11 @@ from diffattn.plan.named_model import load_shape
 from diffattn.plan.shape import ModelShape
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
+from diffattn.train.layout import Layout
 from diffattn.train.lock import held
 from diffattn.train.options import TrainOptions
 from diffattn.train.own import check_resumable, to_keep
+from diffattn.train.ranks import Ranks, joined
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import TrainResult
 from diffattn.train.run import check_new, train
@@ -41,12 +43,16 @@ def train_shape(
     tokenizer: str | Path | None = TrainOptions.tokenizer,
     lossy_tokenizer: bool = TrainOptions.lossy_tokenizer,
     track: Sequence[str] = TrainOptions.track,
+    layout: Layout | None = None,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_stage: OnStage = unseen,
     on_note: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
     """Prepares text, builds one variant of a shape with the recipe's seed, and trains it.
+
+    On several ranks all call this alike. The first rank of each host prepares the text while its others wait; rank 0
+    alone writes the folder and calls ``on_progress``, ``on_stage`` and ``on_note``.
 
     Args:
         shape: the softmax Transformer to be replaced, or the name of its preset or TOML file.
@@ -56,6 +62,7 @@ def train_shape(
         text, text_column, match, tokenizer, lossy_tokenizer, track: see
             :class:`diffattn.train.options.TrainOptions`.
         context: tokens per block; default and upper limit: the shape's ``max_position_embeddings``.
+        layout: how the run is spread over ranks and computed, which changes no result. Default: ``Layout()``.
         resume: continue from the last good checkpoint in ``out``.
         on_progress: called after each step.
         on_stage: called with each stage of the work beside the steps.
@@ -66,26 +73,33 @@ def train_shape(
         TrainingError, KeyboardInterrupt: the same as :func:`diffattn.train.run.train`.
     """
     shape = shape if isinstance(shape, ModelShape) else load_shape(shape)
-    pair_config(shape, attention, match=match)
+    layout, recipe = layout or Layout(), recipe.resolved()
+    pair_config(shape, attention, match=match).check_tensor_parallel(layout.tensor_parallel)
     context = check_context(shape, context)
     track = check_trackers(track)
     given = None if tokenizer is None else fitting_tokenizer(Path(tokenizer), shape.vocab_size, whose="shape")
-    check_out(out, resume)
-    with new_folder(Path(out)) as folder:
-        data = prepare_data(
-            text, vocab_size=shape.vocab_size if given is None else None, tokenizer=given, context=context,
-            text_column=text_column, lossy_tokenizer=lossy_tokenizer, on_stage=on_stage, on_note=on_note,
-        )  # fmt: skip
-        on_stage(Stage("building the model"))
-        model = build_pair(shape, attention, seed=recipe.seed, match=match).model
-        options = to_keep(
-            text, context, text_column, shape=shape, attention=attention, match=match, track=track,
-            tokenizer=None if tokenizer is None else str(Path(tokenizer).absolute()), lossy_tokenizer=lossy_tokenizer,
-        )  # fmt: skip
-        return train(
-            model, data, recipe, folder, options=options, track=track, resume=resume, on_progress=on_progress,
-            on_stage=on_stage,
-        )  # fmt: skip
+    options = to_keep(
+        text, context, text_column, shape=shape, attention=attention, match=match, track=track, layout=layout.to_dict(),
+        tokenizer=None if tokenizer is None else str(Path(tokenizer).absolute()), lossy_tokenizer=lossy_tokenizer,
+    )  # fmt: skip
+    with joined(recipe.device, recipe.to_dict() | layout.to_dict() | options) as ranks:
+        layout.check(ranks.world, recipe.batch_size)
+        ranks.share(lambda: check_out(out, resume))
+        if not ranks.is_first:
+            on_stage, on_note = unseen, lambda line: None
+        with folder_of_ranks(Path(out), ranks) as folder:
+            data = ranks.first_on_host(
+                lambda: prepare_data(
+                    text, vocab_size=shape.vocab_size if given is None else None, tokenizer=given, context=context,
+                    text_column=text_column, lossy_tokenizer=lossy_tokenizer, on_stage=on_stage, on_note=on_note,
+                )
+            )  # fmt: skip
+            on_stage(Stage("building the model"))
+            model = build_pair(shape, attention, seed=recipe.seed, match=match).model
+            return train(
+                model, data, recipe, folder, options=options, track=track, layout=layout, resume=resume,
+                on_progress=on_progress, on_stage=on_stage,
+            )  # fmt: skip
 
 
 def check_context(shape: ModelShape, context: int | None, *, whose: str = "shape") -> int:
@@ -125,6 +139,11 @@ def check_out(out: str | Path, resume: bool) -> None:
     """Raises if a run is to be resumed and there is none, or is to be started and something is there."""
     check_resumable(out, resume)
     check_new(own_folder(out, RUN), resume)
+
+
+def folder_of_ranks(path: Path, ranks: Ranks) -> contextlib.AbstractContextManager[Path]:
+    """Does as :func:`new_folder` on rank 0, and nothing on the others, which use the folder that it has."""
+    return new_folder(path) if ranks.is_first else contextlib.nullcontext(path)
 
 
 @contextlib.contextmanager

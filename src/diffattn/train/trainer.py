@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from diffattn.errors import TrainingError
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.sharding import data_ranks, mesh_for, set_computation, shard
 from diffattn.train.callbacks import Interruption
 from diffattn.train.checkpoints.trainer import SavingTrainer
+from diffattn.train.layout import Layout
 from diffattn.train.ranks import Ranks
 from diffattn.train.recipe import Recipe
 from diffattn.train.trackers.programs import PROJECT, run_name
@@ -38,6 +41,20 @@ class RankPart(Dataset[dict[str, torch.Tensor]]):
         share = self.batch_size // self.parts
         batch, place = divmod(index, share)
         return self.samples[batch * self.batch_size + self.part * share + place]
+
+
+def spread(model: DiffTransformerForCausalLM, recipe: Recipe, layout: Layout, ranks: Ranks) -> tuple[int, int]:
+    """Spreads a model over the ranks; returns which part of each batch this rank takes, and the number of parts."""
+    dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else None
+    if layout.shard == "none" and layout.tensor_parallel == 1:
+        set_computation(model, checkpointing=layout.checkpointing, compiled=layout.compile)
+        return ranks.rank.number, ranks.world
+    mesh = mesh_for(
+        ranks.world, shard=layout.shard, tensor=layout.tensor_parallel, per_host=ranks.rank.per_host,
+        device=recipe.device,
+    )  # fmt: skip
+    shard(model, mesh, dtype=dtype, checkpointing=layout.checkpointing, compiled=layout.compile)
+    return data_ranks(mesh)
 
 
 def _joined(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -128,6 +145,8 @@ class RunTrainer(SavingTrainer):
         part: tuple[int, int],
     ) -> None:
         placed = model.is_distributed_loading_by_transformers
+        # The option of the library has the name that PyTorch gave it before.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         super().__init__(
             folder,
             recipe.keep_checkpoints,

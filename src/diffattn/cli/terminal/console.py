@@ -17,6 +17,7 @@ from diffattn.cli.terminal.table import show
 from diffattn.errors import ConfigError
 from diffattn.files import resume_command
 from diffattn.humanize import seconds
+from diffattn.rank import rank_here
 
 if TYPE_CHECKING:
     from diffattn.results.comparison import ComparisonResult
@@ -99,7 +100,9 @@ class Console(Board):
 
 
 def print_json(result: object) -> None:
-    """Prints one JSON object on stdout."""
+    """Prints one JSON object on stdout; of several ranks the first does."""
+    if not rank_here().is_first:
+        return
     text = json.dumps(result, indent=1, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")

@@ -8,14 +8,19 @@ import textwrap
 
 import rich.console
 
+from diffattn.rank import rank_here
+
 # Of a file or a pipe, which has no width of its own; and what is read even where a terminal says that it has less.
 WIDTH, LEAST = 80, 30
 _GLUED = re.compile(r"(?<=\d) (?=(?:[kMBT]|[KMGT]iB|[kMGTPE]?FLOP|GB|µs|ms|s|min|h)\b)|(?<=\b[^\W\d_]) (?=[−-]?\d)")
 
 
 def screen() -> rich.console.Console:
-    """Returns the terminal, as wide as it is; lines of a file or a pipe have 80 characters, or what COLUMNS says."""
-    console = rich.console.Console(stderr=True, highlight=False)
+    """Returns the terminal, as wide as it is; lines of a file or a pipe have 80 characters, or what COLUMNS says.
+
+    Of several ranks that work together, the first alone writes on it.
+    """
+    console = rich.console.Console(stderr=True, highlight=False, quiet=not rank_here().is_first)
     if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         console.width = WIDTH
     console.width = max(console.width, LEAST)

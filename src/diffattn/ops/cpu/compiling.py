@@ -37,6 +37,7 @@ import torch
 from diffattn.errors import UnsupportedError
 from diffattn.files import parse_json
 from diffattn.machine import cache_folder, is_private, temporary_folder
+from diffattn.rank import rank_here
 
 SOURCES = Path(__file__).parent / "csrc"
 _GUARD = Path(__file__).parent / "guard.py"
@@ -134,7 +135,8 @@ def unserved_system() -> str | None:
 
 
 def say(line: str) -> None:
-    print(f"diffattn: {line}", file=sys.stderr, flush=True)
+    if rank_here().is_first:
+        print(f"diffattn: {line}", file=sys.stderr, flush=True)
 
 
 def find(build_key: BuildKey) -> Built | None:

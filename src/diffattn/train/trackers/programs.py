@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainerCallback
 
@@ -77,7 +77,7 @@ def _start_wandb(folder: Path, kept: Sequence[MetricsRow]) -> tuple[TrainerCallb
     if mode == "online":
         try:
             if wandb.login(prompt=False, verify=False):
-                return WandbCallback(), str(_wandb_run(folder, mode, its_id).url)
+                return WandbCallback(), str(_wandb_run(folder, "online", its_id).url)
             reason = "nobody is logged in, which wandb login does"
         except Exception as error:
             reason = one_line(error, SHOWN)
@@ -86,7 +86,7 @@ def _start_wandb(folder: Path, kept: Sequence[MetricsRow]) -> tuple[TrainerCallb
     return WandbCallback(), f"{reason}; send them later with {command(['wandb', 'sync', str(kept_in)])}"
 
 
-def _wandb_run(folder: Path, mode: str, its_id: str | None) -> Any:
+def _wandb_run(folder: Path, mode: Literal["online", "offline"], its_id: str | None) -> Any:
     import wandb
 
     return wandb.init(
