@@ -339,8 +339,12 @@ def test_where_nothing_fits_it_says_so() -> None:
     assert {row.phase for row in rows} == {"inference"}
 
 
-def test_the_example_of_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_of_the_docs_run(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(compile(example, "docs/plan.md", "exec"), {})
+    of_a_plan, of_a_cluster = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(of_a_plan, "docs/plan.md", "exec"), {})
     assert "of the parameters of softmax:11B" in capsys.readouterr().out
+    exec(compile(of_a_cluster, "docs/plan.md", "exec"), {})
+    size, hours = capsys.readouterr().out.split()
+    assert 10**9 < int(size) < 80 * 2**30
+    assert float(hours) > 10_000

@@ -282,7 +282,7 @@ class DiffTransformerConfig(PreTrainedConfig):
         """
         groups = self.num_key_value_heads
         assert groups is not None
-        if not self.pairs_share_group:
+        if ranks > 1 and not self.pairs_share_group:
             raise ConfigError(
                 f"tensor parallelism over {ranks} ranks with pairs_share_group=False",
                 "one rank, because the two maps of a head might lie on two",

@@ -30,6 +30,7 @@ _ALSO = {
     "parameters": ("params", "model size", "size"),
     "tokens": ("training tokens", "train tokens"),
 }
+_LONGEST_CELL = 1 << 16
 _DELIMITERS = (",", ";", "\t", "|")
 # What a file starts with, by the kinds that are taken for a table.
 _NO_TEXT = {b"PK": "a spreadsheet or another zip archive", b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"%PDF": "PDF"}
@@ -215,11 +216,15 @@ def _cells(line: str, delimiter: str, where: str) -> list[str]:
     """Returns the cells of one line.
 
     Raises:
-        DataError: a quote that is not closed.
+        DataError: a quote that is not closed, or a cell that no person wrote.
     """
     try:
         # Line by line, so that a quote that is not closed is a bad line and not the rest of the file.
-        return [cell.strip() for cell in next(csv.reader([line.strip(" ")], delimiter=delimiter, strict=True))]
+        cells = [cell.strip() for cell in next(csv.reader([line.strip(" ")], delimiter=delimiter, strict=True))]
+        # The limit of csv is one of the whole process, in which a text may be read whose cells are longer.
+        if (longest := max(map(len, cells), default=0)) > _LONGEST_CELL:
+            raise csv.Error(f"a cell of {longest:,} characters")
+        return cells
     except csv.Error as error:
         given = f"{where} is no CSV ({error}): {line.strip()[:60]}"
         raise DataError(given, "cells between commas, with quotes that are closed", "correct the line") from None

@@ -14,7 +14,7 @@ from diffattn.errors import CheckpointError, ConfigError, one_line
 from diffattn.folders import RUN, own_folder
 from diffattn.plan.shape import ModelShape
 from diffattn.sealed import read_sealed
-from diffattn.train.checkpoints.sealing import WAY_OUT
+from diffattn.train.checkpoints.sealing import WAY_OUT, check_form, checkpoints
 from diffattn.train.layout import Layout
 from diffattn.train.options import TrainOptions
 from diffattn.train.recipe import Recipe
@@ -50,10 +50,13 @@ def read_own(folder: Path) -> Own:
 
     Raises:
         ConfigError: there is no run, but perhaps something else.
-        CheckpointError: its ``config.json`` is damaged, or was changed after it was written.
+        CheckpointError: its ``config.json`` is damaged, or was changed after it was written; or an earlier version of
+            diffattn wrote its checkpoints.
     """
     check_resumable(folder, resume=True)
     file = own_folder(folder, RUN) / "config.json"
+    for _, checkpoint in checkpoints(folder):
+        check_form(checkpoint)
     config = read_sealed(file, way_out=WAY_OUT)
     try:
         source, data = config.get("source"), config["data"]

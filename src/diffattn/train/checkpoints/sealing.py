@@ -97,6 +97,16 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
+def check_form(checkpoint: Path) -> None:
+    """Raises a CheckpointError if an earlier version of diffattn wrote a checkpoint, of which no pickle is read now."""
+    if (checkpoint / _EARLIER).is_file():
+        raise CheckpointError(
+            f"{checkpoint} was written by an earlier version of diffattn, in a format that holds a pickle",
+            "a checkpoint of this version",
+            "finish the run with the version that began it, or start again with another --out",
+        )
+
+
 def last_good(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
     """Finds the newest usable checkpoint; returns it, and a line for each newer one that was skipped.
 
@@ -112,13 +122,8 @@ def last_good(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
             shutil.rmtree(partial, ignore_errors=True)
     for step, path in reversed(checkpoints(folder)):
         reason = defect(path)
-        if reason is None and (path / _EARLIER).is_file():
-            raise CheckpointError(
-                f"{path} was written by an earlier version of diffattn, in a format that holds a pickle",
-                "a checkpoint of this version",
-                "finish the run with the version that began it, or start again with another --out",
-            )
         if reason is None:
+            check_form(path)
             return (step, path), skipped
         aside = _free(path.with_name(f"damaged-{path.name}"))
         path.rename(aside)
