@@ -67,10 +67,11 @@ def assert_same_losses(more: Path, one: Path) -> None:
 
 
 def test_each_step_is_the_first_one_with_one_thing_more() -> None:
-    assert list(steps()) == ["runs/laptop", "runs/two", "runs/shard", "runs/two --resume"]
+    assert list(steps()) == ["runs/laptop", "runs/two", "runs/shard", "runs/two --resume", "runs/ray"]
     laptop = steps()["runs/laptop"]
     torchrun = ["torchrun", "--nproc-per-node", "2", "-m"]
-    for name, before, behind in (("two", torchrun, []), ("shard", torchrun, ["--shard", "full"])):  # fmt: skip
+    for name, before, behind in (("two", torchrun, []), ("shard", torchrun, ["--shard", "full"]),
+                                 ("ray", [], ["--on", "ray"])):  # fmt: skip
         assert steps()[f"runs/{name}"] == [*before, *laptop[:-1], f"runs/{name}", *behind]
 
 
@@ -105,6 +106,17 @@ def test_one_process_goes_on_with_what_two_began(folder: Path) -> None:
     ((status, _, said),) = played("runs/two --resume", folder, 1)
     assert status == 0, said
     assert_same_losses(folder / "runs/two", folder / "runs/laptop")
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_ray_trains_as_one_process_does(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *steps()["runs/ray"]], cwd=folder, env=os.environ | environment(folder),
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert_same_losses(folder / "runs/ray", folder / "runs/laptop")
 
 
 def test_commands_on_several_hosts_are_commands_of_diffattn() -> None:

@@ -19,6 +19,7 @@ from benchmarks.rows import Writer, provenance
 from tools.newest import KINDS
 
 ROOT = Path(__file__).parents[1]
+MARK = "pytest.mark." + "ray"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "ray", "--quiet", f"--junitxml={report}", "tests"]
+        files = [str(file.relative_to(ROOT)) for file in files_on_ray()]
+        command = [sys.executable, "-m", "pytest", "-m", "ray", "--quiet", f"--junitxml={report}", *files]
         status = subprocess.run(command, check=False, cwd=ROOT).returncode
         if not report.exists():
             sys.exit("pytest wrote no report; wanted one: see what it says above")
@@ -36,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in outcomes(report):
             write({**row, "ray": version("ray"), **provenance("tools.ray_tests")})
     return status
+
+
+def files_on_ray() -> list[Path]:
+    """Returns the files that hold tests which start Ray."""
+    return [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if MARK in file.read_text(encoding="utf-8")]
 
 
 def outcomes(report: Path) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 
@@ -78,3 +78,25 @@ class CheckpointError(DiffattnError, RuntimeError):
 
 class TrainingError(DiffattnError, RuntimeError):
     """A run that had to end: its loss is not a number, or the disk is full. The last good checkpoint is kept."""
+
+
+def error_to_json(error: DiffattnError) -> list[str]:
+    """Returns the kind and the three parts of an error, for the process that called the one that met it.
+
+    >>> error_to_json(ConfigError("no text", "some", "give it"))
+    ['ConfigError', 'no text', 'some', 'give it']
+    """
+    # A kind that a room defines is one of those of the whole package.
+    kind = next(base.__name__ for base in type(error).__mro__ if base.__module__ == __name__)
+    return [kind, error.given, error.wanted, error.way_out]
+
+
+def error_from_json(content: Sequence[str]) -> DiffattnError:
+    """Returns the error that another process met.
+
+    >>> error_from_json(["DataError", "no text", "some", "give it"])
+    DataError('no text', 'some', 'give it')
+    """
+    kind, *parts = content
+    error: DiffattnError = globals()[kind](*parts)
+    return error

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -88,6 +89,11 @@ def _connect(ray: Any, left: contextlib.ExitStack) -> bool:
     """Connects; returns whether Ray was started for it, whose folder ``left`` removes then."""
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     address = os.environ.get("RAY_ADDRESS")
+    nobody = UnsupportedError(
+        f"RAY_ADDRESS is {address!r}, where no Ray answers", "the address of a cluster", "correct it, or unset it"
+    )
+    if address and not _answers(address):
+        raise nobody
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -107,9 +113,19 @@ def _connect(ray: Any, left: contextlib.ExitStack) -> bool:
     except (RuntimeError, ValueError, OSError) as error:
         given = f"--on ray, and Ray cannot be {'reached' if address else 'started'} ({one_line(error, 200)})"
         raise UnsupportedError(given, "a Ray cluster, or Ray on this machine", "see what ray status says") from None
-    raise UnsupportedError(
-        f"RAY_ADDRESS is {address!r}, where no Ray answers", "the address of a cluster", "correct it, or unset it"
-    )
+    raise nobody
+
+
+def _answers(address: str) -> bool:
+    """Returns whether somebody listens at HOST:PORT, for which Ray itself waits for minutes; other words are Ray's."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        return True
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            return True
+    except OSError:
+        return False
 
 
 def resources(ray: Any, threads: int, gpus: float | None, *, wants_gpu: bool) -> Mapping[str, float]:

@@ -14,7 +14,7 @@ import torch
 from support.small_comparison import write_text
 from support.small_ladder import small
 
-from diffattn.errors import ConfigError, DataError, TrainingError
+from diffattn.errors import ConfigError, DataError, TrainingError, error_from_json, error_to_json
 from diffattn.scaling import messages, processes
 from diffattn.scaling.ladder import run_ladder
 from diffattn.scaling.options import LadderOptions, WorkOptions
@@ -115,7 +115,7 @@ def test_a_process_that_is_killed_is_one_line_and_ends_the_others(
 def test_an_error_of_one_process_is_one_line_and_ends_the_others(
     text: Path, monkeypatch: pytest.MonkeyPatch, started: list[subprocess.Popen[str]]
 ) -> None:
-    error = messages.error_to_json(TrainingError("the loss is nan", "a number", "lower it"))
+    error = error_to_json(TrainingError("the loss is nan", "a number", "lower it"))
     play(monkeypatch, f"print(json.dumps({ {'error': error} }), flush=True)")
     with pytest.raises(TrainingError, match=r"^the loss is nan; wanted a number: lower it$"):
         run_ladder(small(text), out=text / "out", work=WorkOptions(processes=2))
@@ -140,7 +140,7 @@ def test_an_error_in_a_process_is_told(text: Path) -> None:
     (text / "out" / "rows.jsonl").write_text('{"attention": "softmax"}\n')
     with worker(small(text), text / "out") as process:
         assert process.stdout is not None
-        error = messages.error_from_json(json.loads(process.stdout.readline())["error"])
+        error = error_from_json(json.loads(process.stdout.readline())["error"])
         assert process.wait(60) == 1
     assert isinstance(error, DataError)
     assert "rows.jsonl line 1 is damaged" in str(error)
@@ -205,8 +205,8 @@ def test_what_processes_say_comes_back_as_it_was() -> None:
     step = Progress(1, 4, 3.5, 1000.0, 2.5)
     for progress in (LadderProgress("softmax", 7, 0, 1, 6, None), LadderProgress("softmax", 7, 0, 1, 6, 3.5, step)):
         assert messages.progress_from_json(json.loads(json.dumps(messages.progress_to_json(progress)))) == progress
-    again: Callable[[Exception], Exception] = lambda error: messages.error_from_json(  # noqa: E731
-        json.loads(json.dumps(messages.error_to_json(error)))
+    again: Callable[[Exception], Exception] = lambda error: error_from_json(  # noqa: E731
+        json.loads(json.dumps(error_to_json(error)))
     )
     assert (type(again(TrainingError("a", "b", "c"))), str(again(TrainingError("a", "b", "c")))) == (
         TrainingError,

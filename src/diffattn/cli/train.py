@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from diffattn.cli.ranks import console_of_ranks
 from diffattn.errors import ConfigError
 from diffattn.rank import rank_here
 from diffattn.train.layout import Layout
-from diffattn.train.options import TrainOptions
+from diffattn.train.options import LaunchOptions, TrainOptions
 from diffattn.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def train(
     options: TrainOptions,
     recipe: Recipe,
     layout: Layout,
+    launch: LaunchOptions,
     *,
     out: Path | None = None,
     resume: bool = False,
@@ -46,8 +48,10 @@ def train(
     """
     from diffattn.cli.terminal.console import print_json
 
+    if launch.on == "ray" and rank_here().world > 1:
+        raise ConfigError("--on ray under torchrun", "one of the two, since each starts ranks", "leave torchrun out")
     with console_of_ranks("train", out, resume, recipe.device, (options, recipe, layout)) as console:
-        result = (_resume if resume else _start)(options, recipe, layout, console)
+        result = (_resume if resume else _start)(options, recipe, layout, launch, console)
     console.note(
         f"held-out loss {result.val_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte, "
         f"{result.train_tokens_per_second:,.0f} tokens/s; model: {result.model_folder}"
@@ -57,7 +61,30 @@ def train(
     return 0
 
 
-def _start(options: TrainOptions, recipe: Recipe, layout: Layout, console: Console) -> TrainResult:
+def _run(
+    name: str,
+    call: Callable[..., TrainResult],
+    recipe: Recipe,
+    layout: Layout,
+    launch: LaunchOptions,
+    console: Console,
+    *,
+    resume: bool,
+) -> TrainResult:
+    """Trains here or on Ray, and shows how it goes."""
+    shown: dict[str, Callable[[Any], None]] = {
+        "on_progress": lambda step: console.progress(name, step), "on_stage": console, "on_note": console.note,
+    }  # fmt: skip
+    if launch.on == "here":
+        return call(**shown)
+    from diffattn.train.ray_launch import train_on_ray
+
+    return train_on_ray(call, recipe, console.folder, layout=layout, ranks=launch.ranks, resume=resume, **shown)
+
+
+def _start(
+    options: TrainOptions, recipe: Recipe, layout: Layout, launch: LaunchOptions, console: Console
+) -> TrainResult:
     from diffattn.train.continued import LEARNING_RATE, continue_training
     from diffattn.train.single import train_shape
 
@@ -71,11 +98,11 @@ def _start(options: TrainOptions, recipe: Recipe, layout: Layout, console: Conso
         if "learning_rate" not in named:
             recipe = dataclasses.replace(recipe, learning_rate=LEARNING_RATE)
         name = f"{source.name} seed {recipe.seed}"
-        return continue_training(
-            source, recipe, console.folder, text=options.text, text_column=options.text_column,
+        call = functools.partial(
+            continue_training, source, recipe, console.folder, text=options.text, text_column=options.text_column,
             context=options.context, lossy_tokenizer=options.lossy_tokenizer, track=options.track, layout=layout,
-            on_progress=lambda step: console.progress(name, step), on_stage=console, on_note=console.note,
         )  # fmt: skip
+        return _run(name, call, recipe, layout, launch, console, resume=False)
     if options.lossy_tokenizer and options.tokenizer is None:
         raise ConfigError(
             "--lossy-tokenizer without --from or --tokenizer",
@@ -83,15 +110,17 @@ def _start(options: TrainOptions, recipe: Recipe, layout: Layout, console: Conso
             "leave --lossy-tokenizer out",
         )  # fmt: skip
     name = f"{options.attention} seed {recipe.seed}"
-    return train_shape(
-        options.shape, options.attention, recipe, console.folder, text=options.text, text_column=options.text_column,
-        context=options.context, match=options.match, tokenizer=options.tokenizer,
+    call = functools.partial(
+        train_shape, options.shape, options.attention, recipe, console.folder, text=options.text,
+        text_column=options.text_column, context=options.context, match=options.match, tokenizer=options.tokenizer,
         lossy_tokenizer=options.lossy_tokenizer, track=options.track, layout=layout,
-        on_progress=lambda step: console.progress(name, step), on_stage=console, on_note=console.note,
     )  # fmt: skip
+    return _run(name, call, recipe, layout, launch, console, resume=False)
 
 
-def _resume(options: TrainOptions, recipe: Recipe, layout: Layout, console: Console) -> TrainResult:
+def _resume(
+    options: TrainOptions, recipe: Recipe, layout: Layout, launch: LaunchOptions, console: Console
+) -> TrainResult:
     from diffattn.train.own import read_own
     from diffattn.train.resume import resume_training
 
@@ -99,13 +128,15 @@ def _resume(options: TrainOptions, recipe: Recipe, layout: Layout, console: Cons
     # It changes no number of the run, so it may change.
     track = options.track if beside.pop("track", None) else None
     text, source = _moved(own, console.folder, beside)
-    layout = dataclasses.replace(own.layout.going_on(rank_here().world), **given(layout))  # type: ignore[arg-type]
+    # Ray says how many there are only once it is reached.
+    world = rank_here().world if launch.on == "here" else launch.ranks or 2
+    layout = dataclasses.replace(own.layout.going_on(world), **given(layout))  # type: ignore[arg-type]
     name = f"{own.attention if own.source is None else own.source.name} seed {own.recipe.seed}"
-    return resume_training(
-        console.folder, text=text, source=source, shape=options.shape, match=options.match, track=track,
-        layout=layout,
-        on_progress=lambda step: console.progress(name, step), on_stage=console, on_note=console.note,
+    call = functools.partial(
+        resume_training, console.folder, text=text, source=source, shape=options.shape, match=options.match,
+        track=track, layout=layout,
     )  # fmt: skip
+    return _run(name, call, own.recipe, layout, launch, console, resume=True)
 
 
 def _moved(own: Own, folder: Path, others: Mapping[str, object]) -> tuple[tuple[str, ...] | None, Path | None]:

@@ -1,4 +1,4 @@
-"""Turns options, progress and errors into plain JSON and back, for the processes that train a ladder together."""
+"""Turns options and progress into plain JSON and back, for the processes that train a ladder together."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from diffattn import errors
-from diffattn.errors import DiffattnError
 from diffattn.scaling.options import LadderOptions
 from diffattn.scaling.runs import LadderProgress
 from diffattn.train.callbacks import Progress
@@ -38,21 +36,3 @@ def progress_from_json(content: Mapping[str, Any]) -> LadderProgress:
     """Returns the progress of a ladder from its JSON."""
     step = content["step"]
     return LadderProgress(**{**content, "step": None if step is None else Progress(**step)})
-
-
-def error_to_json(error: DiffattnError) -> list[str]:
-    """Returns the kind and the three parts of an error.
-
-    >>> error_to_json(errors.ConfigError("no text", "some", "give it"))
-    ['ConfigError', 'no text', 'some', 'give it']
-    """
-    # A kind that a room defines is one of those of the whole package.
-    kind = next(base.__name__ for base in type(error).__mro__ if hasattr(errors, base.__name__))
-    return [kind, error.given, error.wanted, error.way_out]
-
-
-def error_from_json(content: list[str]) -> DiffattnError:
-    """Returns the error that another process met."""
-    kind, *parts = content
-    error: DiffattnError = getattr(errors, kind)(*parts)
-    return error

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from diffattn.errors import TrainingError
-from diffattn.scaling.messages import error_from_json, options_to_json, progress_from_json
+from diffattn.errors import TrainingError, error_from_json
+from diffattn.scaling.messages import options_to_json, progress_from_json
 from diffattn.scaling.options import LadderOptions, WorkOptions
 from diffattn.scaling.runs import LadderProgress
 from diffattn.train.callbacks import Interruption

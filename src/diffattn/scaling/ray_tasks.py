@@ -21,12 +21,20 @@ from typing import Any
 
 import torch
 
-from diffattn.errors import DataError, DiffattnError, TrainingError, UnsupportedError, one_line
+from diffattn.errors import (
+    DataError,
+    DiffattnError,
+    TrainingError,
+    UnsupportedError,
+    error_from_json,
+    error_to_json,
+    one_line,
+)
 from diffattn.model.options import Dtype
 from diffattn.progress import OnStage, Stage
 from diffattn.ray_cluster import at_once, cluster, mailbox, resources, taken, variables
 from diffattn.results.ladder import LadderRow
-from diffattn.scaling.messages import error_from_json, error_to_json, options_from_json, options_to_json
+from diffattn.scaling.messages import options_from_json, options_to_json
 from diffattn.scaling.options import LadderOptions, WorkOptions
 from diffattn.scaling.rows import ROWS, by_key
 from diffattn.scaling.runs import LadderProgress, Missing, Run, progress_of, runs_of

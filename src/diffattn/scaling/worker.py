@@ -10,7 +10,7 @@ import sys
 import threading
 from typing import Any
 
-from diffattn.errors import DiffattnError
+from diffattn.errors import DiffattnError, error_to_json
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
         job = json.loads(sys.stdin.readline())
         threading.Thread(target=_watch, daemon=True).start()
         from diffattn.scaling.ladder import run_ladder
-        from diffattn.scaling.messages import error_to_json, options_from_json, progress_to_json
+        from diffattn.scaling.messages import options_from_json, progress_to_json
         from diffattn.train.callbacks import quiet
 
         quiet()

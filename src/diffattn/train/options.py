@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+from diffattn.errors import ConfigError
 from diffattn.model.options import MATCHES
 from diffattn.names import several
 from diffattn.variants import DEFAULT, VARIANTS
@@ -47,3 +49,29 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", several(self.text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """The place where a run is trained; it changes no result.
+
+    Raises:
+        ConfigError: ranks without Ray, or fewer than one.
+    """
+
+    on: Literal["here", "ray"] = "here"
+    """Place where the run is trained. here: this process, or those of torchrun. ray: processes that Ray starts, on the
+    cluster that runs here or that RAY_ADDRESS names, else on this machine; Ray has to be installed."""
+    ranks: int | None = None
+    """Processes that Ray starts, with --on ray. Default: one for each GPU of the cluster; without any, one for each
+    processor thread, as far as they can share the batch equally."""
+
+    def __post_init__(self) -> None:
+        if self.on not in ("here", "ray"):
+            raise ConfigError(f"on is {self.on!r}", "here or ray", "change --on")
+        if self.ranks is not None and self.on != "ray":
+            raise ConfigError(
+                f"--ranks {self.ranks} without --on ray", "--on ray beside it", "or start the ranks with torchrun"
+            )
+        if self.ranks is not None and self.ranks < 1:
+            raise ConfigError(f"ranks is {self.ranks}", "at least 1", "leave --ranks out")

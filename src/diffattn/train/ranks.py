@@ -46,6 +46,10 @@ class EndedError(DiffattnError):
         self.rank, self.status = rank, status
 
 
+class LostError(TrainingError):
+    """Another rank ended without a word, or does not answer."""
+
+
 class Ranks:
     """The ranks of a run as one of them sees them; the only one sees itself alone."""
 
@@ -214,9 +218,9 @@ def tell(status: int, say: Callable[[], None]) -> int:
     return heard
 
 
-def lost(what: str) -> TrainingError:
+def lost(what: str) -> LostError:
     """Returns the error of a rank that ended without a word, or that does not answer."""
-    return TrainingError(
+    return LostError(
         f"another rank has ended or does not answer ({what})",
         "all ranks until the run ends",
         "go on from the last checkpoint with --resume, on any number of ranks",
