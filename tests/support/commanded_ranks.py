@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from diffattn.cli.main import main
-from diffattn.train import ranks
+from diffattn.train.spread import ranks
 from diffattn.train.callbacks import MetricsFile
 
 

@@ -10,8 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from diffattn.errors import ConfigError, DiffattnError, TrainingError
-from diffattn.train import ranks as of_ranks
-from diffattn.train.ranks import EndedError, Ranks, joined, ranks, tell
+from diffattn.train.spread import ranks as of_ranks
+from diffattn.train.spread.ranks import EndedError, Ranks, joined, ranks, tell
 
 
 def talked(folder: Path) -> list[object]:

@@ -11,9 +11,9 @@ from support.small_run import RECIPE, SHAPE, prepare
 
 from diffattn.errors import DiffattnError
 from diffattn.model.pairing import build_pair
-from diffattn.train.layout import Layout
-from diffattn.train.ranks import tell
 from diffattn.train.run import train
+from diffattn.train.spread.layout import Layout
+from diffattn.train.spread.ranks import tell
 
 # So many heads that two ranks share those of V1's call.
 HEADS = dataclasses.replace(SHAPE, num_kv_heads=4)

@@ -11,8 +11,8 @@ from support.ranks import outcomes_of_ranks, run_ranks
 
 from diffattn.errors import ConfigError
 from diffattn.rank import rank_here
-from diffattn.train.layout import Layout
-from diffattn.train.ranks import joined
+from diffattn.train.spread.layout import Layout
+from diffattn.train.spread.ranks import joined
 
 
 def test_ranks_hear_what_the_first_says(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from diffattn.errors import DataError
 from diffattn.files import LOCK
 from diffattn.ray_cluster import cluster
 from diffattn.train.callbacks import Progress, read_metrics
-from diffattn.train.ray_launch import train_on_ray
 from diffattn.train.recipe import Recipe
 from diffattn.train.resume import resume_training
 from diffattn.train.single import train_shape
+from diffattn.train.spread.ray_launch import train_on_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
 RECIPE = Recipe(steps=60, batch_size=4, dtype="float32", device="cpu", learning_rate=1e-3, checkpoints=10)

@@ -11,13 +11,13 @@ from support.small_comparison import write_shape, write_text
 
 from diffattn.cli.main import main
 from diffattn.errors import ConfigError, TrainingError
-from diffattn.train.layout import Layout
 from diffattn.train.lock import InUseError
 from diffattn.train.options import LaunchOptions
-from diffattn.train.ranks import lost
-from diffattn.train.ray_launch import _places, rank_on_ray
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import TrainResult
+from diffattn.train.spread.layout import Layout
+from diffattn.train.spread.ranks import lost
+from diffattn.train.spread.ray_launch import _places, rank_on_ray
 
 
 def cluster_of(*machines: dict[str, float]) -> Any:

@@ -10,7 +10,7 @@ from diffattn.cli.arguments import check_given, given
 from diffattn.cli.ranks import console_of_ranks
 from diffattn.rank import rank_here
 from diffattn.study.options import CompareOptions
-from diffattn.train.layout import Layout
+from diffattn.train.spread.layout import Layout
 
 
 def compare(

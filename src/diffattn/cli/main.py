@@ -189,7 +189,7 @@ def _end(say: Callable[[], None], *, status: int) -> int:
     if not _are_several():
         say()
         return status
-    from diffattn.train.ranks import tell
+    from diffattn.train.spread.ranks import tell
 
     return tell(status, say)
 

@@ -37,8 +37,8 @@ def console_of_ranks(
         return
     if not rank.is_first:
         warnings.simplefilter("ignore")
-    from diffattn.train.ranks import joined
     from diffattn.train.recipe import Recipe
+    from diffattn.train.spread.ranks import joined
 
     agree = {name: value for record in options for name, value in vars(record).items()}
     with joined(Recipe(device=device).resolved().device, agree | {"out": out, "resume": resume}) as ranks:

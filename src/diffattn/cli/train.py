@@ -12,9 +12,9 @@ from diffattn.cli.arguments import check_given, given
 from diffattn.cli.ranks import console_of_ranks
 from diffattn.errors import ConfigError
 from diffattn.rank import rank_here
-from diffattn.train.layout import Layout
 from diffattn.train.options import LaunchOptions, TrainOptions
 from diffattn.train.recipe import Recipe
+from diffattn.train.spread.layout import Layout
 
 if TYPE_CHECKING:
     from diffattn.cli.terminal.console import Console
@@ -77,7 +77,7 @@ def _run(
     }  # fmt: skip
     if launch.on == "here":
         return call(**shown)
-    from diffattn.train.ray_launch import train_on_ray
+    from diffattn.train.spread.ray_launch import train_on_ray
 
     return train_on_ray(call, recipe, console.folder, layout=layout, ranks=launch.ranks, resume=resume, **shown)
 

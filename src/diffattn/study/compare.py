@@ -36,13 +36,13 @@ from diffattn.results.maps import HeadMaps
 from diffattn.study.comparison import RunPlan, Stored
 from diffattn.study.options import CompareOptions
 from diffattn.train.callbacks import Progress, read_metrics
-from diffattn.train.layout import Layout
 from diffattn.train.measure import LoadCost, StepCost, measure_load, measure_step
 from diffattn.train.own import same_shape, same_text
-from diffattn.train.ranks import Ranks, joined
 from diffattn.train.record import NO_SEAL, TrainResult
 from diffattn.train.run import train
 from diffattn.train.single import check_context, folder_of_ranks
+from diffattn.train.spread.layout import Layout
+from diffattn.train.spread.ranks import Ranks, joined
 from diffattn.train.trackers.callback import check_trackers
 
 DEFAULT_STEPS = 250

@@ -19,7 +19,7 @@ from diffattn.results.base import Result
 from diffattn.sealed import SEAL, read_sealed, sealed
 from diffattn.study.options import CompareOptions
 from diffattn.train.checkpoints.sealing import WAY_OUT
-from diffattn.train.layout import Layout
+from diffattn.train.spread.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from diffattn.rank import rank_here
 from diffattn.study.measured_machine import main_memory
 from diffattn.study.plan_check import IMPLEMENTATIONS, MeasuredRow, as_built_here
 from diffattn.train.measure import TrainingStep, peak_bytes
-from diffattn.train.ranks import joined
+from diffattn.train.spread.ranks import joined
 
 
 def measure_ranks(

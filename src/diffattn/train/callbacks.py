@@ -31,8 +31,8 @@ from diffattn.names import SHORT_DTYPES
 from diffattn.plan.cost import flops_per_token
 from diffattn.plan.hardware import card_flops
 from diffattn.progress import OnStage, Stage
-from diffattn.train.ranks import ALONE, Ranks
 from diffattn.train.recipe import Recipe
+from diffattn.train.spread.ranks import ALONE, Ranks
 from diffattn.variants import VARIANTS
 
 

@@ -12,14 +12,14 @@ from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.loading import check_weights, load_config, load_model
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
-from diffattn.train.layout import Layout
 from diffattn.train.options import TrainOptions
 from diffattn.train.own import to_keep
-from diffattn.train.ranks import joined
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import TrainResult
 from diffattn.train.run import train
 from diffattn.train.single import check_context, check_out, fitting_tokenizer, folder_of_ranks
+from diffattn.train.spread.layout import Layout
+from diffattn.train.spread.ranks import joined
 from diffattn.train.trackers.callback import check_trackers
 
 CONTEXT = 512

@@ -18,9 +18,9 @@ from diffattn.data.blocks import TrainingOrder
 from diffattn.data.packing import PreparedData
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.train.checkpoints.state import own_part
-from diffattn.train.layout import Layout
-from diffattn.train.ranks import ALONE, Ranks
 from diffattn.train.recipe import Recipe
+from diffattn.train.spread.layout import Layout
+from diffattn.train.spread.ranks import ALONE, Ranks
 from diffattn.train.torch_private import memory_events
 from diffattn.train.trainer import spread
 

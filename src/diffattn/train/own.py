@@ -15,9 +15,9 @@ from diffattn.folders import RUN, own_folder
 from diffattn.plan.shape import ModelShape
 from diffattn.sealed import read_sealed
 from diffattn.train.checkpoints.sealing import WAY_OUT, check_form, checkpoints
-from diffattn.train.layout import Layout
 from diffattn.train.options import TrainOptions
 from diffattn.train.recipe import Recipe
+from diffattn.train.spread.layout import Layout
 
 
 @dataclass(frozen=True)

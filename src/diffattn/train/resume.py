@@ -10,11 +10,11 @@ from diffattn.progress import OnStage, unseen
 from diffattn.rank import rank_here
 from diffattn.train.callbacks import Progress
 from diffattn.train.continued import continue_training
-from diffattn.train.layout import Layout
 from diffattn.train.options import TrainOptions
 from diffattn.train.own import read_own
 from diffattn.train.record import TrainResult
 from diffattn.train.single import train_shape
+from diffattn.train.spread.layout import Layout
 
 
 def resume_training(

@@ -33,12 +33,12 @@ from diffattn.train.callbacks import (
     warn,
 )
 from diffattn.train.checkpoints.sealing import last_good, prune
-from diffattn.train.layout import Layout
 from diffattn.train.lock import held
 from diffattn.train.options import TrainOptions
-from diffattn.train.ranks import Ranks, joined
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import Claim, TrainResult, check_claim, kept_rows, read_result
+from diffattn.train.spread.layout import Layout
+from diffattn.train.spread.ranks import Ranks, joined
 from diffattn.train.trackers.callback import Trackers, check_trackers
 from diffattn.train.trainer import RankPart, RunTrainer, spread
 

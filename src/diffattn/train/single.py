@@ -19,14 +19,14 @@ from diffattn.plan.named_model import load_shape
 from diffattn.plan.shape import ModelShape
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
-from diffattn.train.layout import Layout
 from diffattn.train.lock import held
 from diffattn.train.options import TrainOptions
 from diffattn.train.own import check_resumable, to_keep
-from diffattn.train.ranks import Ranks, joined
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import TrainResult
 from diffattn.train.run import check_new, train
+from diffattn.train.spread.layout import Layout
+from diffattn.train.spread.ranks import Ranks, joined
 from diffattn.train.trackers.callback import check_trackers
 
 

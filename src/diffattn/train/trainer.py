@@ -18,9 +18,9 @@ from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.sharding import data_ranks, mesh_for, set_computation, shard
 from diffattn.train.callbacks import Interruption
 from diffattn.train.checkpoints.trainer import SavingTrainer
-from diffattn.train.layout import Layout
-from diffattn.train.ranks import Ranks
 from diffattn.train.recipe import Recipe
+from diffattn.train.spread.layout import Layout
+from diffattn.train.spread.ranks import Ranks
 from diffattn.train.trackers.programs import PROJECT, run_name
 
 

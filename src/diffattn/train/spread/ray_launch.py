@@ -27,12 +27,12 @@ from diffattn.folders import RUN, own_folder
 from diffattn.progress import OnStage, Stage
 from diffattn.ray_cluster import cluster, mailbox, taken, variables
 from diffattn.train.callbacks import Interruption, Progress, quiet
-from diffattn.train.layout import Layout
 from diffattn.train.lock import InUseError, held
-from diffattn.train.ranks import EndedError, LostError, joined
 from diffattn.train.recipe import Recipe
 from diffattn.train.record import TrainResult
 from diffattn.train.run import check_new
+from diffattn.train.spread.layout import Layout
+from diffattn.train.spread.ranks import EndedError, LostError, joined
 
 RESTARTS = 3
 """The number of times that all ranks are started again where one is lost."""
