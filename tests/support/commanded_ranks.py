@@ -11,8 +11,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from diffattn.cli.main import main
-from diffattn.train.spread import ranks
 from diffattn.train.callbacks import MetricsFile
+from diffattn.train.spread import ranks
 
 
 def commanded(lists: list[list[str]], folder: Path, kill: tuple[int, int] | None = None) -> tuple[int, str, str]:
