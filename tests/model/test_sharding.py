@@ -49,10 +49,15 @@ def two_ranks(folder) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("cast", [False, True], ids=["float32 weights", "a model in bfloat16"])
-@pytest.mark.parametrize("name", ["diff_v1", "dex"])
+@pytest.mark.parametrize("name", ["diff_v1 1", "diff_v1 2", "dex 1", "dex 2"])
 def test_what_is_float32_by_design_has_the_bits_of_one_process_under_bfloat16(name, cast, two_ranks):
     for found in two_ranks:
         assert all(found["exact"][name][cast].values()), found["exact"][name][cast]
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_sharded_model_writes_what_one_process_writes(tensor, two_ranks):
+    assert [found["written"][tensor] for found in two_ranks] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +81,13 @@ def test_norm_optimizer_and_folder_are_those_of_one_process(two_ranks, folder):
         assert (weight - before.get_parameter(key)).abs().max() > 1e-3, key
     ids = tokens(2, 9)
     torch.testing.assert_close(models["sharded"](ids).logits, models["alone"](ids).logits, rtol=0, atol=1e-4)
+
+
+def test_one_rank_saves_a_sharded_model_as_it_is(tmp_path):
+    run_ranks(sharded.saved_by_one_rank, 1, str(tmp_path))
+    saved = DiffTransformerForCausalLM.from_pretrained(tmp_path)
+    for key, weight in sharded.model_of("diff_v2").named_parameters():
+        assert torch.equal(saved.get_parameter(key), weight), key
 
 
 @pytest.mark.parametrize(

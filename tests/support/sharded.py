@@ -104,7 +104,12 @@ def two_ranks(out: str) -> dict[str, Any]:
     distributed.init_process_group("gloo")
     meshes = {tensor: mesh_for(2, shard="full", tensor=tensor, device="cpu") for tensor in (1, 2)}
     return {
-        "exact": {name: {cast: exact(name, cast, meshes[1]) for cast in (False, True)} for name in ("diff_v1", "dex")},
+        "exact": {
+            f"{name} {tensor}": {cast: exact(name, cast, meshes[tensor]) for cast in (False, True)}
+            for name in ("diff_v1", "dex")
+            for tensor in meshes
+        },
+        "written": {tensor: written(mesh) for tensor, mesh in meshes.items()},
         "ways": ways_of_computing(meshes),
         "step": one_step(meshes[1], out),
         "said": lines_said(meshes[1]),
@@ -120,7 +125,9 @@ def exact(name: str, cast: bool, mesh: DeviceMesh) -> dict[str, bool]:
             if isinstance(module, DifferentialLambda):
                 module.register_forward_hook(lambda module, given, result: seen.append(result.detach().clone()))
             if isinstance(module, DexProjection):
-                module.register_forward_pre_hook(lambda module, given: seen.append(module.weight.detach().clone()))
+                module.register_forward_pre_hook(
+                    lambda module, given: seen.append(whole(module.weight.detach()).clone())
+                )
         return seen
 
     alone, model = model_of(name), model_of(name)
@@ -144,6 +151,26 @@ def exact(name: str, cast: bool, mesh: DeviceMesh) -> dict[str, bool]:
         "layers compute in bfloat16": computed == [torch.bfloat16],
         "weights keep their dtype": layer.mlp.gate_proj.weight.dtype == (torch.bfloat16 if cast else torch.float32),
     }
+
+
+def written(mesh: DeviceMesh) -> bool:
+    """Returns whether a sharded model writes what one process writes, also after a pass of training."""
+    ids, alone, model = tokens(2, LENGTH), model_of("diff_v1"), shard(model_of("diff_v1"), mesh)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    same = []
+    for _ in range(2):
+        same.append(torch.equal(model.eval().generate(ids, **options), alone.eval().generate(ids, **options)))
+        step(model.train(), ids)
+    return all(same)
+
+
+def saved_by_one_rank(out: str) -> None:
+    """Saves a model whose embedding is its output head, sharded over one rank, after a pass, which leaves it whole."""
+    distributed.init_process_group("gloo")
+    model = shard(model_of("diff_v2").eval(), mesh_for(1, shard="full", device="cpu"), dtype=torch.bfloat16)
+    with torch.no_grad():
+        model(tokens(1, LENGTH))
+    model.save_pretrained(out)
 
 
 def ways_of_computing(meshes: dict[int, DeviceMesh]) -> dict[str, tuple[str, float]]:

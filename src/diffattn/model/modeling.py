@@ -165,10 +165,9 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
         elif hasattr(self.config, "auto_map"):
             # The model was loaded from a folder with such files.
             del self.config.auto_map
-        mesh = getattr(next(self.parameters()), "device_mesh", None)
-        if mesh is not None and mesh.size() == 1:
-            # The base gathers the weights of several ranks, and would write those of one as the parts that they are.
-            state = kwargs.pop("state_dict", None) or self.state_dict()
+        # The base gathers the weights of several ranks, and would write those of one as the parts that they are.
+        state = kwargs.get("state_dict") or self.state_dict()
+        if any(hasattr(tensor, "device_mesh") and tensor.device_mesh.size() == 1 for tensor in state.values()):
             kwargs["state_dict"] = {
                 name: getattr(tensor, "full_tensor", tensor.detach)() for name, tensor in state.items()
             }
