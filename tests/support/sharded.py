@@ -112,7 +112,7 @@ def two_ranks(out: str) -> dict[str, Any]:
         "written": {tensor: written(mesh) for tensor, mesh in meshes.items()},
         "ways": ways_of_computing(meshes),
         "step": one_step(meshes[1], out),
-        "said": lines_said(meshes[1]),
+        "said": lines_said(meshes[1], out),
     }
 
 
@@ -224,7 +224,7 @@ def one_step(mesh: DeviceMesh, out: str) -> dict[str, float]:
     return norms
 
 
-def lines_said(mesh: DeviceMesh) -> dict[str, str]:
+def lines_said(mesh: DeviceMesh, out: str) -> dict[str, str]:
     """Returns the line of each mistake."""
 
     def plainly(name: str) -> None:
@@ -241,7 +241,7 @@ def lines_said(mesh: DeviceMesh) -> dict[str, str]:
         shard(model, mesh)
 
     def asked_of_the_trainer() -> None:
-        arguments = TrainingArguments("unused", use_cpu=True, fsdp=True, max_steps=1, report_to="none")
+        arguments = TrainingArguments(out, use_cpu=True, fsdp=True, max_steps=1, report_to="none")
         Trainer(
             model_of("softmax"), arguments, train_dataset=[{"input_ids": ids, "labels": ids} for ids in tokens(4, 5)]
         ).train()
