@@ -79,14 +79,19 @@ def test_a_half_written_checkpoint_is_named_and_removed(stopped: Path, capsys: p
     assert partials(stopped) == []
 
 
-def test_one_that_was_killed_before_it_was_marked_is_removed_where_it_is_empty(tmp_path: Path) -> None:
-    """Between the folder and the mark in it is a moment in which a process can be killed."""
+def test_one_without_a_mark_is_removed_where_it_holds_nothing_or_parts_of_ranks(tmp_path: Path) -> None:
+    """A process can be killed before it marks the folder, and a rank can write after another has removed the mark."""
     (tmp_path / "checkpoint-6.a1b2c3d4.partial").mkdir()
     (tmp_path / "checkpoint-9.a1b2c3d4.partial").mkdir()
     (tmp_path / "checkpoint-9.a1b2c3d4.partial" / "mine").touch()
     (tmp_path / "checkpoint-9.partial").mkdir()
-    said = ["skipped checkpoint-6.a1b2c3d4.partial: the run ended while it was being written"]
-    assert sealing.last_good(tmp_path) == (None, said)
+    (tmp_path / "checkpoint-12.a1b2c3d4.partial" / "new").mkdir(parents=True)
+    (tmp_path / "checkpoint-12.a1b2c3d4.partial" / "new" / "shard-3-of-4.safetensors").touch()
+    start, said = sealing.last_good(tmp_path)
+    assert start is None
+    assert sorted(said) == [
+        f"skipped checkpoint-{step}.a1b2c3d4.partial: the run ended while it was being written" for step in (12, 6)
+    ]
     assert sorted(partials(tmp_path)) == ["checkpoint-9.a1b2c3d4.partial", "checkpoint-9.partial"]
 
 

@@ -18,6 +18,7 @@ MANIFEST = "manifest.json"
 WAY_OUT = "restore the file, or start again with another --out"
 # The names that whole_folder gives to unfinished folders.
 _UNMARKED = re.compile(rf"checkpoint-\d+\.\w{{8}}{re.escape(PARTIAL)}")
+_PART = re.compile(r"shard-\d+-of-\d+\.safetensors")
 # A file that each checkpoint of an earlier version has, and none of this one.
 _EARLIER = "optimizer.pt"
 OF_THE_RUN = ("../config.json", "../metrics.jsonl")
@@ -117,7 +118,7 @@ def last_good(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
     """
     skipped = []
     for partial in folder.glob(f"checkpoint-*{PARTIAL}"):
-        if is_sealed(partial) or remove_unfinished(partial) or _removed_as_empty(partial):
+        if is_sealed(partial) or remove_unfinished(partial) or _is_unmarked(partial):
             skipped.append(f"skipped {partial.name}: the run ended while it was being written")
             shutil.rmtree(partial, ignore_errors=True)
     for step, path in reversed(checkpoints(folder)):
@@ -131,15 +132,15 @@ def last_good(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
     return None, skipped
 
 
-def _removed_as_empty(partial: Path) -> bool:
-    """Removes the empty folder of a run that was killed before it marked it; no other process trains in the run now."""
+def _is_unmarked(partial: Path) -> bool:
+    """Returns whether a folder is one of a run that was killed before it marked it, or while it removed it.
+
+    It is empty, or holds parts that other ranks wrote after the mark was gone. No process trains in the run now.
+    """
     if _UNMARKED.fullmatch(partial.name) is None or partial.is_symlink():
         return False
-    try:
-        partial.rmdir()
-    except OSError:
-        return False
-    return True
+    held = [path for path in partial.rglob("*") if path != partial / "new"]
+    return all(path.parent == partial / "new" and _PART.fullmatch(path.name) for path in held)
 
 
 def prune(folder: Path, keep: int) -> None:
