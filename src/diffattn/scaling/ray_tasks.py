@@ -87,7 +87,7 @@ def train_on_ray(
             return runs, []
         board = mailbox(ray)
         task = ray.remote(train_one).options(max_retries=RETRIES, **takes)
-        job = {"options": json.dumps(options_to_json(options)), "folder": str(folder), "command": command,
+        job = {"options": json.dumps(options_to_json(options)), "folder": str(folder.absolute()), "command": command,
                "digest": runs[0].data.facts["digest"], "cwd": os.getcwd(), "threads": threads}  # fmt: skip
         running = {task.remote({**job, "name": name}, board): name for name in left}
         together = min(len(left), at_once(ray, takes))

@@ -87,10 +87,10 @@ def train_on_ray(
         with held(writable_folder(folder)):
             pass
         # Ray Train wants a folder that all machines see, and makes sure there that they do.
-        storage = folder / f"{PROBE}ray{PARTIAL}"
+        storage = folder.absolute() / f"{PROBE}ray{PARTIAL}"
         left.callback(shutil.rmtree, storage, ignore_errors=True)
         box = mailbox(ray)
-        job = {"call": call, "resume": resume, "folder": folder, "cwd": os.getcwd(), "box": box,
+        job = {"call": call, "resume": resume, "folder": folder.absolute(), "cwd": os.getcwd(), "box": box,
                "threads": places.threads}  # fmt: skip
         on_stage(Stage(f"starting {places.ranks} ranks on Ray"))
         settings = {"env_vars": {**variables(places.threads), **_SETTINGS}}
@@ -100,8 +100,7 @@ def train_on_ray(
             with Interruption():
                 return _listen(ray, running, box, folder, on_progress, on_stage, on_note)
         finally:
-            # It takes its ranks with it.
-            ray.cancel(running, force=True)
+            _end(ray, running)
             _await_end(folder)
 
 
@@ -167,13 +166,25 @@ def _listen(
     try:
         ray.get(running)
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None) or error
+        # Ray puts tracebacks and addresses before the error itself.
+        why = str(getattr(error, "cause", None) or error).strip().splitlines()[-1:]
         raise TrainingError(
-            f"Ray Train gave up ({one_line(cause, 300)})", f"ranks that live, or {RESTARTS} restarts that do",
+            f"Ray Train gave up ({one_line(' '.join(why), 300)})", f"ranks that live, or {RESTARTS} restarts that do",
             "go on from the last checkpoint with --resume",
         ) from None  # fmt: skip
     assert result is not None
     return result
+
+
+def _end(ray: Any, running: Any) -> None:
+    """Ends Ray Train as Ctrl-C would, so that it ends the ranks and gives their places in the cluster back."""
+    ended = ray.wait([running], timeout=0)[0]
+    with contextlib.suppress(KeyboardInterrupt):
+        if not ended:
+            ray.cancel(running, recursive=False)
+            ended = ray.wait([running], timeout=_PATIENCE)[0]
+    if not ended:
+        ray.cancel(running, force=True)
 
 
 def _await_end(folder: Path) -> None:
