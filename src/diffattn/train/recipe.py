@@ -33,7 +33,7 @@ class Recipe:
     steps: int = 300
     """Number of updates of the weights (optimizer steps)."""
     batch_size: int = 4
-    """Blocks of ``context`` tokens in each forward pass, of all ranks together."""
+    """Blocks of ``context`` tokens in each forward pass, of all processes together."""
     gradient_accumulation: int = 1
     """Forward passes in each step."""
     learning_rate: float = 2e-3
