@@ -222,15 +222,29 @@ def test_a_model_that_is_trained_on_goes_on_with_its_source(
     assert losses(Path("cut")) == losses(Path("whole"))
 
 
-def test_a_run_of_an_earlier_version_is_finished_by_that_version(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its checkpoints hold a pickle, which is not read."""
-    cut(4, start("train", "out"), capsys)
-    checkpoint = Path("out/checkpoint-4")
+def to_earlier_form(checkpoint: Path) -> None:
+    """Adds the file by which a checkpoint of an earlier version is known, a pickle, and seals it."""
     (checkpoint / "optimizer.pt").write_bytes(b"pickle")
     facts = json.loads((checkpoint / "manifest.json").read_text())
     facts["optimizer.pt"] = file_facts(checkpoint / "optimizer.pt")
     (checkpoint / "manifest.json").write_text(json.dumps(facts))
+
+
+def test_a_run_of_an_earlier_version_is_finished_by_that_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its checkpoints hold a pickle, which is not read."""
+    cut(4, start("train", "out"), capsys)
+    checkpoint = Path("out/checkpoint-4")
+    to_earlier_form(checkpoint)
     line = refused(["train", "--resume", "--out", "out"], capsys)
     assert "out/checkpoint-4 was written by an earlier version of diffattn" in line
     assert "finish the run with the version that began it" in line
     assert checkpoint.is_dir()
+
+
+def test_a_finished_run_of_an_earlier_version_has_its_result(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(start("train", "out")) == 0
+    (checkpoint,) = Path("out").glob("checkpoint-*")
+    to_earlier_form(checkpoint)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert main(["train", "--resume", "--out", "out"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == said

@@ -55,7 +55,8 @@ def read_own(folder: Path) -> Own:
     """
     check_resumable(folder, resume=True)
     file = own_folder(folder, RUN) / "config.json"
-    for _, checkpoint in checkpoints(folder):
+    # Of a finished run no checkpoint is read.
+    for _, checkpoint in [] if (folder / "result.json").exists() else checkpoints(folder):
         check_form(checkpoint)
     config = read_sealed(file, way_out=WAY_OUT)
     try:
