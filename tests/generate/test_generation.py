@@ -117,7 +117,7 @@ def test_a_cache_by_name_is_used(cache, loaded, monkeypatch):
     forward, used = type(model).forward, []
 
     def recording(self, *args, **kwargs):
-        used.append(type(kwargs["past_key_values"]).__name__)
+        used.append(type(kwargs.get("cache", kwargs.get("past_key_values"))).__name__)
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", recording)

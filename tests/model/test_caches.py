@@ -3,7 +3,6 @@ import torch
 from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from transformers import DynamicCache, StaticCache
 
-from diffattn.errors import UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.plan.cost import cache_bytes_per_token
 from diffattn.variants import VARIANTS
@@ -123,7 +122,11 @@ def test_beam_search_finds_a_text_at_least_as_likely_as_the_greedy_one(attention
     assert (log_likelihood(beam) >= log_likelihood(greedy) - 1e-4).all()
 
 
-def test_a_cache_under_the_name_of_a_newer_transformers_is_refused():
+def test_a_cache_is_taken_under_the_name_of_a_newer_transformers():
     model = small_model("diff_v1")
-    with pytest.raises(UnsupportedError, match=r"as cache; wanted a release below 5\.24"):
-        model(tokens(1, 3), cache=DynamicCache(config=model.config))
+    ids = torch.tensor([[3, 1, 2, 4]])
+    whole = model(ids).logits
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :3], cache=cache)
+    assert cache.get_seq_length() == 3
+    torch.testing.assert_close(model(ids[:, 3:], cache=cache).logits, whole[:, 3:])

@@ -168,7 +168,6 @@ class SoftmaxAttention(nn.Module):
         """Queries, keys and values as the one call takes them, heads before tokens, with what the cache holds."""
         heads = (*q_BTNW.shape[:2], -1, self.head_dim)
         q, k, v = q_BTNW.transpose(1, 2), k_BTg.view(heads).transpose(1, 2), v_BTg.view(heads).transpose(1, 2)
-        # The paged cache of an engine is among the call's kwargs, as `cache`: the attention function updates that one.
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         return q, k, v
@@ -196,13 +195,15 @@ class SoftmaxAttention(nn.Module):
         fused = implementation == DIFF_FUSED
         q, k = self.position(q, k, position_embeddings, fused)
         q, k, v = self.lay_out(q, k, v, past_key_values)
+        # An engine's paged cache, which says in the options what an attention function needs to read it.
+        if (paged := kwargs.pop("cache", None)) is not None:
+            k, v = paged.update(k, v, self.layer_idx, kwargs)
         # Do not restructure this: vLLM parses the source of this function to find the one attention call and `scaling`.
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if fused:
             kwargs |= {"lam": lam, "norm": self.subln}
         dtype = v.dtype
-        # A paged cache keeps queries, keys and values as they are, so they may not be converted here.
-        if implementation == "sdpa" and kwargs.get("cache") is None:
+        if implementation == "sdpa":
             q, k, v, attention_mask = attention_inputs(q, k, v, attention_mask)
         attended, weights = interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         # vLLM returns all heads of a token as one row.

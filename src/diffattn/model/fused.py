@@ -102,8 +102,7 @@ def diff_fused_attention(
     if _holds_both_keys(query, key):
         query = pad_queries(query.transpose(1, 2)).transpose(1, 2)
     mask, dead = _standard_mask(attention_mask, query, key, kwargs.get("is_causal"))
-    if kwargs.get("cache") is None:
-        query, key, value, mask = attention_inputs(query, key, value, mask)
+    query, key, value, mask = attention_inputs(query, key, value, mask)
 
     def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
@@ -166,7 +165,7 @@ def _needs_standard_call(mask: Tensor | None, dropout: float, options: dict[str,
         return "diff_fused: a mask of its own per query and key needs the standard call"
     if dropout:
         return "diff_fused: dropout needs the standard call"
-    given = [name for name in ("cache", "position_bias", "softcap") if options.get(name) is not None]
+    given = [name for name in ("position_bias", "softcap") if options.get(name) is not None]
     if options.get("is_causal") is False:
         given.append("is_causal=False")
     if options.get("output_attentions"):

@@ -29,7 +29,12 @@ from diffattn.model import fused  # noqa: F401 - registers the attention functio
 from diffattn.model.attention import ATTENTION, DexProjection, DifferentialLambda, Float32Module, SoftmaxAttention
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 from diffattn.model.masks import model_mask, positions_of_sequences
-from diffattn.model.transformers_private import check_asked_fsdp, check_cache_name, is_tracing, restore_when_stopped
+from diffattn.model.transformers_private import (
+    check_asked_fsdp,
+    is_tracing,
+    restore_when_stopped,
+    takes_either_cache_name,
+)
 from diffattn.ops.half import quick_products
 from diffattn.ops.sdpa import without_nan
 
@@ -201,6 +206,7 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @staticmethod
+    @takes_either_cache_name
     def create_masks_for_generate(
         config: DiffTransformerConfig,
         inputs_embeds: Tensor,
@@ -237,6 +243,7 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_either_cache_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -256,7 +263,6 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             given = "no input_ids and no inputs_embeds" if input_ids is None else "both input_ids and inputs_embeds"
             raise ConfigError(given, "exactly one of input_ids and inputs_embeds", "pass one of them")
-        check_cache_name(kwargs)
         if self.training and not is_tracing(input_ids):
             check_asked_fsdp(self)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -303,6 +309,7 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_either_cache_name
     @can_return_tuple
     def forward(
         self,

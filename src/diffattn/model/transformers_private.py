@@ -7,9 +7,9 @@ underscore, but every model that is written for the library has them; so they st
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import distributed
@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 from transformers.utils.generic import is_flash_attention_requested as is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing as is_tracing
 
-from diffattn.errors import ConfigError, UnsupportedError
+from diffattn.errors import ConfigError
 from diffattn.private_names import PrivateName
 
 CONTRACT = (
@@ -36,24 +36,20 @@ CONTRACT = (
 )  # fmt: skip
 
 
-def check_cache_name(options: Mapping[str, object]) -> None:
-    """Refuses a cache under the name that ``transformers`` has for it from 5.24 on, which our models do not read.
+def takes_either_cache_name(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a function that takes ``past_key_values``, so that it takes the same cache as ``cache`` too.
 
-    Without what was written before, they would write another text than they should. An engine's paged cache is of
-    another type; it has had this name before.
-
-    Args:
-        options: the keyword arguments of a pass that none of its parameters takes.
-
-    Raises:
-        UnsupportedError: there is such a cache.
+    From release 5.24 on ``transformers`` has the second name. An engine's paged cache has had it before; it is of
+    another type, and is passed on as it is.
     """
-    if isinstance(options.get("cache"), Cache):
-        raise UnsupportedError(
-            f"transformers {version('transformers')} gives a model its keys and values as cache",
-            "a release below 5.24, which gives them as past_key_values",
-            "pip install 'transformers>=5.20,<5.24'",
-        )
+
+    @functools.wraps(forward)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get("cache"), Cache):
+            kwargs["past_key_values"] = kwargs.pop("cache")
+        return forward(*args, **kwargs)
+
+    return either
 
 
 def check_asked_fsdp(model: PreTrainedModel) -> None:
@@ -128,7 +124,7 @@ def mark_as_placed(model: PreTrainedModel, *, shard: int, replicate: int, tensor
     model._fsdp_size, model._tp_size = shard, tensor
 
 
-_TESTED = ">=5.20,<5.24"
+_TESTED = ">=5.20,<5.25"
 _PLACED = (
     "transformers.Trainer wraps a sharded model once more, and save_pretrained writes a part of it",
     "transformers can be told that a model is spread over ranks already",

@@ -151,7 +151,7 @@ class _RequestSampling(ContinuousBatchingLogitsProcessor):
         return scores
 
 
-_TESTED = ">=5.20,<5.24"
+_TESTED = ">=5.20,<5.25"
 _UTILS = "transformers.cli.serving.utils"
 _BATCHING = "transformers.generation.continuous_batching"
 _ENGINE = f"{_BATCHING}.continuous_api"

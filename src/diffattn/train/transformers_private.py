@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from diffattn.private_names import PrivateName
 
-_TESTED = ">=5.20,<5.24"
+_TESTED = ">=5.20,<5.25"
 _TRAINER = "transformers.trainer:Trainer"
 NAMES = (
     PrivateName(
