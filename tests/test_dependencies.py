@@ -92,3 +92,11 @@ def test_the_lowest_releases_are_the_first_that_the_core_allows() -> None:
         name = canonicalize_name(requirement.name)
         assert name in lowest, f"constraints-lowest.txt has no {name}"
         assert requirement.specifier.contains(lowest[name]), requirement
+
+
+def test_every_package_of_an_environment_apart_is_pinned_and_the_tools_bring_no_torch() -> None:
+    for name in ("vllm", "tools"):
+        lines = (ROOT / f"benchmarks/{name}_requirements.txt").read_text(encoding="utf-8").splitlines()
+        asked = [Requirement(line) for line in lines if not line.startswith("#")]
+        assert [each for each in asked if [one.operator for one in each.specifier] != ["=="]] == []
+    assert "torch" not in {canonicalize_name(each.name) for each in asked}
