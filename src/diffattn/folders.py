@@ -89,7 +89,8 @@ def own_folder(path: str | Path, kind: Kind | None = None, *, option: str | None
 def no_model(folder: Path, kind_of_error: type[_Error]) -> _Error | None:
     """Returns an error if a folder is that of a run, a comparison or a ladder, where that of a model is wanted.
 
-    The error names the folder of the model, or says that there is none yet and how the run is continued.
+    The error names the folder of the model, or says that there is none yet and how the run is continued. So it does for
+    a folder of any program whose models lie in folders inside it, such as the checkpoint-500 of a ``Trainer``.
     """
     own = folder / _MODEL
     try:
@@ -100,7 +101,7 @@ def no_model(folder: Path, kind_of_error: type[_Error]) -> _Error | None:
     if kind is None and (own / _CONFIG).is_file():
         kind = RUN
     if kind is None:
-        return None
+        return _model_inside(folder, kind_of_error)
     found = [own] if kind is RUN else sorted(folder.glob(f"*/{_MODEL}"))
     found = [path for path in found if (path / _CONFIG).is_file()]
     given, wanted = f"{str(folder)!r} is the folder of {kind.words}", "the folder of a model"
@@ -113,6 +114,23 @@ def no_model(folder: Path, kind_of_error: type[_Error]) -> _Error | None:
         )
     return kind_of_error(
         f"{given}, none of whose runs has finished", wanted, "finish one first, with the command that started it"
+    )
+
+
+def _model_inside(folder: Path, kind_of_error: type[_Error]) -> _Error | None:
+    """Returns the error that names the last model inside a folder that is none itself; None: there is none."""
+    try:
+        held = [file.parent for inside in ("*", "*/checkpoint-*") for file in folder.glob(f"{inside}/{_CONFIG}")]
+        found = [path for path in held if "model_type" in (_object(path / _CONFIG) or {})]
+    except OSError:
+        return None
+    if not found:
+        return None
+    # checkpoint-1000 is later than checkpoint-500.
+    last = max(found, key=lambda path: [(len(name), name) for name in path.relative_to(folder).parts])
+    more = f", the last of {len(found)}" if len(found) > 1 else ""
+    return kind_of_error(
+        f"{str(folder)!r} is no model, but there is one inside it", "the folder of a model", f"take {str(last)!r}{more}"
     )
 
 

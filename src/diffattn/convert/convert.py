@@ -15,6 +15,7 @@ from diffattn.convert.folder import check_destination, check_loads, read_folder,
 from diffattn.convert.layout import EMBEDDING, Tensors
 from diffattn.convert.options import TARGETS
 from diffattn.convert.reading import LLAMA_LIKE, OURS
+from diffattn.convert.refused import OWN_CODE, check_not_refused, check_own_code
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.variants import ATTENTIONS, DEFAULT
@@ -195,6 +196,7 @@ def kind_of(config: Config) -> str:
     >>> kind_of({"model_type": "qwen2"}), kind_of({"model_type": "diff_transformer", "attention": "diff_v2"})
     ('llama', 'diff_v2')
     """
+    check_not_refused(config)
     kind = config.get("model_type")
     if kind == OURS:
         # A missing field means the default, as it does to the configuration class.
@@ -206,12 +208,12 @@ def kind_of(config: Config) -> str:
         return str(attention)
     if kind == unilm.REFERENCE:
         return f"reference V{unilm.version_of(config)}"
-    if kind in LLAMA_LIKE:
-        return "llama"
-    if kind == "diffllama":
-        return kind
+    if kind in LLAMA_LIKE or kind == "diffllama":
+        check_own_code(config)
+        return "diffllama" if kind == "diffllama" else "llama"
+    own = f", with {OWN_CODE}" if config.get("auto_map") else ""
     raise UnsupportedError(
-        f"model_type is {kind!r}",
+        f"model_type is {kind!r}{own}",
         f"one of {', '.join((OURS, 'diffllama', unilm.REFERENCE, *LLAMA_LIKE))}",
         "choose such a model, since no exact conversion of another architecture is known",
     )
