@@ -12,6 +12,7 @@ from diffattn.model.registration import register
 if TYPE_CHECKING:
     from diffattn.convert.convert import convert as _convert
     from diffattn.data.packing import prepare_data as prepare_data
+    from diffattn.export.fixed import FixedDecoder as FixedDecoder
     from diffattn.export.onnx import export_onnx as export_onnx
     from diffattn.export.run import OnnxDecoder as OnnxDecoder
     from diffattn.generate.decoding import Decoding as Decoding
@@ -59,6 +60,7 @@ _HOME = {
     "DiffTransformerForCausalLM": "model.modeling:DiffTransformerForCausalLM",
     "DiffTransformerModel": "model.modeling:DiffTransformerModel",
     "EvaluateOptions": "probes.options:EvaluateOptions",
+    "FixedDecoder": "export.fixed:FixedDecoder",
     "LadderOptions": "scaling.options:LadderOptions",
     "ModelShape": "plan.shape:ModelShape",
     "OnnxDecoder": "export.run:OnnxDecoder",

@@ -25,6 +25,7 @@ from diffattn.export import graph as onnx_graph
 from diffattn.export import onnx as onnx_export
 from diffattn.export import run as onnx_run
 from diffattn.export.check import check_float32
+from diffattn.export.genai import genai_config
 from diffattn.export.run import OnnxDecoder
 from diffattn.model.loading import load_model
 
@@ -341,3 +342,17 @@ def test_frequencies_that_depend_on_the_length_are_refused(tmp_path, capsys):
     assert main(["export", str(path), "--onnx"]) == 2
     assert "rope_type is 'dynamic', whose frequencies depend on the length" in capsys.readouterr().err
     assert not (path / "onnx").exists()
+
+
+def test_the_file_for_onnxruntime_genai_names_what_the_graph_has(cached):
+    model, decoder = cached
+    said = genai_config(model)["model"]
+    parts = said["decoder"]
+    layers = range(parts["num_hidden_layers"])
+    for side, names, whole in (("inputs", decoder.past_names, "past"), ("outputs", decoder.outputs[1:], "present")):
+        patterns = [parts[side][f"{whole}_{kind}_names"] for kind in ("key", "value")]
+        assert names == [pattern % layer for layer in layers for pattern in patterns]
+    assert decoder.empty_cache(1).values[0].shape() == [1, parts["num_key_value_heads"], 0, parts["head_size"]]
+    assert "eos_token_id" not in said
+    model.generation_config.eos_token_id = 5
+    assert genai_config(model)["model"]["eos_token_id"] == 5

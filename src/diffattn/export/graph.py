@@ -39,7 +39,7 @@ from diffattn.model.transformers_private import attention_implementation
 
 # The first with Attention and RMSNormalization.
 OPSET = 23
-GROUPED = "onnx_grouped"
+GROUPED, REPEATED = "onnx_grouped", "onnx_repeated"
 BATCH, NEW, EARLIER = "batch_size", "sequence_length", "past_sequence_length"
 # A protobuf message may hold 2 GiB; the graph itself is far below the difference.
 LARGEST_FILE = 2_000_000_000
@@ -84,12 +84,28 @@ def grouped_attention(
     return output.transpose(1, 2), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(GROUPED, grouped_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, sdpa_mask)
+def repeated_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The standard call with a key and a value head for each query head, for engines that cannot group them."""
+    times = query.shape[1] // key.shape[1]
+    # As an expansion, which engines know as the repetition of heads.
+    key, value = (x[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2) for x in (key, value))
+    return grouped_attention(module, query, key, value, attention_mask, **kwargs)
 
 
-def to_graph(model: DiffTransformerForCausalLM, *, cache: bool = True) -> Any:
+for _name, _function in ((GROUPED, grouped_attention), (REPEATED, repeated_attention)):
+    ALL_ATTENTION_FUNCTIONS.register(_name, _function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_name, sdpa_mask)
+
+
+def to_graph(model: DiffTransformerForCausalLM, *, cache: bool = True, repeat_heads: bool = False) -> Any:
     """Returns the model as an ``onnx_ir.Model`` of opset 23 in float32; the module's docstring has names and shapes.
+
+    Args:
+        model: any variant.
+        cache: take and return keys and values.
+        repeat_heads: write each key/value head once for every query head of its group.
 
     Raises:
         UnsupportedError: the rotary frequencies depend on the length, or a package of the extra is missing.
@@ -114,7 +130,7 @@ def to_graph(model: DiffTransformerForCausalLM, *, cache: bool = True) -> Any:
     ids, mask, positions = (torch.ones(B, size, dtype=torch.long) for size in (T, P + T, T))
     batch, new, earlier = (torch.export.Dim(name) for name in (BATCH, NEW, EARLIER))
     shapes = ({0: batch, 1: new}, {0: batch, 1: torch.export.Dim.AUTO if cache else new}, {0: batch, 1: new})
-    with attention_implementation(model, GROUPED), _quiet(), torch.no_grad():
+    with attention_implementation(model, REPEATED if repeat_heads else GROUPED), _quiet(), torch.no_grad():
         program = torch.onnx.export(
             FlatDecoder(model, cache=cache).eval(),
             (ids, mask, positions, *past),

@@ -9,11 +9,12 @@ from pathlib import Path
 from diffattn.checkpoint_files import companions, copy_companions, read_config
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.export.check import CheckReport, Expected, OnnxCheckError, check_float32, check_quantized
+from diffattn.export.genai import genai_config
 from diffattn.export.graph import GROUPED, OPSET, save, to_graph, weight_bytes
 from diffattn.export.options import BITS, ExportOptions
 from diffattn.export.quantize import check_block_size, quantize
 from diffattn.export.run import DATA_FILE, MODEL_FILE, require
-from diffattn.files import whole_folder
+from diffattn.files import whole_folder, write_json
 from diffattn.folders import own_folder
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.loading import load_model, load_tokenizer
@@ -53,6 +54,7 @@ def export_onnx(
     cache: bool = ExportOptions.cache,
     bits: int | None = ExportOptions.bits,
     block_size: int = ExportOptions.block_size,
+    repeat_heads: bool = ExportOptions.repeat_heads,
     check: bool = ExportOptions.check,
     on_stage: OnStage = unseen,
 ) -> OnnxExport:
@@ -60,7 +62,7 @@ def export_onnx(
 
     Args:
         folder: a checkpoint of ours; half-precision weights are exported as float32.
-        out, block_size: see :class:`diffattn.export.options.ExportOptions`.
+        out, block_size, repeat_heads: see :class:`diffattn.export.options.ExportOptions`.
         cache: take and return keys and values, for decoding token by token.
         bits: 8 or 4 to quantise the weights (see ``diffattn.export.quantize``); ``None`` for float32.
         check: compare the written model with the torch model (see ``diffattn.export.check``); one that differs by
@@ -89,7 +91,7 @@ def export_onnx(
     on_stage(Stage("loading the weights as float32"))
     model = load_model(source, "float32", "cpu", attn_implementation=GROUPED)
     on_stage(Stage("tracing the graph"))
-    graph = to_graph(model, cache=cache)
+    graph = to_graph(model, cache=cache, repeat_heads=repeat_heads)
     with whole_folder(target) as partial:
         if check or bits is None:
             on_stage(Stage("writing the graph"))
@@ -110,6 +112,8 @@ def export_onnx(
                 on_stage(Stage("comparing the quantised graph with the torch model"))
                 report = _passed(check_quantized(model, partial, bits, report, expected, block_size=block_size))
         _save_companions(model.config, source, partial, cache)
+        if cache:
+            write_json(partial / "genai_config.json", genai_config(model))
         sizes = [(partial / name).stat().st_size for name in (MODEL_FILE, DATA_FILE) if (partial / name).exists()]
     return OnnxExport(
         target, model.config.attention, cache, bits or 32, block_size if bits else None, OPSET, weight_bytes(graph),

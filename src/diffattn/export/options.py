@@ -21,5 +21,8 @@ class ExportOptions:
     floats."""
     block_size: int = 32
     """Weights that share one scale, with ``bits``: 16, 32, 64, 128 or 256."""
+    repeat_heads: bool = False
+    """Write each key/value head once for every query head that shares it, for engines that cannot share them, such as
+    OpenVINO. The saved keys and values stay as they are."""
     check: bool = False
     """Compare the written model with the original; where they differ, nothing is kept and the exit status is 1."""
