@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from diffattn.errors import ConfigError
+from diffattn.layer_kinds import LAYER_TYPES, check_unrotated, layer_types_of
 from diffattn.variants import ATTENTIONS, DEFAULT
 
 OURS = "diff_transformer"
@@ -181,7 +182,20 @@ FIELDS: dict[str, Field] = {
         "for every layer a list of heads, or null",
         optional=True,
     ),
-    **dict.fromkeys(("sliding_window", "attention_chunk_size", "layer_types", "per_layer_config"), _ABSENT),
+    # The caches of transformers cannot hold a window of one token.
+    "sliding_window": Field(lambda value: is_whole(value) and 2 <= value <= 10**9, "an integer from 2, or null", True),
+    "layer_types": Field(
+        lambda value: isinstance(value, list) and all(each in LAYER_TYPES for each in value),
+        f"a list of {' and '.join(LAYER_TYPES)}, one for each layer, or null",
+        optional=True,
+    ),
+    "unrotated_layers": Field(
+        lambda value: isinstance(value, list) and all(is_whole(each) for each in value),
+        "a list of layers, from 0, or null",
+        optional=True,
+    ),
+    "is_causal": _FLAG,
+    **dict.fromkeys(("attention_chunk_size", "per_layer_config"), _ABSENT),
     "is_encoder_decoder": Field(lambda value: value is False, "false", way_out=_ABSENT.way_out),
     # The library makes a name for each label, so a huge number would fill the memory.
     "num_labels": integer(10**6, 0, optional=True),
@@ -232,23 +246,6 @@ _OTHER_NAMES = {
 }
 _SAME_NAMES = ("vocab_size", "num_key_value_heads", "head_dim", "initializer_range", "rope_theta", "num_labels")
 _LAYERS = ("num_hidden_layers", *_OTHER_NAMES["num_hidden_layers"])
-
-GENERATION: dict[str, Field] = {
-    "bos_token_id": _TOKENS,
-    "eos_token_id": _TOKENS,
-    "pad_token_id": _TOKENS,
-    "temperature": _number("a finite number from 0, or null", lambda value: value >= 0, optional=True),
-    "top_p": _number("a number from 0 to 1, or null", lambda value: 0 <= value <= 1, optional=True),
-    "min_p": _number("a number from 0 to 1, or null", lambda value: 0 <= value <= 1, optional=True),
-    "top_k": integer(10**9, 0, optional=True),
-    "repetition_penalty": _OPTIONAL_FACTOR,
-    "length_penalty": _number("a finite number, or null", lambda value: True, optional=True),
-    "max_length": integer(10**9, 0, optional=True),
-    "max_new_tokens": integer(10**9, optional=True),
-    "num_beams": integer(10**5, optional=True),
-    "do_sample": _FLAG_OR_OWN,
-    "use_cache": _FLAG_OR_OWN,
-}
 
 
 def check(fields: Mapping[str, Field], name: str, value: object, *, called: str | None = None) -> None:
@@ -343,6 +340,9 @@ def check_config(values: Config) -> None:
         check_rope(rope, values["head_dim"] // ATTENTIONS[values.get("attention", DEFAULT)].join)
     if is_whole(values.get("vocab_size")):
         check_ids(values, values["vocab_size"])
+    if is_whole(layers := values.get("num_hidden_layers")):
+        layer_types_of(values.get("sliding_window"), values.get("layer_types"), layers)
+        check_unrotated(values.get("unrotated_layers"), layers)
 
 
 def check_foreign(values: Config) -> None:

@@ -22,8 +22,10 @@ from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 from torch import Tensor
 
 from diffattn.errors import ConfigError
-from diffattn.model import masks
+from diffattn.layer_kinds import FULL
 from diffattn.model.fused import DIFF_FUSED
+from diffattn.model.masks import layers, whole
+from diffattn.model.masks.layers import layer_masks
 
 
 def additive(visible: Tensor, hidden: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -135,7 +137,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "heads": (VISIBLE.expand(-1, 6, -1, -1), r"is \(3, 6, 21, 21\); wanted"),
     "rows": (VISIBLE[:2], r"is \(2, 1, 21, 21\); wanted"),
     "three dimensions": (VISIBLE[:, 0], "of 3 dimensions; wanted a tensor"),
-    "the kernel's own under another name": (torch.zeros(2, 3, 1, 1, LENGTH, dtype=torch.int32), "of 5 dimensions"),
+    "the kernel's own": (torch.zeros(2, 3, 1, 1, LENGTH, dtype=torch.int32), "of 5 dimensions"),
     "a list": (VISIBLE.tolist(), "class 'list'.*; wanted a tensor"),
     "added floats of two dimensions": (additive(real_of(PADDED), -torch.inf), r"\(batch, keys\) holds numbers below 0"),
 }
@@ -144,8 +146,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", DIFF_FUSED])
 def test_masks_that_say_nothing_clear_are_refused_in_one_line(case, implementation):
-    if implementation == DIFF_FUSED and "kernel's own" in case:
-        pytest.skip("this is the form in which generate hands that implementation the mask that it made before")
     model, ids, _ = twins("diff_v1")
     model.set_attn_implementation(implementation)
     mask, sentence = REFUSED[case]
@@ -165,13 +165,14 @@ def test_fewer_columns_than_tokens_are_refused():
 def test_flash_attention_is_given_only_what_it_tells_apart(monkeypatch):
     """Its package serves GPUs alone; what it would be given is decided before."""
     model, ids, _ = twins("diff_v1")
-    monkeypatch.setattr(masks, "is_flash_attention_requested", lambda config: True)
+    for module in (layers, whole):
+        monkeypatch.setattr(module, "is_flash_attention_requested", lambda config: True)
     real, positions, x = real_of(WHOLE), positions_of(WHOLE), ids[..., None].float()
     for mask, rows in ((real, 3), (real_of(PADDED), 1)):
         given = (x[:rows], mask[:rows], positions_of(PADDED if rows == 1 else WHOLE)[:rows])
         with pytest.raises(ConfigError, match="which flash attention does not separate; wanted one row without"):
-            masks.model_mask(model.config, *given, None, {})
+            layer_masks(model.config, *given, None, {})
     with pytest.raises(ConfigError, match="4-D attention_mask with flash attention, which takes none; wanted"):
-        masks.model_mask(model.config, x, VISIBLE, positions, None, {})
+        layer_masks(model.config, x, VISIBLE, positions, None, {})
     model.set_attn_implementation("sdpa")
-    assert masks.model_mask(model.config, x[:1], real[:1], positions[:1], None, {}) is None
+    assert layer_masks(model.config, x[:1], real[:1], positions[:1], None, {}) == {FULL: None}

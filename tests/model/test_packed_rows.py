@@ -27,8 +27,11 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
 from diffattn.errors import ConfigError
-from diffattn.model import masks
+from diffattn.layer_kinds import FULL
 from diffattn.model.fused import DIFF_FUSED
+from diffattn.model.masks import layers
+from diffattn.model.masks.layers import layer_masks
+from diffattn.model.masks.sequences import starts_of
 
 PADDING_MASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "int": Tensor.long,
@@ -60,8 +63,8 @@ def test_the_kernel_serves_packed_rows_and_holds_no_mask_of_queries_and_keys(att
     model, ids, _ = twins(attention)
     model.set_attn_implementation(DIFF_FUSED)
     served = recorded_calls(monkeypatch)
-    mask = masks.model_mask(model.config, ids[..., None], real_of(PADDED), positions_of(PADDED), None, {})
-    assert mask.shape == (2, 3, 1, 1, LENGTH)
+    masks = layer_masks(model.config, ids[..., None], real_of(PADDED), positions_of(PADDED), None, {})
+    assert masks[FULL].shape == (2, 3, 1, 1, LENGTH)
     for cache in caches(model).values():
         model(ids, attention_mask=real_of(PADDED), position_ids=positions_of(PADDED), **cache)
     assert served == ["kernel"] * 3 * SHAPE.num_layers
@@ -76,7 +79,7 @@ def first_of(starts: Tensor) -> Tensor:
 
 
 def takes_padding_for_tokens(x, attention_mask, position_ids, *others):
-    return first_of(masks._starts(position_ids, None))
+    return first_of(starts_of(position_ids, None))
 
 
 def begins_where_the_position_is_zero(x, attention_mask, position_ids, *others):
@@ -84,7 +87,7 @@ def begins_where_the_position_is_zero(x, attention_mask, position_ids, *others):
 
 
 def all_rows_as_the_first(x, attention_mask, position_ids, *others):
-    return first_of(masks._starts(position_ids, attention_mask.bool())[:1].repeat(x.shape[0], 1))
+    return first_of(starts_of(position_ids, attention_mask.bool())[:1].repeat(x.shape[0], 1))
 
 
 WRONG = [ignores_restarts, takes_padding_for_tokens, begins_where_the_position_is_zero, all_rows_as_the_first]
@@ -110,7 +113,7 @@ def test_known_wrong_ways_to_find_sequences_are_found_out(attention, implementat
         assert_same_logits(logits[2:, real[2]], alone_2)
 
     check()
-    monkeypatch.setattr(masks, "_first_places", wrong)
+    monkeypatch.setattr(layers, "first_places", wrong)
     with pytest.raises(AssertionError):
         check()
 
@@ -149,8 +152,8 @@ def test_positions_that_repeat_under_padding_are_one_sequence(attention, impleme
 def test_positions_that_jump_ahead_or_start_late_are_one_sequence():
     """Positions may be skipped, as when a model is trained for longer texts; nothing restarts there."""
     for positions in (torch.arange(7) * 3, torch.arange(7) + 40, torch.tensor([0, 1, 2, 40, 41, 42, 43])):
-        assert not masks._starts(positions[None], None).any()
-        assert not masks._starts(positions[None], torch.tensor([[0, 1, 1, 0, 1, 1, 1]]).bool()).any()
+        assert not starts_of(positions[None], None).any()
+        assert not starts_of(positions[None], torch.tensor([[0, 1, 1, 0, 1, 1, 1]]).bool()).any()
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", pytest.param(DIFF_FUSED, marks=needs_the_kernel)])

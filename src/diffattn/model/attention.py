@@ -124,7 +124,11 @@ class SoftmaxAttention(nn.Module):
         # The attention functions of transformers and its engines read this.
         self.num_key_value_groups = config.num_attention_heads // groups
         self.scaling = self.width**-0.5
-        self.is_causal = True
+        self.is_causal = config.is_causal
+        window = config.layer_window(layer_idx)
+        # Read by flash attention alone, which has no masks; to both sides it sees one token less than it is told.
+        self.sliding_window = window if window is None or config.is_causal else window + 1
+        self.rotates = layer_idx not in (config.unrotated_layers or ())
         outputs = config.num_attention_heads // config.record.query_factor * self.width
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.width, bias=bias)
@@ -159,8 +163,8 @@ class SoftmaxAttention(nn.Module):
     def position(
         self, q_BTnd: Tensor, k_BTgd: Tensor, rope: tuple[Tensor, Tensor], fused: bool
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys turned; ``fused`` says whether the one call also subtracts."""
-        return rotate(q_BTnd, *rope), rotate(k_BTgd, *rope)
+        """Queries and keys turned, where the layer turns them; ``fused`` says whether the one call also subtracts."""
+        return (rotate(q_BTnd, *rope), rotate(k_BTgd, *rope)) if self.rotates else (q_BTnd, k_BTgd)
 
     def lay_out(
         self, q_BTNW: Tensor, k_BTg: Tensor, v_BTg: Tensor, past_key_values: Cache | None
@@ -205,7 +209,17 @@ class SoftmaxAttention(nn.Module):
         dtype = v.dtype
         if implementation == "sdpa":
             q, k, v, attention_mask = attention_inputs(q, k, v, attention_mask)
-        attended, weights = interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        attended, weights = interface(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
         # vLLM returns all heads of a token as one row.
         o_BTNW = attended.reshape(*hidden_states.shape[:-1], -1, self.head_dim)
         y_BTHV = (o_BTNW if fused else self.combine(o_BTNW, lam)).to(dtype)

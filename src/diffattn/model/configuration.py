@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from diffattn.config_fields import FIELDS, check, check_ids, check_rope, shown
 from diffattn.errors import ConfigError
+from diffattn.layer_kinds import SLIDING, check_unrotated, layer_types_of
 from diffattn.plan.shape import ModelShape
 from diffattn.variants import ATTENTIONS, DEFAULT, Heads, OwnTensor, Variant
 
@@ -75,6 +76,13 @@ class DiffTransformerConfig(PreTrainedConfig):
             map of the next key/value group's head, which is no difference of two maps any more.
         rope_parameters: as in ``transformers``, which fills in ``rope_type="default"`` and, from the keyword
             ``rope_theta`` where it is given, ``rope_theta=10000.0``.
+        sliding_window: the keys that a token sees in a layer with a window: the last so many up to its own; in an
+            encoder those at most so far away, on both sides.
+        layer_types: for each layer ``"full_attention"`` or ``"sliding_attention"``; ``None`` for all layers with the
+            window where there is one, else all without.
+        unrotated_layers: the layers, from 0, that turn no queries and keys by their positions (NoPE).
+        is_causal: whether a token sees only those before it and itself; ``False`` for an encoder, whose tokens see all
+            of their sequence.
 
     The other fields are those of ``LlamaConfig``. Defaults are the paper's 1.4B V1 model.
 
@@ -120,6 +128,10 @@ class DiffTransformerConfig(PreTrainedConfig):
     mlp_bias: bool = False
     qk_norm: bool = False
     dex_heads: list[list[int]] | None = None
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    unrotated_layers: list[int] | None = None
+    is_causal: bool = True
 
     def __setattr__(self, key: str, value: Any) -> None:
         check(FIELDS, key, value)
@@ -173,6 +185,9 @@ class DiffTransformerConfig(PreTrainedConfig):
             )
         self._check_switches()
         self._check_dex_heads()
+        # Always a list: engines read it from every model that has the field.
+        self.layer_types = layer_types_of(self.sliding_window, self.layer_types, self.num_hidden_layers)
+        check_unrotated(self.unrotated_layers, self.num_hidden_layers)
         # transformers and engines read this and shard by it; it is never saved.
         self.base_model_tp_plan = self.tensor_parallel_plan()
         super().__post_init__(**kwargs)
@@ -301,6 +316,18 @@ class DiffTransformerConfig(PreTrainedConfig):
         """Channels that rotary positions turn together: d, the width of one of the replaced softmax heads."""
         assert self.head_dim is not None
         return self.head_dim // self.record.join
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a file holds them: the types of the layers only where they are of two kinds."""
+        values = super().to_dict()
+        if self.layer_types == layer_types_of(self.sliding_window, None, self.num_hidden_layers):
+            values.pop("layer_types")
+        return values
+
+    def layer_window(self, layer: int) -> int | None:
+        """The window of a layer (from 0); None where it sees the whole text."""
+        assert self.layer_types is not None
+        return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
     def layer_lambda_init(self, layer: int) -> float:
         """λ_init of a layer (from 0): the schedule, or the constant ``lambda_init``."""

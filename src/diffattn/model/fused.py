@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffattn.model.attention import RMSNormPerHead
 from diffattn.model.configuration import DIFF_FUSED
-from diffattn.model.masks import PackedCausal, is_compact
+from diffattn.model.masks.pattern import Pattern
 from diffattn.model.transformers_private import (
     causal_mask_function,
     is_tracing,
@@ -212,14 +212,17 @@ def diff_fused_mask(
     >>> mask.flatten(1).tolist()
     [[0, 0, 0, 1, 2], [0, 3, 3, 3, 3]]
     """
-    if mask_function is not causal_mask_function and not isinstance(mask_function, PackedCausal):
+    pattern = mask_function if isinstance(mask_function, Pattern) else Pattern()
+    if pattern is not mask_function and mask_function is not causal_mask_function:
         # Never None, which is causal here and may be bidirectional there.
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "device": device}
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if (
         allow_is_causal_skip
-        and mask_function is causal_mask_function
+        and pattern.causal
+        and pattern.first is None
+        and (pattern.window is None or kv_length <= pattern.window)
         and _sees_every_key(padding)
         and not isinstance(q_offset, Tensor)
         and not isinstance(kv_offset, Tensor)
@@ -228,14 +231,15 @@ def diff_fused_mask(
         return None
     position = torch.arange(kv_length, device=device) + kv_offset
     # The keys that a static cache has not written yet lie behind the last query, so this hides them too.
-    if isinstance(mask_function, PackedCausal):
-        first, end = mask_function.queries(position)
-    else:
-        first = (position - q_offset).clamp(min=0).to(torch.int32).expand(batch_size, kv_length)
-        end = torch.full_like(first, q_length)
+    first, end = pattern.queries(position, q_length, q_offset).expand(-1, batch_size, -1)
     if padding is not None:
         end = torch.where(padding[:, position], end, 0)
     return torch.stack([first, end])[:, :, None, None, :]
+
+
+def is_compact(mask: Tensor) -> bool:
+    """Tells whether a mask is the fused kernel's own, int32 (2, B, 1, 1, S): no other one has five dimensions."""
+    return mask.dim() == 5
 
 
 def _sees_every_key(padding: Tensor | None) -> bool:

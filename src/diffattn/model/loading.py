@@ -27,9 +27,10 @@ from diffattn.checkpoint_files import (
     read_config,
     read_tensors,
 )
-from diffattn.config_fields import GENERATION, check, check_ids, layers_of, shown
+from diffattn.config_fields import check, check_ids, layers_of, shown
 from diffattn.errors import CheckpointError, ConfigError, DiffattnError, UnsupportedError, one_line
 from diffattn.files import read_object
+from diffattn.generation_fields import GENERATION
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.options import Device, Dtype, LoadOptions
 from diffattn.model.tensors import EVERY_TENSOR, ONE_CHECKPOINT, check_layers, check_whole

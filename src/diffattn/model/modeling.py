@@ -28,7 +28,8 @@ from diffattn.errors import ConfigError
 from diffattn.model import fused  # noqa: F401 - registers the attention function
 from diffattn.model.attention import ATTENTION, DexProjection, DifferentialLambda, Float32Module, SoftmaxAttention
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
-from diffattn.model.masks import model_mask, positions_of_sequences
+from diffattn.model.masks.layers import layer_masks
+from diffattn.model.masks.sequences import positions_of_sequences
 from diffattn.model.transformers_private import (
     check_asked_fsdp,
     is_tracing,
@@ -215,8 +216,8 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Makes the mask of a pass over a static cache; ``generate`` calls it before the pass."""
-        return model_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
+        """Makes the masks of a pass over a static cache; ``generate`` calls it before the pass."""
+        return layer_masks(config, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -272,16 +273,16 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
             position_ids = positions_of_sequences(lengths.to(x.device), *x.shape[:2])
         # Pass only positions that the caller gave, because packed sequences are found from them. Our own range is never
         # packed, which a traced graph cannot know: it would build a mask of T × T.
-        mask = model_mask(self.config, x, attention_mask, position_ids, past_key_values, kwargs)
+        masks = layer_masks(self.config, x, attention_mask, position_ids, past_key_values, kwargs)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
         rope = self.rotary_emb(x, position_ids=position_ids)
         with quick_products(x):
-            for layer in self.layers:
+            for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
                 x = layer(
                     x,
-                    attention_mask=mask,
+                    attention_mask=masks[kind],
                     position_embeddings=rope,
                     position_ids=position_ids,
                     past_key_values=past_key_values,

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffattn.errors import UnsupportedError
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
-from diffattn.model.masks import is_compact
+from diffattn.model.fused import is_compact
 from diffattn.model.transformers_private import attention_function, attention_implementation
 
 # About so many scores of all heads are computed at once: 64 MiB in float32.
