@@ -377,3 +377,12 @@ DEFAULT = "diff_v1"
 """The variant that is meant where none is named."""
 DEFAULT_VARIANTS = (BASELINE, DEFAULT, "diff_v2")
 """The variants that a comparison trains unless others are asked for."""
+
+
+def own_modules() -> tuple[str, ...]:
+    """Returns the modules of a layer's attention that hold the variants' own tensors, by their names.
+
+    >>> own_modules()
+    ('lam', 'lambda_proj', 'g_proj', 'dex')
+    """
+    return tuple(dict.fromkeys(t.name.split(".")[0] for record in ATTENTIONS.values() for t in record.tensors))

@@ -38,6 +38,7 @@ from diffattn.model.transformers_private import (
 )
 from diffattn.ops.half import quick_products
 from diffattn.ops.sdpa import without_nan
+from diffattn.variants import own_modules
 
 # With one of these arguments the library loads other tensors than those that a folder's config.json describes.
 _OTHER_WEIGHTS = ("state_dict", "subfolder", "variant", "gguf_file", "key_mapping", "ignore_mismatched_sizes")
@@ -140,6 +141,9 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
         "attentions": SoftmaxAttention,
     }
     _keep_in_fp32_modules_strict = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "dex")
+    # Quantisers leave these modules as they are, because an error in λ or a gate is one in all that a head gives. They
+    # match a pattern from the start of a module's or a parameter's name.
+    _keep_in_fp32_modules = tuple(rf".*\.self_attn\.{name}" for name in own_modules())
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The library's choice; for a differential model ``diff_fused`` where nothing was asked for."""
@@ -155,6 +159,11 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
                 "leave it out",
             )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        # What quantisers leave alone has the dtype of the model all the same, since its input has.
+        plan = super()._get_dtype_plan(dtype)
+        return {name: kept for name, kept in plan.items() if name in self._keep_in_fp32_modules_strict}
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, remote_code: bool = False, **kwargs: Any) -> None:
         """Saves the model as ``transformers`` does, with ``remote_code`` for those who do not have diffattn too.

@@ -1,7 +1,10 @@
-"""Makes ``AutoConfig`` and ``AutoModelForCausalLM`` know ``diff_transformer`` once ``diffattn`` is imported.
+"""Makes ``AutoConfig``, ``AutoModelForCausalLM`` and PEFT know ``diff_transformer``, as soon as these are imported.
 
 Registering needs the classes, and importing them costs more than a second. So where the library's Auto modules are
-not loaded yet, they are registered at the moment when these are first imported.
+not loaded yet, they are registered at the moment when these are first imported. So are the tables of PEFT.
+
+Programs of others import no diffattn. PyTorch calls ``register`` for them when it is imported, by the entry point in
+its group ``torch.backends``, unless ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` is set.
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ from types import ModuleType
 
 _CONFIG = "transformers.models.auto.configuration_auto"
 _MODEL = "transformers.models.auto.modeling_auto"
+# Its tables say which modules an adapter changes where a user names none.
+_PEFT = "peft.utils.constants"
 # Our model imports these. If one of them is only half imported, because it is what imports the Auto classes, then
 # registration waits until it has finished.
 _NEEDED = (
+    "torch",
     "transformers.generation.utils",
     "transformers.masking_utils",
     "transformers.modeling_layers",
@@ -30,12 +36,17 @@ _OURS = (
     "diffattn.model.attention",
     "diffattn.model.modeling",
 )
+_WATCHED = (_CONFIG, _MODEL, _PEFT, *_OURS, *_NEEDED)
 
 
 def register() -> None:
     """Register now what can be registered, and the rest as soon as its module has been imported."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+        for name in _WATCHED:
+            spec = getattr(sys.modules.get(name), "__spec__", None)
+            if spec is not None and not _loaded(name):
+                spec.__class__ = _Spec
     _register_what_is_loaded()
 
 
@@ -45,6 +56,8 @@ def _loaded(name: str) -> bool:
 
 
 def _register_what_is_loaded() -> None:
+    if "torch" in sys.modules and not _loaded("torch"):
+        return
     if _loaded(_CONFIG) and (_OURS[0] not in sys.modules or _loaded(_OURS[0])):
         from diffattn.model.configuration import DiffTransformerConfig
 
@@ -57,35 +70,39 @@ def _register_what_is_loaded() -> None:
             models = sys.modules[_MODEL]
             models.AutoModel.register(DiffTransformerConfig, DiffTransformerModel, exist_ok=True)
             models.AutoModelForCausalLM.register(DiffTransformerConfig, DiffTransformerForCausalLM, exist_ok=True)
+    if _loaded(_PEFT):
+        from diffattn.config_fields import OURS
+
+        # Our projections, norms and feed-forward network have Llama's names.
+        for name, table in vars(sys.modules[_PEFT]).items():
+            if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in table:
+                table.setdefault(OURS, table["llama"])
+
+
+class _Spec(importlib.machinery.ModuleSpec):
+    """The spec of one of these modules, which registers when Python notes in it that the module has run to its end."""
+
+    @property
+    def _initializing(self) -> bool:
+        return bool(self.__dict__.get("_initializing"))
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        self.__dict__["_initializing"] = value
+        if not value:
+            _register_what_is_loaded()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the usual finder find one of these modules, and registers after it has run."""
+    """Lets the usual finder find one of these modules, and has it watched."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in (_CONFIG, _MODEL, *_OURS, *_NEEDED):
+        if name not in _WATCHED:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+        if spec is not None:
+            spec.__class__ = _Spec
         return spec
-
-
-class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._loader
-        assert module.__spec__ is not None
-        module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        # The module has run to its end; the import system clears this mark only after this call.
-        module.__spec__._initializing = False  # type: ignore[attr-defined]
-        _register_what_is_loaded()

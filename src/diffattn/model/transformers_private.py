@@ -30,7 +30,7 @@ from diffattn.errors import ConfigError
 from diffattn.private_names import PrivateName
 
 CONTRACT = (
-    "_attn_implementation", "_can_compile_fullgraph", "_can_record_outputs", "_init_weights",
+    "_attn_implementation", "_can_compile_fullgraph", "_can_record_outputs", "_init_weights", "_keep_in_fp32_modules",
     "_keep_in_fp32_modules_strict", "_no_split_modules", "_skip_keys_device_placement", "_supports_attention_backend",
     "_supports_flash_attn", "_supports_flex_attn", "_supports_sdpa", "_tied_weights_keys", "_tp_plan",
 )  # fmt: skip
@@ -159,6 +159,11 @@ NAMES = (
         _TESTED,
         "a model stays under sdpa after it was served, which is slower",
         "the engine asks the model for the implementation to put back",
+    ),
+    PrivateName(
+        "transformers.modeling_utils:PreTrainedModel._get_dtype_plan", _TESTED,
+        "float16 models whose λ or gates are projections, which would have float32 weights and float16 input",
+        "a model can tell quantisers what to leave alone without a word about its dtype",
     ),
     *(
         PrivateName(f"transformers.distributed.mixin:DistributedMixin.{name}", _TESTED, *_PLACED)
