@@ -72,7 +72,7 @@ def test_a_backend_of_another_package_serves_by_its_name(install) -> None:
 def test_a_backend_that_says_nothing_of_packed_sequences_is_not_given_any(install) -> None:
     install(MODULE, "mine = their_attention:BACKEND")
     row = make_inputs(B=1, T=4, H=2, G=1, D=4, Dv=6)
-    with pytest.raises(UnsupportedError, match=r"^mine: packed sequences \(cu_seqlens\) are not supported"):
+    with pytest.raises(UnsupportedError, match=r"^mine: packed sequences \(cu_seqlens\) and windows are not supported"):
         diff_attention(*row[:6], cu_seqlens=torch.tensor([0, 1, 4]), backend="mine")
     assert sys.modules["their_attention"].asked == []
 

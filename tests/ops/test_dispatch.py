@@ -154,7 +154,25 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "dtypes": ({"v": X.v.bfloat16()}, "inputs mix dtypes or devices .*v bfloat16 on cpu.*cast or move"),
     "devices": ({"v": X.v.to("meta")}, "inputs mix dtypes or devices .*v float32 on meta"),
     "integers": ({n: getattr(X, n).int() for n in X._fields[:5]}, "inputs are int32; wanted one of float32, bfloat16"),
-    "q1, q2": ({"q2": zeros(2, 5, 3, 4)}, r"q1 is \(2, 5, 6, 4\) and q2 is \(2, 5, 3, 4\); wanted equal shapes"),
+    "q1, q2": (
+        {"q2": zeros(2, 5, 3, 8)},
+        r"q1 is \(2, 5, 6, 4\) and q2 is \(2, 5, 3, 8\); wanted equal shapes, but for the heads: give both maps",
+    ),
+    "noise heads that do not divide": (
+        {"q2": zeros(2, 5, 4, 4)},
+        "q1 has 6 heads and q2 has 4; wanted a number of heads in q2 that divides the number in q1: let each head",
+    ),
+    "more noise heads than signal heads": ({"q2": zeros(2, 5, 12, 4)}, "q1 has 6 heads and q2 has 12; wanted a number"),
+    "a noise head of several groups": (
+        {"q2": zeros(2, 5, 2, 4)},
+        "q2 has 2 heads with 3 key/value groups; wanted a multiple of the groups: give each group at least one head",
+    ),
+    "no noise heads": ({"q2": zeros(2, 5, 0, 4)}, r"q2 is \(2, 5, 0, 4\); wanted at least one head"),
+    "window 0": ({"window": 0}, "window=0; wanted a whole number, at least 1: pass None for no window"),
+    "window below 0": ({"window": -3}, "window=-3; wanted a whole number, at least 1"),
+    "window a float": ({"window": 2.0}, r"window is of type float; wanted a whole number or None: pass int\(window\)"),
+    "window a bool": ({"window": True}, "window is of type bool; wanted a whole number or None"),
+    "window a tensor": ({"window": torch.tensor(2)}, "window is of type Tensor; wanted a whole number or None"),
     "k1, k2": ({"k2": zeros(2, 8, 3, 4)}, r"k1 is \(2, 7, 3, 4\) and k2 is \(2, 8, 3, 4\); wanted equal shapes"),
     "widths": (
         {"k1": zeros(2, 7, 3, 8), "k2": zeros(2, 7, 3, 8)},

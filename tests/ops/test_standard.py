@@ -49,6 +49,9 @@ CASES: dict[str, dict[str, Any]] = {
     "V2": {"one_key": True},
     "V2, T < S, padded": {"one_key": True, "S": 11, "key_padding": padded(11, 3, 2)},
     "V2, Dv = D": {"one_key": True, "T": 63, "D": 16, "Dv": 16},
+    "two signal heads to a noise head": {"S": 11, "H": 12, "noise_heads": 6},
+    "four to one, V2": {"S": 11, "H": 8, "noise_heads": 2, "G": 2, "one_key": True},
+    "five to one, padded": {"S": 11, "H": 10, "noise_heads": 2, "G": 1, "key_padding": padded(11, 3, 2)},
 }
 
 
@@ -77,8 +80,10 @@ def test_nearly_equal_maps(case: str, dtype: torch.dtype) -> None:
         assert_rejects_known_wrong(inputs)
 
 
-def test_every_known_wrong_is_rejected_by_one_case() -> None:
-    assert assert_rejects_known_wrong(make_inputs(S=11)) == [wrong.name for wrong in KNOWN_WRONG]
+def test_every_known_wrong_is_rejected_by_one_of_two_cases() -> None:
+    cases = ({"S": 11}, {"T": 5, "S": 17, "H": 12, "noise_heads": 6, "G": 3, "window": 4})
+    rejected = {name for case in cases for name in assert_rejects_known_wrong(make_inputs(**case))}
+    assert rejected == {wrong.name for wrong in KNOWN_WRONG}
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -88,10 +93,12 @@ def test_any_shape(data: st.DataObject) -> None:
         return data.draw(st.integers(low, high))
 
     B, T, G, causal = draw(1, 3), draw(1, 9), draw(1, 3), data.draw(st.booleans())
+    noise_heads = G * draw(1, 3)
     S = T + draw(0, 5) if causal else draw(1, 12)
     key_padding = data.draw(st.none() | st.lists(st.booleans(), min_size=B * S, max_size=B * S))
     inputs = make_inputs(
-        B, T, S, G * draw(1, 3), G, draw(1, 6), draw(1, 12), one_key=data.draw(st.booleans()), causal=causal,
+        B, T, S, noise_heads * draw(1, 3), G, draw(1, 6), draw(1, 12), noise_heads=noise_heads,
+        one_key=data.draw(st.booleans()), causal=causal, window=data.draw(st.none() | st.integers(1, 5)),
         key_padding=None if key_padding is None else torch.tensor(key_padding).view(B, S), seed=draw(0, 99),
     )  # fmt: skip
     compare_forward_and_gradients(standard_diff_attention, diff_attention_reference, inputs)
@@ -131,13 +138,31 @@ def test_makes_exactly_one_standard_call(case: str) -> None:
         standard_diff_attention(*inputs[:6], **inputs.options)
     assert call.call_count == 1
     q, k, v = call.call_args.args
-    assert (q.shape[1], k.shape[1]) == (2 * inputs.q1.shape[2], inputs.k1.shape[2])
+    assert (q.shape[1], k.shape[1]) == (inputs.q1.shape[2] + inputs.q2.shape[2], inputs.k1.shape[2])
     key_width = inputs.q1.shape[-1] * (1 if inputs.k1 is inputs.k2 else 2)
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] == max(key_width, inputs.v.shape[-1])
     T, S = inputs.q1.shape[1], inputs.k1.shape[1]
     needs_mask = inputs.key_padding is not None or (inputs.causal and 1 < T < S)
     assert (call.call_args.kwargs["attn_mask"] is not None) == needs_mask
     assert call.call_args.kwargs["is_causal"] == (inputs.causal and T == S and not needs_mask)
+
+
+@pytest.mark.parametrize("signals", [1, 2, 5])
+def test_groups_are_padded_and_subtracted(signals: int) -> None:
+    """[s … s n]: each signal head meets the first half of a key, its noise head the second, and is subtracted."""
+    n, d = 3 * (signals + 1), 2
+    q = torch.randn(1, 2, n, d, dtype=torch.float64, requires_grad=True)
+    noise = torch.arange(n) % (signals + 1) == signals
+    padded_q = pad_queries(q, signals)
+    assert padded_q[..., ~noise, :].equal(torch.cat([q[..., ~noise, :], torch.zeros(1, 2, 3 * signals, d)], -1))
+    assert padded_q[..., noise, :].equal(torch.cat([torch.zeros(1, 2, 3, d), q[..., noise, :]], -1))
+    for shape in ((), (1,), (3 * signals,), (2, 1), (1, 2, 3 * signals)):
+        lam = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+        full = lam.expand(1, 2, 3 * signals)[..., None]
+        want = q[..., ~noise, :] - full * q[..., noise, :].repeat_interleave(signals, 2)
+        torch.testing.assert_close(subtract(q, lam, signals), want)
+        assert torch.autograd.gradcheck(lambda o, lam: subtract(o, lam, signals), (q, lam))
+    assert torch.autograd.gradcheck(lambda q: pad_queries(q, signals), q)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 4, 5), (0, 3, 4, 5)])

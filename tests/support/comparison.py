@@ -23,10 +23,12 @@ class Inputs(NamedTuple):
     causal: bool = True
     scale: float | None = None
     key_padding: Tensor | None = None
+    window: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"causal": self.causal, "scale": self.scale, "key_padding": self.key_padding}
+        window = {} if self.window is None else {"window": self.window}
+        return {"causal": self.causal, "scale": self.scale, "key_padding": self.key_padding} | window
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same values in another dtype. λ stays in float32 at least, and one k for both maps stays one tensor."""
@@ -54,18 +56,22 @@ def make_inputs(
     Dv: int = 13,
     *,
     dtype: torch.dtype = torch.float32,
+    noise_heads: int | None = None,
     one_key: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> Inputs:
-    """Unit-normal inputs, so that scores have a spread of about 1 and no map is uniform; λ is uniform in (0.2, 0.9)."""
+    """Unit-normal inputs, so that scores have a spread of about 1 and no map is uniform; λ is uniform in (0.2, 0.9).
+
+    There are as many noise heads as output heads, if no other number is given.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
     S = T if S is None else S
-    q1, k1, q2 = normal(B, T, H, D), normal(B, S, G, D), normal(B, T, H, D)
+    q1, k1, q2 = normal(B, T, H, D), normal(B, S, G, D), normal(B, T, noise_heads or H, D)
     k2 = k1 if one_key else normal(B, S, G, D)
     lam = 0.2 + 0.7 * torch.rand(B, T, H, generator=generator)
     return Inputs(q1, k1, q2, k2, normal(B, S, G, Dv), lam, **options).to(dtype)

@@ -42,12 +42,16 @@ class Backend(NamedTuple):
     """Returns None where "auto" may take it for a call that it serves, else one sentence that says why another backend
     is the better one."""
     packs: bool = False
-    """True for a backend that reads ``queries`` of a call, which is how packed sequences reach it."""
+    """True for a backend that reads ``queries`` of a call, which is how packed sequences and windows reach it."""
+    shares_noise: bool = False
+    """True for a backend that takes q2 with fewer heads than q1, each of which is subtracted by several heads."""
 
     def refuses(self, call: Call) -> str | None:
         """Returns None where it serves the call, else one sentence that begins with its name and says why not."""
         if call.queries is not None and not self.packs:
-            return f"{self.name}: packed sequences (cu_seqlens) are not supported"
+            return f"{self.name}: packed sequences (cu_seqlens) and windows are not supported"
+        if call.q2.shape[2] != call.q1.shape[2] and not self.shares_noise:
+            return f"{self.name}: fewer heads in q2 than in q1 are not supported"
         return self.supports(call)
 
 

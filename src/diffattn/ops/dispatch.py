@@ -21,7 +21,7 @@ from diffattn.ops.cpu import operator as fused_cpu
 from diffattn.ops.reference import Call, apply_map, diff_maps_reference
 from diffattn.ops.standard import standard_diff_attention
 from diffattn.ops.triton import operator as fused_triton
-from diffattn.ops.visibility import packed_queries
+from diffattn.ops.visibility import packed_queries, ranges_of
 
 # Inputs of these are taken: the dtypes that a configuration may name.
 _TAKEN = tuple(getattr(torch, name) for name in DTYPES)
@@ -54,8 +54,10 @@ BACKENDS: dict[str, Backend] = {
         fused_triton.passed_over,
         packs=True,
     ),
-    "standard": Backend("standard", _ANY_DEVICE, _supports_everything, standard_diff_attention, packs=True),
-    "reference": Backend("reference", _ANY_DEVICE, _supports_everything, _by_definition, packs=True),
+    "standard": Backend(
+        "standard", _ANY_DEVICE, _supports_everything, standard_diff_attention, packs=True, shares_noise=True
+    ),
+    "reference": Backend("reference", _ANY_DEVICE, _supports_everything, _by_definition, packs=True, shares_noise=True),
 }
 # The backends of other packages that were asked for in this process.
 _loaded: dict[str, Backend] = {}
@@ -73,6 +75,7 @@ def diff_attention(
     scale: float | None = None,
     key_padding: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    window: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Differential attention: the difference of two softmax maps, applied to the values.
@@ -80,8 +83,11 @@ def diff_attention(
         output = (softmax(scale · q1 k1ᵀ) − lam · softmax(scale · q2 k2ᵀ)) v
 
     Args:
-        q1, q2: queries of the signal map and of the noise map, each (B, T, H, D). The paper's Q1, Q2.
-        k1, k2: their keys, each (B, S, G, D), with H a multiple of G; query head h reads group h // (H / G).
+        q1, q2: queries of the signal maps (B, T, H, D) and of the noise maps (B, T, Hn, D). The paper's Q1, Q2 have
+            Hn = H; in grouped differential attention H is a multiple of Hn, and output head h subtracts the map of
+            noise head h // (H / Hn), which the fused kernels compute once.
+        k1, k2: their keys, each (B, S, G, D), with Hn a multiple of G; query head h of H or Hn reads group
+            h // (H / G) or h // (Hn / G).
             V2 passes the same tensor as both, which also halves the width of the call.
         v: values (B, S, G, Dv). V1 has Dv = 2D, V2 has Dv = D; any width works.
         lam: λ, a number or a floating-point tensor that broadcasts to (B, T, H): (), (H,), (T, H), (B, T, H) …
@@ -98,6 +104,8 @@ def diff_attention(
         cu_seqlens: integers (N + 1,), where a row (B = 1, T = S) holds N sequences one behind another, each of which
             sees itself alone: the tokens at which they begin, and T behind them, as flash attention takes them. The
             fused kernels hold no tensor of T × T for it. Values on a GPU are not checked, which would wait for it.
+        window: how far a query sees, or None for no limit. With `causal` a query sees the last `window` keys up to its
+            own, itself among them; without, the keys at most `window` away on either side. Counted within a sequence.
         backend: "auto", or a name from the table `BACKENDS`: "fused_cpu" (the compiled kernel, for float32, bfloat16
             and float16 on CPU), "fused_triton" (Triton kernels, for bfloat16 and float16 on a GPU), "standard" (one
             scaled_dot_product_attention call) or "reference" (the definition, which holds both maps in memory); or
@@ -130,10 +138,14 @@ def diff_attention(
         scale = _number("scale", scale, v.dtype)
         if scale < torch.finfo(torch.float32).tiny:
             raise ConfigError(f"scale={scale}", "a number above 0, at least 1.2e-38", "pass None for 1/sqrt(D)")
+    window = _checked_window(window, q1, k1)
     call = Call(q1, k1, q2, k2, v, lam, causal, scale, key_padding)
     if cu_seqlens is not None:
         cu_seqlens = _checked_cu_seqlens(cu_seqlens, q1, k1)
-        call = call._replace(key_padding=None, queries=packed_queries(cu_seqlens, q1.shape[1], causal, key_padding))
+        queries = packed_queries(cu_seqlens, q1.shape[1], causal, key_padding, window)
+        call = call._replace(key_padding=None, queries=queries)
+    elif window is not None:
+        call = call._replace(key_padding=None, queries=ranges_of(q1, k1, causal, key_padding, window))
 
     if backend == "auto":
         reasons = []
@@ -183,13 +195,16 @@ def _check_tensors(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor) ->
         )
     if q1.dtype not in _TAKEN:
         raise ConfigError(f"inputs are {_dtype(q1)}", f"one of {', '.join(DTYPES)}", "cast them with .to()")
-    for first, second in (("q1", "q2"), ("k1", "k2")):
-        if tensors[first].shape != tensors[second].shape:
-            raise ConfigError(
-                f"{first} is {_shape(tensors[first])} and {second} is {_shape(tensors[second])}",
-                "equal shapes",
-                "give both maps the same heads and width",
-            )
+    if k1.shape != k2.shape:
+        raise ConfigError(
+            f"k1 is {_shape(k1)} and k2 is {_shape(k2)}", "equal shapes", "give both maps the same groups and width"
+        )
+    if (*q1.shape[:2], q1.shape[3]) != (*q2.shape[:2], q2.shape[3]):
+        raise ConfigError(
+            f"q1 is {_shape(q1)} and q2 is {_shape(q2)}",
+            "equal shapes, but for the heads",
+            "give both maps the same batch, queries and width",
+        )
     if q1.shape[-1] != k1.shape[-1]:
         raise ConfigError(
             f"q1 has width {q1.shape[-1]} and k1 has width {k1.shape[-1]}",
@@ -213,6 +228,18 @@ def _check_tensors(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor) ->
             f"{q1.shape[2]} query heads with {k1.shape[2]} key/value groups",
             "a multiple of the groups",
             "change either number",
+        )
+    if q1.shape[2] % q2.shape[2]:
+        raise ConfigError(
+            f"q1 has {q1.shape[2]} heads and q2 has {q2.shape[2]}",
+            "a number of heads in q2 that divides the number in q1",
+            "let each head of q2 be the noise of equally many heads of q1",
+        )
+    if q2.shape[2] % k1.shape[2]:
+        raise ConfigError(
+            f"q2 has {q2.shape[2]} heads with {k1.shape[2]} key/value groups",
+            "a multiple of the groups",
+            "give each group at least one head of q2, and each equally many",
         )
 
 
@@ -323,6 +350,18 @@ def _checked_cu_seqlens(cu_seqlens: Any, q1: Tensor, k1: Tensor) -> Tensor:
                 "add up the lengths of the sequences, with 0 in front",
             )
     return cu_seqlens.to(q1.device)
+
+
+def _checked_window(window: Any, q1: Tensor, k1: Tensor) -> int | None:
+    """Returns a window, or None where it hides nothing."""
+    window = _python(window)
+    if window is None:
+        return None
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise ConfigError(f"window is of type {_type(window)}", "a whole number or None", "pass int(window)")
+    if window < 1:
+        raise ConfigError(f"window={window}", "a whole number, at least 1", "pass None for no window")
+    return None if window >= max(q1.shape[1], k1.shape[1]) else window
 
 
 def _shape(x: Tensor) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor
 from diffattn.ops import torch_private
 from diffattn.ops.backend import refusal
 from diffattn.ops.derivatives import has_tangent, pullback, transformed
-from diffattn.ops.reference import Call, apply_map, as_lam, softmax_map
+from diffattn.ops.reference import Call, apply_map, as_lam, of_signals, softmax_map
 from diffattn.ops.visibility import seeing_queries, visible_in_ranges, visible_keys
 
 
@@ -104,7 +104,7 @@ def output(
 ) -> Tensor:
     """Returns the output (B, T, H, Dv). `k2` is None where both maps share their keys."""
     map_pos, map_neg, lam_BHT1 = _maps(q1, k1, q2, k2, lam, queries, causal, scale)
-    return apply_map(map_pos - lam_BHT1 * map_neg, v.to(map_pos.dtype)).to(v.dtype)
+    return apply_map(map_pos - lam_BHT1 * of_signals(map_neg, q1.shape[2]), v.to(map_pos.dtype)).to(v.dtype)
 
 
 def gradients(
@@ -127,11 +127,14 @@ def gradients(
         """mapᵀ x, summed over the heads of each group: (B, S, G, D)."""
         return torch.einsum("bgrts,btgrd->bsgd", map_BHTS.unflatten(1, (G, -1)), x_BTHD.unflatten(2, (G, -1)).to(wide))
 
-    heads, dtype = q1.shape[2] // G, v.dtype
-    d_map = torch.einsum("bthe,bshe->bhts", d_output.to(wide), v.to(wide).repeat_interleave(heads, dim=2))
+    H, dtype = q1.shape[2], v.dtype
+    map_neg = of_signals(map_neg, H)
+    d_map = torch.einsum("bthe,bshe->bhts", d_output.to(wide), v.to(wide).repeat_interleave(H // G, dim=2))
     d_row1, d_row2 = ((m * d_map).sum(-1, keepdim=True) for m in (map_pos, map_neg))
     d_scores1 = scale * map_pos * (d_map - d_row1)
     d_scores2 = -scale * lam_BHT1 * map_neg * (d_map - d_row2)
+    # Of a noise head, over the heads that subtract it.
+    d_scores2 = d_scores2.unflatten(1, (q2.shape[2], -1)).sum(2)
     d_q1 = apply_map(d_scores1, k1.to(wide))
     d_q2 = apply_map(d_scores2, (k1 if k2 is None else k2).to(wide))
     d_k1, d_k2 = of_group(d_scores1, q1), of_group(d_scores2, q2)
@@ -158,7 +161,7 @@ def _maps(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns both maps (B, H, T, S) and λ (B, H, T, 1), in float32 at least."""
+    """Returns the maps (B, H, T, S) and (B, Hn, T, S) and λ (B, H, T, 1), in float32 at least."""
     T, S = q1.shape[1], k1.shape[1]
     visible = visible_keys(T, S, causal, None, q1.device) if queries is None else visible_in_ranges(queries, T)
     q1, k1, q2, k2 = (x.to(lam.dtype) for x in (q1, k1, q2, k1 if k2 is None else k2))

@@ -1,12 +1,13 @@
 """The definitions, written as the paper writes them: slow, explicit, and what every other backend is measured against.
 
-Given, with H query heads that share G groups of keys and values:
+Given, with H output heads that share Hn noise heads and G groups of keys and values:
 
-    q1, q2  (B, T, H, D)      k1, k2  (B, S, G, D)      v  (B, S, G, Dv)      lam  broadcastable to (B, T, H)
+    q1  (B, T, H, D)      q2  (B, T, Hn, D)      k1, k2  (B, S, G, D)      v  (B, S, G, Dv)
+    lam  broadcastable to (B, T, H)
 
     map_pos  = softmax(scale · q1 k1ᵀ)              (B, H, T, S)
-    map_neg  = softmax(scale · q2 k2ᵀ)              (B, H, T, S)
-    map_diff = map_pos − lam · map_neg              (B, H, T, S)
+    map_neg  = softmax(scale · q2 k2ᵀ)              (B, Hn, T, S)
+    map_diff = map_pos − lam · map_neg              (B, H, T, S), head h with the noise head h // (H / Hn)
     output   = map_diff v                           (B, T, H, Dv)
 
 Letters in the einsums: b batch, t query, s key, h head, d width of a key, e width of a value. Nothing here is fused or
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffattn.ops.visibility import visible_in_ranges, visible_keys
+from diffattn.ops.visibility import ranges_of, visible_in_ranges, visible_keys
 
 
 class Call(NamedTuple):
@@ -39,7 +40,7 @@ class Call(NamedTuple):
     key_padding: Tensor | None = None
     queries: Tensor | None = None
     """The queries that see each key, int32 (2, B, S) (see `visibility.py`): in place of `causal` and `key_padding`,
-    which then say nothing."""
+    which then say nothing. Windows and packed sequences come as these."""
 
     def visible(self) -> Tensor:
         """Returns which keys each query sees, as booleans that broadcast to (B, 1, T, S)."""
@@ -50,16 +51,24 @@ class Call(NamedTuple):
 
 
 class DiffMaps(NamedTuple):
-    """The three attention maps of one layer, each (B, H, T, S). Masked entries are exactly 0."""
+    """The three attention maps of one layer. Masked entries are exactly 0."""
 
     map_pos: Tensor
+    """(B, H, T, S)."""
     map_neg: Tensor
+    """(B, Hn, T, S), once for all the heads that subtract it."""
     map_diff: Tensor
+    """(B, H, T, S)."""
 
 
 def as_lam(lam: Tensor | float, like: Tensor) -> Tensor:
     """λ as a tensor beside `like`: in float32 for half-precision and float32 inputs, in float64 for float64 ones."""
     return torch.as_tensor(lam, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def of_signals(noise: Tensor, heads: int) -> Tensor:
+    """What each output head subtracts, (B, H, T, …), of what there is for each noise head, (B, Hn, T, …)."""
+    return noise if noise.shape[1] == heads else noise.repeat_interleave(heads // noise.shape[1], dim=1)
 
 
 def softmax_map(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> Tensor:
@@ -112,6 +121,7 @@ def diff_attention_reference(
     scale: float | None = None,
     key_padding: Tensor | None = None,
     queries: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Differential attention by its definition: (softmax(q1 k1ᵀ · scale) − λ · softmax(q2 k2ᵀ · scale)) v.
 
@@ -125,6 +135,8 @@ def diff_attention_reference(
     >>> diff_attention_reference(q1, k1, q2, k2, v, 0.8).shape
     torch.Size([2, 5, 4, 8])
     """
+    if window is not None:
+        queries = ranges_of(q1, k1, causal, key_padding, window)
     call = Call(q1, k1, q2, k2, v, lam, causal, scale, key_padding, queries)
     return apply_map(diff_maps_reference(call).map_diff, v)
 
@@ -144,4 +156,4 @@ def diff_maps_reference(call: Call) -> DiffMaps:
     map_pos = softmax_map(q1, k1, scale, visible)
     map_neg = softmax_map(q2, k2, scale, visible)
     lam_BHT1 = as_lam(lam, v).expand(batch, queries, heads).transpose(1, 2)[..., None]
-    return DiffMaps(map_pos, map_neg, (map_pos - lam_BHT1 * map_neg).to(v.dtype))
+    return DiffMaps(map_pos, map_neg, (map_pos - lam_BHT1 * of_signals(map_neg, heads)).to(v.dtype))

@@ -8,6 +8,9 @@ of one ordinary grouped-query call:
     V2 (k1 is k2)         key head k1 of width D, query heads q1 and q2
     both                  output = o[2i] − λ · o[2i+1]
 
+Where R output heads subtract one noise map, the query heads are groups of R + 1, R signal heads [q1, 0] and then their
+noise head [0, q2], and each signal head subtracts the last of its group. R = 1 is the pairs above.
+
 Any engine that serves grouped-query attention therefore serves this. The price is in FLOPs: per query, key and output
 head V1 (Dv = 2D) costs 16D, against 8D when the maps are subtracted first, and V2 (Dv = D) 8D against 6D.
 
@@ -21,14 +24,15 @@ Some kernels on a GPU serve keys and values of unequal widths and counts. They n
 PyTorch is asked which kernel it would take (`diffattn.ops.sdpa`). Elsewhere the first form is the better one: the CPU's
 kernel wants equal widths, and one query over a cache takes 1.2 to 125 times as long as softmax attention in the second.
 
-Shape letters: B batch, T queries, S keys, N = 2H query heads, H output heads, G key/value groups, D width of q and k,
-W common width of the call.
+Shape letters: B batch, T queries, S keys, H output heads, Hn noise heads, N = H + Hn query heads, G key/value groups,
+D width of q and k, W common width of the call.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,44 +50,50 @@ _FEW = 8
 _GROUPED, _UNEQUAL, _REPEATED = (4, 1, 1), (4, 2, 1), (4, 4, 4)
 
 
-def pad_queries(q: Tensor) -> Tensor:
-    """Zero-pads pairs of query heads so that each half of a key head [k1, k2] meets its own query.
+def pad_queries(q: Tensor, signals_per_noise: int = 1) -> Tensor:
+    """Zero-pads groups of query heads so that each half of a key head [k1, k2] meets its own queries.
 
-        head 2i   (signal)   q[2i]    →  [q[2i], 0]
-        head 2i+1 (noise)    q[2i+1]  →  [0, q[2i+1]]
+        signal heads, `signals_per_noise` of them     q  →  [q, 0]
+        their noise head, behind them                 q  →  [0, q]
 
-    `q` is (..., n, d) with n even and pairs adjacent, any dtype; the result is (..., n, 2d), in the same dtype.
-    The zeros are written, not multiplied in, so an infinity in one half never becomes NaN in the other.
+    `q` is (..., n, d) with groups adjacent, any dtype; the result is (..., n, 2d), in the same dtype. The zeros are
+    written, not multiplied in, so an infinity in one half never becomes NaN in the other.
 
     >>> pad_queries(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 4.0]]
     """
-    signal, noise = q.unflatten(-2, (-1, 2)).unbind(-2)
-    return _pad_pair(signal, noise)
+    *signals, noise = q.unflatten(-2, (-1, signals_per_noise + 1)).unbind(-2)
+    return _pad_group(signals, noise)
 
 
-def _pad_pair(signal: Tensor, noise: Tensor) -> Tensor:
-    """Makes (..., n, 2d) of two (..., n/2, d): per pair the flat row [signal, 0, 0, noise], cut into two heads."""
+def _pad_group(signals: Sequence[Tensor], noise: Tensor) -> Tensor:
+    """Makes (..., n, 2d) of tensors (..., Hn, d): per group the flat row [signal, 0, …, 0, noise], cut into heads."""
     # One stack is one write forward and two reads backward. Writing slices into zeros costs 2 to 3 times as much,
     # most of it in the backward pass, which copies the whole gradient once per slice.
-    zeros = torch.zeros_like(signal)
-    row = torch.stack([signal, zeros, zeros, noise], dim=-2)
-    return row.unflatten(-2, (2, 2)).flatten(-2).flatten(-3, -2)
+    zeros = torch.zeros_like(noise)
+    row = torch.stack([x for signal in signals for x in (signal, zeros)] + [zeros, noise], dim=-2)
+    return row.unflatten(-2, (-1, 2)).flatten(-2).flatten(-3, -2)
 
 
-def subtract(o: Tensor, lam: Tensor) -> Tensor:
-    """The subtraction that makes attention differential: o[2i] − λ · o[2i+1].
+def subtract(o: Tensor, lam: Tensor, signals_per_noise: int = 1) -> Tensor:
+    """The subtraction that makes attention differential: o[signal] − λ · o[noise], for pairs o[2i] − λ · o[2i+1].
 
-    `o` is (B, T, 2h, V) with pairs adjacent, `lam` broadcasts to (B, T, h); the result is (B, T, h, V). Half-precision
-    inputs are subtracted and returned in float32, because two nearly equal maps cancel and a norm may follow; float64
-    stays float64. Where the result is to be in the model's dtype, the caller casts it.
+    `o` is (B, T, n, V) with groups adjacent, `signals_per_noise` signal heads and then their noise head; `lam`
+    broadcasts to (B, T, h), one for each signal head; the result is (B, T, h, V). Half-precision inputs are subtracted
+    and returned in float32, because two nearly equal maps cancel and a norm may follow; float64 stays float64. Where
+    the result is to be in the model's dtype, the caller casts it.
 
     >>> subtract(torch.tensor([[[[5.0], [4.0]]]]), torch.tensor([0.5])).tolist()
     [[[[3.0]]]]
     """
-    # unbind's backward is one stack; that of o[..., 0::2, :] is a buffer of zeros per slice and their sum.
-    signal, noise = o.unflatten(-2, (-1, 2)).unbind(-2)
-    return _difference(signal, noise, lam)
+    # The backward of these is one stack or one concatenation; that of o[..., 0::2, :] a buffer of zeros per slice.
+    groups = o.unflatten(-2, (-1, signals_per_noise + 1))
+    if signals_per_noise == 1:
+        signal, noise = groups.unbind(-2)
+        return _difference(signal, noise, lam)
+    signal, noise = groups.split([signals_per_noise, 1], dim=-2)
+    lam = lam.expand(*o.shape[:-2], signal.shape[-3] * signals_per_noise).unflatten(-1, signal.shape[-3:-1])
+    return _difference(signal, noise, lam).flatten(-3, -2)
 
 
 def _difference(signal: Tensor, noise: Tensor, lam: Tensor) -> Tensor:
@@ -131,7 +141,7 @@ def standard_diff_attention(call: Call) -> Tensor:
         signal, noise = o.unflatten(2, (k1.shape[2], 2, -1)).unbind(3)
         output = _difference(signal, noise, lam.expand(q1.shape[:3]).unflatten(2, of_groups)).flatten(2, 3)
     else:
-        output = subtract(o, lam)
+        output = subtract(o, lam, q1.shape[2] // call.q2.shape[2])
     if dead is not None:
         output = output.masked_fill(dead, 0.0)
     return output.to(v.dtype)
@@ -152,25 +162,27 @@ def _form(call: Call, masked: bool) -> tuple[bool, bool]:
         return chosen(q.device, dtype, heads, *widths, masked, torch.is_grad_enabled())
 
     widths = (q.shape[-1], v.shape[-1])
-    few = q.shape[1] <= _FEW
-    if not (one_key or few) and serves(_UNEQUAL, *widths) == SDPBackend.CUDNN_ATTENTION:
+    few, shared = q.shape[1] <= _FEW, call.q2.shape[2] != q.shape[2]
+    # Grouped-query calls give each key equally many queries, and here k1 has more of them than k2.
+    if not (one_key or few or shared) and serves(_UNEQUAL, *widths) == SDPBackend.CUDNN_ATTENTION:
         return True, False
     width = max(widths[0] * (1 if one_key else 2), widths[1])
     if serves(_GROUPED, width, width) != SDPBackend.MATH:
         return False, False
-    if one_key:
+    if one_key or shared:
         return False, serves(_REPEATED, width, width) != SDPBackend.MATH
     served = serves(_REPEATED, *widths) != SDPBackend.MATH
     return served, served
 
 
 def _equal(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries in adjacent pairs, keys and values, all of one width."""
+    """Queries in adjacent groups, keys and values, all of one width."""
+    signals = call.q1.unflatten(2, (call.q2.shape[2], -1))
     if call.k1 is call.k2:
-        q_BTNW = torch.stack([call.q1, call.q2], dim=-2).flatten(-3, -2)
+        q_BTNW = torch.cat([signals, call.q2.unsqueeze(3)], dim=3).flatten(2, 3)
         k_BSGW = call.k1
     else:
-        q_BTNW = _pad_pair(call.q1, call.q2)
+        q_BTNW = _pad_group(signals.unbind(3), call.q2)
         k_BSGW = torch.cat([call.k1, call.k2], dim=-1)
     # The flash kernel on CPU wants one width for keys and values; without it the call would hold every score in memory.
     width = max(q_BTNW.shape[-1], call.v.shape[-1])

@@ -1,9 +1,9 @@
 """The keys that a query sees, in two forms: a boolean for each pair, and a range of queries for each key.
 
 The ranges are what the kernels take, two numbers a key: query t sees key s of sequence b where
-``queries[0, b, s] <= t < queries[1, b, s]``. They express causal attention, padding, caches that are not full and
-packed sequences, without a tensor of T × S. Causal is bottom-right aligned: query t sees keys up to S − T + t, so that
-the last query sees every key. T = 3 queries, S = 5 keys of which the first is padding:
+``queries[0, b, s] <= t < queries[1, b, s]``. They express causal attention, windows, padding, caches that are not full
+and packed sequences, without a tensor of T × S. Causal is bottom-right aligned: query t sees keys up to S − T + t, so
+that the last query sees every key. T = 3 queries, S = 5 keys of which the first is padding:
 
     0 1 1 0 0          queries[0] = 3 0 0 1 2
     0 1 1 1 0
@@ -47,18 +47,43 @@ def visible_in_ranges(ranges: Tensor, queries: int) -> Tensor:
     return (first <= t) & (t < end)
 
 
-def seeing_queries(queries: int, keys: int, causal: bool, key_padding: Tensor) -> Tensor:
+def seeing_queries(queries: int, keys: int, causal: bool, key_padding: Tensor, window: int | None = None) -> Tensor:
     """Returns the queries that see each key, int32 (2, B, S), where some keys are padding; no query sees those.
+
+    A `window` leaves of the keys that a causal query sees the last ones, its own among them, so many in all; else those
+    at most so far away from its own place, before and behind it. Its own place is that of a causal query.
 
     >>> seeing_queries(2, 4, True, torch.tensor([[True, False, False, False]])).tolist()
     [[[0, 0, 0, 1]], [[0, 2, 2, 2]]]
+    >>> seeing_queries(2, 4, True, torch.tensor([[False, False, False, False]]), window=2).tolist()
+    [[[0, 0, 0, 1]], [[0, 1, 2, 2]]]
     """
     position = torch.arange(keys, dtype=torch.int32, device=key_padding.device)
-    first = (position - (keys - queries)).clamp(min=0) if causal else torch.zeros_like(position)
-    return torch.stack([first.expand_as(key_padding), (~key_padding).to(torch.int32) * queries])
+    own = position - (keys - queries)
+    first = own.clamp(min=0) if causal else torch.zeros_like(position)
+    end = torch.full_like(position, queries)
+    if window is not None:
+        first, end = _within(first, end, own, causal, window)
+    return torch.stack([first.expand_as(key_padding), (~key_padding).to(torch.int32) * end.clamp(min=0)])
 
 
-def packed_queries(cu_seqlens: Tensor, length: int, causal: bool, key_padding: Tensor | None) -> Tensor:
+def ranges_of(q: Tensor, k: Tensor, causal: bool, key_padding: Tensor | None, window: int | None) -> Tensor:
+    """Returns the queries that see each key, int32 (2, B, S), of queries (B, T, …) and keys (B, S, …)."""
+    if key_padding is None:
+        key_padding = torch.zeros(k.shape[:2], dtype=torch.bool, device=k.device)
+    return seeing_queries(q.shape[1], k.shape[1], causal, key_padding, window)
+
+
+def _within(first: Tensor, end: Tensor, own: Tensor, causal: bool, window: int) -> tuple[Tensor, Tensor]:
+    """Of the queries from first to before end, those whose window holds a key; `own` is the query at its place."""
+    if causal:
+        return first, torch.minimum(end, own + window)
+    return torch.maximum(first, own - window), torch.minimum(end, own + window + 1)
+
+
+def packed_queries(
+    cu_seqlens: Tensor, length: int, causal: bool, key_padding: Tensor | None, window: int | None = None
+) -> Tensor:
     """Returns the queries that see each key, int32 (2, 1, S), of sequences that lie one behind another in one row.
 
     Args:
@@ -66,6 +91,7 @@ def packed_queries(cu_seqlens: Tensor, length: int, causal: bool, key_padding: T
         length: the row's length, T = S.
         causal: whether a token sees only those before it in its sequence, and itself; else all of its sequence.
         key_padding: bool (1, S), True where a token is padding, or None.
+        window: as of `seeing_queries`, within a sequence.
 
     >>> packed_queries(torch.tensor([0, 2, 5]), 5, True, None).tolist()
     [[[0, 1, 2, 3, 4]], [[2, 2, 5, 5, 5]]]
@@ -74,6 +100,8 @@ def packed_queries(cu_seqlens: Tensor, length: int, causal: bool, key_padding: T
     following = torch.searchsorted(cu_seqlens, token, right=True)
     first = token if causal else cu_seqlens[following - 1]
     end = cu_seqlens[following.clamp(max=cu_seqlens.shape[0] - 1)]
+    if window is not None:
+        first, end = _within(first, end, token, causal, window)
     if key_padding is not None:
         end = torch.where(key_padding[0], 0, end)
     return torch.stack([first, end]).to(torch.int32)[:, None]
