@@ -43,6 +43,12 @@ def is_private(folder: Path) -> bool:
     return above.st_uid in (0, os.getuid()) and (not above.st_mode & others or bool(above.st_mode & stat.S_ISVTX))
 
 
+def cores() -> int:
+    """Returns the number of processor cores that this process may use."""
+    # macOS binds no process to cores, and Python there has no function that asks.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processor_facts() -> dict[str, str]:
     """The facts about the first processor by Linux's names, such as ``model name``; empty on other systems."""
     try:

@@ -22,7 +22,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Motif 3 by its experts": ({"model_type": "Motif", "num_experts": 384}, "Motif 3: num_experts 384"),
     "llama with code": ({"model_type": "llama", "auto_map": {"AutoModel": "a.B"}}, f"'llama' with {NEVER} \\(auto_map"),
     "diffllama with code": ({"model_type": "diffllama", "auto_map": {"AutoModel": "a.B"}}, "wanted the diffllama of"),
-    "unknown with code": ({"model_type": "new", "auto_map": {"AutoModel": "a.B"}}, f"'new', with {NEVER} .*; wanted one"),
+    "unknown with code": (
+        {"model_type": "new", "auto_map": {"AutoModel": "a.B"}},
+        f"'new', with {NEVER} .*; wanted one",
+    ),
 }
 
 

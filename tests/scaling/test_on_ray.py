@@ -17,12 +17,12 @@ from support.small_ladder import small
 
 from diffattn.errors import ConfigError
 from diffattn.files import LOCK
-from diffattn.ray_cluster import cluster
 from diffattn.results.ladder import LadderRow
 from diffattn.scaling.ladder import run_ladder
 from diffattn.scaling.options import WorkOptions
 from diffattn.scaling.rows import read_rows
 from diffattn.scaling.runs import LadderProgress
+from diffattn.train.spread.ray_cluster import cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
 ON_RAY = WorkOptions(on="ray")
@@ -131,7 +131,7 @@ def test_a_machine_that_is_lost_loses_no_run(text: Path) -> None:
     script = f"""
 import json, os, sys
 from pathlib import Path
-import diffattn.ray_cluster as ours
+import diffattn.train.spread.ray_cluster as ours
 os.environ.update(ours.SETTINGS)
 from ray.cluster_utils import Cluster
 from support.small_ladder import small

@@ -14,16 +14,16 @@ import torch
 from support.small_comparison import write_text
 from support.small_ladder import small
 
-from diffattn import ray_cluster
 from diffattn.cli.main import main
 from diffattn.errors import ConfigError
-from diffattn.ray_cluster import Mailbox, at_once, resources
 from diffattn.results.ladder import LadderRow
 from diffattn.scaling.ladder import run_ladder
 from diffattn.scaling.messages import options_to_json
 from diffattn.scaling.ray_tasks import settle, train_one
 from diffattn.scaling.runs import runs_of
 from diffattn.train.lock import held
+from diffattn.train.spread import ray_cluster
+from diffattn.train.spread.ray_cluster import Mailbox, at_once, resources
 
 NAME = "softmax-16x2-seed0-4-0.01"
 

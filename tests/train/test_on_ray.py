@@ -16,11 +16,11 @@ from support.small_comparison import write_shape, write_text
 
 from diffattn.errors import DataError
 from diffattn.files import LOCK
-from diffattn.ray_cluster import cluster
 from diffattn.train.callbacks import Progress, read_metrics
 from diffattn.train.recipe import Recipe
 from diffattn.train.resume import resume_training
 from diffattn.train.single import train_shape
+from diffattn.train.spread.ray_cluster import cluster
 from diffattn.train.spread.ray_launch import train_on_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]

@@ -32,8 +32,8 @@ def check_not_refused(config: Config) -> None:
 
     >>> check_not_refused({"model_type": "llama", "attn_family": "diff_attn"})
     Traceback (most recent call last):
-    diffattn.errors.UnsupportedError: config.json has attn_family 'diff_attn', which the llama of transformers has not; \
-wanted one of another architecture, since only code of its own says what this one computes: choose another \
+    diffattn.errors.UnsupportedError: config.json has attn_family 'diff_attn', which the llama of transformers has \
+not; wanted one of another architecture, since only code of its own says what this one computes: choose another \
 model
     """
     kind = config.get("model_type")

@@ -31,6 +31,7 @@ from diffattn.data.survey import SIDES, Sides
 from diffattn.data.tokenizer import vocabulary_rows
 from diffattn.errors import TrainingError
 from diffattn.files import FileFacts, file_facts, parse_json, sync
+from diffattn.machine import cores
 from diffattn.progress import OnStage, Stage
 from diffattn.sealed import SEAL, append_row, unbroken
 
@@ -306,11 +307,6 @@ class _OpenShard:
         append_row(self.folder / JOURNAL, shard)
         self.shards.append(shard)
         self._begin, self._ids, self._count = self.end, [], 0
-
-
-def cores() -> int:
-    """Returns the number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _Encoded = Callable[[Iterable[tuple[str, Unit]]], Iterator[tuple[str, Unit, npt.NDArray[np.uint32]]]]

@@ -79,7 +79,8 @@ def run_ladder(
     else:
         check_locks(folder)
         runs = runs_of(options, on_stage=on_stage, on_note=on_note)
-        if work.processes > 1 and (left := sum(run.facts.key not in by_key(folder) for run in runs)):
+        rows = by_key(folder)
+        if work.processes > 1 and (left := sum(run.facts.key not in rows for run in runs)):
             from diffattn.scaling.processes import train_in_processes
 
             train_in_processes(options, work, folder, command, on_progress, at_most=left)

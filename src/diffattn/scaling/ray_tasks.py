@@ -32,7 +32,6 @@ from diffattn.errors import (
 )
 from diffattn.model.options import Dtype
 from diffattn.progress import OnStage, Stage
-from diffattn.ray_cluster import at_once, cluster, mailbox, resources, taken, variables
 from diffattn.results.ladder import LadderRow
 from diffattn.scaling.messages import options_from_json, options_to_json
 from diffattn.scaling.options import LadderOptions, WorkOptions
@@ -42,6 +41,7 @@ from diffattn.sealed import append_row
 from diffattn.train.callbacks import Interruption, Progress, quiet
 from diffattn.train.lock import InUseError
 from diffattn.train.single import new_folder
+from diffattn.train.spread.ray_cluster import at_once, cluster, mailbox, resources, taken, variables
 
 # How often a task is started again whose worker or machine died.
 RETRIES = 3

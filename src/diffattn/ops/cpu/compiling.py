@@ -36,7 +36,7 @@ import torch
 
 from diffattn.errors import UnsupportedError
 from diffattn.files import parse_json
-from diffattn.machine import cache_folder, is_private, temporary_folder
+from diffattn.machine import cache_folder, cores, is_private, temporary_folder
 from diffattn.rank import rank_here
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -291,9 +291,7 @@ def _compile(build_key: BuildKey, work: Path, log: Path) -> Path:
     ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if ninja is None:
         raise _not_compiled("ninja not found", "pip install ninja")
-    # macOS binds no process to cores, and Python there has no function that asks.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = os.environ.get("MAX_JOBS") or str(min(8, cores))
+    jobs = os.environ.get("MAX_JOBS") or str(min(8, cores()))
     # The log is read for "error:", which compilers translate.
     environment = os.environ | {"LC_ALL": "C"}
     with (work / "log").open("wb") as output:

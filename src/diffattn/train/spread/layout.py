@@ -6,8 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from diffattn.errors import ConfigError
-
-SHARDS = ("none", "full", "hybrid")
+from diffattn.plan.ranks.mesh import WAYS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +17,7 @@ class Layout:
         ConfigError: an unknown way, or a number below 1.
     """
 
-    shard: str = field(default="none", metadata={"choices": SHARDS})
+    shard: str = field(default="none", metadata={"choices": WAYS})
     """Way to spread the model over the processes that torchrun has started. none: each has a copy. full: they share
     out weights, gradients and optimizer (FSDP2). hybrid: those of a host share them out, each host has a copy."""
     tensor_parallel: int = field(default=1, metadata={"option": "tp"})
@@ -29,8 +28,8 @@ class Layout:
     """Compile each layer with torch.compile: slower to start, then faster on a GPU."""
 
     def __post_init__(self) -> None:
-        if self.shard not in SHARDS:
-            raise ConfigError(f"shard is {self.shard!r}", f"one of {', '.join(SHARDS)}", "change --shard")
+        if self.shard not in WAYS:
+            raise ConfigError(f"shard is {self.shard!r}", f"one of {', '.join(WAYS)}", "change --shard")
         if self.tensor_parallel < 1:
             raise ConfigError(f"tp is {self.tensor_parallel}", "at least 1", "leave --tp out")
 

@@ -25,7 +25,6 @@ from diffattn.errors import ConfigError, DiffattnError, TrainingError, error_fro
 from diffattn.files import PARTIAL, PROBE, writable_folder
 from diffattn.folders import RUN, own_folder
 from diffattn.progress import OnStage, Stage
-from diffattn.ray_cluster import cluster, mailbox, taken, variables
 from diffattn.train.callbacks import Interruption, Progress, quiet
 from diffattn.train.lock import InUseError, held
 from diffattn.train.recipe import Recipe
@@ -33,6 +32,7 @@ from diffattn.train.record import TrainResult
 from diffattn.train.run import check_new
 from diffattn.train.spread.layout import Layout
 from diffattn.train.spread.ranks import EndedError, LostError, joined
+from diffattn.train.spread.ray_cluster import cluster, mailbox, taken, variables
 
 RESTARTS = 3
 """The number of times that all ranks are started again where one is lost."""
