@@ -55,6 +55,7 @@ def test_decoding_step_with_a_static_cache_compiles_into_one_graph_for_every_pos
     assert len(graphs) == 1
 
 
+@pytest.mark.full
 @pytest.mark.timeout(240)
 # The compiler calls a function of its own that it has deprecated.
 @pytest.mark.filterwarnings("ignore:`torch._prims_common.check`:FutureWarning")

@@ -39,6 +39,7 @@ print(build.status().bf16_products, "done")
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel serves Linux")
 @pytest.mark.parametrize(("capability", "instructions"), [("avx2", "AVX2"), ("default", "SSE41")])
 def test_older_processors(capability: str, instructions: str, tmp_path: Path) -> None:
