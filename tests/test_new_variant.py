@@ -28,7 +28,6 @@ TOY = Variant(
     title="a gate per head",
     source="this test",
     summary="sigmoid(x W_t) · attention, a narrower feed-forward network",
-    narrower=True,
     tensors=(OwnTensor(name="t_proj.weight", axes=("H", "D"), split=True),),
     flops=ATTENTIONS["gated"].flops,
     look=Look("#123456", "#abcdef", (7, 1), "cross"),

@@ -55,12 +55,14 @@ def test_heads_are_those_of_the_one_call_and_lead_back_to_the_shape(attention):
         "softmax": (12, 6, 10),
         "diff_v1": (12, 3, 20),
         "diff_v2": (24, 6, 10),
+        "diff_gda": (9, 3, 20),
+        "diff_gda_v2": (18, 6, 10),
         "gated": (12, 6, 10),
         "dex": (12, 6, 10),
     }
     assert record.heads(SHAPE) == expected[attention]
     assert record.heads(SHAPE) == (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    assert record.replaced(record.heads(SHAPE)) == Heads(12, 6, 10)
+    assert record.replaced(record.heads(SHAPE), config.num_noise_heads) == Heads(12, 6, 10)
     layer = built(attention).model.layers[0].self_attn
     assert layer.q_proj.out_features == record.query_width(SHAPE)
     assert layer.o_proj.in_features == record.output_heads(SHAPE) * record.heads(SHAPE).width
@@ -73,7 +75,7 @@ def test_tensors_and_parameters_are_those_of_the_built_model(attention):
     said = {tensor.name: tensor.shape(D=44, d=10, H=H, V=V) for tensor in record.tensors}
     if record.norm:
         said["subln.weight"] = (V,)
-    if record.query_factor > 1:
+    if record.query_width(SHAPE) != 120:
         said["q_proj.weight"] = (record.query_width(SHAPE), 44)
     assert own_tensors(model) == said
     more = parameters(model) - parameters(built(BASELINE))

@@ -17,6 +17,8 @@ from diffattn.variants import ATTENTIONS, DEFAULT
 
 OURS = "diff_transformer"
 LAMBDA_FORMS = ("sigmoid", "linear", "one")
+POLY_NORM = "poly_norm"
+"""The activation function with parameters that is ours, beside those of ``transformers``."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # The content of a config.json, of our model or of another library's: it may hold anything.
 Config = dict[str, Any]
@@ -115,6 +117,12 @@ def _one_of(names: Iterable[str]) -> Field:
 
 _FLAG = Field(lambda value: isinstance(value, bool), "true or false")
 _FLAG_OR_OWN = Field(_FLAG.allows, "true, false or null", optional=True)
+
+
+def _below_one(value: object) -> bool:
+    return is_number(value) and -1e30 < value < 1
+
+
 # float32 cannot hold a smaller ε, and a larger one hides the number that it is added to.
 _EPSILON = _number("a finite number above 0 (1e-37 to 1)", lambda value: 1e-37 <= value <= 1)
 _SPREAD = _number("a finite number from 0 to 100", lambda value: 0 <= value <= 100)
@@ -147,6 +155,12 @@ FIELDS: dict[str, Field] = {
     "num_attention_heads": integer(10**5),
     "num_key_value_heads": integer(10**5, optional=True),
     "head_dim": integer(10**5, optional=True),
+    "num_noise_heads": replace(
+        integer(10**5, optional=True), way_out="leave it out for one noise head for each key/value head"
+    ),
+    "signals_per_noise": replace(
+        integer(10**5, optional=True), way_out="leave it out for one noise head for each key/value head"
+    ),
     "hidden_act": Field(lambda value: isinstance(value, str), "the name of an activation function"),
     "max_position_embeddings": _POSITIONS,
     "initializer_range": _SPREAD,
@@ -160,8 +174,12 @@ FIELDS: dict[str, Field] = {
     "rope_scaling": _ROPE,
     "rope_theta": replace(_FACTOR, way_out="the default is 10000.0"),
     # Each head of V1 is scaled by 1 − lambda_init.
-    "lambda_init": replace(
-        _number("a number from 0 to below 1", lambda value: 0 <= value < 1, optional=True),
+    "lambda_init": Field(
+        lambda value: (
+            _below_one(value) or (isinstance(value, list) and bool(value) and all(_below_one(each) for each in value))
+        ),
+        "a finite number below 1, or a list with one for each layer",
+        optional=True,
         way_out="leave it out for the paper's schedule",
     ),
     "lambda_std": _SPREAD,

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
 Axis = Literal["D", "d", "H", "V", "HV"]
-Units = tuple[int, int]
+Units = tuple[int | Fraction, int | Fraction]
 # The widest values for which the Triton kernel makes the gradients of keys and values in one walk over the queries.
 ONE_WALK = 128
 
@@ -37,6 +38,10 @@ class Sizes(Protocol):
     @property
     def head_dim(self) -> int:
         """The width d of a head."""
+
+    @property
+    def signals_per_noise(self) -> int | None:
+        """The signal heads r that share a noise head, where a variant shares them; None: n / G."""
 
 
 class Heads(NamedTuple):
@@ -63,10 +68,18 @@ class Form(NamedTuple):
     backward: Units
     backward_wide: Units
 
-    def executed(self, value_width: int, *, training: bool) -> int:
+    def executed(self, value_width: int, *, training: bool) -> int | Fraction:
         """Returns all of it for values of that width: of the forward pass, or of both passes."""
         backward = self.backward if value_width <= ONE_WALK else self.backward_wide
         return sum(self.forward) + (sum(backward) if training else 0)
+
+    def sharing(self, noise: Form, signals: int) -> Form:
+        """Returns this form where ``signals`` heads share what it does for one noise head, which is ``noise``."""
+        if signals == 1:
+            return self
+        saved = 1 - Fraction(1, signals)
+        parts = zip(self, noise, strict=True)
+        return Form(*((whole[0] - saved * part[0], whole[1] - saved * part[1]) for whole, part in parts))
 
 
 def _recomputed(forward: Units) -> Form:
@@ -147,20 +160,22 @@ class Variant:
         summary: what it changes, as the list of a ladder's arms says it.
         query_factor: query heads of the one call for each softmax head.
         join: softmax heads that lie side by side in one head of the call's keys and values, and in an output head.
-        maps: softmax maps of one output head; where they are two, query head 2i + 1 makes the one that is subtracted.
+        maps: softmax maps of one output head; where they are two, the query heads of the call are groups of signal
+            heads and, behind them, the noise head whose map is subtracted: pairs, where noise heads are not shared.
+        shares_noise: whether several signal heads may share a noise head; the shape says how many.
         weights: what its output heads are combined with: nothing, one λ per layer, one λ per token and head, or a gate
             per token and channel.
         subtracts: what is subtracted, in words; empty where nothing is.
         norm: whether each output head passes an RMSNorm, unless the configuration's ``head_norm`` says otherwise.
         takes_norm: whether ``head_norm=True`` is possible.
-        narrower: whether a matched pair gives it a narrower feed-forward network, because its parameters are more.
         fitted_to: the variant whose pretrained models it is fitted to, and whose plan is its own; None for a variant
             that is trained from its start.
         chosen_heads: whether ``dex_heads`` of the configuration says which heads have its own tensors.
         switches: the fields of the configuration that it alone has, with their published values.
         tensors: the tensors of its own.
-        flops: for each backend that it has, the FLOPs of attention by pass. ``definition`` is the arithmetic of the
-            formula, which a model's FLOPs are counted by.
+        flops: for each backend that it has, the FLOPs of attention by pass, where noise heads are not shared.
+            ``definition`` is the arithmetic of the formula, which a model's FLOPs are counted by.
+        noise_flops: the part of these that is done for the noise heads alone, where they are shared.
         look: how charts draw it.
     """
 
@@ -171,16 +186,17 @@ class Variant:
     query_factor: int = 1
     join: int = 1
     maps: int = 1
+    shares_noise: bool = False
     weights: Literal["none", "layer", "head", "channel"] = "none"
     subtracts: str = ""
     norm: bool = False
     takes_norm: bool = True
-    narrower: bool = False
     fitted_to: str | None = None
     chosen_heads: bool = False
     switches: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     tensors: tuple[OwnTensor, ...] = ()
     flops: Mapping[str, Form]
+    noise_flops: Mapping[str, Form] = field(default_factory=lambda: MappingProxyType({}))
     look: Look
 
     def heads(self, shape: Sizes) -> Heads:
@@ -188,19 +204,37 @@ class Variant:
 
         Its result has one row per query head, as wide as the call's values.
         """
-        return Heads(self.query_factor * shape.num_heads, shape.num_kv_heads // self.join, self.join * shape.head_dim)
+        queries = self.output_heads(shape) + self.noise_heads(shape)
+        return Heads(queries, shape.num_kv_heads // self.join, self.join * shape.head_dim)
 
-    def replaced(self, call: Heads) -> Heads:
-        """Returns n, G and d of the softmax Transformer whose variant makes this call: the inverse of ``heads``."""
-        return Heads(call.queries // self.query_factor, call.groups * self.join, call.width // self.join)
+    def replaced(self, call: Heads, noise_heads: int | None = None) -> Heads:
+        """Returns n, G and d of the softmax Transformer whose variant makes this call: the inverse of ``heads``.
+
+        ``noise_heads`` is needed where they may be shared.
+        """
+        outputs = call.queries // self.maps if noise_heads is None else call.queries - noise_heads
+        return Heads(outputs * self.maps // self.query_factor, call.groups * self.join, call.width // self.join)
 
     def output_heads(self, shape: Sizes) -> int:
         """Returns H, the output heads of a layer."""
-        return self.heads(shape).queries // self.maps
+        return self.query_factor * shape.num_heads // self.maps
+
+    def signals_per_noise(self, shape: Sizes) -> int:
+        """Returns r, the signal heads of a noise head; 1 where they are not shared."""
+        return (shape.signals_per_noise or shape.num_heads // shape.num_kv_heads) if self.shares_noise else 1
+
+    def noise_heads(self, shape: Sizes) -> int:
+        """Returns the query heads of the call whose maps are subtracted."""
+        return self.output_heads(shape) // self.signals_per_noise(shape) if self.maps > 1 else 0
 
     def query_width(self, shape: Sizes) -> int:
         """Returns the rows of the query projection, which are the widths of all queries before any padding."""
-        return self.query_factor * shape.num_heads * shape.head_dim
+        return self.heads(shape).queries * shape.head_dim
+
+    def forms(self, shape: Sizes) -> Mapping[str, Form]:
+        """Returns the FLOPs of attention by backend and pass for a model of this shape."""
+        signals = self.signals_per_noise(shape)
+        return {name: form.sharing(self.noise_flops.get(name, _NOTHING), signals) for name, form in self.flops.items()}
 
     @property
     def pads_queries(self) -> bool:
@@ -223,14 +257,14 @@ class Variant:
         return sum(tensor.trained for tensor in self.tensors) + self.norm
 
     def matrix_parameters(self, shape: Sizes, **switches: object) -> int:
-        """Counts what a layer has beyond softmax attention in products with the hidden states.
+        """Counts what a layer has beyond softmax attention in products with the hidden states; below 0 if it has less.
 
         Args:
             shape: the sizes of the softmax Transformer.
             switches: fields of the configuration that are not as published, such as ``lambda_form``.
         """
         matrices = [tensor for tensor in self.tensors if tensor.reads_hidden_states]
-        queries = (self.query_factor - 1) * shape.num_heads * shape.head_dim * shape.hidden_size
+        queries = (self.query_width(shape) - shape.num_heads * shape.head_dim) * shape.hidden_size
         return queries + self._count(shape, matrices, switches)
 
     def small_parameters(
@@ -260,6 +294,7 @@ class Variant:
         return sum(math.prod(tensor.shape(D=D, d=d, H=H, V=V)) for tensor in there)
 
 
+_NOTHING = _kept((0, 0))
 # One map costs the same in every backend, since nothing is subtracted.
 _ONE_MAP: Mapping[str, Form] = MappingProxyType(
     dict.fromkeys(
@@ -267,6 +302,55 @@ _ONE_MAP: Mapping[str, Form] = MappingProxyType(
         _recomputed((4, 4)),
     )
     | {"materialised": _kept((4, 4))}
+)
+
+_V1_LAMBDA = tuple(
+    OwnTensor(name=f"lam.lambda_{which}", axes=("d",), float32=True) for which in ("q1", "k1", "q2", "k2")
+)
+_V2_LAMBDA = (OwnTensor(name="lambda_proj.weight", axes=("H", "D"), split=True, unless=("lambda_form", "one")),)
+# By the definition two maps of width d, and one product of their difference with V of width 2d; the standard call pads
+# q to [q1, 0] and [0, q2], so that every width is 2d. On a GPU each map is multiplied with V by itself. The Triton
+# kernel has scores, dP and the gradient of q in one kernel, scores, dP and the gradients of k and v in another, dP for
+# both maps at once; of wide values that one makes scores for k and for v.
+_V1_FLOPS = MappingProxyType(
+    {
+        "definition": _recomputed((4, 4)),
+        "fused_cpu": _recomputed((4, 4)),
+        "fused_triton": Form((4, 8), backward=(16, 12), backward_wide=(20, 12)),
+        "standard": _recomputed((8, 8)),
+        "materialised": _kept((4, 4)),
+    }
+)
+# By the definition four maps of width d, and two products of a difference with V of width d. It is one call by nature,
+# whose widths are equal. The Triton kernel is as for V1.
+_V2_FLOPS = MappingProxyType(
+    {
+        "definition": _recomputed((8, 4)),
+        "fused_cpu": _recomputed((8, 4)),
+        "fused_triton": Form((8, 8), backward=(32, 12), backward_wide=(40, 12)),
+        "standard": _recomputed((8, 8)),
+        "materialised": _kept((8, 4)),
+    }
+)
+# What of these is done for the map that is subtracted: its scores, and in the standard call and the forward pass of the
+# Triton kernel its product with V.
+_V1_NOISE: Mapping[str, Form] = MappingProxyType(
+    {
+        "definition": _recomputed((2, 0)),
+        "fused_cpu": _recomputed((2, 0)),
+        "fused_triton": Form((2, 4), backward=(8, 0), backward_wide=(10, 0)),
+        "standard": _recomputed((4, 4)),
+        "materialised": _kept((2, 0)),
+    }
+)
+_V2_NOISE: Mapping[str, Form] = MappingProxyType(
+    {
+        "definition": _recomputed((4, 0)),
+        "fused_cpu": _recomputed((4, 0)),
+        "fused_triton": Form((4, 4), backward=(16, 0), backward_wide=(20, 0)),
+        "standard": _recomputed((4, 4)),
+        "materialised": _kept((4, 0)),
+    }
 )
 
 _RECORDS = (
@@ -288,25 +372,13 @@ _RECORDS = (
         weights="layer",
         subtracts="λ times the map of the second head of each pair",
         norm=True,
-        tensors=tuple(
-            OwnTensor(name=f"lam.lambda_{which}", axes=("d",), float32=True) for which in ("q1", "k1", "q2", "k2")
-        ),
-        # By the definition two maps of width d, and one product of their difference with V of width 2d; the standard
-        # call pads q to [q1, 0] and [0, q2], so that every width is 2d. On a GPU each map is multiplied with V by
-        # itself. The Triton kernel has scores, dP and the gradient of q in one kernel, scores, dP and the gradients of
-        # k and v in another, dP for both maps at once; of wide values that one makes scores for k and for v.
-        flops=MappingProxyType(
-            {
-                "definition": _recomputed((4, 4)),
-                "fused_cpu": _recomputed((4, 4)),
-                "fused_triton": Form((4, 8), backward=(16, 12), backward_wide=(20, 12)),
-                "standard": _recomputed((8, 8)),
-                "unequal": _recomputed((4, 8)),
-                "two_calls": _recomputed((4, 8)),
-                "four_calls": _recomputed((8, 8)),
-                "materialised": _kept((4, 4)),
-            }
-        ),
+        tensors=_V1_LAMBDA,
+        flops=_V1_FLOPS
+        | {
+            "unequal": _recomputed((4, 8)),
+            "two_calls": _recomputed((4, 8)),
+            "four_calls": _recomputed((8, 8)),
+        },
         look=Look("#0072B2", "#56b4e9", (5, 2), "square"),
     ),
     Variant(
@@ -318,23 +390,43 @@ _RECORDS = (
         maps=2,
         weights="head",
         subtracts="sigmoid(λ) times the map of the second query of each head",
-        narrower=True,
         switches=MappingProxyType({"lambda_form": "sigmoid", "pairs_share_group": True}),
-        tensors=(OwnTensor(name="lambda_proj.weight", axes=("H", "D"), split=True, unless=("lambda_form", "one")),),
-        # By the definition four maps of width d, and two products of a difference with V of width d. It is one call by
-        # nature, whose widths are equal, so it has no form of several calls, and that of unequal widths is the standard
-        # call. The Triton kernel is as for V1.
-        flops=MappingProxyType(
-            {
-                "definition": _recomputed((8, 4)),
-                "fused_cpu": _recomputed((8, 4)),
-                "fused_triton": Form((8, 8), backward=(32, 12), backward_wide=(40, 12)),
-                "standard": _recomputed((8, 8)),
-                "unequal": _recomputed((8, 8)),
-                "materialised": _kept((8, 4)),
-            }
-        ),
+        tensors=_V2_LAMBDA,
+        # It has no form of several calls, and that of unequal widths is the standard call.
+        flops=_V2_FLOPS | {"unequal": _recomputed((8, 8))},
         look=Look("#D55E00", "#ff9e4a", (6, 2, 1.5, 2), "triangle-up"),
+    ),
+    Variant(
+        name="diff_gda",
+        title="grouped differential attention",
+        source="arXiv 2510.06949",
+        summary="V1 whose signal heads share noise heads, a wider feed-forward network",
+        join=2,
+        maps=2,
+        shares_noise=True,
+        weights="layer",
+        subtracts="λ times the map of the noise head of each group of signal heads",
+        norm=True,
+        tensors=_V1_LAMBDA,
+        flops=_V1_FLOPS,
+        noise_flops=_V1_NOISE,
+        look=Look("#CC79A7", "#f0a6d2", (8, 2, 2, 2, 2, 2), "cross"),
+    ),
+    Variant(
+        name="diff_gda_v2",
+        title="grouped differential attention V2",
+        source="arXiv 2510.06949 with the rule of V2",
+        summary="V2 whose signal heads share noise heads, a narrower feed-forward network",
+        query_factor=2,
+        maps=2,
+        shares_noise=True,
+        weights="head",
+        subtracts="sigmoid(λ) times the map of the noise head of each group of signal heads",
+        switches=MappingProxyType({"lambda_form": "sigmoid"}),
+        tensors=_V2_LAMBDA,
+        flops=_V2_FLOPS,
+        noise_flops=_V2_NOISE,
+        look=Look("#7a6000", "#e3c64b", (12, 2), "triangle-left"),
     ),
     Variant(
         name="gated",
@@ -343,7 +435,6 @@ _RECORDS = (
         summary="sigmoid(x W_g) ⊙ attention, a narrower feed-forward network",
         weights="channel",
         takes_norm=False,
-        narrower=True,
         tensors=(OwnTensor(name="g_proj.weight", axes=("HV", "D"), split=True),),
         flops=_ONE_MAP,
         look=Look("#009E73", "#3ddba4", (1.5, 1.5), "triangle-down"),

@@ -6,6 +6,9 @@ from support.comparison import compare
 from support.paper_layers import (
     KNOWN_WRONG,
     PaperGated,
+    PaperGrouped,
+    PaperGroupedLinearV2,
+    PaperGroupedV2,
     PaperLinearV2,
     PaperNormedSoftmax,
     PaperOneV2,
@@ -27,7 +30,14 @@ from diffattn.variants import VARIANTS
 
 LAYER = 2
 LENGTH = 7
-PAPER = {"softmax": PaperSoftmax, "diff_v1": PaperV1, "diff_v2": PaperV2, "gated": PaperGated}
+PAPER = {
+    "softmax": PaperSoftmax,
+    "diff_v1": PaperV1,
+    "diff_v2": PaperV2,
+    "diff_gda": PaperGrouped,
+    "diff_gda_v2": PaperGroupedV2,
+    "gated": PaperGated,
+}
 
 
 def layer_of(attention: str, implementation: str = "sdpa", **config) -> SoftmaxAttention:
@@ -82,7 +92,7 @@ def run_paper(paper: PaperSoftmax, layer: SoftmaxAttention, dtype: torch.dtype, 
 
 def paper_of(attention: str, layer: SoftmaxAttention, kind: type | None = None) -> PaperSoftmax:
     kind = kind or PAPER[attention]
-    return kind(SHAPE, layer.lam.lambda_init) if attention == "diff_v1" else kind(SHAPE)
+    return kind(SHAPE, layer.lam.lambda_init) if VARIANTS[attention].weights == "layer" else kind(SHAPE)
 
 
 LAYERS = [
@@ -96,6 +106,10 @@ LAYERS = [
     ("diff_v2", {"lambda_form": "linear"}, PaperLinearV2),
     ("diff_v2", {"lambda_form": "one"}, PaperOneV2),
     ("diff_v2", {"pairs_share_group": False}, PaperOtherGroupsV2),
+    ("diff_gda", {}, PaperGrouped),
+    ("diff_gda", {"lambda_init": [0.1, 0.2, -0.0099]}, PaperGrouped),
+    ("diff_gda_v2", {}, PaperGroupedV2),
+    ("diff_gda_v2", {"lambda_form": "linear"}, PaperGroupedLinearV2),
     ("gated", {}, PaperGated),
 ]
 
@@ -107,7 +121,7 @@ def test_layer_is_the_papers_forward_and_in_every_gradient(attention, config, ki
     layer = layer_of(attention, implementation, **config).to(dtype)
     paper, x = paper_of(attention, layer, kind), inputs(dtype)
     names = ["output", "d_x", *(f"d_{name}" for name, _ in layer.named_parameters())]
-    normed = config.get("head_norm", attention == "diff_v1") and "subln_affine" not in config
+    normed = config.get("head_norm", VARIANTS[attention].norm) and "subln_affine" not in config
     assert ("subln.weight" in dict(layer.named_parameters())) == normed
     actual = run_layer(layer, x)
     expected, eager = run_paper(paper, layer, torch.float64, x), run_paper(paper, layer, dtype, x)

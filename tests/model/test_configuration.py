@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from support.small_models import SHAPE, small_model, tokens
+from support.small_models import SHAPE, grouped, small_model, tokens
 
 from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig, lambda_init_schedule
@@ -15,7 +15,14 @@ from diffattn.variants import ATTENTIONS, VARIANTS
 
 @pytest.mark.parametrize(
     ("attention", "heads"),
-    [("softmax", (12, 4, 10)), ("diff_v1", (12, 2, 20)), ("diff_v2", (24, 4, 10)), ("gated", (12, 4, 10))],
+    [
+        ("softmax", (12, 4, 10)),
+        ("diff_v1", (12, 2, 20)),
+        ("diff_v2", (24, 4, 10)),
+        ("diff_gda", (8, 2, 20)),
+        ("diff_gda_v2", (16, 4, 10)),
+        ("gated", (12, 4, 10)),
+    ],
 )
 def test_heads_are_those_of_the_one_attention_call(attention, heads):
     config = DiffTransformerConfig.from_shape(SHAPE, attention)
@@ -25,7 +32,7 @@ def test_heads_are_those_of_the_one_attention_call(attention, heads):
 @pytest.mark.parametrize("attention", VARIANTS)
 @pytest.mark.parametrize("preset", presets())
 def test_shape_and_configuration_convert_both_ways(preset, attention):
-    shape = ModelShape.preset(preset)
+    shape = grouped(ModelShape.preset(preset), attention)
     config = DiffTransformerConfig.from_shape(shape, attention)
     assert config.shape() == dataclasses.replace(shape, name="", source="")
     assert DiffTransformerConfig.from_shape(config.shape(), attention).to_dict() == config.to_dict()
@@ -76,7 +83,9 @@ def test_defaults_are_the_papers_1_4B_v1_model():
     assert DiffTransformerConfig().shape() == shape
 
 
-@pytest.mark.parametrize(("attention", "heads"), [("softmax", 6), ("diff_v1", 6), ("diff_v2", 12)])
+@pytest.mark.parametrize(
+    ("attention", "heads"), [("softmax", 6), ("diff_v1", 6), ("diff_v2", 12), ("diff_gda", 6), ("diff_gda_v2", 12)]
+)
 def test_heads_not_given_are_those_of_plain_attention(attention, heads):
     shape = DiffTransformerConfig(attention=attention, hidden_size=60, num_attention_heads=heads).shape()
     assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (6, 6, 10)
@@ -158,10 +167,10 @@ WRONG = [
     ({"attention": "diff_v2", "num_key_value_heads": 2}, ["num_key_value_heads=2", "even ratio"]),
     ({"head_dim": 6}, ["head_dim=6", "multiple of 4"]),
     ({"attention": "softmax", "head_dim": 5}, ["head_dim=5", "multiple of 2"]),
-    ({"hidden_size": 61}, ["hidden_size=61", "num_attention_heads=6", "set head_dim"]),
+    ({"hidden_size": 61}, ["hidden_size=61", "6 heads", "set head_dim"]),
     ({"lambda_init": 1.0}, ["lambda_init=1.0", "below 1", "leave it out"]),
-    ({"lambda_init": "0.8"}, ["lambda_init='0.8'", "a number"]),
-    ({"lambda_init": float("nan")}, ["lambda_init=nan", "a number"]),
+    ({"lambda_init": "0.8"}, ["lambda_init='0.8'", "a finite number"]),
+    ({"lambda_init": float("nan")}, ["lambda_init=nan", "a finite number"]),
 ]
 
 

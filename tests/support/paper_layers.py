@@ -134,6 +134,56 @@ class PaperLinearV2(PaperV2):
         return (x @ w["lambda_proj.weight"].mT).to(torch.promote_types(x.dtype, torch.float32))
 
 
+class _Grouped:
+    """Groups of query heads, r signal heads and behind them their noise head (arXiv 2510.06949)."""
+
+    def groups(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal heads (B, T, noise heads, r, d) and noise heads (B, T, noise heads, d)."""
+        shape = self.shape
+        shared = shape.signals_per_noise or shape.num_heads // shape.num_kv_heads
+        groups = q.unflatten(2, (-1, shared + 1))
+        return groups[:, :, :, :shared], groups[:, :, :, shared]
+
+    def noise_of(self, head: int, shared: int, noise_heads: int) -> int:
+        return head // shared
+
+    def differences(self, q: Tensor, k1: Tensor, k2: Tensor, v: Tensor, lam: Tensor) -> Tensor:
+        """Head by head, each with its own pair of maps; λ is (B, T, H)."""
+        signals, noise = self.groups(q)
+        shared, noise_heads = signals.shape[3], noise.shape[2]
+        heads = shared * noise_heads
+        found = []
+        for head in range(heads):
+            key = head * v.shape[2] // heads
+            q1, q2 = signals[:, :, head // shared, head % shared], noise[:, :, self.noise_of(head, shared, noise_heads)]
+            q1, q2, k1_, k2_, v_ = (x[:, :, None] for x in (q1, q2, k1[:, :, key], k2[:, :, key], v[:, :, key]))
+            found.append(diff_attention_reference(q1, k1_, q2, k2_, v_, lam[:, :, head, None], scale=self.scale))
+        return torch.cat(found, dim=2)
+
+
+class PaperGrouped(_Grouped, PaperV1):
+    """V1's λ, norm and values with shared noise heads: arXiv 2510.06949."""
+
+    def head(self, q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
+        lam = lam.expand(*q.shape[:2], self.shape.num_heads // 2)
+        return rms_norm(self.differences(q, *self.pair(k), v, lam), self.eps)
+
+
+class PaperGroupedV2(_Grouped, PaperV2):
+    """V2's rule with shared noise heads: a sigmoid λ for each token and signal head, no norm."""
+
+    def __call__(self, x: Tensor, w: Weights) -> Tensor:
+        q, k, v = self.project(x, w)
+        return self.differences(q, k, k, v, self.lam(x, w)).flatten(2) @ w["o_proj.weight"].mT
+
+
+class PaperGroupedLinearV2(PaperGroupedV2):
+    """λ = x W_λ without the sigmoid."""
+
+    def lam(self, x: Tensor, w: Weights) -> Tensor:
+        return (x @ w["lambda_proj.weight"].mT).to(torch.promote_types(x.dtype, torch.float32))
+
+
 class PaperOneV2(PaperV2):
     """λ = 1: the plain difference."""
 
@@ -260,6 +310,83 @@ class _NormedV2(PaperV2):
         return y.flatten(2) @ w["o_proj.weight"].mT
 
 
+class _NoiseFirst:
+    def groups(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        signals, noise = super().groups(q)
+        groups = torch.cat([signals, noise[:, :, :, None]], dim=3)
+        return groups[:, :, :, 1:], groups[:, :, :, 0]
+
+
+class _NoiseBehindAllSignals:
+    def groups(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        signals, noise = super().groups(q)
+        signal_heads, noise_heads = q.split([signals.shape[2] * signals.shape[3], noise.shape[2]], dim=2)
+        return signal_heads.unflatten(2, signals.shape[2:4]), noise_heads
+
+
+class _NoiseInTurn:
+    def noise_of(self, head: int, shared: int, noise_heads: int) -> int:
+        return head % noise_heads
+
+
+class _FirstSignalAlone:
+    def differences(self, q: Tensor, k1: Tensor, k2: Tensor, v: Tensor, lam: Tensor) -> Tensor:
+        shared = self.groups(q)[0].shape[3]
+        return super().differences(q, k1, k2, v, lam * (torch.arange(lam.shape[2]) % shared == 0))
+
+
+class _LambdaOfTheGroup:
+    def differences(self, q: Tensor, k1: Tensor, k2: Tensor, v: Tensor, lam: Tensor) -> Tensor:
+        shared = self.groups(q)[0].shape[3]
+        return super().differences(q, k1, k2, v, lam[:, :, ::shared].repeat_interleave(shared, 2))
+
+
+class _NoiseFirstGrouped(_NoiseFirst, PaperGrouped): ...
+
+
+class _NoiseBehindAllSignalsGrouped(_NoiseBehindAllSignals, PaperGrouped): ...
+
+
+class _NoiseInTurnGrouped(_NoiseInTurn, PaperGrouped): ...
+
+
+class _FirstSignalAloneGrouped(_FirstSignalAlone, PaperGrouped): ...
+
+
+class _ScaleOf2dGrouped(_ScaleOf2d, PaperGrouped): ...
+
+
+class _LambdaSignFlippedGrouped(PaperGrouped):
+    def lam(self, w: Weights) -> Tensor:
+        return -super().lam(w)
+
+
+class _NoFactorGrouped(PaperGrouped):
+    def __init__(self, shape: ModelShape, lambda_init: float) -> None:
+        super().__init__(shape, lambda_init)
+        self.factor = 1.0
+
+
+class _SignalKeyForNoise(PaperGrouped):
+    def pair(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        return heads[:, :, 0::2], heads[:, :, 0::2]
+
+
+class _NoiseFirstGroupedV2(_NoiseFirst, PaperGroupedV2): ...
+
+
+class _NoiseBehindAllSignalsGroupedV2(_NoiseBehindAllSignals, PaperGroupedV2): ...
+
+
+class _NoiseInTurnGroupedV2(_NoiseInTurn, PaperGroupedV2): ...
+
+
+class _FirstSignalAloneGroupedV2(_FirstSignalAlone, PaperGroupedV2): ...
+
+
+class _LambdaOfTheGroupV2(_LambdaOfTheGroup, PaperGroupedV2): ...
+
+
 class _ScaleOf2dSoftmax(_ScaleOf2d, PaperSoftmax): ...
 
 
@@ -280,5 +407,23 @@ KNOWN_WRONG: dict[str, tuple[type, ...]] = {
         _ValuesOfWidthD,
     ),
     "diff_v2": (_PairsByHalvesV2, _ScaleOf2dV2, PaperLinearV2, PaperOneV2, PaperOtherGroupsV2, _MapsSwapped, _NormedV2),
+    "diff_gda": (
+        _NoiseFirstGrouped,
+        _NoiseBehindAllSignalsGrouped,
+        _NoiseInTurnGrouped,
+        _FirstSignalAloneGrouped,
+        _ScaleOf2dGrouped,
+        _LambdaSignFlippedGrouped,
+        _NoFactorGrouped,
+        _SignalKeyForNoise,
+    ),
+    "diff_gda_v2": (
+        _NoiseFirstGroupedV2,
+        _NoiseBehindAllSignalsGroupedV2,
+        _NoiseInTurnGroupedV2,
+        _FirstSignalAloneGroupedV2,
+        _LambdaOfTheGroupV2,
+        PaperGroupedLinearV2,
+    ),
     "gated": (PaperSoftmax, _GateWithoutSigmoid, _OneGatePerHead, _GatedValues),
 }

@@ -1,11 +1,14 @@
 """Models of a few thousand parameters whose attention is far from uniform: a mistake in it shows in the logits."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.plan.shape import ModelShape
+from diffattn.variants import ATTENTIONS
 
 # Every dimension is another prime where the rules allow it: n·d = 12·10 is not D, and six query heads share a key head.
 SHAPE = ModelShape(
@@ -20,6 +23,13 @@ SHAPE = ModelShape(
 )
 # Two float32 logits of the order of 1 that were summed in another order.
 ROUNDING = 1e-5
+
+
+def grouped(shape: ModelShape, attention: str) -> ModelShape:
+    """The shape, with the fewest key/value heads where the variant needs several query heads for each and has one."""
+    record = ATTENTIONS[attention]
+    alone = record.shares_noise and shape.num_heads == shape.num_kv_heads
+    return replace(shape, num_kv_heads=record.join) if alone else shape
 
 
 def small_model(attention: str, *, shape: ModelShape = SHAPE, seed: int = 0, **config) -> DiffTransformerForCausalLM:

@@ -129,7 +129,9 @@ class SoftmaxAttention(nn.Module):
         # Read by flash attention alone, which has no masks; to both sides it sees one token less than it is told.
         self.sliding_window = window if window is None or config.is_causal else window + 1
         self.rotates = layer_idx not in (config.unrotated_layers or ())
-        outputs = config.num_attention_heads // config.record.query_factor * self.width
+        # The signal heads that stand before the noise head which they share.
+        self.signals_per_noise = config.signals_per_noise
+        outputs = config.output_heads * self.head_dim
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.width, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=bias)
@@ -138,7 +140,7 @@ class SoftmaxAttention(nn.Module):
         # The norm of each output head, if the model has one.
         self.subln: RMSNormPerHead | None = None
         if config.normalizes_heads:
-            scale = 1.0 - config.layer_lambda_init(layer_idx) if config.attention == "diff_v1" else 1.0
+            scale = 1.0 - config.layer_lambda_init(layer_idx) if config.record.weights == "layer" else 1.0
             self.subln = RMSNormPerHead(
                 self.head_dim, scale, eps=config.subln_eps, elementwise_affine=config.subln_affine
             )
@@ -205,7 +207,7 @@ class SoftmaxAttention(nn.Module):
         # Do not restructure this: vLLM parses the source of this function to find the one attention call and `scaling`.
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if fused:
-            kwargs |= {"lam": lam, "norm": self.subln}
+            kwargs |= {"lam": lam, "norm": self.subln, "signals_per_noise": self.signals_per_noise}
         dtype = v.dtype
         if implementation == "sdpa":
             q, k, v, attention_mask = attention_inputs(q, k, v, attention_mask)
@@ -227,11 +229,11 @@ class SoftmaxAttention(nn.Module):
 
 
 class DifferentialAttention(SoftmaxAttention):
-    """The subtraction, which V1 and V2 share."""
+    """The subtraction, which V1 and V2 share, with pairs of query heads or with groups of several signal heads."""
 
     def combine(self, o_BTNW: Tensor, lam: Tensor | None) -> Tensor:
         assert lam is not None
-        return self.normalized(subtract(o_BTNW, lam))
+        return self.normalized(subtract(o_BTNW, lam, self.signals_per_noise))
 
 
 class DiffV1Attention(DifferentialAttention):
@@ -239,6 +241,9 @@ class DiffV1Attention(DifferentialAttention):
 
     ``(1 − λ_init) · RMSNorm((softmax(Q1 K1ᵀ/√d) − λ·softmax(Q2 K2ᵀ/√d)) V)`` for n/2 heads with V of width 2d. A key
     head of the call is [k1, k2], its two query heads are [q1, 0] and [0, q2]; the zeros make each score exact.
+
+    In its grouped form (``diff_gda``, arXiv 2510.06949) r signal heads [q1, 0] stand before the one noise head [0, q2]
+    whose map they all subtract.
     """
 
     def __init__(self, config: DiffTransformerConfig, layer_idx: int) -> None:
@@ -252,7 +257,7 @@ class DiffV1Attention(DifferentialAttention):
         self, q_BTnd: Tensor, k_BTgd: Tensor, rope: tuple[Tensor, Tensor], fused: bool
     ) -> tuple[Tensor, Tensor]:
         q, k = super().position(q_BTnd, k_BTgd, rope, fused)
-        return q if fused else pad_queries(q), k
+        return q if fused else pad_queries(q, self.signals_per_noise), k
 
 
 class DiffV2Attention(DifferentialAttention):
@@ -260,12 +265,15 @@ class DiffV2Attention(DifferentialAttention):
 
     ``softmax(Q_2i Kᵀ/√d) V − sigmoid(λ_i(x)) · softmax(Q_2i+1 Kᵀ/√d) V`` with λ(x) = x W_λ per token and head,
     its sigmoid in float32; no norm behind it. What the post compares it with are fields of the configuration.
+
+    In its grouped form (``diff_gda_v2``) r signal heads stand before the one noise head whose map they all subtract,
+    each with a λ of its own.
     """
 
     def __init__(self, config: DiffTransformerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.lambda_form != "one":
-            self.lambda_proj = nn.Linear(config.hidden_size, config.num_attention_heads // 2, bias=False)
+            self.lambda_proj = nn.Linear(config.hidden_size, config.output_heads, bias=False)
 
     def lam(self, x_BTD: Tensor) -> Tensor:
         if self.config.lambda_form == "one":
@@ -376,6 +384,8 @@ ATTENTION: dict[str, type[SoftmaxAttention]] = {
     "softmax": SoftmaxAttention,
     "diff_v1": DiffV1Attention,
     "diff_v2": DiffV2Attention,
+    "diff_gda": DiffV1Attention,
+    "diff_gda_v2": DiffV2Attention,
     "dex": DexAttention,
     "gated": GatedAttention,
 }

@@ -1,4 +1,4 @@
-"""The configuration of one decoder: softmax attention, Differential V1 or V2, DEX, or gated attention."""
+"""The configuration of one decoder: softmax attention, Differential V1 or V2, plain or grouped, DEX, or gated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from diffattn.config_fields import FIELDS, check, check_ids, check_rope, shown
+from diffattn.config_fields import FIELDS, POLY_NORM, check, check_ids, check_rope
 from diffattn.errors import ConfigError
 from diffattn.layer_kinds import SLIDING, check_unrotated, layer_types_of
 from diffattn.plan.shape import ModelShape
@@ -26,16 +26,6 @@ def lambda_init_schedule(layer: int) -> float:
     return 0.8 - 0.6 * math.exp(-0.3 * layer)
 
 
-def _check_activation(name: str) -> None:
-    # The library itself imports this late, because it takes long.
-    from transformers.activations import ACT2FN
-
-    if name not in ACT2FN:
-        raise ConfigError(
-            f"hidden_act={shown(name)}", "an activation function of transformers", "use silu, for example"
-        )
-
-
 class DiffTransformerConfig(PreTrainedConfig):
     """Configuration of :class:`DiffTransformerModel`.
 
@@ -51,12 +41,19 @@ class DiffTransformerConfig(PreTrainedConfig):
     dex, gated n                   G                   d        n
     ========== =================== =================== ======== ====================================
 
+    ``diff_gda`` and ``diff_gda_v2`` are V1 and V2 whose query heads come in groups of r signal heads and, behind them,
+    the noise head that they share: n / 2 + n / 2r query heads under V1's row, n + n / r under V2's.
+
     So ``2 · num_key_value_heads · head_dim`` values per layer and token is the cache, for every variant.
 
     Args:
         attention: ``"softmax"``, ``"diff_v1"`` (arXiv 2410.05258), ``"diff_v2"`` (the authors' post of January 2026)
             or ``"dex"`` (arXiv 2505.16333), a pretrained softmax that learns to subtract a projection of its output;
-            or ``"gated"`` (arXiv 2505.06708), softmax attention times a sigmoid of the input.
+            or ``"gated"`` (arXiv 2505.06708), softmax attention times a sigmoid of the input; or ``"diff_gda"`` and
+            ``"diff_gda_v2"`` (arXiv 2510.06949), V1 and V2 whose signal heads share noise heads.
+        num_noise_heads: GDA only. How many of ``num_attention_heads`` are noise heads; ``None`` for one for each
+            key/value head. r = (num_attention_heads − num_noise_heads) / num_noise_heads.
+        hidden_act: an activation function of ``transformers``, with or without parameters, or ``"poly_norm"``.
         attention_bias: whether the projections of queries, keys and values have a bias (Qwen2; Llama's covers the
             output projection too).
         attention_output_bias: whether the output projection of attention has one.
@@ -64,14 +61,16 @@ class DiffTransformerConfig(PreTrainedConfig):
         qk_norm: whether queries and keys pass an RMSNorm over the d channels of each head before they are rotated, one
             gain for all heads of a layer (Qwen3).
         dex_heads: DEX only. For every layer the heads, from 0, that subtract; ``None`` for all.
-        lambda_init: V1 only. ``None`` for the paper's schedule by depth, or one constant for all layers.
-        lambda_std: V1 only. Standard deviation of the four λ vectors at the start.
-        head_norm: whether each output head passes an RMSNorm; ``None`` for the variant's own, which is V1 alone. V1
+        lambda_init: V1 and ``diff_gda``. ``None`` for the paper's schedule by depth, one constant for all layers, or a
+            list with a number for each; below 1, also negative.
+        lambda_std: V1 and ``diff_gda``. Standard deviation of the four λ vectors at the start.
+        head_norm: whether each output head passes an RMSNorm; ``None`` for the variant's own: V1 and ``diff_gda``. V1
             without it has no (1 − λ_init) either, which is that norm's scale. Not of DEX and gated attention.
         subln_affine: whether that norm has a learnable gain (the authors' code of V1 has one since October 2024; the
             paper's text and ``diffllama`` have none).
         subln_eps: ε of that norm.
-        lambda_form: V2 only. ``"sigmoid"`` of x W_λ, x W_λ itself (``"linear"``), or ``"one"``: λ = 1, no W_λ.
+        lambda_form: V2 and ``diff_gda_v2``. ``"sigmoid"`` of x W_λ, x W_λ itself (``"linear"``), or ``"one"``: λ = 1
+            without W_λ.
         pairs_share_group: V2 only. Whether both maps of a head meet the same keys and values; ``False`` takes the noise
             map of the next key/value group's head, which is no difference of two maps any more.
         rope_parameters: as in ``transformers``, which fills in ``rope_type="default"`` and, from the keyword
@@ -106,6 +105,7 @@ class DiffTransformerConfig(PreTrainedConfig):
     num_attention_heads: int = 16
     num_key_value_heads: int | None = None
     head_dim: int | None = None
+    num_noise_heads: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
@@ -116,7 +116,7 @@ class DiffTransformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
     rope_parameters: dict | None = None
-    lambda_init: float | None = None
+    lambda_init: float | list[float] | None = None
     lambda_std: float = 0.1
     subln_affine: bool = True
     subln_eps: float = 1e-5
@@ -144,24 +144,26 @@ class DiffTransformerConfig(PreTrainedConfig):
         variant = self.record
         # How many heads of the call, or halves of them, stand for one head of the softmax Transformer.
         parts = variant.query_factor * variant.join
-        if self.subtracts_maps and self.num_attention_heads % 2:
+        if self.subtracts_maps and not variant.shares_noise and self.num_attention_heads % 2:
             raise ConfigError(
                 f"num_attention_heads={self.num_attention_heads} with attention={self.attention!r}",
                 "an even number, because query heads come in pairs",
                 "choose one more or one less",
             )
         if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads // parts
+            # Grouped differential attention without any number of them has pairs, as V1 and V2 have.
+            self.num_key_value_heads = self.num_noise_heads or max(1, self.num_attention_heads // parts)
+        self._set_noise_heads()
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
+            # n heads of width D / n are replaced, which the one call joins under V1.
+            heads = self.output_heads * variant.join
+            if self.hidden_size % heads:
                 raise ConfigError(
-                    f"hidden_size={self.hidden_size}, num_attention_heads={self.num_attention_heads} and no head_dim",
-                    "a hidden_size that num_attention_heads divides",
+                    f"hidden_size={self.hidden_size} for {heads} heads of softmax attention and no head_dim",
+                    f"a hidden_size that {heads} divides",
                     "change one of them or set head_dim",
                 )
-            # n heads of width D / n are replaced; the one call has 2n of them under V2 and width 2d under V1.
-            width = self.hidden_size // self.num_attention_heads
-            self.head_dim = parts * width
+            self.head_dim = self.hidden_size // heads * variant.join
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_key_value_heads={self.num_key_value_heads} with num_attention_heads={self.num_attention_heads}",
@@ -169,7 +171,7 @@ class DiffTransformerConfig(PreTrainedConfig):
                 f"choose a divisor of {self.num_attention_heads}",
             )
         group = self.num_attention_heads // self.num_key_value_heads
-        if self.subtracts_maps and group % 2:
+        if self.subtracts_maps and not variant.shares_noise and group % 2:
             raise ConfigError(
                 f"num_key_value_heads={self.num_key_value_heads} with num_attention_heads={self.num_attention_heads} "
                 f"and attention={self.attention!r}",
@@ -193,21 +195,60 @@ class DiffTransformerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         assert self.rope_parameters is not None
         check_rope(self.rope_parameters, self.rope_width)
-        _check_activation(self.hidden_act)
+        # The library itself imports these late, because it takes long.
+        from diffattn.model.activations import check_activation
+
+        check_activation(self.hidden_act)
         check_ids(vars(self), self.vocab_size)
 
+    def _set_noise_heads(self) -> None:
+        if not self.record.shares_noise:
+            if self.num_noise_heads is not None:
+                raise ConfigError(
+                    f"num_noise_heads={self.num_noise_heads} with attention={self.attention!r}",
+                    " or ".join(name for name, record in ATTENTIONS.items() if record.shares_noise),
+                    "leave it out",
+                )
+            return
+        groups, heads = self.num_key_value_heads, self.num_attention_heads
+        assert groups is not None
+        if self.num_noise_heads is None:
+            self.num_noise_heads = groups
+        given = f"num_noise_heads={self.num_noise_heads}"
+        if heads % self.num_noise_heads or self.num_noise_heads == heads:
+            possible = [str(noise) for noise in range(1, heads // 2 + 1) if heads % noise == 0 and noise % groups == 0]
+            raise ConfigError(
+                f"{given} with num_attention_heads={heads}, which counts both kinds",
+                "equally many signal heads, at least one, for each noise head",
+                f"take {', '.join(possible)}" if possible else "change num_attention_heads",
+            )
+        if self.num_noise_heads % groups:
+            raise ConfigError(
+                f"{given} with num_key_value_heads={groups}",
+                f"a multiple of {groups}, because a noise head and its signal heads share one key/value head",
+                "change one of them",
+            )
+
     def _check_switches(self) -> None:
+        if isinstance(self.lambda_init, list) and len(self.lambda_init) != self.num_hidden_layers:
+            raise ConfigError(
+                f"lambda_init with {len(self.lambda_init)} numbers",
+                f"one for each of the {self.num_hidden_layers} layers",
+                "correct the list, or give one number for all layers",
+            )
         if self.head_norm and not self.record.takes_norm:
             *most, last = (name for name, record in ATTENTIONS.items() if record.takes_norm)
             raise ConfigError(
                 f"head_norm=True with attention={self.attention!r}", f"{', '.join(most)} or {last}", "leave it out"
             )
-        for owner in ATTENTIONS.values():
-            for name, published in owner.switches.items():
-                if owner.name != self.attention and getattr(self, name) != published:
-                    raise ConfigError(
-                        f"{name}={getattr(self, name)!r} with attention={self.attention!r}", owner.name, "leave it out"
-                    )
+        published = {name: plain for record in ATTENTIONS.values() for name, plain in record.switches.items()}
+        for name, plain in published.items():
+            if name not in self.record.switches and getattr(self, name) != plain:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} with attention={self.attention!r}",
+                    " or ".join(owner for owner, record in ATTENTIONS.items() if name in record.switches),
+                    "leave it out",
+                )
         if not self.pairs_share_group and self.num_key_value_heads == 1:
             raise ConfigError(
                 "pairs_share_group=False with num_key_value_heads=1, so that both maps of a head share that one",
@@ -263,8 +304,26 @@ class DiffTransformerConfig(PreTrainedConfig):
 
     @property
     def subtracts_maps(self) -> bool:
-        """True where query heads come in pairs, one for the signal and one for the noise: V1 and V2."""
+        """True where query heads come in groups, of heads for the signal and one for the noise: V1, V2 and GDA."""
         return self.record.maps > 1
+
+    @property
+    def noise_heads(self) -> int:
+        """The query heads of the call whose maps are subtracted."""
+        if self.record.shares_noise:
+            assert self.num_noise_heads is not None
+            return self.num_noise_heads
+        return self.num_attention_heads // 2 if self.subtracts_maps else 0
+
+    @property
+    def output_heads(self) -> int:
+        """The output heads of a layer, which are the query heads that make a signal."""
+        return self.num_attention_heads - self.noise_heads
+
+    @property
+    def signals_per_noise(self) -> int:
+        """The signal heads that share a noise head; they stand before it among the query heads."""
+        return self.output_heads // self.noise_heads if self.subtracts_maps else 1
 
     @property
     def has_map_diff(self) -> bool:
@@ -285,13 +344,19 @@ class DiffTransformerConfig(PreTrainedConfig):
         if self.qk_norm:
             shared += ["q_norm", "k_norm"]
         attention |= dict.fromkeys(shared, "replicated_with_grad_allreduce")
-        mlp = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+        mlp = {
+            "gate_proj": "colwise",
+            "up_proj": "colwise",
+            "down_proj": "rowwise",
+            # Of most functions there is nothing to replicate; the style also sums the gradients of those that have.
+            "act_fn": "replicated_with_grad_allreduce",
+        }
         return {f"layers.*.self_attn.{name}": style for name, style in attention.items()} | {
             f"layers.*.mlp.{name}": style for name, style in mlp.items()
         }
 
     def check_tensor_parallel(self, ranks: int) -> None:
-        """Raise a ``ConfigError`` unless every pair of query heads is on one rank, with its key/value head.
+        """Raise a ``ConfigError`` unless every group of query heads is on one rank, with its key/value head.
 
         >>> DiffTransformerConfig().check_tensor_parallel(4)
         """
@@ -301,6 +366,12 @@ class DiffTransformerConfig(PreTrainedConfig):
             raise ConfigError(
                 f"tensor parallelism over {ranks} ranks with pairs_share_group=False",
                 "one rank, because the two maps of a head might lie on two",
+                "run the model on one rank",
+            )
+        if ranks > 1 and self.hidden_act == POLY_NORM:
+            raise ConfigError(
+                f"tensor parallelism over {ranks} ranks with hidden_act={POLY_NORM!r}",
+                "one rank, because that function needs all channels of the feed-forward network at once",
                 "run the model on one rank",
             )
         if groups % ranks:
@@ -330,7 +401,9 @@ class DiffTransformerConfig(PreTrainedConfig):
         return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
     def layer_lambda_init(self, layer: int) -> float:
-        """λ_init of a layer (from 0): the schedule, or the constant ``lambda_init``."""
+        """λ_init of a layer (from 0): the schedule, or what ``lambda_init`` says."""
+        if isinstance(self.lambda_init, list):
+            return float(self.lambda_init[layer])
         return lambda_init_schedule(layer) if self.lambda_init is None else float(self.lambda_init)
 
     @classmethod
@@ -340,9 +413,10 @@ class DiffTransformerConfig(PreTrainedConfig):
         ``initializer_range`` is hidden_size^(−1/2), which is the usual 0.02 at the paper's widths. V1 needs it at small
         ones: its norm lifts whatever attention gives to unit size, and drowns embeddings that start at 0.02.
         """
-        variant = ATTENTIONS.get(attention)
-        shape.check_variant(attention if variant is None or variant.fitted_to is None else variant.fitted_to)
-        heads = ATTENTIONS[attention].heads(shape)
+        known = ATTENTIONS.get(attention)
+        shape.check_variant(attention if known is None or known.fitted_to is None else known.fitted_to)
+        variant = ATTENTIONS[attention]
+        heads = variant.heads(shape)
         fields: dict[str, object] = {
             "attention": attention,
             "vocab_size": shape.vocab_size,
@@ -352,6 +426,7 @@ class DiffTransformerConfig(PreTrainedConfig):
             "num_attention_heads": heads.queries,
             "num_key_value_heads": heads.groups,
             "head_dim": heads.width,
+            "num_noise_heads": variant.noise_heads(shape) if variant.shares_noise else None,
             "max_position_embeddings": shape.max_position_embeddings,
             "initializer_range": round(shape.hidden_size**-0.5, 4),
             "tie_word_embeddings": shape.tie_word_embeddings,
@@ -367,7 +442,12 @@ class DiffTransformerConfig(PreTrainedConfig):
         assert self.num_key_value_heads is not None
         assert self.head_dim is not None
         assert self.rope_parameters is not None
-        replaced = self.record.replaced(Heads(self.num_attention_heads, self.num_key_value_heads, self.head_dim))
+        call = Heads(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
+        replaced = self.record.replaced(call, self.num_noise_heads)
+        # As many as possible need not be said.
+        shared = self.signals_per_noise if self.record.shares_noise else None
+        if shared is not None and 1 < shared == replaced.queries // replaced.groups:
+            shared = None
         return ModelShape(
             hidden_size=self.hidden_size,
             num_layers=self.num_hidden_layers,
@@ -379,4 +459,5 @@ class DiffTransformerConfig(PreTrainedConfig):
             tie_word_embeddings=self.tie_word_embeddings,
             max_position_embeddings=self.max_position_embeddings,
             rope_theta=self.rope_parameters["rope_theta"],
+            signals_per_noise=shared,
         )

@@ -63,13 +63,15 @@ def diff_fused_attention(
     *,
     lam: Tensor,
     norm: RMSNormPerHead | None = None,
+    signals_per_noise: int = 1,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """``norm((softmax(Q1 K1ᵀ · scaling) − λ · softmax(Q2 K2ᵀ · scaling)) V)`` for pairs of query heads.
+    """``norm((softmax(Q1 K1ᵀ · scaling) − λ · softmax(Q2 K2ᵀ · scaling)) V)`` for groups of query heads.
 
     Args:
         module: the layer; the standard call reads ``num_key_value_groups`` and ``is_causal`` from it.
-        query: (B, N, T, d), pairs adjacent: heads 2i ask for the signal map, heads 2i + 1 for the noise map.
+        query: (B, N, T, d), groups adjacent: ``signals_per_noise`` heads ask for signal maps, and the head behind them
+            for the noise map that is subtracted from each. Pairs, where it is one.
         key: (B, G, S, W). W = 2d holds [k1, k2] (V1), W = d serves both maps (V2).
         value: (B, G, S, V).
         attention_mask: None for causal, bottom-right aligned; int32 (2, B, 1, 1, S), the first query that sees each
@@ -78,13 +80,14 @@ def diff_fused_attention(
         scaling: of the scores.
         lam: λ in float32, broadcastable to (B, T, H).
         norm: of each output head, or none.
+        signals_per_noise: the signal heads of each noise head.
         kwargs: options of ``sdpa_attention_forward``; those that change the result take the standard call.
 
     Returns:
-        Output heads (B, T, H, V), H = N / 2, and None for the weights, which no one has held. Half-precision ones may
-        be float32: the standard call leaves the rounding to the norm behind it.
+        Output heads (B, T, H, V), one for each signal head, and None for the weights, which no one has held.
+        Half-precision ones may be float32: the standard call leaves the rounding to the norm behind it.
     """
-    if _needs_standard_call(attention_mask, dropout, kwargs) is None:
+    if signals_per_noise == 1 and _needs_standard_call(attention_mask, dropout, kwargs) is None:
         queries = None if attention_mask is None else attention_mask[:, :, 0, 0]
         kernel = next((one for one in KERNELS.values() if one.refuses(query, key, value, lam, queries) is None), None)
     else:
@@ -100,7 +103,7 @@ def diff_fused_attention(
         return output if norm is None else norm(output, norm.scale), None
 
     if _holds_both_keys(query, key):
-        query = pad_queries(query.transpose(1, 2)).transpose(1, 2)
+        query = pad_queries(query.transpose(1, 2), signals_per_noise).transpose(1, 2)
     mask, dead = _standard_mask(attention_mask, query, key, kwargs.get("is_causal"))
     query, key, value, mask = attention_inputs(query, key, value, mask)
 
@@ -112,7 +115,7 @@ def diff_fused_attention(
         o_BTNV = sdpa(query, key, value, mask) if dropout else through_sdpa(sdpa, query, key, value, mask)
     if dead is not None:
         o_BTNV = o_BTNV.masked_fill(dead, 0.0)
-    output = subtract(o_BTNV, lam)
+    output = subtract(o_BTNV, lam, signals_per_noise)
     return output if norm is None else norm(output, norm.scale), None
 
 

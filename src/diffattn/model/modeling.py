@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -26,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from diffattn.errors import ConfigError
 from diffattn.model import fused  # noqa: F401 - registers the attention function
+from diffattn.model.activations import activation, start_again
 from diffattn.model.attention import ATTENTION, DexProjection, DifferentialLambda, Float32Module, SoftmaxAttention
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 from diffattn.model.masks.layers import layer_masks
@@ -92,14 +92,14 @@ class DiffRotaryEmbedding(Float32Module):
 
 
 class DiffMLP(nn.Module):
-    """SwiGLU: ``down(silu(gate(x)) · up(x))``."""
+    """SwiGLU: ``down(silu(gate(x)) · up(x))``, or the same with another activation function."""
 
     def __init__(self, config: DiffTransformerConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = activation(config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -235,6 +235,7 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
         if isinstance(module, DifferentialLambda):
             for vector in module.parameters(recurse=False):
                 init.normal_(vector, mean=0.0, std=self.config.lambda_std)
+        start_again(module, self.config.hidden_act)
         if isinstance(module, DexProjection):
             init.zeros_(module.weight)
             init.constant_(module.lam, module.lambda_init)

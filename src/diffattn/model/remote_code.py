@@ -20,6 +20,7 @@ _SHIPPED = {
     "diffattn.model.modeling": "modeling_diff_transformer",
     "diffattn.model.configuration": "configuration_diff_transformer",
     "diffattn.model.attention": "diff_attention",
+    "diffattn.model.activations": "diff_activations",
     "diffattn.model.masks.layers": "diff_masks",
     "diffattn.model.masks.pattern": "diff_mask_pattern",
     "diffattn.model.masks.sequences": "diff_mask_sequences",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffattn.checkpoint_files import INDEX, WEIGHTS, HeaderEntry, printable, read_tensors
 from diffattn.errors import CheckpointError
+from diffattn.model.activations import activation_shapes
 from diffattn.model.configuration import DiffTransformerConfig
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
@@ -32,7 +33,7 @@ def tensor_shapes(config: DiffTransformerConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         shapes |= {prefix + name: shape for name, shape in _of_layer(config).items()}
-        heads = config.num_attention_heads // config.record.maps
+        heads = config.output_heads
         if config.record.chosen_heads:
             heads = len(config.layer_dex_heads(layer))
         # A layer of which no head was chosen has none of them.
@@ -50,7 +51,7 @@ def _of_layer(config: DiffTransformerConfig) -> dict[str, tuple[int, ...]]:
     assert config.num_key_value_heads is not None
     hidden, inner, width = config.hidden_size, config.intermediate_size, config.rope_width
     queries, keys = config.num_attention_heads * width, config.num_key_value_heads * config.head_dim
-    outputs = queries // config.record.query_factor
+    outputs = config.output_heads * config.head_dim
     linear = {
         "self_attn.q_proj": (queries, hidden, config.attention_bias),
         "self_attn.k_proj": (keys, hidden, config.attention_bias),
@@ -65,6 +66,7 @@ def _of_layer(config: DiffTransformerConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{name}.weight"] = (rows, columns)
         if bias:
             shapes[f"{name}.bias"] = (rows,)
+    shapes |= {f"mlp.act_fn.{name}": shape for name, shape in activation_shapes(config.hidden_act).items()}
     if config.normalizes_heads and config.subln_affine:
         shapes["self_attn.subln.weight"] = (config.head_dim,)
     if config.qk_norm:

@@ -130,7 +130,9 @@ def match_parameters(shape: ModelShape, attention: str, *, tolerance: float = 0.
 
     Softmax and V1 return the shape as it is: V1's λ and gains are the whole difference. V2 spends n·d·D + D·n more per
     layer on W_Q and W_λ, so its feed-forward network gets narrower by (n·d + n)/3; gated attention, n·d·D more on W_g,
-    by n·d/3: to the nearest multiple of 8, or, where that misses the tolerance, to the nearest integer.
+    by n·d/3. Where r signal heads share a noise head, V2's W_Q has n·d·D/r more, and V1's (1 − 1/r)·n·d·D/2 less, so
+    that its feed-forward network gets wider. All to the nearest multiple of 8, or, where that misses the tolerance, to
+    the nearest integer.
 
     Args:
         shape: the softmax Transformer being replaced.
@@ -149,17 +151,18 @@ def match_parameters(shape: ModelShape, attention: str, *, tolerance: float = 0.
     """
     wanted = count_parameters(shape, BASELINE).total
     surplus = count_parameters(shape, attention, **switches).total - wanted
-    if not VARIANTS[attention].narrower:
+    if not VARIANTS[attention].matrix_parameters(shape, **switches):
         return shape
     exact = shape.intermediate_size - surplus / (3 * shape.hidden_size * shape.num_layers)
     for width in (8 * round(exact / 8), round(exact)):
         if width >= 1:
-            narrowed = replace(shape, intermediate_size=width)
-            if abs(count_parameters(narrowed, attention, **switches).total - wanted) <= tolerance * wanted:
-                return narrowed
+            refitted = replace(shape, intermediate_size=width)
+            if abs(count_parameters(refitted, attention, **switches).total - wanted) <= tolerance * wanted:
+                return refitted
+    change = exact - shape.intermediate_size
     raise ConfigError(
-        f"intermediate_size={shape.intermediate_size} for a matched {attention}, which narrows it by "
-        f"{shape.intermediate_size - exact:.1f}",
+        f"intermediate_size={shape.intermediate_size} for a matched {attention}, which "
+        f"{'widens' if change > 0 else 'narrows'} it by {abs(change):.1f}",
         f"a whole width of at least 1 within {tolerance:.2%} of {wanted} parameters",
         "widen intermediate_size or leave the pair unmatched",
     )
@@ -186,6 +189,10 @@ def flops_per_token(
     two_calls (V of width 2d)                     4d + 4d 4d + 8d
     four_calls                                    4d + 4d 8d + 8d
     ============================================= ======= ======= =======
+
+    Where r signal heads share a noise head, its scores, and in standard and fused_triton its product with V, are those
+    of one head in r: the definition has (2 + 2/r)·d + 4d for ``diff_gda`` and (4 + 4/r)·d + 4d for ``diff_gda_v2``,
+    standard (4 + 4/r)·d for each part of both.
 
     Gated attention costs what softmax does; its gate is a product with parameters.
 
@@ -224,12 +231,14 @@ def flops_per_token(
     linear = _linear(shape, attention)
     training = phase == "training"
     passes = 3 if training else 1
-    # L · n/2 · (T + 1)/2 times c = units · d; every entry of the table is a multiple of 4, so this stays whole.
+    # L · n/2 · (T + 1)/2 times c = units · d; every entry of the table is a multiple of 4, so this stays whole. So does
+    # what shared noise heads cost, since r divides n.
     per_four = shape.num_layers * shape.num_heads * shape.head_dim * (context + 1)
     by_definition = sum(forms["definition"].forward)
     executed = forms[backend].executed(VARIANTS[attention].heads(shape).width, training=training)
     return Flops(
-        model=passes * (linear + by_definition * per_four // 4), executed=passes * linear + executed * per_four // 4
+        model=passes * (linear + int(by_definition * per_four // 4)),
+        executed=passes * linear + int(executed * per_four // 4),
     )
 
 
@@ -259,7 +268,7 @@ def decoding_flops_per_token(shape: ModelShape, attention: str, *, context: int,
     forms = _forms(shape, attention, context, backend)
     per_two = shape.num_layers * shape.num_heads * shape.head_dim * context
     linear = _linear(shape, attention)
-    model, executed = (linear + sum(forms[name].forward) * per_two // 2 for name in ("definition", backend))
+    model, executed = (linear + int(sum(forms[name].forward) * per_two // 2) for name in ("definition", backend))
     return Flops(model=model, executed=executed)
 
 
@@ -325,7 +334,7 @@ def _forms(shape: ModelShape, attention: str, context: int, backend: str) -> Map
     shape.check_variant(attention)
     check_positive_int("context", context)
     check_backend(attention, backend)
-    return VARIANTS[attention].flops
+    return VARIANTS[attention].forms(shape)
 
 
 def _linear(shape: ModelShape, attention: str) -> int:

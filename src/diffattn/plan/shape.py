@@ -23,7 +23,7 @@ _FIELDS = {
     "hidden_size": "hidden_size", "intermediate_size": "intermediate_size", "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
     "vocab_size": "vocab_size", "max_position_embeddings": "max_position_embeddings",
-    "tie_word_embeddings": "tie_word_embeddings", "rope_theta": "rope_theta",
+    "tie_word_embeddings": "tie_word_embeddings", "rope_theta": "rope_theta", "signals_per_noise": "signals_per_noise",
 }  # fmt: skip
 
 
@@ -46,6 +46,8 @@ class ModelShape:
         tie_word_embeddings: whether the output projection is the embedding. Default: True.
         max_position_embeddings: longest sequence, in tokens. Default: 2048.
         rope_theta: base of the rotary frequencies, above 0. Default: 10000.
+        signals_per_noise: signal heads r that share a noise head in grouped differential attention, a divisor of n / G;
+            no other variant reads it. Default: None, which is n / G: one noise head for each key/value head.
         name: what the shape is called. Default: empty; the file's stem when read from a file.
         source: where the numbers come from. Default: empty.
 
@@ -70,6 +72,7 @@ class ModelShape:
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
+    signals_per_noise: int | None = None
     name: str = ""
     source: str = ""
 
@@ -91,6 +94,14 @@ class ModelShape:
                 f"num_heads={self.num_heads} with num_kv_heads={self.num_kv_heads}",
                 "a num_kv_heads that divides num_heads",
                 f"leave it out for num_kv_heads={self.num_heads}",
+            )
+        group = self.num_heads // self.num_kv_heads
+        if self.signals_per_noise is not None and group % self.signals_per_noise:
+            raise ConfigError(
+                f"signals_per_noise={self.signals_per_noise} with num_heads={self.num_heads} and "
+                f"num_kv_heads={self.num_kv_heads}",
+                f"a divisor of {group}, the query heads of each key/value head",
+                f"leave it out for signals_per_noise={group}",
             )
         if self.head_dim % 2:
             raise ConfigError(
@@ -122,13 +133,15 @@ class ModelShape:
         """Raises unless this shape can carry the variant; returns nothing.
 
         V1 joins heads two by two: (q1, q2) of one output head, (k1, k2) of one key head, and two values of width d into
-        one of width 2d. So n and G must be even. The others take every shape.
+        one of width 2d. So n and G must be even. Grouped differential attention shares noise heads among the query
+        heads of a key/value head, so these must be several, unless ``signals_per_noise`` says 1. The others take every
+        shape.
 
         Args:
             attention: one of ``VARIANTS``.
 
         Raises:
-            ConfigError: an unknown variant, or V1 with an odd n or G.
+            ConfigError: an unknown variant, V1 with an odd n or G, or noise heads that no two signal heads can share.
 
         Source: arXiv 2410.05258v2, section 2.1.
 
@@ -151,6 +164,12 @@ class ModelShape:
                 f"num_kv_heads={self.num_kv_heads} for {attention}",
                 f"a multiple of {join}, because it joins that many key/value heads",
                 f'set num_kv_heads={join * self.num_kv_heads} or pass attention="diff_v2"',
+            )
+        if VARIANTS[attention].shares_noise and self.num_heads == self.num_kv_heads and self.signals_per_noise is None:
+            raise ConfigError(
+                f"num_kv_heads={self.num_kv_heads} with num_heads={self.num_heads} for {attention}",
+                "several query heads for each key/value head, which share a noise head",
+                "lower num_kv_heads (--group 2 or more does that), or set signals_per_noise=1",
             )
 
     @classmethod

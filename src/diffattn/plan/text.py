@@ -61,6 +61,8 @@ def _maps(one: PlannedModel, backends: Sequence[BackendRow]) -> str:
     doubled = ", ".join(backend for backend, its_ratio in held if its_ratio > 1.5)
     verdict = f"doubled in {doubled} alone" if doubled else "doubled in no backend"
     because = "has twice as many queries" if variant.query_factor > 1 else "pairs the heads that are there"
+    if (shared := variant.signals_per_noise(one.shape)) > 1:
+        because = f"has one noise head for {shared} signal heads"
     cache = rows[0].cache_ratio_to_twin
     return (
         f" Beside a softmax model of its own shape, the memory of its attention maps is {verdict}, "

@@ -119,8 +119,17 @@ def _read(values: Config, kind: ModelType, name: str) -> tuple[ModelShape, str]:
 
     heads = values["num_attention_heads"]
     groups, width = values.get("num_key_value_heads", kind.kv_heads), values.get("head_dim", kind.head_dim)
+    noise = values.get("num_noise_heads") if variant.shares_noise else None
     if groups is None:
-        groups = heads // (variant.query_factor * variant.join)
+        groups = noise or heads // (variant.query_factor * variant.join)
+    if variant.shares_noise:
+        noise = groups if noise is None else noise
+        if heads % noise or noise == heads or noise % groups:
+            raise ConfigError(
+                f"num_noise_heads={noise} of num_attention_heads={heads} with num_key_value_heads={groups}",
+                "equally many signal heads for each noise head, and noise heads for each key/value head",
+                "correct the file",
+            )
     check_positive_int("num_key_value_heads", groups)
     if width is not None:
         check_positive_int("head_dim", width)
@@ -130,13 +139,13 @@ def _read(values: Config, kind: ModelType, name: str) -> tuple[ModelShape, str]:
             f"a multiple of {variant.join}, because each head holds that many of softmax's",
             "correct the file",
         )
-    if heads % variant.query_factor:
+    if noise is None and heads % variant.query_factor:
         raise ConfigError(
             f"num_attention_heads={heads} for {attention}",
             f"a multiple of {variant.query_factor}, because it has that many for each of softmax's",
             "correct the file",
         )
-    replaced = variant.replaced(Heads(heads, groups, width or 0))
+    replaced = variant.replaced(Heads(heads, groups, width or 0), noise)
     shape = ModelShape(
         hidden_size=values["hidden_size"],
         num_layers=values["num_hidden_layers"],
@@ -149,6 +158,7 @@ def _read(values: Config, kind: ModelType, name: str) -> tuple[ModelShape, str]:
         tie_word_embeddings=values.get("tie_word_embeddings", kind.tied),
         max_position_embeddings=values.get("max_position_embeddings", 2048),
         rope_theta=_rope_theta(values),
+        signals_per_noise=None if noise is None else (heads - noise) // noise,
         name=name,
         source="config.json",
     )
