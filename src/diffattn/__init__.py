@@ -1,6 +1,6 @@
 """Differential Transformers, each next to the softmax Transformer that it replaces.
 
-Names load on first use; ``AutoModelForCausalLM`` knows the models once this package is imported. No public name is that
+Names load on first use; the Auto classes know the models once this package is imported. No public name is that
 of a room: importing ``diffattn.train`` makes ``diffattn.train`` the package, so the function is ``train_model``.
 """
 
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from diffattn.generate.decoding import Decoding as Decoding
     from diffattn.generate.generation import generate as _generate
     from diffattn.model.configuration import DiffTransformerConfig as DiffTransformerConfig
+    from diffattn.model.heads import DiffTransformerForMaskedLM as DiffTransformerForMaskedLM
+    from diffattn.model.heads import DiffTransformerForQuestionAnswering as DiffTransformerForQuestionAnswering
+    from diffattn.model.heads import (
+        DiffTransformerForSequenceClassification as DiffTransformerForSequenceClassification,
+    )
+    from diffattn.model.heads import DiffTransformerForTokenClassification as DiffTransformerForTokenClassification
     from diffattn.model.loading import load as load
     from diffattn.model.modeling import DiffTransformerForCausalLM as DiffTransformerForCausalLM
     from diffattn.model.modeling import DiffTransformerModel as DiffTransformerModel
@@ -58,6 +64,10 @@ _HOME = {
     "Decoding": "generate.decoding:Decoding",
     "DiffTransformerConfig": "model.configuration:DiffTransformerConfig",
     "DiffTransformerForCausalLM": "model.modeling:DiffTransformerForCausalLM",
+    "DiffTransformerForMaskedLM": "model.heads:DiffTransformerForMaskedLM",
+    "DiffTransformerForQuestionAnswering": "model.heads:DiffTransformerForQuestionAnswering",
+    "DiffTransformerForSequenceClassification": "model.heads:DiffTransformerForSequenceClassification",
+    "DiffTransformerForTokenClassification": "model.heads:DiffTransformerForTokenClassification",
     "DiffTransformerModel": "model.modeling:DiffTransformerModel",
     "EvaluateOptions": "probes.options:EvaluateOptions",
     "FixedDecoder": "export.fixed:FixedDecoder",

@@ -153,6 +153,28 @@ def test_every_option_of_the_configuration_is_exported(tmp_path):
     assert_same_logits(torch.from_numpy(logits)[mask.bool()], whole(model, ids, mask)[mask.bool()])
 
 
+@pytest.mark.full
+def test_layers_with_a_window_and_without_positions_are_exported(tmp_path):
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3, "unrotated_layers": [1]}
+    model = model_of("diff_v1", **kinds)
+    session = decoder(onnx_graph.to_graph(model), tmp_path)
+    ids, mask = padded(3, 11, padding=5)
+    wanted, real = whole(model, ids, mask), mask.bool()
+    for pieces in ((11,), (4, 1, 6)):
+        outputs, cache, start = [], None, 0
+        for piece in pieces:
+            stop = start + piece
+            logits, cache = session.logits(ids[:, start:stop].numpy(), mask[:, :stop].numpy(), cache)
+            outputs.append(torch.from_numpy(logits))
+            start = stop
+        assert_same_logits(torch.cat(outputs, dim=1)[real], wanted[real])
+    plain = model_of("diff_v1")
+    assert (whole(plain, ids, mask) - wanted)[real].abs().max() > 0.1
+    settings = GenerationConfig(max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=None)
+    text = model.generate(ids, attention_mask=mask, generation_config=settings)
+    assert session.generate(ids.numpy(), 9, attention_mask=mask.numpy()).tolist() == text.tolist()
+
+
 def test_weights_that_are_too_much_for_one_file_lie_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 10_000)
     (tmp_path / "first").mkdir()

@@ -248,13 +248,8 @@ def in_chunks(model, ids):
     return model(ids[:, 4:], past_key_values=past).logits
 
 
-def not_causal(model, ids):
-    return model(ids, is_causal=False, use_cache=False).logits
-
-
 STANDARD_CALLS = {
     "a mask of one's own": (own_mask, {}),
-    "not causal": (not_causal, {}),
     "float64": (lambda model, ids: model(ids).logits, {"dtype": torch.float64}),
     "no kernel": (lambda model, ids: model(ids).logits, {"kernel": False}),
     "no kernel, left padding": (left_padded, {"kernel": False}),

@@ -23,6 +23,12 @@ for auto, name in ((AutoModelForCausalLM, "DiffTransformerForCausalLM"), (AutoMo
     assert type(model).__module__ == "diffattn.model.modeling" and type(model).__name__ == name, type(model)
     with torch.device("meta"):
         assert type(auto.from_config(config)).__name__ == name
+heads = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+import transformers
+for head in heads:
+    with torch.device("meta"):
+        model = getattr(transformers, f"AutoModelFor{head}").from_config(config)
+    assert type(model).__name__ == f"DiffTransformerFor{head}", type(model)
 """
 
 ORDERS = {

@@ -12,12 +12,18 @@ from support.small_models import assert_same_logits, small_model, tokens
 from transformers import AutoModelForCausalLM
 
 import diffattn
+from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.heads import DiffTransformerForMaskedLM
 from diffattn.model.remote_code import AUTO_MAP, flattened, write_remote_code
 
 MODELS = {
     "softmax": ("softmax", {}),
     "diff_v1": ("diff_v1", {}),
     "diff_v2": ("diff_v2", {"qk_norm": True, "attention_bias": True}),
+    "windows": (
+        "diff_v1",
+        {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ),
     "dex": ("dex", {"dex_heads": [[1, 5], [], [0, 11, 3]], "mlp_bias": True}),
 }
 WITHOUT_DIFFATTN = """
@@ -31,7 +37,9 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import AutoModelForTokenClassification
 
 found = {}
 ids = torch.tensor(eval(sys.argv[2]))
@@ -52,6 +60,12 @@ for name in sys.argv[3:]:
     with torch.no_grad():
         hidden = decoder(ids).last_hidden_state
         assert torch.equal(model.lm_head(hidden), found[f"{name} logits"])
+for auto in (AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+    head = auto.from_pretrained(folder, trust_remote_code=True, pad_token_id=0)
+    assert all(map(torch.equal, decoder.parameters(), head.model.parameters())), auto
+encoder = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, is_causal=False).eval()
+with torch.no_grad():
+    found["encoder logits"] = encoder(ids).logits
 try:
     AutoConfig.from_pretrained(folder, trust_remote_code=True, rms_norm_eps=float("nan"))
 except ValueError as error:
@@ -104,6 +118,9 @@ def test_models_load_without_diffattn_and_say_the_same(tmp_path):
         assert_same_logits(found[f"{name} packed"], alone)
         expected = model.generate(ids, max_new_tokens=7, do_sample=False, pad_token_id=0)
         assert torch.equal(found[f"{name} text"], expected)
+    encoder = DiffTransformerForMaskedLM(DiffTransformerConfig(**model.config.to_dict() | {"is_causal": False})).eval()
+    encoder.load_state_dict(model.state_dict())
+    assert_same_logits(found["encoder logits"], encoder(ids).logits)
     assert len({tuple(found[f"{name} text"].flatten().tolist()) for name in models}) == len(models)
 
 

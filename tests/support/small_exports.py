@@ -78,8 +78,9 @@ def traced_checkpoint(folder: Path) -> Any:
 
 
 def every_option() -> DiffTransformerForCausalLM:
-    """A V1 model of one layer that has what a configuration can ask for: biases, norms, other rotary positions."""
-    options = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True, "qk_norm": True}
+    """A V1 model of one layer that has what a configuration can ask for: biases, norms, rotary positions, a window."""
+    options: dict[str, Any] = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True, "qk_norm": True}
+    options["sliding_window"] = 3
     rope = {"rope_type": "linear", "factor": 3.0, "rope_theta": 1000.0}
     model = model_of("diff_v1", 1, tie_word_embeddings=False, rope_parameters=rope, **options)
     for name, parameter in model.named_parameters():

@@ -28,12 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffattn.errors import UnsupportedError
 from diffattn.export.run import DATA_FILE, MODEL_FILE, PAST, PRESENT, require
 from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.masks.layers import layer_masks
 from diffattn.model.modeling import DiffTransformerForCausalLM
 from diffattn.model.transformers_private import attention_implementation
 
@@ -58,8 +59,8 @@ class FlatDecoder(nn.Module):
         cache = DynamicCache(list(zip(past[0::2], past[1::2], strict=True))) if self.cache else None
         # A row is one sequence. From positions the model would look for several, by operators that ONNX lacks.
         x = self.model.model.embed_tokens(input_ids)
-        mask = create_causal_mask(self.model.config, x, attention_mask, cache)
-        given = {"inputs_embeds": x, "attention_mask": mask, "position_ids": position_ids}
+        masks = layer_masks(self.model.config, x, attention_mask, None, cache, {})
+        given = {"inputs_embeds": x, "attention_mask": masks, "position_ids": position_ids}
         if cache is None:
             return self.model(**given, use_cache=False).logits
         logits = self.model(**given, past_key_values=cache, use_cache=True).logits

@@ -124,7 +124,6 @@ class SoftmaxAttention(nn.Module):
         # The attention functions of transformers and its engines read this.
         self.num_key_value_groups = config.num_attention_heads // groups
         self.scaling = self.width**-0.5
-        self.is_causal = config.is_causal
         window = config.layer_window(layer_idx)
         # Read by flash attention alone, which has no masks; to both sides it sees one token less than it is told.
         self.sliding_window = window if window is None or config.is_causal else window + 1
@@ -147,6 +146,11 @@ class SoftmaxAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
+
+    @property
+    def is_causal(self) -> bool:
+        """False in an encoder; the attention functions read it where there is no mask."""
+        return self.config.is_causal
 
     def combining_weights(self, x_BTD: Tensor) -> Tensor | None:
         """Returns what the heads are combined with: λ in float32, broadcastable to (B, T, H), or a gate (B, T, H, d).

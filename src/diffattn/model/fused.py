@@ -169,7 +169,8 @@ def _needs_standard_call(mask: Tensor | None, dropout: float, options: dict[str,
     if dropout:
         return "diff_fused: dropout needs the standard call"
     given = [name for name in ("position_bias", "softcap") if options.get(name) is not None]
-    if options.get("is_causal") is False:
+    # A mask says itself who sees what.
+    if mask is None and options.get("is_causal") is False:
         given.append("is_causal=False")
     if options.get("output_attentions"):
         # The standard call then says that it returns no attention weights, as it does under its own name.

@@ -222,9 +222,13 @@ def _check_folder(folder: Path) -> dict[str, TensorEntry]:
             "diff_transformer or one of transformers' own",
             "take another model",
         )
-    if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    encoder = kind == DiffTransformerConfig.model_type and config.get("is_causal") is False
+    if encoder or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        what = "is_causal is false" if encoder else f"model_type is {kind!r}"
         raise UnsupportedError(
-            f"model_type is {kind!r} in {str(folder)!r}, which writes no text", "a decoder", "take another model"
+            f"{what} in {str(folder)!r}, which writes no text",
+            "a decoder",
+            "take another model",
         )
     _check_generation(folder)
     return read_tensors(folder)

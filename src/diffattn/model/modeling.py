@@ -1,4 +1,4 @@
-"""One decoder for softmax, V1, V2, DEX and gated attention: pre-RMSNorm, SwiGLU, rotary positions, grouped heads.
+"""One model for softmax, V1, V2, DEX and gated attention: pre-RMSNorm, SwiGLU, rotary positions, grouped heads.
 
 Built on ``transformers``' ``PreTrainedModel`` and ``GenerationMixin``, so saving, loading, caches, generation and the
 Trainer are the library's own. The maths of the variants is in ``attention.py``.
@@ -243,11 +243,11 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
 
 
 class DiffTransformerModel(DiffTransformerPreTrainedModel):
-    """The decoder without its output head. ``(B, T)`` token ids to ``(B, T, hidden_size)`` hidden states."""
+    """The layers without an output head. ``(B, T)`` token ids to ``(B, T, hidden_size)`` hidden states."""
 
     def __init__(self, config: DiffTransformerConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DiffDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DiffRotaryEmbedding(config)
@@ -269,13 +269,20 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Arguments and result as of any decoder of ``transformers`` (exactly one of ids and embeddings is given).
 
-        Rows may hold several sequences: ``position_ids`` that restart, or ``cu_seq_lens_q`` (see ``masks.py``).
+        Rows may hold several sequences: ``position_ids`` that restart, or ``cu_seq_lens_q`` (see ``masks``).
         """
         if (input_ids is None) == (inputs_embeds is None):
             given = "no input_ids and no inputs_embeds" if input_ids is None else "both input_ids and inputs_embeds"
             raise ConfigError(given, "exactly one of input_ids and inputs_embeds", "pass one of them")
         if self.training and not is_tracing(input_ids):
             check_asked_fsdp(self)
+        if not self.config.is_causal:
+            # What was computed without the tokens behind it is of no use.
+            if past_key_values is not None:
+                raise ConfigError(
+                    "past_key_values with is_causal=False", "an encoder without a cache", "leave them out"
+                )
+            use_cache = False
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -302,7 +309,29 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
 
-class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin):
+class DiffTransformerLanguageModel(DiffTransformerPreTrainedModel):
+    """The layers with an output head, which gives each token of the vocabulary a logit."""
+
+    causal: ClassVar[bool]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: DiffTransformerConfig) -> None:
+        if config.is_causal != self.causal:
+            raise ConfigError(
+                f"is_causal={config.is_causal} with {type(self).__name__}",
+                f"is_causal={self.causal}",
+                "pass is_causal=False to make an encoder of it, or take AutoModelForCausalLM"
+                if config.is_causal
+                else "take AutoModelForMaskedLM, since an encoder writes no text",
+            )
+        super().__init__(config)
+        self.model = DiffTransformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class DiffTransformerForCausalLM(DiffTransformerLanguageModel, GenerationMixin):
     """The decoder with its output head: next-token logits, loss, and ``generate``.
 
     >>> from diffattn.plan.shape import ModelShape
@@ -311,14 +340,7 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
     torch.Size([1, 3])
     """
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
-
-    def __init__(self, config: DiffTransformerConfig) -> None:
-        super().__init__(config)
-        self.model = DiffTransformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    causal = True
 
     @takes_either_cache_name
     @can_return_tuple

@@ -1,4 +1,4 @@
-"""Makes ``AutoConfig``, ``AutoModelForCausalLM`` and PEFT know ``diff_transformer``, as soon as these are imported.
+"""Makes ``AutoConfig``, the Auto classes of models and PEFT know ``diff_transformer``, as soon as these are imported.
 
 Registering needs the classes, and importing them costs more than a second. So where the library's Auto modules are
 not loaded yet, they are registered at the moment when these are first imported. So are the tables of PEFT.
@@ -35,6 +35,7 @@ _OURS = (
     "diffattn.model.fused",
     "diffattn.model.attention",
     "diffattn.model.modeling",
+    "diffattn.model.heads",
 )
 _WATCHED = (_CONFIG, _MODEL, _PEFT, *_OURS, *_NEEDED)
 
@@ -65,11 +66,17 @@ def _register_what_is_loaded() -> None:
         auto.AutoConfig.register(DiffTransformerConfig.model_type, DiffTransformerConfig, exist_ok=True)
         half_way = [name for name in (*_NEEDED, *_OURS) if name in sys.modules and not _loaded(name)]
         if _loaded(_MODEL) and not half_way:
-            from diffattn.model.modeling import DiffTransformerForCausalLM, DiffTransformerModel
+            from diffattn.model import heads, modeling
 
-            models = sys.modules[_MODEL]
-            models.AutoModel.register(DiffTransformerConfig, DiffTransformerModel, exist_ok=True)
-            models.AutoModelForCausalLM.register(DiffTransformerConfig, DiffTransformerForCausalLM, exist_ok=True)
+            for name, ours in {
+                "AutoModel": modeling.DiffTransformerModel,
+                "AutoModelForCausalLM": modeling.DiffTransformerForCausalLM,
+                "AutoModelForMaskedLM": heads.DiffTransformerForMaskedLM,
+                "AutoModelForSequenceClassification": heads.DiffTransformerForSequenceClassification,
+                "AutoModelForTokenClassification": heads.DiffTransformerForTokenClassification,
+                "AutoModelForQuestionAnswering": heads.DiffTransformerForQuestionAnswering,
+            }.items():
+                getattr(sys.modules[_MODEL], name).register(DiffTransformerConfig, ours, exist_ok=True)
     if _loaded(_PEFT):
         from diffattn.config_fields import OURS
 

@@ -222,5 +222,13 @@ def _layer_call(
         queries = q_BTNd.unflatten(2, (-1, 2)).unbind(3)
         keys = k_BSGW.chunk(2, dim=-1) if k_BSGW.shape[-1] != q_BTNd.shape[-1] else (k_BSGW, k_BSGW)
         lam = lam.expand(queries[0].shape[:3])
+    if mask is None and not getattr(module, "is_causal", True):
+        # Every query sees every key, in the kernel's form.
+        B, S = k_BSGW.shape[:2]
+        mask = (
+            torch.tensor([0, query.shape[2]], dtype=torch.int32, device=key.device)
+            .view(2, 1, 1, 1, 1)
+            .expand(-1, B, 1, 1, S)
+        )
     layer: Any = module.layer_idx
     return LayerCall(layer, queries, keys, v_BSGV, lam, float(scale), mask)

@@ -260,6 +260,9 @@ def _finish(
         val_loss=val_loss,
         continued=continued,
     )
+    # Classifiers of several texts, and the library's batches of prompts, ask the configuration for it.
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = data.tokenizer.pad_token_id
     with whole_folder(folder / "model", replaces=holds_model_of_ours) as target:
         model.save_pretrained(target)
         data.tokenizer.save_pretrained(target)
