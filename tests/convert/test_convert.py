@@ -157,7 +157,7 @@ def test_no_direction_is_guessed(kind, target, options, error, words, tmp_path: 
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
-        ({"model_type": "gpt2"}, UnsupportedError, "model_type is 'gpt2'; wanted one of diff_transformer, diffllama"),
+        ({"model_type": "gpt2"}, UnsupportedError, "model_type is 'gpt2', which has LayerNorm .*; wanted one of llama"),
         ({"model_type": None}, UnsupportedError, "model_type is None"),
         ({"model_type": ["llama"]}, UnsupportedError, "model_type is"),
         ({"model_type": "diff_transformer", "attention": "diff_v3"}, ConfigError, "attention is 'diff_v3'"),

@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -18,7 +20,10 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from diffattn.convert.llama import fold_dex, to_dex, to_diff_v2, to_llama, to_softmax
 from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
@@ -34,6 +39,9 @@ ROPE_LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "hi
 ROPE_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6, "rope_theta": 300.0}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 5, "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0],
         "original_max_position_embeddings": 16, "rope_theta": 300.0}  # fmt: skip
+LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+NOPE = {"pad_token_id": None, "no_rope_layers": [0, 1, 1]}
+WINDOWS = {"sliding_window": 5, "use_sliding_window": True}
 MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
@@ -46,6 +54,12 @@ MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama of one group": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 9}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "hidden_size": 46}),
     "mistral, a window beyond": (MistralConfig, MistralForCausalLM, {"sliding_window": 40}),
+    "mistral with a window": (MistralConfig, MistralForCausalLM, {"sliding_window": 5}),
+    "ministral": (MinistralConfig, MinistralForCausalLM, {"sliding_window": 5, "layer_types": LAYERS}),
+    "qwen2 with windows": (Qwen2Config, Qwen2ForCausalLM, WINDOWS | {"max_window_layers": 1}),
+    "qwen3 with windows": (Qwen3Config, Qwen3ForCausalLM, WINDOWS | {"layer_types": LAYERS}),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"pad_token_id": None, "no_rope_layers": [1, 0, 1]}),
+    "smollm3 with windows": (SmolLM3Config, SmolLM3ForCausalLM, WINDOWS | NOPE),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": False}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"hidden_size": 47}),
     "qwen3 biases": (Qwen3Config, Qwen3ForCausalLM, {"attention_bias": True, "tie_word_embeddings": True}),
@@ -80,7 +94,7 @@ def built(config: dict[str, Any], tensors: dict[str, Tensor]) -> PreTrainedModel
     if config["model_type"] == "diff_transformer":
         made: PreTrainedModel = DiffTransformerForCausalLM(DiffTransformerConfig.from_dict(config))
     else:
-        made = AutoModelForCausalLM.from_config(MODELS[config["model_type"]][0].from_dict(config))
+        made = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(config))
     missing, unexpected = made.load_state_dict(tensors, strict=False)
     assert unexpected == []
     assert missing == (["lm_head.weight"] if config["tie_word_embeddings"] else [])
@@ -146,7 +160,8 @@ def test_back_to_llama_is_bit_for_bit(name: str) -> None:
     again, expected_logits = built(back_config, back), logits(source)
     assert torch.equal(logits(again), expected_logits)
     assert torch.equal(logits(again, 31), logits(source, 31))
-    expected = {"mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3 biases": "qwen3"}.get(name, "llama")
+    family = name.split()[0].rstrip(",")
+    expected = family if family in ("mistral", "ministral", "qwen2", "qwen3", "smollm3") else "llama"
     assert back_config["model_type"] == expected
     assert back_config["architectures"] == [type(again).__name__]
     # An engine that reads the older spelling alone.
@@ -360,7 +375,7 @@ def test_tied_embeddings_that_were_stored_twice() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "error", "words"),
     [
-        ("llama", {"model_type": "gemma2"}, UnsupportedError, ["gemma2", "qwen3"]),
+        ("llama", {"model_type": "gemma2"}, UnsupportedError, ["gemma2", "norms behind attention", "qwen3"]),
         ("llama", {"model_type": None}, UnsupportedError, ["None"]),
         ("llama", {"quantization_config": {"bits": 4}}, UnsupportedError, ["quantization_config"]),
         ("llama", {"num_local_experts": 8}, UnsupportedError, ["num_local_experts"]),
@@ -371,11 +386,12 @@ def test_tied_embeddings_that_were_stored_twice() -> None:
          ["proportional", "yarn"]),
         ("llama", {"hidden_act": "wave"}, UnsupportedError, ["wave"]),
         ("llama", {"num_attention_heads": "many"}, ConfigError, ["many"]),
-        ("llama", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, UnsupportedError,
-         ["sliding window"]),
-        ("mistral", {"sliding_window": 23}, UnsupportedError, ["sliding window of 23 positions is in use, of 24"]),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
-         UnsupportedError, ["sliding window of 8"]),
+        ("llama", {"layer_types": LAYERS}, UnsupportedError, ["layer_types, which the layers of llama do not read"]),
+        ("llama", {"sliding_window": 8}, UnsupportedError, ["sliding_window, which the layers of llama do not read"]),
+        ("qwen2", {"layer_types": LAYERS}, ConfigError, ["sliding_attention and no sliding_window"]),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": LAYERS[:2]}, ConfigError, ["layer"]),
+        ("mistral", {"sliding_window": 1}, ConfigError, ["sliding_window=1; wanted an integer from 2"]),
+        ("smollm3", {"no_rope_layers": [1]}, ConfigError, ["no_rope_layers of config.json has 1 numbers; wanted 3"]),
         ("qwen3", {"num_hidden_layers": 4, "layer_types": None}, CheckpointError, ["lack model.layers.3.", "more"]),
         ("llama", {"intermediate_size": 66}, CheckpointError, ["gate_proj", "67×45", "66×45"]),
         ("llama", {"attention_bias": True}, CheckpointError, ["lack", "bias"]),

@@ -14,8 +14,9 @@ from diffattn.convert import diffllama, llama, unilm
 from diffattn.convert.folder import check_destination, check_loads, read_folder, write_folder
 from diffattn.convert.layout import EMBEDDING, Tensors
 from diffattn.convert.options import TARGETS
-from diffattn.convert.reading import LLAMA_LIKE, OURS
-from diffattn.convert.refused import OWN_CODE, check_not_refused, check_own_code
+from diffattn.convert.reading import OURS
+from diffattn.convert.refused import check_not_refused, check_own_code
+from diffattn.convert.sources import LLAMA_LIKE, unknown_architecture
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.variants import ATTENTIONS, DEFAULT
@@ -132,7 +133,7 @@ def convert(
     ==================== ======================= =======================================
     diffllama            diff_v1                 :mod:`diffattn.convert.diffllama`
     reference V1, V2     diff_v1, diff_v2        :mod:`diffattn.convert.unilm`
-    llama-like, softmax  softmax, diff_v2, dex   :mod:`diffattn.convert.llama`
+    llama-like, softmax  softmax, diff_v2, dex   :mod:`diffattn.convert.llama`, :mod:`diffattn.convert.sources`
     diff_v1              diffllama, reference
     diff_v2              reference
     softmax              llama                   the model_type that it fits
@@ -208,15 +209,10 @@ def kind_of(config: Config) -> str:
         return str(attention)
     if kind == unilm.REFERENCE:
         return f"reference V{unilm.version_of(config)}"
-    if kind in LLAMA_LIKE or kind == "diffllama":
+    if isinstance(kind, str) and (kind in LLAMA_LIKE or kind == "diffllama"):
         check_own_code(config)
         return "diffllama" if kind == "diffllama" else "llama"
-    own = f", with {OWN_CODE}" if config.get("auto_map") else ""
-    raise UnsupportedError(
-        f"model_type is {kind!r}{own}",
-        f"one of {', '.join((OURS, 'diffllama', unilm.REFERENCE, *LLAMA_LIKE))}",
-        "choose such a model, since no exact conversion of another architecture is known",
-    )
+    raise unknown_architecture(config)
 
 
 def _direction(kind: str, target: str | None, options: Mapping[str, object]) -> Direction:
@@ -258,6 +254,12 @@ def _notes(source: Config, made: Config, has_tokenizer: bool) -> tuple[str, ...]
         before = source["num_key_value_heads"]
         notes.append(
             f"{before} key/value heads cannot be paired, so each was written twice: the cache takes twice the bytes"
+        )
+    positions = made.get("rope_parameters")
+    if source["model_type"] == "phi3" and isinstance(positions, dict) and positions.get("rope_type") == "longrope":
+        notes.append(
+            "where a text grows past the original number of positions, generate of transformers' phi3 computes its "
+            "cache anew; ours goes on with the keys that it has, as with any other longrope model"
         )
     if made["model_type"] == "diffllama":
         notes.append("λ is written in float32; transformers casts diffllama's to the model's dtype when it loads it")

@@ -44,6 +44,10 @@ class Checkpoint:
     """The weights by name, mapped from the files: they take memory only as they are read."""
     copied: tuple[Path, ...]
     """The files that a conversion copies as they are, such as those of the tokenizer."""
+    notes: tuple[str, ...] = ()
+    """Words for what was done to read it, where that is more than reading."""
+    merged: bool = False
+    """True where an adapter was merged into the weights."""
 
     @property
     def has_tokenizer(self) -> bool:
@@ -65,8 +69,18 @@ def read_folder(folder: str | Path) -> Checkpoint:
     config = read_config(folder)
     entries = read_tensors(folder)
     check_finite(entries)
-    tensors: dict[str, Tensor] = {}
-    for path in sorted({entry["file"] for entry in entries.values()}):
+    tensors = mapped(sorted({entry["file"] for entry in entries.values()}))
+    return Checkpoint(folder, config, tensors, tuple(companions(folder)))
+
+
+def mapped(files: Sequence[Path]) -> Tensors:
+    """Returns the tensors of files of safetensors by name; they take memory only as they are read.
+
+    Raises:
+        CheckpointError: a file that cannot be read, or a type of numbers that torch does not have.
+    """
+    tensors: Tensors = {}
+    for path in files:
         try:
             with safe_open(path, "pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -77,7 +91,7 @@ def read_folder(folder: str | Path) -> Checkpoint:
                 "a file of safetensors that torch can hold",
                 "copy or download it again",
             ) from error
-    return Checkpoint(folder, config, tensors, tuple(companions(folder)))
+    return tensors
 
 
 def check_destination(source: str | Path, destination: str | Path) -> Path:

@@ -57,6 +57,26 @@ def twice_each_head(rows: Tensor, width: int) -> Tensor:
     return rows.unflatten(0, (-1, width)).repeat_interleave(2, dim=0).flatten(0, 1)
 
 
+def split_rows(name: str, tensor: Tensor, rows: Mapping[str, int]) -> Tensors:
+    """Returns the parts of a projection that are several, one after another, each in memory of its own.
+
+    Raises:
+        CheckpointError: the rows of the parts are not those of the tensor.
+
+    >>> parts = split_rows("qk", torch.tensor([1, 2, 3]), {"q": 2, "k": 1})
+    >>> parts["q"].tolist(), parts["k"].tolist()
+    ([1, 2], [3])
+    """
+    if tensor.dim() == 0 or tensor.shape[0] != sum(rows.values()):
+        raise CheckpointError(
+            f"{printable(name)} is {_sizes(tensor.shape)}",
+            f"{sum(rows.values())} rows, as config.json says",
+            "check that both files belong to one checkpoint",
+        )
+    # A writer of safetensors leaves out a tensor that shares its memory with another.
+    return {part: values.clone() for part, values in zip(rows, tensor.split(list(rows.values())), strict=True)}
+
+
 def float32_exactly(name: str, tensor: Tensor) -> Tensor:
     """Returns the tensor in float32, in which λ is kept whatever the dtype of a model.
 
@@ -128,12 +148,17 @@ def check_shapes(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Te
                 "check that both files belong to one checkpoint",
             )
     for name, shape in wanted.items():
-        if tensors[name].shape != shape:
-            raise CheckpointError(
-                f"{name} is {_sizes(tensors[name].shape)}",
-                f"{_sizes(shape)}, as config.json says",
-                "check that both files belong to one checkpoint",
-            )
+        same_sizes(name, tensors[name].shape, shape)
+
+
+def same_sizes(name: str, given: Iterable[int], wanted: Iterable[int]) -> None:
+    """Raises a ``CheckpointError`` unless a tensor has the sizes that its configuration says."""
+    if tuple(given) != tuple(wanted):
+        raise CheckpointError(
+            f"{printable(name)} is {_sizes(given)}",
+            f"{_sizes(wanted)}, as config.json says",
+            "check that both files belong to one checkpoint",
+        )
 
 
 def _sizes(shape: Iterable[int]) -> str:

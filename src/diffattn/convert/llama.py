@@ -22,31 +22,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from diffattn.config_fields import Config, dtype_name
+from diffattn.config_fields import Config, dtype_name, shown
 from diffattn.convert.layout import Tensors, twice_each_head
 from diffattn.convert.options import NOISE
-from diffattn.convert.reading import (
-    LLAMA_LIKE,
-    SHARED,
-    check_tensors,
-    in_both_spellings,
-    our_config,
-    parsed,
-    resolve_tie,
-    softmax_config,
-)
+from diffattn.convert.reading import SHARED, check_tensors, in_both_spellings, our_config, parsed, resolve_tie
+from diffattn.convert.sources import in_our_layout, softmax_config
 from diffattn.errors import ConfigError, UnsupportedError
+from diffattn.layer_kinds import FULL, SLIDING
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.variants import BASELINE
 
 
 def to_softmax(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
-    """Returns a Llama-like checkpoint as our softmax model: the same function, every tensor unchanged bit for bit.
+    """Returns a Llama-like checkpoint as our softmax model: the same function, every weight bit for bit.
+
+    Windows of layers and layers without rotary positions stay. Matrices that an architecture joins are taken apart, and
+    rows of W_Q and W_K are put into our order where its rotary positions turn neighbouring channels.
 
     Args:
-        config: a ``config.json`` of one of ``LLAMA_LIKE`` in either spelling of its rotary positions; or one of our
-            softmax models, which is checked and returned. Dropout is an option of training, so it is left out.
+        config: a ``config.json`` of one of ``sources.LLAMA_LIKE`` in either spelling of its rotary positions; or one of
+            our softmax models, which is checked and returned. Dropout is an option of training, so it is left out.
         tensors: its weights by name, such as ``model.layers.0.self_attn.q_proj.weight`` (n·d, D).
 
     Returns:
@@ -54,13 +51,13 @@ def to_softmax(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, T
         twice are returned once; if the two differ, the model is untied, which is how ``transformers`` reads it.
 
     Raises:
-        UnsupportedError: another architecture, a sliding window in use, quantised weights, experts, capped or scaled
-            logits, rotary positions of part of a head, or ones that are unknown here.
+        UnsupportedError: another architecture, quantised weights, experts, capped or scaled logits, rotary positions
+            of part of a head, or ones that are unknown here.
         ConfigError: a configuration that is no model.
         CheckpointError: tensors are missing, unknown, or of another shape.
     """
     ours = softmax_config(config)
-    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    weights = in_our_layout(config["model_type"], ours, tensors)
     resolve_tie(ours, weights)
     check_tensors(ours, weights)
     return ours.to_diff_dict(), weights
@@ -196,9 +193,10 @@ def fold_dex(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, Ten
 def to_llama(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, Tensors]:
     """Returns our softmax model as a Llama-like checkpoint that any engine knows, every tensor unchanged bit for bit.
 
-    The architecture is the first that has the model's parts: Llama; Qwen2 (biases of queries, keys and values, but not
-    of W_O); Qwen3 (norms of queries and keys); Mistral (a head width that does not divide the hidden size).
-    Rotary positions are written in the old and in the new spelling, for older and newer engines.
+    The architecture is the first that has the model's parts: Qwen3 (norms of queries and keys); Llama; Qwen2 (biases of
+    queries, keys and values, but not of W_O); Mistral (a head width that does not divide the hidden size, or a sliding
+    window in all layers); Ministral (a window in some layers); SmolLM3 (layers without rotary positions, or windows
+    beside Llama's biases). Rotary positions are written in the old and the new spelling, for older and newer engines.
 
     Args:
         config: a ``config.json`` of :class:`DiffTransformerForCausalLM`.
@@ -231,14 +229,18 @@ def to_llama(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, Ten
             "a plain softmax model, because Llama is one",
             "keep it as diff_transformer",
         )
+    if not ours.is_causal:
+        raise UnsupportedError(
+            "is_causal is false", "a decoder, because Llama is one", "keep the encoder as diff_transformer"
+        )
     weights = dict(tensors)
     resolve_tie(ours, weights)
     check_tensors(ours, weights)
     kind, extra = _architecture(ours)
     rope = dict(ours.rope_parameters or {})
     fields = {name: getattr(ours, name) for name in SHARED} | extra
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
-    fields |= {"head_dim": ours.head_dim, "rope_parameters": rope, "architectures": [f"{name}ForCausalLM"]}
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    fields |= {"head_dim": ours.head_dim, "rope_parameters": rope, "architectures": [name]}
     return in_both_spellings(parsed(CONFIG_MAPPING[kind], fields).to_diff_dict(), rope), weights
 
 
@@ -246,18 +248,36 @@ def _architecture(ours: DiffTransformerConfig) -> tuple[str, Config]:
     """Returns the first architecture that has the model's parts, and the fields that only it has."""
     biases = (ours.attention_bias, ours.attention_output_bias, ours.mlp_bias)
     whole_width = ours.hidden_size % ours.num_attention_heads == 0
-    if ours.qk_norm and biases in ((False, False, False), (True, True, False)):
-        return "qwen3", {"attention_bias": biases[0]}
-    if not ours.qk_norm and whole_width and biases[0] == biases[1]:
-        return "llama", {"attention_bias": biases[0], "mlp_bias": biases[2]}
-    if not ours.qk_norm and biases == (True, False, False):
-        return "qwen2", {}
-    if not ours.qk_norm and biases == (False, False, False):
-        return "mistral", {"sliding_window": None}
+    layers = ours.layer_types or []
+    everywhere, nowhere = FULL not in layers, SLIDING not in layers
+    windows: Config = {"sliding_window": ours.sliding_window, "layer_types": layers}
+    # Older engines read the number of layers before the first with a window.
+    chosen = windows | {
+        "use_sliding_window": not nowhere,
+        "max_window_layers": len(layers) if nowhere else layers.index(SLIDING),
+    }
+    if ours.unrotated_layers is None:
+        if ours.qk_norm and biases in ((False, False, False), (True, True, False)):
+            return "qwen3", {"attention_bias": biases[0], **chosen}
+        if not ours.qk_norm and nowhere and whole_width and biases[0] == biases[1]:
+            return "llama", {"attention_bias": biases[0], "mlp_bias": biases[2]}
+        if not ours.qk_norm and biases == (True, False, False):
+            return "qwen2", chosen
+        if not ours.qk_norm and biases == (False, False, False):
+            # Layers with windows and without are Ministral's: Mistral's are all alike.
+            return (
+                ("mistral", {"sliding_window": ours.sliding_window})
+                if everywhere or nowhere
+                else ("ministral", windows)
+            )
+    if not ours.qk_norm and biases[0] == biases[1]:
+        turned = [int(layer not in (ours.unrotated_layers or ())) for layer in range(ours.num_hidden_layers)]
+        extra = windows | {"use_sliding_window": not nowhere, "no_rope_layers": turned}
+        return "smollm3", {"attention_bias": biases[0], "mlp_bias": biases[2], **extra}
     raise UnsupportedError(
         f"qk_norm is {ours.qk_norm}, attention_bias {biases[0]}, attention_output_bias {biases[1]}, mlp_bias "
-        f"{biases[2]}, hidden_size {ours.hidden_size}, num_attention_heads {ours.num_attention_heads}",
-        f"parts that one of {', '.join(LLAMA_LIKE)} has together",
+        f"{biases[2]}, sliding_window {ours.sliding_window}, unrotated_layers {shown(ours.unrotated_layers)}",
+        "parts that one of llama, mistral, ministral, qwen2, qwen3, smollm3 has together",
         "keep it as diff_transformer",
     )
 

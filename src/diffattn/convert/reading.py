@@ -10,87 +10,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from diffattn.config_fields import ROPE_TYPES, Config, check_config, dtype_name, shown
 from diffattn.convert.layout import EMBEDDING, HEAD, Tensors, check_shapes, no_model, our_shapes
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.modeling import DiffTransformerForCausalLM
-from diffattn.variants import BASELINE
-
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 
 OURS = DiffTransformerConfig.model_type
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Keys that ask for something that our decoder does not do, with the values that ask for nothing.
-_FOREIGN: dict[str, tuple[object, ...]] = {
-    "quantization_config": (None, {}),
-    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), (None, 0)),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"), (None,)),
-    **dict.fromkeys(
-        ("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "attention_multiplier"),
-        (None, 1, 1.0),
-    ),
-}
 # Fields of the same name and meaning on both sides.
 SHARED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id",
     "bos_token_id", "eos_token_id", "tie_word_embeddings", "dtype",
 )  # fmt: skip
-
-
-def softmax_config(config: Config) -> DiffTransformerConfig:
-    """The configuration of our softmax model that computes what a Llama-like configuration, or one of ours, says.
-
-    Raises:
-        UnsupportedError: the configuration asks for something that our decoder does not do.
-        ConfigError: the configuration is incomplete or cannot be read.
-    """
-    kind = config.get("model_type")
-    if kind == OURS:
-        ours = our_config(config)
-        if ours.attention != BASELINE:
-            raise UnsupportedError(
-                f"attention is {ours.attention!r}", "a softmax model to start from", "choose another source"
-            )
-        if ours.switches():
-            raise UnsupportedError(
-                f"the model has {ours.switches()}", "a plain softmax model to start from", "choose another source"
-            )
-        return ours
-    if kind not in LLAMA_LIKE:
-        raise UnsupportedError(
-            f"model_type is {kind!r}",
-            f"one of {', '.join((*LLAMA_LIKE, OURS))}",
-            "choose such a model, since others compute something else",
-        )
-    for key, nothing in _FOREIGN.items():
-        if key in config and config[key] not in nothing:
-            raise UnsupportedError(
-                f"config.json has {key}, which our decoder does not do",
-                f"a plain {kind} model",
-                "choose another source",
-            )
-    source = parsed(CONFIG_MAPPING[kind], config)
-    _check_window(source)
-    rope = rope_of(source)
-    check_activation(source)
-    bias = True if kind == "qwen2" else getattr(source, "attention_bias", False)
-    with naming_the_file():
-        return DiffTransformerConfig(
-            attention="softmax",
-            head_dim=getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads,
-            attention_bias=bias,
-            attention_output_bias=bias and kind != "qwen2",
-            mlp_bias=getattr(source, "mlp_bias", False),
-            qk_norm=kind == "qwen3",
-            rope_parameters=rope,
-            architectures=[DiffTransformerForCausalLM.__name__],
-            converted={"from": kind, "same_function": True},
-            **shared_fields(source),
-        )
 
 
 @contextlib.contextmanager
@@ -133,18 +66,6 @@ def in_both_spellings(config: Config, rope: Config) -> Config:
     if rope["rope_type"] != "default":
         former["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     return config | former
-
-
-def _check_window(source: PreTrainedConfig) -> None:
-    layers, window = getattr(source, "layer_types", None) or (), getattr(source, "sliding_window", None)
-    # Mistral's window is in all layers; a window at least as long as every sequence changes nothing.
-    outgrown = source.model_type == "mistral" and window is not None and window < source.max_position_embeddings
-    if outgrown or any(layer != "full_attention" for layer in layers):
-        raise UnsupportedError(
-            f"a sliding window of {window} positions is in use, of {source.max_position_embeddings}",
-            "layers that see all positions, because none of ours has a window",
-            "choose another source",
-        )
 
 
 def our_config(config: Config) -> DiffTransformerConfig:
