@@ -32,6 +32,7 @@ def plan(
     Examples:
         diffattn plan --model diff_v1:6.8B --against softmax:11B --context 4096
         diffattn plan --model diff_v1:1.4B --against softmax:1.4B --fits 8GiB
+        diffattn plan --model motif-2.6B --against llama-3.2-3B --context 32k
         diffattn plan --cluster 64xH100 --tokens 1T
 
     Args:
@@ -142,7 +143,10 @@ def _shown(value: float) -> str:
 
 def _measured(model: Model, setting: Setting) -> list[MeasuredRow]:
     from diffattn.cli.terminal.board import Board
+    from diffattn.plan.blocks.block import BlockShape
 
+    if isinstance(model.built, BlockShape):
+        raise ConfigError(f"--measure of {model.name}", "a model that diffattn itself can build", "leave out --measure")
     with Board(keep=False) as board:
         board.importing()
         if setting.ranks > 1 or rank_here().world > 1:

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from diffattn.plan import text
 from diffattn.plan.activations import resolve
-from diffattn.plan.estimate import DISK_DTYPES, Estimate, estimate
+from diffattn.plan.blocks.block import BlockShape
+from diffattn.plan.blocks.estimate import estimate_model
+from diffattn.plan.estimate import DISK_DTYPES, Estimate
 from diffattn.plan.named_model import Model, named
 from diffattn.plan.result import BackendRow, Plan, PlannedModel, RatioRow
 from diffattn.plan.setting import DEFAULT_SETTING, Setting
@@ -46,7 +48,7 @@ def plan(
             attention=each.attention,
             shape=each.built,
             left_out=each.left_out,
-            estimate=estimate(each.built, each.attention, setting),
+            estimate=estimate_model(each.built, each.attention, setting),
         )
         for each in models
     ]
@@ -72,6 +74,7 @@ def plan(
 # Key, label, how it is written, unit, where it is in an estimate.
 _ROWS = (
     ("parameters", "Parameters", "count", "", "parameters total"),
+    ("active_parameters", "Parameters that a token meets", "count", "", "active_parameters"),
     ("attention_parameters", "Attention parameters", "count", "", "parameters attention"),
     ("training_bytes", "Training peak memory", "size", "", "training memory total"),
     *(
@@ -129,6 +132,8 @@ def ratio_rows(estimates: list[Estimate], *, parallel: bool) -> list[RatioRow]:
     for key, label, written, unit, path in _ROWS:
         if key.startswith("rank_") and not parallel:
             continue
+        if key == "active_parameters" and all(found.active_parameters == found.parameters.total for found in estimates):
+            continue
         value, *others = (_at(found, path) for found in estimates)
         other = others[0] if others else None
         ratio = None if value is None or not other else value / other
@@ -149,10 +154,11 @@ def _at(found: Estimate, path: str) -> float | None:
 
 def _backend_rows(model: Model, setting: Setting) -> Iterator[BackendRow]:
     """Yields what each backend of the variant costs, and its maps beside those of a softmax model of the same shape."""
-    for backend in backends_of(model.attention):
+    differ = isinstance(model.built, BlockShape)
+    for backend in ("standard",) if differ else backends_of(model.attention):
         under = replace(setting, backend=backend)
-        found = estimate(model.built, model.attention, under)
-        twin = estimate(model.shape, BASELINE, under.alone)
+        found = estimate_model(model.built, model.attention, under)
+        twin = found if differ else estimate_model(model.shape, BASELINE, under.alone)
         training = found.training
         yield BackendRow(
             model=model.name,

@@ -174,8 +174,9 @@ def flops_per_token(
     """Returns FLOPs per token, averaged over one causal sequence.
 
     ``linear = 2 · (matrix parameters of the layers + V·D of the output projection)``; the embedding lookup is none.
-    ``attention = L · n/2 · c · (T + 1)/2`` with T the context: a query sees (T + 1)/2 keys on average. Masked pairs are
-    not counted, although a backend that works in tiles does some of them. c, per query-key pair and pair of baseline
+    ``attention = L · n/2 · c · (T + 1)/2`` with T the context: a query sees (T + 1)/2 keys on average, and in a layer
+    with a window of w tokens min(t, w). Masked pairs are not counted, although a backend that works in tiles does some
+    of them, and a call of ``sdpa`` with a mask all of them. c, per query-key pair and pair of baseline
     heads, is the sum of the products as wide as q and k, and those as wide as v:
 
     ============================================= ======= ======= =======
@@ -232,13 +233,14 @@ def flops_per_token(
     training = phase == "training"
     passes = 3 if training else 1
     # L · n/2 · (T + 1)/2 times c = units · d; every entry of the table is a multiple of 4, so this stays whole. So does
-    # what shared noise heads cost, since r divides n.
-    per_four = shape.num_layers * shape.num_heads * shape.head_dim * (context + 1)
+    # what shared noise heads cost, since r divides n. The mean over a sequence in which some layers see a window alone
+    # is rounded down.
+    per_four = shape.num_heads * shape.head_dim * shape.pairs_seen(context)
     by_definition = sum(forms["definition"].forward)
     executed = forms[backend].executed(VARIANTS[attention].heads(shape).width, training=training)
     return Flops(
-        model=passes * (linear + int(by_definition * per_four // 4)),
-        executed=passes * linear + int(executed * per_four // 4),
+        model=passes * (linear + int(by_definition * per_four // (4 * context))),
+        executed=passes * linear + int(executed * per_four // (4 * context)),
     )
 
 
@@ -266,14 +268,14 @@ def decoding_flops_per_token(shape: ModelShape, attention: str, *, context: int,
     True
     """
     forms = _forms(shape, attention, context, backend)
-    per_two = shape.num_layers * shape.num_heads * shape.head_dim * context
+    per_two = shape.num_heads * shape.head_dim * shape.keys_seen(context)
     linear = _linear(shape, attention)
     model, executed = (linear + int(sum(forms[name].forward) * per_two // 2) for name in ("definition", backend))
     return Flops(model=model, executed=executed)
 
 
 def cache_bytes_per_token(shape: ModelShape, attention: str, *, bytes_per_value: int) -> int:
-    """Returns the bytes that one token keeps in the key/value cache.
+    """Returns the bytes that one token keeps in the key/value cache, in all layers; a window lets it go later.
 
     ``2 · G · d · L · bytes_per_value``, for every variant: V1 caches G/2 keys and G/2 values of width 2d, V2 what
     softmax does, so the differential map costs no cache.

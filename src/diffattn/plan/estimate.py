@@ -159,8 +159,10 @@ class Estimate:
     """The backend that is planned: the setting's, and for ``"auto"`` the one that serves on its machine."""
     parameters: Parameters
     """Numbers of parameters, by part."""
+    active_parameters: int
+    """Parameters that one token meets: all but those of experts that are not chosen."""
     training: TrainingCost | None
-    """One training step; None where the weights are integers, which are not trained."""
+    """One training step; None where the weights are integers, which are not trained, or where the layers differ."""
     prefill: PhaseCost[InferenceMemory]
     """Reading ``context`` tokens of each sequence into the cache."""
     decoding: PhaseCost[InferenceMemory]
@@ -172,7 +174,7 @@ class Estimate:
     first_token_seconds: float | None
     """Seconds to read the weights and the prompt at least; None where a rate of the machine is unknown."""
     cache_bytes_per_token: int
-    """Bytes that one token keeps in the key/value cache."""
+    """Bytes that one token keeps in the key/value cache, on average over the context."""
     gradient_bytes: int | None
     """Bytes of the gradients of all parameters (the peak may lie where few of them exist); None without training."""
     score_bytes: int
@@ -190,6 +192,7 @@ class Estimate:
         return {
             "backend": self.backend,
             "parameters": self.parameters.to_json(),
+            "active_parameters": self.active_parameters,
             "training": None if self.training is None else self.training.to_json(),
             "prefill": self.prefill.to_json(),
             "decoding": self.decoding.to_json(),
@@ -277,12 +280,13 @@ def estimate(shape: ModelShape, attention: str, setting: Setting) -> Estimate:
 
     # Logits are made for the last token of each sequence alone.
     model, executed = (each * tokens - 2 * embedding * (tokens - batch) for each in (forward.model, forward.executed))
-    cache = int(2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * tokens * BYTES[precision.cache])
+    of_token = 2 * shape.num_kv_heads * shape.head_dim * BYTES[precision.cache]
+    written, cache = (int(of_token * kept) for kept in (shape.num_layers * tokens, batch * shape.tokens_kept(context)))
     prefill = phase(
         prefill_memory(shape, attention, setting),
         TokenFlops(model / tokens, executed / tokens),
         executed,
-        read + cache + 2 * held,
+        read + written + 2 * held,
         tokens,
     )
 
@@ -301,6 +305,7 @@ def estimate(shape: ModelShape, attention: str, setting: Setting) -> Estimate:
     return Estimate(
         backend=backend,
         parameters=counted,
+        active_parameters=counted.total,
         training=training,
         prefill=prefill,
         decoding=decoding,

@@ -26,7 +26,7 @@ class InferenceMemory(ByKind):
     weights: int
     """Bytes of the parameters."""
     cache: int
-    """Bytes of the keys and values of the context's tokens."""
+    """Bytes of the keys and values of the context's tokens; in decoding those that a layer's window still needs."""
     activations: int
     """Bytes of the results of layers, at the widest place."""
     scores: int
@@ -55,8 +55,13 @@ class Inference:
         self.cache_bytes = BYTES[dtypes.cache]
 
     def cache(self, tokens: int) -> int:
-        """Returns the bytes of the keys and values of that many tokens."""
+        """Returns the bytes of the keys and values of that many tokens in every layer."""
         return int(2 * self.keys * self.shape.num_layers * tokens * self.cache_bytes)
+
+    def kept(self) -> int:
+        """Returns the bytes of the keys and values that are still needed behind the context: of a window, its own."""
+        tokens = self.batch * self.shape.tokens_kept(self.context)
+        return int(2 * self.keys * tokens * self.cache_bytes)
 
     def at(self, cache: int, activations: int, scores: int = 0, head: bool = False) -> InferenceMemory:
         """Returns the bytes at one point; ``head`` where the output projection is read there."""
@@ -82,7 +87,11 @@ class Inference:
         return 2 * self.variant.output_heads(self.shape) * spans * 4 * (self.variant.heads(self.shape).width + 2)
 
     def prefill(self) -> list[InferenceMemory]:
-        """Returns the bytes at each point of prefill at which the peak may lie."""
+        """Returns the bytes at each point of prefill at which the peak may lie.
+
+        The keys and values of the whole prompt are there in every layer: a window of them is a view until the next
+        token.
+        """
         shape, variant, a = self.shape, self.variant, self.size
         tokens = self.batch * self.context
         D, F, keys, width = shape.hidden_size, shape.intermediate_size, self.keys, shape.num_heads * shape.head_dim
@@ -123,7 +132,7 @@ class Inference:
         shape, a, B = self.shape, self.size, self.batch
         keys = self.context + 1
         new = self.cache(B)
-        cache = self.cache(B * self.context)
+        cache = self.kept()
         once_more = int(B * keys * self.keys * self.cache_bytes)
         small = 8 * a * B * (shape.hidden_size + shape.intermediate_size)
         found = [

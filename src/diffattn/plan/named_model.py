@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from diffattn.checkpoint_files import folder_name
-from diffattn.errors import ConfigError
-from diffattn.names import one_of
+from diffattn.errors import ConfigError, did_you_mean
+from diffattn.names import one_of, plain
+from diffattn.plan.blocks.block import BlockShape
 from diffattn.plan.checkpoints.shape import read_checkpoint
 from diffattn.plan.cost import match_parameters
+from diffattn.plan.models.public import find_public, is_public, public_models
 from diffattn.plan.rule import parse_count, shape_about
-from diffattn.plan.shape import ModelShape, find_preset, presets
+from diffattn.plan.shape import BuiltShape, ModelShape, find_preset, presets
 from diffattn.quantities import COUNTS, short, whole
 from diffattn.variants import BASELINE, DEFAULT, VARIANTS
 
@@ -26,7 +28,7 @@ class Model:
 
     ``built`` is ``shape`` but for V2 and gated attention, whose feed-forward network is narrowed to as many parameters
     as softmax has; a checkpoint's own model is built already. ``given`` is how it was written. ``left_out`` are numbers
-    in a checkpoint's files that no plan holds, by what they are.
+    in a checkpoint's files that no plan holds, by what they are, and ``said`` sentences that a reader has to know.
 
     >>> parse_model("diff_v2:3M").built.intermediate_size
     448
@@ -38,17 +40,19 @@ class Model:
     built: ModelShape
     given: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
+    said: tuple[str, ...] = ()
 
 
 def parse_model(text: str, *, variant: str | None = None) -> Model:
     """Reads a model as it is written on the command line: ``variant:size``.
 
-    Size is a preset, the path of a ``.toml`` file, a checkpoint's folder or ``config.json``, or a count such as 11B:
-    the shape nearest to it by the rule of ``shape_about``; about-6.8B is that too, where 6.8B is a preset. A checkpoint
-    alone brings its own variant. Names are found in any case.
+    Size is a preset, the path of a ``.toml`` file, a checkpoint's folder or ``config.json``, a public model, or a count
+    such as 11B: the shape nearest to it by the rule of ``shape_about``; about-6.8B is that too, where 6.8B is a preset.
+    A checkpoint or a public model alone brings its own variant. Names are found in any case.
 
     Args:
-        text: such as ``"diff_v1:6.8B"``, ``"softmax:11B"``, ``"diff_v2:shape.toml"`` or ``"runs/my-model"``.
+        text: such as ``"diff_v1:6.8B"``, ``"softmax:11B"``, ``"diff_v2:shape.toml"``, ``"runs/my-model"``,
+            ``"llama-3.2-1B"`` or ``"diff_v2:llama-3.2-1B"``.
         variant: that of a size alone. Default: a size alone is refused.
 
     Raises:
@@ -65,13 +69,15 @@ def parse_model(text: str, *, variant: str | None = None) -> Model:
     text = text.strip()
     if os.path.exists(text) and not text.endswith(".toml"):
         found = read_checkpoint(text)
-        return Model(_file_name(text), found.attention, found.shape, found.shape, text, found.left_out)
+        return Model(_file_name(text), found.attention, found.shape, found.shape, text, found.left_out, found.said)
     name, colon, size = (part.strip() for part in text.partition(":"))
     if not colon:
-        if variant is None or not _is_size(text):
+        if is_public(text) or not _is_size(text):
+            return _public(text)
+        if variant is None:
             raise ConfigError(
                 f"model {short(text)}",
-                "a variant and a size, such as diff_v1:6.8B or softmax:11B, or the folder of a checkpoint",
+                "a variant and a size, such as diff_v1:6.8B or softmax:11B, a public model or a checkpoint's folder",
                 f"put one of {', '.join(VARIANTS)} and a colon before it, or check the path",
             )
         name, size = variant, text
@@ -116,10 +122,30 @@ def load_shape(name_or_path: str | Path) -> ModelShape:
     text = str(name_or_path)
     if text not in presets():
         if text.endswith(".json") or os.path.isdir(text):
-            return read_checkpoint(text).shape.plain()
+            return _twin(read_checkpoint(text).shape, text).plain()
         if text.endswith(".toml") or os.path.isfile(text):
             return ModelShape.from_toml(text)
     return ModelShape.preset(text)
+
+
+def _public(text: str) -> Model:
+    """Returns a public model by its name alone."""
+    try:
+        record = find_public(text, given=f"model {short(text)}")
+    except ConfigError as error:
+        if not error.wanted.startswith("one of"):
+            raise
+        # A list of all names would be longer than a screen, and docs/plan.md has it.
+        raise ConfigError(
+            error.given,
+            "a variant and a size, such as diff_v1:6.8B or softmax:11B, a public model such as llama-3.2-1B, or a "
+            "checkpoint's folder",
+            error.way_out
+            if error.way_out.startswith("did you mean")
+            else f"put one of {', '.join(VARIANTS)} and a colon before a size, or check the name or the path",
+        ) from None
+    found = record.planned()
+    return Model(record.name, found.attention, found.shape, found.shape, text, said=found.said)
 
 
 def _is_size(text: str) -> bool:
@@ -139,17 +165,37 @@ def _shape(size: str) -> tuple[ModelShape, str]:
     if size.endswith(".toml"):
         return ModelShape.from_toml(size), _file_name(size)
     if size and os.path.exists(size):
-        return read_checkpoint(size).shape.plain(), _file_name(size)
+        return _twin(read_checkpoint(size).shape, _file_name(size)), _file_name(size)
     about = size.removeprefix("about-")
     count = whole(about, COUNTS)
+    if is_public(size):
+        record = find_public(size, given=f"size {short(size)}")
+        return _twin(record.planned().shape, record.name), record.name
     if count is None:
+        known = {plain(name): name for name in public_models()}
         raise ConfigError(
             f"size {short(size)}, and there is no such file",
-            f"a preset ({', '.join(presets())}), a .toml file, a checkpoint's folder or a count such as 11B",
-            "check the path or the number",
+            f"a preset ({', '.join(presets())}), a .toml file, a checkpoint's folder, a public model or a count such "
+            "as 11B",
+            did_you_mean(plain(size), known, otherwise="check the path or the number"),
         )
     preset = find_preset(about) if about == size else None
     return (ModelShape.preset(preset), preset) if preset else (shape_about(count), size)
+
+
+def _twin(shape: ModelShape, name: str) -> ModelShape:
+    """Returns the shape that another variant takes from a model: its sizes and its windows.
+
+    Raises:
+        ConfigError: a model whose layers differ, of which a variant would be another model.
+    """
+    if isinstance(shape, BlockShape):
+        raise ConfigError(
+            f"a variant of {name}, which is no plain decoder with a gated feed-forward network in every layer",
+            f"{name} alone, or a variant of a size",
+            f"write {name} without a variant and a colon",
+        )
+    return replace(shape, extras=()) if isinstance(shape, BuiltShape) and shape.window else shape.plain()
 
 
 def _file_name(path: str) -> str:

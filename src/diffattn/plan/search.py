@@ -9,9 +9,10 @@ from functools import partial
 
 from diffattn.errors import ConfigError
 from diffattn.names import one_of
+from diffattn.plan.blocks.block import BlockShape
+from diffattn.plan.blocks.estimate import estimate_model, inference_need
 from diffattn.plan.cost import count_parameters, match_parameters
-from diffattn.plan.estimate import estimate
-from diffattn.plan.memory import inference_memory, training_memory
+from diffattn.plan.memory import training_memory
 from diffattn.plan.named_model import Model, named
 from diffattn.plan.rule import shape_about
 from diffattn.plan.setting import DEFAULT_SETTING, FAR, Setting, parse_tokens
@@ -164,7 +165,7 @@ def sweep(
     for value in along.values:
         at = _at(setting.alone, along.axis, value)
         for each in models:
-            found = estimate(each.built, each.attention, at)
+            found = estimate_model(each.built, each.attention, at)
             peak = None if found.training is None else found.training.memory.total
             rows.append(
                 SweepRow(
@@ -205,7 +206,8 @@ def fits(memory: int | str, model: str | Model | None = None, setting: Setting =
     """
     limit = parse_size(memory)
     given = named(model, None)[0]
-    variant = DEFAULT if given.attention == BASELINE else given.attention
+    differ = isinstance(given.built, BlockShape)
+    variant = DEFAULT if differ or given.attention == BASELINE else given.attention
     rows = []
     for phase, need in _PEAKS.items():
         if phase == "training" and not setting.precision.trains:
@@ -217,7 +219,7 @@ def fits(memory: int | str, model: str | Model | None = None, setting: Setting =
                 continue
             total, peak = count_parameters(found, attention).total, need(found, attention, setting)
             rows.append(FitRow(phase, "parameters", attention, found.name, total, peak, limit))
-        for axis in AXES:
+        for axis in () if differ and phase == "training" else AXES:
             by = partial(_need_at, need, given, setting, axis)
             last = _last(by, limit)
             most, peak_there = (last, by(last)) if last else (None, None)
@@ -237,7 +239,7 @@ def _training_bytes(shape: ModelShape, attention: str, setting: Setting) -> int:
 
 
 Need = Callable[[ModelShape, str, Setting], int]
-_PEAKS: dict[str, Need] = {"training": _training_bytes, "inference": inference_memory}
+_PEAKS: dict[str, Need] = {"training": _training_bytes, "inference": inference_need}
 
 
 def _at(setting: Setting, axis: str, value: int) -> Setting:

@@ -313,8 +313,8 @@ class PlanOptions:
 
     model: str | None = None
     """The model, as VARIANT:SIZE. VARIANT is softmax, diff_v1, diff_v2 or gated. SIZE is a preset such as 6.8B, a count
-    such as 11B, a .toml file or a model's folder. A folder alone brings its own variant; a size alone means diff_v1.
-    Default: diff_v1:6.8B."""
+    such as 11B, a .toml file, a model's folder or a public model such as llama-3.2-1B or motif-2.6B. A folder or a
+    public model alone brings its own variant; a size alone means diff_v1. Default: diff_v1:6.8B."""
     against: str | None = None
     """A second model to compare it with, written in the same way; a size alone means softmax. Default: none, or
     softmax:11B if no model is given either."""

@@ -129,6 +129,22 @@ class ModelShape:
         """
         return self
 
+    def pairs_seen(self, context: int) -> int:
+        """Returns twice the query-key pairs of all layers in one causal sequence.
+
+        >>> ModelShape.preset("3M").pairs_seen(4) == ModelShape.preset("3M").num_layers * 2 * (1 + 2 + 3 + 4)
+        True
+        """
+        return self.num_layers * context * (context + 1)
+
+    def keys_seen(self, context: int) -> int:
+        """Returns the keys that the last of ``context`` tokens sees in all layers, its own among them."""
+        return self.num_layers * context
+
+    def tokens_kept(self, context: int) -> int:
+        """Returns the tokens that the cache keeps behind ``context`` tokens, summed over the layers."""
+        return self.num_layers * context
+
     def check_variant(self, attention: str) -> None:
         """Raises unless this shape can carry the variant; returns nothing.
 
@@ -251,7 +267,8 @@ class BuiltShape(ModelShape):
     """The shape of a checkpoint, with what it has beside it.
 
     ``extras``: parameters, each ``(part of Parameters, what it is, how many of all layers)``; negative where there are
-    fewer than the shape says. ``window``: in how many layers a token sees how many tokens behind it alone.
+    fewer than the shape says. ``window``: in how many layers a token sees how many tokens alone, itself among them; the
+    cache of such a layer keeps one token fewer, because the next one comes with its own key.
 
     >>> shape = BuiltShape(**vars(ModelShape.preset("3M")), extras=(("norms", "further norms", 96),))
     >>> shape.beside("norms"), shape.plain() == ModelShape.preset("3M")
@@ -263,6 +280,20 @@ class BuiltShape(ModelShape):
 
     def beside(self, part: str) -> int:
         return sum(number for name, _, number in self.extras if name == part)
+
+    def pairs_seen(self, context: int) -> int:
+        layers, width = self.window or (0, 0)
+        near = min(context, width)
+        in_window = near * (near + 1) + 2 * (context - near) * width
+        return (self.num_layers - layers) * context * (context + 1) + layers * in_window
+
+    def keys_seen(self, context: int) -> int:
+        layers, width = self.window or (0, 0)
+        return (self.num_layers - layers) * context + layers * min(context, width)
+
+    def tokens_kept(self, context: int) -> int:
+        layers, width = self.window or (0, 1)
+        return (self.num_layers - layers) * context + layers * min(context, width - 1)
 
     def plain(self) -> ModelShape:
         return ModelShape(**{one.name: getattr(self, one.name) for one in fields(ModelShape)})

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 from diffattn.humanize import count, flops, seconds, size
 from diffattn.plan.activations import AUTO
+from diffattn.plan.blocks.block import BlockShape
+from diffattn.plan.blocks.estimate import block_notes, inference_need
 from diffattn.plan.estimate import Estimate
 from diffattn.plan.hardware import MACHINES, GiB
-from diffattn.plan.memory import inference_memory
 from diffattn.plan.named_model import Model
 from diffattn.plan.result import BackendRow, Plan, PlannedModel
 from diffattn.plan.search import FitRow, SweepRow
@@ -57,6 +58,8 @@ def _maps(one: PlannedModel, backends: Sequence[BackendRow]) -> str:
         return ""
     rows = [row for row in backends if row.model == one.name and row.attention == one.attention]
     held = [(row.backend, row.score_ratio_to_twin) for row in rows if row.score_ratio_to_twin is not None]
+    if not held:
+        return ""
     ratio = held[0][1]
     doubled = ", ".join(backend for backend, its_ratio in held if its_ratio > 1.5)
     verdict = f"doubled in {doubled} alone" if doubled else "doubled in no backend"
@@ -99,14 +102,18 @@ def notes(model: Model, estimate: Estimate) -> list[str]:
             "counted in its parameters and in the bytes of weights, gradients and optimizer state, and left out of its "
             "FLOPs and activations."
         )
+    if isinstance(model.built, BlockShape):
+        found += block_notes(model.name, model.built)
+    found += model.said
     if model.left_out:
         listed = ", ".join(f"{what} ({number:,})" for what, number in model.left_out.items())
         found.append(f"Numbers in the files of {model.name} that are not planned: {listed}.")
     if isinstance(model.built, BuiltShape) and model.built.window is not None:
         layers, width = model.built.window
         found.append(
-            f"In {layers} of its {model.built.num_layers} layers {model.name} sees the last {width:,} tokens alone; "
-            f"cache and FLOPs are planned as if it saw all, which is too much where the context is above {width:,}."
+            f"In {layers} of its {model.built.num_layers} layers a token of {model.name} sees the last {width:,} "
+            "tokens alone, and FLOPs and the cache of decoding are counted so; while a prompt is read, the cache holds "
+            "all of it."
         )
     return found
 
@@ -116,6 +123,8 @@ def phase_sentence(one: PlannedModel, other: PlannedModel | None) -> str:
     name, a = one.name, one.estimate
     weights = a.prefill.memory.weights / a.inference_peak
     rest = f"at inference weights are {weights:.0%} of {name}'s peak"
+    if a.training is None and isinstance(one.shape, BlockShape):
+        return f"Of {name} only inference is planned; {rest}."
     if a.training is None:
         return f"These weights are integers, which are not trained, so only inference is planned; {rest}."
     memory = a.training.memory
@@ -167,7 +176,7 @@ def small_machine_sentence(models: Sequence[PlannedModel], setting: Setting) -> 
         text += f". On {setting.machine.name} the first token comes after at least {said(first, seconds)}"
     # The standard call, which serves on all of them, so that one number is said.
     small = Setting(batch=setting.batch, context=setting.context, precision=SMALL_PRECISION, backend="standard")
-    needs = [inference_memory(each.shape, each.attention, small) for each in models]
+    needs = [inference_need(each.shape, each.attention, small) for each in models]
     return (
         f"{text}. With int4 weights and a bf16 cache, {setting.batch} × {setting.context:,} tokens need "
         f"{said(needs, size)}, which fits as follows where a tenth of the memory is left to the system: "

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffattn import humanize
-from diffattn.plan.estimate import Estimate, estimate
+from diffattn.plan.blocks.estimate import estimate_model
+from diffattn.plan.estimate import Estimate
 from diffattn.plan.result import Plan
 from diffattn.report import charts
 
@@ -79,7 +80,7 @@ class Grid:
         # One estimate for each model at each point, batches within contexts.
         self.estimates = [
             [
-                estimate(model.shape, model.attention, replace(own, context=context, batch=batch))
+                estimate_model(model.shape, model.attention, replace(own, context=context, batch=batch))
                 for model in plan.models
             ]
             for context in self.contexts

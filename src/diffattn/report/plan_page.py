@@ -56,7 +56,7 @@ class Group(NamedTuple):
 def render_plan(plan: Plan) -> str:
     """The page of a plan, as HTML."""
     grid, setting = Grid(plan), plan.setting
-    trains = setting.precision.trains
+    trains = all(model.estimate.training is not None for model in plan.models)
     lines = [key for key in LINES if any(value is not None for value in grid.values(key))]
     drawn: dict[str, charts.AnyChart] = {"bars-training": bar_chart(grid, ("training",), bound=True)} if trains else {}
     drawn["bars-inference"] = bar_chart(grid, ("prefill", "decoding"), bound=not trains)

@@ -1,17 +1,22 @@
 """The kinds of checkpoint that are planned, by ``model_type``: what each has beside a shape, and what no plan holds.
 
-A kind stands here where its parameters are counted exactly, which a test holds to a built model of each, and where a
-layer is the one that ``cost.py`` and ``activations.py`` count: two norms, rotary attention, a feed-forward network of
-three matrices. Everything else is refused by its name: a count that is wrong by a third looks like any other.
+A kind stands here where its parameters are counted exactly, which a test holds to a built model of each. In ``KINDS``
+a layer is the one that ``cost.py`` and ``activations.py`` count: two norms, rotary attention, a feed-forward network of
+three matrices; the others are read into blocks. Everything else is refused by its name: a count that is wrong by a
+third looks like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
-from diffattn.config_fields import OURS
+from diffattn.config_fields import OURS, shown
 from diffattn.errors import ConfigError
+from diffattn.plan.blocks import experts, hybrids, motif, older
+from diffattn.plan.blocks.block import BlockShape
+from diffattn.plan.blocks.fields import Fields
+from diffattn.variants import BASELINE
 
 
 class ModelType(NamedTuple):
@@ -19,7 +24,11 @@ class ModelType(NamedTuple):
 
     ``bias`` of the projections of attention: ``"switch"`` where the file's ``attention_bias`` gives all four of them
     one, ``"qkv"`` where three always have one. ``window``: which layers look back no further than ``sliding_window``:
-    all of them, those from ``max_window_layers`` on, those without rotary positions, or all but every n-th (a number).
+    all of them (unless ``layer_types`` names some), those from ``max_window_layers`` on, those without rotary
+    positions, or all but every n-th (a number). ``attention``: the variant, whose heads the file counts as the softmax
+    model has them. ``own_code``: whether the published files name code of their own, which is never run.
+    ``act_weights``: parameters of each layer's activation function. ``fixed``: fields that have one value in all
+    published files, in which alone the kind is known.
     """
 
     architecture: str
@@ -32,10 +41,24 @@ class ModelType(NamedTuple):
     further_norms: int = 0
     window: Literal["none", "all", "late", "unrotated"] | int = "none"
     window_width: int | None = None
+    attention: str = BASELINE
+    own_code: bool = False
+    act_weights: int = 0
+    fixed: Mapping[str, object] = {}
+
+
+class BlockType(NamedTuple):
+    """The way to read the ``config.json`` of a kind whose layers differ from those of ``KINDS``; as ``ModelType``."""
+
+    architecture: str
+    read: Callable[[Fields], BlockShape]
+    attention: str = BASELINE
+    own_code: bool = False
+    fixed: Mapping[str, object] = {}
 
 
 KINDS: dict[str, ModelType] = {
-    OURS: ModelType("DiffTransformerForCausalLM", tied=True),
+    OURS: ModelType("DiffTransformerForCausalLM", tied=True, window="all"),
     "llama": ModelType("LlamaForCausalLM", bias="switch", mlp_bias=True),
     "mistral": ModelType("MistralForCausalLM", kv_heads=8, window="all", window_width=4096),
     "qwen2": ModelType("Qwen2ForCausalLM", kv_heads=32, bias="qkv", window="late", window_width=4096),
@@ -44,7 +67,7 @@ KINDS: dict[str, ModelType] = {
     ),
     "smollm3": ModelType("SmolLM3ForCausalLM", kv_heads=4, tied=True, bias="switch", mlp_bias=True, window="unrotated"),
     "olmo2": ModelType("Olmo2ForCausalLM", bias="switch", qk_norm="all heads"),
-    "phi3": ModelType("Phi3ForCausalLM", window="all"),
+    "phi3": ModelType("Phi3ForCausalLM", window="all", own_code=True),
     "granite": ModelType("GraniteForCausalLM", bias="switch", mlp_bias=True),
     "gemma": ModelType("GemmaForCausalLM", kv_heads=16, head_dim=256, tied=True, bias="switch"),
     "gemma2": ModelType(
@@ -55,8 +78,31 @@ KINDS: dict[str, ModelType] = {
         "Gemma3ForCausalLM", kv_heads=4, head_dim=256, tied=True, bias="switch", qk_norm="head", further_norms=2,
         window=6, window_width=4096,
     ),
-    "diffllama": ModelType("DiffLlamaForCausalLM", bias="switch"),
+    "diffllama": ModelType("DiffLlamaForCausalLM", bias="switch", attention="diff_v1"),
+    "motif": ModelType(
+        "MotifForCausalLM", attention="diff_v1", own_code=True, act_weights=motif.POLYNORM,
+        fixed={"hidden_act": "poly_norm", "use_bias": False, "qkv_bias": False, "use_sliding_window": False},
+    ),
 }  # fmt: skip
+BLOCKS: dict[str, BlockType] = {
+    "gpt2": BlockType("GPT2LMHeadModel", older.gpt2),
+    "gpt_neox": BlockType("GPTNeoXForCausalLM", older.gpt_neox),
+    "phi": BlockType("PhiForCausalLM", older.phi),
+    "starcoder2": BlockType("Starcoder2ForCausalLM", older.starcoder2),
+    "nemotron": BlockType("NemotronForCausalLM", older.nemotron),
+    "mixtral": BlockType("MixtralForCausalLM", experts.mixtral),
+    "qwen2_moe": BlockType("Qwen2MoeForCausalLM", experts.qwen2_moe),
+    "qwen3_moe": BlockType("Qwen3MoeForCausalLM", experts.qwen3_moe),
+    "gpt_oss": BlockType("GptOssForCausalLM", experts.gpt_oss),
+    "deepseek_v2": BlockType("DeepseekV2ForCausalLM", experts.deepseek_v2, own_code=True),
+    "deepseek_v3": BlockType("DeepseekV3ForCausalLM", experts.deepseek_v3, own_code=True),
+    "qwen3_next": BlockType("Qwen3NextForCausalLM", hybrids.qwen3_next),
+    "falcon_h1": BlockType("FalconH1ForCausalLM", hybrids.falcon_h1),
+    "recurrent_gemma": BlockType("RecurrentGemmaForCausalLM", hybrids.recurrent_gemma),
+    "phi4flash": BlockType("Phi4FlashForCausalLM", hybrids.phi4flash, attention="diff_v1", own_code=True),
+}
+# Motif's files have one name for three kinds: V1, groups that share a noise head, and Motif 3.
+MOTIF_3 = BlockType("MotifForCausalLM", motif.motif3, attention="diff_v2", own_code=True)
 
 # Words in the name of a key that speak of parts which no layer here has.
 _FOREIGN = {
@@ -66,8 +112,8 @@ _FOREIGN = {
 _KNOWN = {"lambda_std_dev", "is_decoder", "decoder_start_token_id", "cross_attention_hidden_size"}
 
 
-def kind_of(values: Mapping[str, object], file: str) -> ModelType:
-    """Returns the kind of a ``config.json``, once it is known to be one of ``KINDS`` with nothing foreign in it.
+def kind_of(values: Mapping[str, object], file: str) -> ModelType | BlockType:
+    """Returns the kind of a ``config.json``, once it is known to be one that is counted, with nothing foreign in it.
 
     Raises:
         ConfigError: another ``model_type``, code of its own, another class, quantised weights, or a key that speaks of
@@ -75,38 +121,66 @@ def kind_of(values: Mapping[str, object], file: str) -> ModelType:
     """
     name = values.get("model_type")
     code = values.get("auto_map")
-    if not isinstance(name, str) or name not in KINDS:
+    kind = _named(values)
+    if kind is None:
         said = f"model_type {name!r}" if name is not None else "no model_type"
-        own = ", with code of its own (auto_map)" if code else ""
+        own = ", with code of its own (auto_map), which is never run" if code else ""
         raise ConfigError(
             f"{file!r} has {said}{own}",
-            f"one of {', '.join(KINDS)}",
+            f"one of {', '.join((*KINDS, *BLOCKS))}",
             "write its numbers as a .toml file, if it is a decoder with one gated feed-forward network per layer",
         )
     if name == OURS:
-        return KINDS[name]
-    if code:
+        return kind
+    if code and not kind.own_code:
         raise ConfigError(
             f"{file!r} has model_type {name!r} with code of its own (auto_map), which is never run",
             f"the {name} of transformers",
             "remove auto_map, if it is that",
         )
     classes = values.get("architectures")
-    if classes and (not isinstance(classes, list) or KINDS[name].architecture not in classes):
+    if classes and (not isinstance(classes, list) or kind.architecture not in classes):
         said = ", ".join(map(str, classes)) if isinstance(classes, list) else repr(classes)
         raise ConfigError(
             f"{file!r} has model_type {name!r} and architectures {said}",
-            f"{KINDS[name].architecture}, which can be planned of that type",
+            f"{kind.architecture}, which can be planned of that type",
             "write its numbers as a .toml file",
         )
+    if kind is KINDS["motif"] and (noise := values.get("num_noise_heads")) is not None:
+        raise ConfigError(
+            f"{file!r} has model_type {name!r} and num_noise_heads={shown(noise)}",
+            "a file without it, which is V1, or Motif 3's",
+            "plan another Motif" if noise else "correct the file",
+        )
+    for key, wanted in kind.fixed.items():
+        if (given := values.get(key)) is not None and given != wanted:
+            raise ConfigError(
+                f"{file!r} has model_type {name!r} and {key}={shown(given)}",
+                f"{key}={shown(wanted)}, as in all published files, because no other layout is known",
+                "correct the file",
+            )
     for key, value in values.items():
-        if value and key not in _KNOWN and _FOREIGN.intersection(key.casefold().split("_")):
-            given = f"{file!r} has model_type {name!r} and {key}"
-            if "quantization" in key or "compression" in key:
+        if "quantization" in key or "compression" in key:
+            if value:
                 raise ConfigError(
-                    given,
+                    f"{file!r} has model_type {name!r} and {key}",
                     "weights as they were before they were quantised",
                     "plan the model that it was made from, with --weights-dtype int8 or int4",
                 )
-            raise ConfigError(given, f"a plain {name}, without such parts", "write its numbers as a .toml file")
-    return KINDS[name]
+        elif value and isinstance(kind, ModelType) and key not in _KNOWN and _FOREIGN & {*key.casefold().split("_")}:
+            raise ConfigError(
+                f"{file!r} has model_type {name!r} and {key}",
+                f"a plain {name}, without such parts",
+                "write its numbers as a .toml file",
+            )
+    return kind
+
+
+def _named(values: Mapping[str, object]) -> ModelType | BlockType | None:
+    """Returns the kind that a file's ``model_type`` names; None: it is not known."""
+    name = values.get("model_type")
+    if not isinstance(name, str):
+        return None
+    if name in ("motif", "Motif"):
+        return MOTIF_3 if values.get("diff_v2") or values.get("attention_cls") else KINDS["motif"]
+    return BLOCKS[name] if name in BLOCKS else KINDS.get(name)

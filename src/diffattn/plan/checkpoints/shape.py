@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,15 +17,21 @@ from diffattn.config_fields import OURS, Config, check_config
 from diffattn.errors import CheckpointError, ConfigError, one_line
 from diffattn.files import parse_json
 from diffattn.folders import no_model
-from diffattn.plan.checkpoints.kinds import ModelType, kind_of
+from diffattn.plan.blocks.block import BlockShape
+from diffattn.plan.blocks.fields import Fields, check_layer_types
+from diffattn.plan.blocks.motif import POLYNORM
+from diffattn.plan.blocks.parts import FULL, SLIDING
+from diffattn.plan.checkpoints.kinds import BLOCKS, BlockType, ModelType, kind_of
+from diffattn.plan.checkpoints.known import PLAIN, check_known
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.shape import BuiltShape, ModelShape, check_positive_int
 from diffattn.variants import ATTENTIONS, BASELINE, DEFAULT, Heads
 
 Flag = TypeVar("Flag", bool, bool | None)
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_LAYER = re.compile(r"^(?:model|transformer|gpt_neox)\.(?:layers|h)\.(\d+)\.")
 # Buffers among the weights: older versions saved those of rotary positions, and DEX has how far it is annealed.
-_BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\.annealed$")
+_BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\.annealed$|\.e_score_correction_bias$")
 
 
 class PlannedCheckpoint(NamedTuple):
@@ -37,6 +44,8 @@ class PlannedCheckpoint(NamedTuple):
     """A name in ``VARIANTS``; softmax where it is DEX, which is fitted to such a model."""
     left_out: dict[str, int]
     """Numbers in the files of the weights that no model of its type reads, by what they are."""
+    said: tuple[str, ...] = ()
+    """Sentences that a reader of its plan has to know."""
 
 
 def read_checkpoint(path: str | Path) -> PlannedCheckpoint:
@@ -95,25 +104,49 @@ def read_checkpoint(path: str | Path) -> PlannedCheckpoint:
         )
     if "model_type" in values:
         kind_of(values, str(file))
-    if missing := [key for key in _SIZES if key not in values]:
+    if values.get("model_type") not in BLOCKS and (missing := [key for key in _SIZES if key not in values]):
         raise ConfigError(
             f"{str(file)!r} lacks {', '.join(missing)}",
             f"a decoder's config.json, with {', '.join(_SIZES)}",
             "write the shape as a .toml file",
         )
-    kind = kind_of(values, str(file))
+    shape, attention, _, said = shape_of(values, file.resolve().parent.name, str(file))
+    return PlannedCheckpoint(shape, attention, _hold_against_weights(shape, attention, file), said)
+
+
+def shape_of(values: Config, name: str, file: str) -> PlannedCheckpoint:
+    """Returns what the fields of a ``config.json`` say; ``file`` is how an error calls it.
+
+    Raises:
+        ConfigError: as ``read_checkpoint``.
+
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    >>> shape_of(sizes | {"model_type": "llama", "vocab_size": 9}, "tiny", "tiny").shape.head_dim
+    4
+    """
+    kind = kind_of(values, file)
+    said = (f"The code that {name} names (auto_map) is never run: its config.json alone is read.",)
     try:
-        shape, attention = _read(values, kind, file.resolve().parent.name)
+        if isinstance(kind, BlockType):
+            fields = Fields(values)
+            shape: ModelShape = replace(kind.read(fields), name=name)
+            attention, read = kind.attention, fields.read
+        else:
+            (shape, attention), read = _read(values, kind, name), {*PLAIN, *kind.fixed}
     except ConfigError as error:
-        raise error.at(repr(str(file))) from None
-    return PlannedCheckpoint(shape, attention, _hold_against_weights(shape, attention, file))
+        raise error.at(repr(file)) from None
+    if values["model_type"] != OURS:
+        check_known(values, read, values["model_type"], file)
+    return PlannedCheckpoint(shape, attention, {}, said if values.get("auto_map") else ())
 
 
 def _read(values: Config, kind: ModelType, name: str) -> tuple[ModelShape, str]:
     check_config(values)
-    ours, diffllama = values["model_type"] == OURS, values["model_type"] == "diffllama"
+    ours = values["model_type"] == OURS
     attention = values.get("attention", DEFAULT) if ours else BASELINE
     variant = ATTENTIONS[attention]
+    if ours and not _flag(values, "is_causal", True):
+        raise ConfigError("is_causal=False", "a decoder, because an encoder writes no tokens", "plan a causal model")
     for key in _SIZES:
         check_positive_int(key, values[key])
 
@@ -162,8 +195,8 @@ def _read(values: Config, kind: ModelType, name: str) -> tuple[ModelShape, str]:
         name=name,
         source="config.json",
     )
-    # DiffLlama's file has the softmax model's own heads, which it pairs.
-    attention = "diff_v1" if diffllama else attention
+    # The files of DiffLlama and Motif have the softmax model's own heads, which they pair.
+    attention = attention if ours else kind.attention
     planned = ATTENTIONS[attention].fitted_to or attention
     shape.check_variant(planned)
     extras = tuple(one for one in _extras(values, kind, shape, attention, ours=ours) if one[2])
@@ -203,16 +236,18 @@ def _extras(
         normed = n * d + G * d if kind.qk_norm == "all heads" else 2 * d
     found.append(("norms", "norms of queries and keys", L * normed))
     found.append(("norms", "further norms", L * kind.further_norms * D))
+    act_weights = POLYNORM if ours and values.get("hidden_act") == "poly_norm" else kind.act_weights
+    found.append(("feed_forward", "weights of the activation function", L * act_weights))
     if variant.chosen_heads:
         chosen = _chosen_heads(values, shape)
         own = [math.prod(each.shape(D=D, d=d, H=chosen, V=d)) for each in variant.tensors if each.trained]
         found.append(("attention", variant.title, sum(own)))
     else:
-        # The norm of transformers' diffllama has no gain.
+        # The norm of transformers' diffllama has no gain; Motif's, whose activation has weights, has one.
         switched = count_parameters(
             shape,
             attention,
-            subln_affine=_flag(values, "subln_affine", True) if ours else not variant.norm,
+            subln_affine=_flag(values, "subln_affine", True) if ours else not variant.norm or bool(kind.act_weights),
             head_norm=_flag(values, "head_norm", None) if ours else None,
             lambda_form=values.get("lambda_form", "sigmoid") if ours else "sigmoid",
         )
@@ -243,11 +278,13 @@ def _window(values: Config, kind: ModelType, layers: int) -> tuple[int, int] | N
     if kind.window in ("late", "unrotated") and not _flag(values, "use_sliding_window"):
         return None
     check_positive_int("sliding_window", width)
+    if "layer_types" in values and values["layer_types"] is not None:
+        check_layer_types(values["layer_types"], layers, (FULL, SLIDING))
     named, unrotated = values.get("layer_types"), values.get("no_rope_layers")
-    if kind.window == "all":
+    if isinstance(named, list):
+        count = named.count(SLIDING)
+    elif kind.window == "all":
         count = layers
-    elif isinstance(named, list):
-        count = named.count("sliding_attention")
     elif kind.window == "late":
         first = values.get("max_window_layers", 28)
         check_positive_int("max_window_layers", 1 if first == 0 else first)
@@ -275,11 +312,14 @@ def _hold_against_weights(shape: ModelShape, attention: str, file: Path) -> dict
         # Part of a large model is enough to plan it.
         return {}
     sizes = {name: math.prod(entry["shape"]) for name, entry in read_tensors(folder).items()}
+    further = [name for name in sizes if _is_further(name, shape.num_layers)]
     left_out = {
+        "layers that predict further tokens": sum(map(sizes.pop, further)) if isinstance(shape, BlockShape) else 0,
         "buffers": sum(map(sizes.pop, filter(_BUFFERS.search, list(sizes)))),
         "a copy of the tied embedding": sizes.pop("lm_head.weight", 0) if shape.tie_word_embeddings else 0,
     }
-    counted, held = count_parameters(shape, attention).total, sum(sizes.values())
+    counted = (shape.parameters() if isinstance(shape, BlockShape) else count_parameters(shape, attention)).total
+    held = sum(sizes.values())
     if held != counted:
         raise ConfigError(
             f"{str(file)!r} says {counted:,} parameters and the weights beside it are {held:,}",
@@ -287,3 +327,9 @@ def _hold_against_weights(shape: ModelShape, attention: str, file: Path) -> dict
             "find the config.json of these weights, or write the shape as a .toml file if the model has further parts",
         )
     return {what: number for what, number in left_out.items() if number}
+
+
+def _is_further(name: str, layers: int) -> bool:
+    """Tells whether a tensor belongs to a layer behind the last one, which predicts further tokens."""
+    found = _LAYER.match(name)
+    return name.startswith("mtp.") or (found is not None and int(found[1]) >= layers)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from diffattn.config_fields import is_number
 from diffattn.errors import ConfigError
 from diffattn.plan.activations import layer
+from diffattn.plan.blocks.block import BlockShape
 from diffattn.plan.cluster.links import Cluster, parse_cluster
 from diffattn.plan.cluster.options import ClusterOptions
 from diffattn.plan.cluster.traffic import Traffic, traffic
@@ -170,6 +171,12 @@ def plan_cluster(
     found = []
     for each in models:
         model = parse_model(each, variant=DEFAULT) if isinstance(each, str) else each
+        if isinstance(model.built, BlockShape):
+            raise ConfigError(
+                f"{model.name} on a cluster",
+                "a model whose training is planned, which has the same layer all through",
+                "plan it without --cluster",
+            )
         length = context or model.built.max_position_embeddings
         at = replace(setting.alone, machine=cluster.machine, context=length)
         ways = [setting] if fixed else None

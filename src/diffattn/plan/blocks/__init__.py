@@ -1,0 +1,1 @@
+"""Models whose layers differ: experts, latent keys, state spaces; counted layer by layer."""
