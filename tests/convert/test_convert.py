@@ -82,6 +82,24 @@ def test_shards_are_read_and_written(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(tmp_path / "made"), logits(source), rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_shards_of_half_precision_stay_what_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    source = make_folder("llama", tmp_path / "source", dtype=dtype, max_shard_size=30_000)
+    for to in ("softmax", "diff_v2", "dex"):
+        done = convert(source, tmp_path / to, to, max_shard_size=30_000)
+        assert done.dtype == str(dtype).removeprefix("torch.")
+        assert json.loads((tmp_path / to / "config.json").read_text())["dtype"] == done.dtype
+        before, made = (
+            {name: tensor for file in folder.glob("model-*.safetensors") for name, tensor in load_file(file).items()}
+            for folder in (source, tmp_path / to)
+        )
+        assert len(list((tmp_path / to).glob("model-*.safetensors"))) > 2
+        assert {tensor.dtype for name, tensor in made.items() if ".dex." not in name} == {dtype}
+        changed = ("q_proj", "o_proj") if to == "diff_v2" else ()
+        for name, tensor in before.items():
+            assert any(part in name for part in changed) or torch.equal(made[name], tensor)
+
+
 def test_an_odd_number_of_key_heads_is_noted(tmp_path: Path) -> None:
     source = make_folder("diffllama", tmp_path / "source")
     config = json.loads((source / "config.json").read_text())

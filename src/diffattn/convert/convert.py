@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from diffattn.config_fields import Config, dtype_name, shown
 from diffattn.convert import diffllama, llama, unilm
-from diffattn.convert.folder import check_destination, check_loads, read_folder, write_folder
+from diffattn.convert.folder import check_destination, check_loads, write_folder
+from diffattn.convert.inputs.source import read_source
 from diffattn.convert.layout import EMBEDDING, Tensors
 from diffattn.convert.options import TARGETS
 from diffattn.convert.reading import OURS
@@ -50,6 +52,13 @@ _V2 = Direction(
 _DEX = Direction(
     llama.to_dex, "W_D = 0 added to the chosen heads", f"the same function, and {_BITS}", ("heads",)
 )  # fmt: skip
+
+# Of an adapter for a model of ours, which may stay what it is.
+_MERGED = Direction(
+    lambda config, tensors: (dict(config), dict(tensors)),
+    "the adapter merged into the weights",
+    "each changed weight rounded once",
+)
 
 DIRECTIONS: dict[tuple[str, str], Direction] = {
     ("diffllama", "diff_v1"): Direction(
@@ -141,7 +150,8 @@ def convert(
     ==================== ======================= =======================================
 
     Args:
-        src: a folder as ``save_pretrained`` writes it, or a reference folder (``docs/convert.md``).
+        src: a folder as ``save_pretrained`` writes it, of a model or of a LoRA adapter of PEFT whose base is a folder
+            here; a GGUF file, or a folder with one; or a reference folder (``docs/convert.md``).
         dst: a folder that is new or empty. It appears whole or not at all. The source's tokenizer and
             ``generation_config.json`` are copied into it.
         to: one of ``TARGETS``; ``None`` for the obvious one, which our own models do not have.
@@ -158,22 +168,26 @@ def convert(
     if to is not None and to not in TARGETS:
         raise ConfigError(f"to is {to!r}", f"one of {', '.join(TARGETS)}", "name one of these with --to")
     on_stage(Stage("reading the weights"))
-    checkpoint = read_folder(src)
-    destination = check_destination(src, dst)
-    kind = kind_of(checkpoint.config)
-    target = OBVIOUS.get(kind) if to is None else to
-    direction = _direction(kind, target, options)
-    if options.get("heads") is not None:
-        options["heads"] = _heads_of_layers(options["heads"], checkpoint.config)
-    on_stage(Stage("converting the weights"))
-    config, tensors = direction.function(checkpoint.config, checkpoint.tensors, **options)
-    if config["model_type"] != unilm.REFERENCE:
-        # Without this field, the library takes the dtype of the tensor that it finds first.
-        config.setdefault("dtype", dtype_name(tensors[EMBEDDING].dtype))
-        on_stage(Stage("checking that the result is a whole model"))
-        check_loads(config, tensors)
-    on_stage(Stage("writing the weights"))
-    size = write_folder(destination, config, tensors, checkpoint.copied, max_shard_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = read_source(src, Path(scratch))
+        destination = check_destination(src, dst)
+        kind = kind_of(checkpoint.config)
+        target = OBVIOUS.get(kind) if to is None else to
+        if checkpoint.merged and target in (None, kind):
+            target, direction = kind, _MERGED
+        else:
+            direction = _direction(kind, target, options)
+        if options.get("heads") is not None:
+            options["heads"] = _heads_of_layers(options["heads"], checkpoint.config)
+        on_stage(Stage("converting the weights"))
+        config, tensors = direction.function(checkpoint.config, checkpoint.tensors, **options)
+        if config["model_type"] != unilm.REFERENCE:
+            # Without this field, the library takes the dtype of the tensor that it finds first.
+            config.setdefault("dtype", dtype_name(tensors[EMBEDDING].dtype))
+            on_stage(Stage("checking that the result is a whole model"))
+            check_loads(config, tensors)
+        on_stage(Stage("writing the weights"))
+        size = write_folder(destination, config, tensors, checkpoint.copied, max_shard_size)
     made = config.get("converted")
     same = made.get("same_function", True) if isinstance(made, dict) else True
     return Conversion(
@@ -187,7 +201,7 @@ def convert(
         same_function=same,
         changed=direction.changed,
         exact=direction.exact if same else "not the same function: noise moved the second map, as was asked",
-        notes=_notes(checkpoint.config, config, checkpoint.has_tokenizer),
+        notes=(*checkpoint.notes, *_notes(checkpoint.config, config, checkpoint.has_tokenizer)),
     )
 
 
