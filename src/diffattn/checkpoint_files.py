@@ -23,13 +23,15 @@ from diffattn.folders import no_model
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# It takes the place of the template in tokenizer_config.json.
+CHAT_TEMPLATE = "chat_template.jinja"
 # Every tokenizer has at least one of these files.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 # Files without weights, which mean the same whatever the weights are.
 _COMPANIONS = (
     *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json", "generation_config.json",
+    CHAT_TEMPLATE, "chat_template.json", "generation_config.json",
 )  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
 

@@ -117,6 +117,36 @@ def test_a_tokenizer_that_is_given_is_used_and_kept(
     assert not Path("third").exists()
 
 
+def test_a_chat_template_writes_conversations_and_goes_into_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    template = "{% for message in messages %}<{{ message.role }}> {{ message.content }} {% endfor %}"
+    Path("chat.jinja").write_text(template)
+    said = [[{"role": "user", "content": row}, {"role": "assistant", "content": "Yes."}] for row in ROWS]
+    Path("chats.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in said))
+    train = ["train", "--shape", "small.toml", "--attention", "softmax", *SMALL, "--text", "chats.jsonl"]
+    assert main([*train, "--chat-template", "chat.jinja", "--out", "run"]) == 0
+    assert load_tokenizer(Path("run/model")).chat_template == template
+    assert Path("run/model/chat_template.jinja").read_text() == template
+    # The run keeps the template itself.
+    Path("chat.jinja").rename("moved.jinja")
+    resume = ["train", "--resume", "--out", "run"]
+    assert main(resume) == 0
+    assert main([*resume, "--chat-template", "moved.jinja"]) == 0
+    capsys.readouterr()
+    Path("other.jinja").write_text(template.upper().replace("<{{ MESSAGE.ROLE }}> {{ MESSAGE.CONTENT }}", "?"))
+    assert main([*resume, "--chat-template", "other.jinja"]) == 2
+    assert "'other.jinja' fails (" in errors(capsys)
+    Path("other.jinja").write_text(template.replace("<", "Then says "))
+    assert main([*resume, "--chat-template", "other.jinja"]) == 2
+    assert "run was started with --chat-template FILE, now --chat-template other.jinja;" in errors(capsys)
+    assert main([*train, "--chat-template", "absent.jinja", "--out", "second"]) == 2
+    assert not Path("second").exists()
+    further = ["train", "--from", "run/model", *SMALL, "--text", "chats.jsonl", "--chat-template", "other.jinja"]
+    assert main([*further, "--out", "third"]) == 0
+    assert load_tokenizer(Path("third/model")).chat_template == template.replace("<", "Then says ")
+    tokens = [json.loads(Path(run, "config.json").read_text())["data"]["tokens"] for run in ("run", "third")]
+    assert tokens[0] != tokens[1]
+
+
 def test_a_run_that_kept_one_text_as_a_name_goes_on() -> None:
     """As versions did that knew one text."""
     Path("a.txt").write_text("\n\f\n".join(ROWS))

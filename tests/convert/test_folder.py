@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.llama_folders import logits, make_folder
+from support.small_folders import small_tokenizer
 
 from diffattn.convert import folder as folder_module
 from diffattn.convert.convert import convert
 from diffattn.convert.folder import check_destination, check_loads, read_folder, write_folder
 from diffattn.errors import CheckpointError, ConfigError, TrainingError
+from diffattn.model.loading import load_tokenizer
 
 WEIGHTS = "model.safetensors"
 
@@ -192,6 +194,24 @@ def test_more_chat_templates_are_taken_along(tmp_path: Path) -> None:
     (source / "additional_chat_templates" / "tools.jinja").write_text("{{ y }}")
     convert(source, tmp_path / "made")
     assert (tmp_path / "made" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ y }}"
+
+
+def test_a_given_chat_template_takes_the_place_of_every_other(tmp_path: Path) -> None:
+    source = make_folder("diffllama", tmp_path / "source")
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = "old {{ messages[0].content }}"
+    tokenizer.save_pretrained(source)
+    facts = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(facts | {"chat_template": "older"}))
+    template = "new {{ messages[0].content }}"
+    convert(source, tmp_path / "made", chat_template=template)
+    assert load_tokenizer(tmp_path / "made").chat_template == template
+    convert(source, tmp_path / "kept")
+    assert load_tokenizer(tmp_path / "kept").chat_template == "old {{ messages[0].content }}"
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"a chat template, and .* holds no tokenizer"):
+        convert(source, tmp_path / "third", chat_template=template)
+    assert not (tmp_path / "third").exists()
 
 
 @pytest.mark.parametrize(

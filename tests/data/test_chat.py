@@ -1,6 +1,7 @@
 """Conversations in the words of a tokenizer's chat template, where it has one."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,8 +9,8 @@ from diffattn.data.documents import chat_text
 from diffattn.data.encoding import encode_documents
 from diffattn.data.packing import prepare_data
 from diffattn.data.text import SEPARATOR, Corpus, Document, split_by_document
-from diffattn.data.tokenizer import train_tokenizer
-from diffattn.errors import DataError
+from diffattn.data.tokenizer import read_chat_template, train_tokenizer
+from diffattn.errors import ConfigError, DataError
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -77,3 +78,51 @@ def test_conversations_are_split_alike_with_and_without_a_template_and_prepared(
     assert data.validation_bytes_per_token == pytest.approx(
         data.facts["bytes"]["validation"] / len(data.validation.tokens), rel=0.1
     )
+
+
+def test_a_given_template_is_that_of_the_result_alone_and_has_tokens_of_its_own(tokenizer, tmp_path) -> None:
+    corpus = Corpus.of("c", [chat(f"question {number}", "an answer") for number in range(40)])
+    made = [
+        prepare_data(
+            corpus, tokenizer=tokenizer, context=8, validation_fraction=0.2, cache_dir=tmp_path, chat_template=given
+        )
+        for given in (None, TEMPLATE.replace("<|turn|>", "* "))
+    ]
+    assert [each.tokenizer.decode(each.train.tokens[:4].tolist()).split("user")[0] for each in made] == [
+        "<|turn|>", "* "
+    ]  # fmt: skip
+    assert made[0].facts["tokenizer"] != made[1].facts["tokenizer"]
+    assert tokenizer.chat_template == TEMPLATE
+    trained = prepare_data(
+        corpus, vocab_size=270, context=8, validation_fraction=0.2, cache_dir=tmp_path, chat_template=TEMPLATE
+    )
+    assert trained.tokenizer.chat_template == TEMPLATE
+    assert trained.tokenizer.decode(trained.train.tokens[:20].tolist()).startswith("<|turn|>user")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read (No such file"),
+        (b"\xff\xfe", "it is no UTF-8"),
+        (b"{% for %}", "fails (Expected an expression"),
+        (b"{{ raise_exception('nobody may speak') }}", "fails (nobody may speak)"),
+        (b"{{ messages[7].content }}", "fails (list object has no element 7)"),
+        (b"{{ messages[0].content }}", "writes no question, or no answer"),
+        (b"", "writes no question, or no answer"),
+    ],
+)
+def test_a_file_that_is_no_chat_template_is_refused_in_one_line(content, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError) as raised:
+        read_chat_template(file)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_templates_that_ask_for_the_marks_of_a_text_are_read(tmp_path: Path) -> None:
+    turn = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    (tmp_path / "chat.jinja").write_text("{{ bos_token + '' }}" + turn)
+    assert read_chat_template(tmp_path / "chat.jinja") == "{{ bos_token + '' }}" + turn

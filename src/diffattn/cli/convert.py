@@ -36,9 +36,11 @@ def convert(
     with Board(keep=False) as board:
         board.importing()
         from diffattn.convert.convert import convert as run
+        from diffattn.data.tokenizer import read_chat_template
 
+        template = None if options.chat_template is None else read_chat_template(options.chat_template)
         given: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
-        result = run(src, dst, options.to, on_stage=board, **given)
+        result = run(src, dst, options.to, chat_template=template, on_stage=board, **given)
     print(f"{result.source} → {result.target}: {result.changed}; {result.exact}", file=sys.stderr)
     before = "" if result.parameters == result.source_parameters else f" (were {result.source_parameters:,})"
     print(

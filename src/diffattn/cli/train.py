@@ -85,10 +85,12 @@ def _run(
 def _start(
     options: TrainOptions, recipe: Recipe, layout: Layout, launch: LaunchOptions, console: Console
 ) -> TrainResult:
+    from diffattn.data.tokenizer import read_chat_template
     from diffattn.train.continued import LEARNING_RATE, continue_training
     from diffattn.train.single import train_shape
 
     source, named = options.source, given(options, recipe)
+    template = None if options.chat_template is None else read_chat_template(options.chat_template)
     if source is not None:
         if wrong := [f"--{name} {named[name]}" for name in _OF_A_SHAPE if name in named]:
             raise ConfigError(
@@ -100,7 +102,8 @@ def _start(
         name = f"{source.name} seed {recipe.seed}"
         call = functools.partial(
             continue_training, source, recipe, console.folder, text=options.text, text_column=options.text_column,
-            context=options.context, lossy_tokenizer=options.lossy_tokenizer, track=options.track, layout=layout,
+            context=options.context, lossy_tokenizer=options.lossy_tokenizer, chat_template=template,
+            track=options.track, layout=layout,
         )  # fmt: skip
         return _run(name, call, recipe, layout, launch, console, resume=False)
     if options.lossy_tokenizer and options.tokenizer is None:
@@ -113,7 +116,7 @@ def _start(
     call = functools.partial(
         train_shape, options.shape, options.attention, recipe, console.folder, text=options.text,
         text_column=options.text_column, context=options.context, match=options.match, tokenizer=options.tokenizer,
-        lossy_tokenizer=options.lossy_tokenizer, track=options.track, layout=layout,
+        lossy_tokenizer=options.lossy_tokenizer, chat_template=template, track=options.track, layout=layout,
     )  # fmt: skip
     return _run(name, call, recipe, layout, launch, console, resume=False)
 
@@ -121,10 +124,15 @@ def _start(
 def _resume(
     options: TrainOptions, recipe: Recipe, layout: Layout, launch: LaunchOptions, console: Console
 ) -> TrainResult:
+    from diffattn.data.tokenizer import read_chat_template
     from diffattn.train.own import read_own
     from diffattn.train.resume import resume_training
 
     own, beside = read_own(console.folder), given(options, recipe)
+    template = beside.get("chat_template")
+    # The run keeps the template, not its file.
+    if isinstance(template, Path) and read_chat_template(template) == own.chat_template:
+        del beside["chat_template"]
     # It changes no number of the run, so it may change.
     track = options.track if beside.pop("track", None) else None
     text, source = _moved(own, console.folder, beside)
@@ -147,6 +155,8 @@ def _moved(own: Own, folder: Path, others: Mapping[str, object]) -> tuple[tuple[
 
     has = dataclasses.asdict(own.recipe) | {"attention": own.attention, "context": own.context}
     has |= {"text_column": own.text_column, "lossy_tokenizer": own.lossy_tokenizer, "tokenizer": own.tokenizer}
+    # Its file's name is not kept, so that an error names it as the help does.
+    has |= {"chat_template": own.chat_template and "FILE"}
     has |= {"text": own.text, "source": own.source, "match": own.match, "shape": own.shape and own.shape.name}
     same: dict[str, Callable[[Any], bool]] = {
         "text": lambda text: same_text(text, own.text, own.data_digest, own.text_column)

@@ -131,6 +131,7 @@ def convert(
     dst: str | Path,
     to: str | None = None,
     *,
+    chat_template: str | None = None,
     max_shard_size: int | str = "5GB",
     on_stage: OnStage = unseen,
     **options: Any,
@@ -155,6 +156,7 @@ def convert(
         dst: a folder that is new or empty. It appears whole or not at all. The source's tokenizer and
             ``generation_config.json`` are copied into it.
         to: one of ``TARGETS``; ``None`` for the obvious one, which our own models do not have.
+        chat_template: the template itself, for the tokenizer in ``dst``. Default: the source's own.
         max_shard_size: the largest size of one file of weights, in bytes or as ``"5GB"``.
         on_stage: called with what is being done.
         options: to diff_v2 ``noise``, ``noise_std`` and ``seed`` of :func:`diffattn.convert.llama.to_diff_v2`; to dex
@@ -179,6 +181,11 @@ def convert(
             direction = _direction(kind, target, options)
         if options.get("heads") is not None:
             options["heads"] = _heads_of_layers(options["heads"], checkpoint.config)
+        if chat_template is not None and not checkpoint.has_tokenizer:
+            raise ConfigError(
+                f"a chat template, and {str(src)!r} holds no tokenizer", "a tokenizer that it belongs to",
+                "save the tokenizer there, or leave --chat-template out",
+            )  # fmt: skip
         on_stage(Stage("converting the weights"))
         config, tensors = direction.function(checkpoint.config, checkpoint.tensors, **options)
         if config["model_type"] != unilm.REFERENCE:
@@ -187,7 +194,7 @@ def convert(
             on_stage(Stage("checking that the result is a whole model"))
             check_loads(config, tensors)
         on_stage(Stage("writing the weights"))
-        size = write_folder(destination, config, tensors, checkpoint.copied, max_shard_size)
+        size = write_folder(destination, config, tensors, checkpoint.copied, max_shard_size, chat_template)
     made = config.get("converted")
     same = made.get("same_function", True) if isinstance(made, dict) else True
     return Conversion(

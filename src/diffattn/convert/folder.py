@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from diffattn.checkpoint_files import (
+    CHAT_TEMPLATE,
     CONFIG,
     TOKENIZERS,
     check_finite,
@@ -29,7 +30,7 @@ from diffattn.checkpoint_files import (
 from diffattn.config_fields import Config
 from diffattn.convert.layout import Tensors, check_shapes, shapes_of
 from diffattn.errors import CheckpointError, ConfigError, one_line
-from diffattn.files import whole_folder, write_json
+from diffattn.files import whole_folder, write_json, write_text
 from diffattn.folders import own_folder
 
 
@@ -127,6 +128,7 @@ def write_folder(
     tensors: Mapping[str, Tensor],
     copied: Sequence[Path] = (),
     max_shard_size: int | str = "5GB",
+    chat_template: str | None = None,
 ) -> int:
     """Writes a checkpoint folder as ``save_pretrained`` does, whole or not at all.
 
@@ -137,6 +139,7 @@ def write_folder(
         copied: files to copy as they are.
         max_shard_size: the largest size of one safetensors file, in bytes or as ``"5GB"``; larger checkpoints are
             written as several files with an index.
+        chat_template: the tokenizer's, in place of the one among the copied files.
 
     Returns:
         The bytes of the weights.
@@ -148,6 +151,8 @@ def write_folder(
     try:
         with whole_folder(destination) as partial:
             copy_companions(copied, partial)
+            if chat_template is not None:
+                write_text(partial / CHAT_TEMPLATE, chat_template)
             save_torch_state_dict(dict(tensors), partial, max_shard_size=max_shard_size)
             write_json(partial / CONFIG, dict(config))
             # The library leaves out a tensor that shares its memory with another.

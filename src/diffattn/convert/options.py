@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 TARGETS = ("softmax", "diff_v1", "diff_v2", "dex", "diffllama", "reference", "llama")
 NOISE = ("copy", "perturbed")
@@ -22,6 +23,8 @@ class ConvertOptions:
     """Size of the change, as a share of the spread of the weights, only with --noise perturbed. Default: 0.1."""
     seed: int | None = None
     """Random seed for the change, only with --noise perturbed. Default: 0."""
+    chat_template: Path | None = None
+    """File of a chat template (Jinja) for the model's tokenizer, in place of its own: generate and serve use it."""
     dex_heads: str | None = None
     """Heads that subtract, only with --to dex: 0,2 names them for all layers, and 0,2/1/ for each of three layers.
     Default: all."""

@@ -38,6 +38,7 @@ from diffattn.data.tokenizer import (
     parted,
     train_tokenizer,
     vocabulary_rows,
+    with_chat_template,
 )  # fmt: skip
 from diffattn.errors import CheckpointError, ConfigError
 from diffattn.files import file_facts, write_json
@@ -126,6 +127,7 @@ def prepare_data(
     validation_fraction: float = 0.02,
     text_column: str = "text",
     lossy_tokenizer: bool = False,
+    chat_template: str | None = None,
     cache_dir: str | Path | None = None,
     on_stage: OnStage = unseen,
     on_note: OnNote = lambda line: None,
@@ -142,6 +144,8 @@ def prepare_data(
         validation_fraction: share of the bytes to hold out, above 0 and at most 0.5.
         text_column: the field or column that holds the text.
         lossy_tokenizer: accept a tokenizer that loses more than 1% of the text's bytes (``data/roundtrip.py``).
+        chat_template: the chat template of the tokenizer in the result, by which conversations are written. Default:
+            the given tokenizer's own.
         cache_dir: the folder of the cache. Default: ``$DIFFATTN_CACHE``, else ``$XDG_CACHE_HOME/diffattn``, else
             ``~/.cache/diffattn``.
         on_stage: called with each stage of the work and how much of it is done.
@@ -162,7 +166,7 @@ def prepare_data(
             "vocab_size and tokenizer are both given, or neither", "exactly one of them", "pass vocab_size=4096, say"
         )
     cache = Cache(cache_root(cache_dir), on_stage, on_note)
-    given = None if tokenizer is None else fingerprint(tokenizer)
+    given = tokenizer is not None
     with cache_explained(cache.root), ExitStack() as stack:
         on_stage(Stage("reading the text"))
         name, sources = text_sources(text, text_column, on_note)
@@ -170,12 +174,12 @@ def prepare_data(
         if tokenizer is None:
             assert vocab_size is not None
             tokenizer = _trained(known, vocab_size, validation_fraction, cache)
-        made = [
-            _made(each, tokenizer, given is not None, lossy_tokenizer, validation_fraction, cache) for each in known
-        ]
+        if chat_template is not None:
+            tokenizer = with_chat_template(tokenizer, chat_template)
+        made = [_made(each, tokenizer, given, lossy_tokenizer, validation_fraction, cache) for each in known]
     data = _open(name, known, [each.tokens for each in made], context, tokenizer)
-    if given is not None:
-        data.facts["tokenizer"] = given
+    if given:
+        data.facts["tokenizer"] = fingerprint(tokenizer)
     if any(each.lost.lost for each in made):
         data.facts["text_lost"] = sum(each.lost.lost for each in made) / sum(each.lost.tried for each in made)
     return data

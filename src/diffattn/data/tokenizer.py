@@ -1,16 +1,18 @@
 """Trains a byte-level BPE tokenizer of any size, which gives every UTF-8 text back exactly; facts of any tokenizer."""
 
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from diffattn.data.documents import SEPARATOR
-from diffattn.errors import ConfigError
+from diffattn.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -174,6 +176,43 @@ def plain_backend(content: str) -> "Tokenizer":
     return backend
 
 
+def read_chat_template(file: str | Path) -> str:
+    """Reads a chat template, the Jinja text that writes a conversation as one text, and tries it.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a template that cannot write a question and its answer.
+
+    >>> read_chat_template("absent.jinja")
+    Traceback (most recent call last):
+    diffattn.errors.ConfigError: 'absent.jinja' cannot be read (No such file or directory); wanted a chat template, \
+the Jinja text of one model: check the path
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    wanted = "a chat template, the Jinja text of one model"
+    try:
+        template = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        raise ConfigError(f"{str(file)!r} cannot be read ({reason})", wanted, "check the path") from None
+    said = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        written = render_jinja_template([said], chat_template=template, bos_token="", eos_token="")[0][0]
+    # A template is a program, so it can raise anything.
+    except Exception as error:
+        raise ConfigError(f"{str(file)!r} fails ({one_line(error)})", wanted, "correct it") from None
+    if "question" not in written or "answer" not in written:
+        raise ConfigError(f"{str(file)!r} writes no question, or no answer", wanted, "correct it")
+    return template
+
+
+def with_chat_template(tokenizer: "PreTrainedTokenizerFast", template: str) -> "PreTrainedTokenizerFast":
+    """Returns a copy of a tokenizer that has this chat template."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def vocabulary_rows(tokenizer: "PreTrainedTokenizerFast") -> int:
     """Counts the rows of an embedding that the tokenizer's ids need: the highest id, and one more.
 
@@ -184,8 +223,8 @@ def vocabulary_rows(tokenizer: "PreTrainedTokenizerFast") -> int:
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Returns a SHA-256 of everything that decides the tokens of a document."""
-    content = json.dumps([tokenizer.backend_tokenizer.to_str(), document_marks(tokenizer)])
+    """Returns a SHA-256 of everything that decides the tokens of a document, or of a conversation."""
+    content = json.dumps([tokenizer.backend_tokenizer.to_str(), document_marks(tokenizer), tokenizer.chat_template])
     return hashlib.sha256(content.encode()).hexdigest()
 
 

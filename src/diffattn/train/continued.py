@@ -39,6 +39,7 @@ def continue_training(
     text_column: str = TrainOptions.text_column,
     context: int | None = TrainOptions.context,
     lossy_tokenizer: bool = TrainOptions.lossy_tokenizer,
+    chat_template: str | None = None,
     track: Sequence[str] = TrainOptions.track,
     layout: Layout | None = None,
     resume: bool = False,
@@ -57,6 +58,7 @@ def continue_training(
             model better than the recipe's default.
         out: the run folder; it must not hold a run unless ``resume``.
         text, text_column, lossy_tokenizer, track: see :class:`diffattn.train.options.TrainOptions`.
+        chat_template: the template itself, for the tokenizer in the model's folder. Default: the tokenizer's own.
         context: tokens per block. Default: ``CONTEXT``, or the model's ``max_position_embeddings`` if that is less.
         layout: how the run is spread over ranks and computed, which changes no result. Default: ``Layout()``.
         resume: continue from the last good checkpoint in ``out``; ``source`` still has to be the same model.
@@ -82,7 +84,10 @@ def continue_training(
     context = check_context(config.shape(), default if context is None else context, whose="model")
     track = check_trackers(track)
     origin = {"folder": str(source.resolve()), "digest": weights_digest(source)}
-    options = to_keep(text, context, text_column, lossy_tokenizer=lossy_tokenizer, track=track, layout=layout.to_dict())
+    options = to_keep(
+        text, context, text_column, lossy_tokenizer=lossy_tokenizer, chat_template=chat_template, track=track,
+        layout=layout.to_dict(),
+    )  # fmt: skip
     with joined(
         recipe.device, recipe.to_dict() | layout.to_dict() | options | {"the model": origin["digest"]}
     ) as ranks:
@@ -94,7 +99,7 @@ def continue_training(
             data = ranks.first_on_host(
                 lambda: prepare_data(
                     text, tokenizer=tokenizer, context=context, text_column=text_column,
-                    lossy_tokenizer=lossy_tokenizer, on_stage=on_stage, on_note=on_note,
+                    lossy_tokenizer=lossy_tokenizer, chat_template=chat_template, on_stage=on_stage, on_note=on_note,
                 )
             )  # fmt: skip
             on_stage(Stage("loading the model"))

@@ -43,6 +43,9 @@ class TrainOptions:
     one is trained on the text."""
     lossy_tokenizer: bool = False
     """Use a tokenizer that loses more than 1% of the text; only with ``source`` or ``tokenizer``."""
+    chat_template: Path | None = None
+    """File of a chat template (Jinja), which writes the conversations of the text and goes into the model's folder, for
+    generate and serve. Default: the tokenizer's own, if it has one."""
     track: tuple[str, ...] = field(default=(NO_TRACKER,), metadata={"choices": TRACKERS})
     """Programs that show the metrics too, one or several; their files lie in the run folder, and metrics.jsonl is
     written anyway."""

@@ -33,6 +33,8 @@ class Own:
     tokenizer: Path | None = None
     """The folder of a tokenizer that was given for a shape."""
     lossy_tokenizer: bool = False
+    chat_template: str | None = None
+    """The chat template that was given for the tokenizer."""
     track: tuple[str, ...] = TrainOptions.track
     layout: Layout = field(default_factory=Layout)
     """The way it was spread over ranks and computed, which the ranks that go on with it may change."""
@@ -64,6 +66,7 @@ def read_own(folder: Path) -> Own:
         options = config.get("options", {"text": data["name"], "context": data["context"]})
         column = options.get("text_column", "text")
         lossy, tokenizer = options.get("lossy_tokenizer", False), options.get("tokenizer")
+        template = options.get("chat_template")
         # An earlier version of diffattn kept the name of its one text.
         text = (options["text"],) if isinstance(options["text"], str) else tuple(options["text"])
         track = tuple(options.get("track", TrainOptions.track))
@@ -73,6 +76,7 @@ def read_own(folder: Path) -> Own:
             not all(isinstance(text, str) for text in texts)
             or not is_count(options["context"])
             or not isinstance(lossy, bool)
+            or not isinstance(template, str | None)
         ):
             raise TypeError("a name is no text, or a number is none")
         return Own(
@@ -84,6 +88,7 @@ def read_own(folder: Path) -> Own:
             text_column=column,
             tokenizer=Path(tokenizer) if tokenizer is not None else None,
             lossy_tokenizer=lossy,
+            chat_template=template,
             track=track,
             layout=Layout(**options.get("layout", {})),
             shape=ModelShape(**options["shape"]) if "shape" in options else None,

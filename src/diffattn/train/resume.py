@@ -58,11 +58,12 @@ def resume_training(
     if own.source is not None and source is not None:
         return continue_training(
             source, own.recipe, out, text=text, text_column=own.text_column, context=own.context,
-            lossy_tokenizer=own.lossy_tokenizer, track=track, layout=layout, resume=True,
-            on_progress=on_progress, on_stage=on_stage, on_note=on_note,
+            lossy_tokenizer=own.lossy_tokenizer, chat_template=own.chat_template, track=track, layout=layout,
+            resume=True, on_progress=on_progress, on_stage=on_stage, on_note=on_note,
         )  # fmt: skip
     return train_shape(
         own.shape or shape, own.attention, own.recipe, out, text=text, text_column=own.text_column,
         context=own.context, match=own.match or match, tokenizer=own.tokenizer, lossy_tokenizer=own.lossy_tokenizer,
-        track=track, layout=layout, resume=True, on_progress=on_progress, on_stage=on_stage, on_note=on_note,
+        chat_template=own.chat_template, track=track, layout=layout, resume=True, on_progress=on_progress,
+        on_stage=on_stage, on_note=on_note,
     )  # fmt: skip

@@ -42,6 +42,7 @@ def train_shape(
     match: str = TrainOptions.match,
     tokenizer: str | Path | None = TrainOptions.tokenizer,
     lossy_tokenizer: bool = TrainOptions.lossy_tokenizer,
+    chat_template: str | None = None,
     track: Sequence[str] = TrainOptions.track,
     layout: Layout | None = None,
     resume: bool = False,
@@ -61,6 +62,7 @@ def train_shape(
         out: the run folder; it must not hold a run unless ``resume``.
         text, text_column, match, tokenizer, lossy_tokenizer, track: see
             :class:`diffattn.train.options.TrainOptions`.
+        chat_template: the template itself, for the tokenizer in the model's folder. Default: the tokenizer's own.
         context: tokens per block; default and upper limit: the shape's ``max_position_embeddings``.
         layout: how the run is spread over ranks and computed, which changes no result. Default: ``Layout()``.
         resume: continue from the last good checkpoint in ``out``.
@@ -81,6 +83,7 @@ def train_shape(
     options = to_keep(
         text, context, text_column, shape=shape, attention=attention, match=match, track=track, layout=layout.to_dict(),
         tokenizer=None if tokenizer is None else str(Path(tokenizer).absolute()), lossy_tokenizer=lossy_tokenizer,
+        chat_template=chat_template,
     )  # fmt: skip
     with joined(recipe.device, recipe.to_dict() | layout.to_dict() | options) as ranks:
         layout.check(ranks.world, recipe.batch_size)
@@ -91,7 +94,8 @@ def train_shape(
             data = ranks.first_on_host(
                 lambda: prepare_data(
                     text, vocab_size=shape.vocab_size if given is None else None, tokenizer=given, context=context,
-                    text_column=text_column, lossy_tokenizer=lossy_tokenizer, on_stage=on_stage, on_note=on_note,
+                    text_column=text_column, lossy_tokenizer=lossy_tokenizer, chat_template=chat_template,
+                    on_stage=on_stage, on_note=on_note,
                 )
             )  # fmt: skip
             on_stage(Stage("building the model"))
