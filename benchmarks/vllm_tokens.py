@@ -26,7 +26,12 @@ from typing import Any
 
 from benchmarks.rows import Writer, provenance
 
-VARIANTS = ("softmax", "diff_v1", "diff_v2", "dex")
+# By name, the variant and the fields of its configuration.
+WINDOWS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("softmax", "diff_v1", "diff_v2", "diff_gda", "diff_gda_v2", "dex")},
+    "diff_v1 with windows": ("diff_v1", WINDOWS),
+}
 TOKENS = 32
 CONTEXT = 256
 KEY = "a-key"
@@ -55,7 +60,7 @@ def main() -> int:
     """Compare every variant both ways; write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=CASES, default=tuple(CASES))
     parser.add_argument("--offline", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.offline is not None:
@@ -115,7 +120,9 @@ def write_model(folder: Path, variant: str) -> list[list[int]]:
     shape = ModelShape(vocab_size=len(tokenizer), **SHAPE)
     torch.manual_seed(0)
     # Tied, an embedding this wide would make every model repeat its last token.
-    config = DiffTransformerConfig.from_shape(shape, variant, initializer_range=0.12, tie_word_embeddings=False)
+    attention, fields = CASES[variant]
+    fields = {"initializer_range": 0.12, "tie_word_embeddings": False} | fields
+    config = DiffTransformerConfig.from_shape(shape, attention, **fields)
     model = DiffTransformerForCausalLM(config)
     for name, parameter in model.named_parameters():
         if "norm" in name or "subln" in name:
