@@ -14,6 +14,7 @@ from diffattn.study import compare as module
 from diffattn.study.compare import compare
 from diffattn.study.options import CompareOptions
 from diffattn.train.callbacks import read_metrics
+from diffattn.train.masked import HELD_OUT, MaskedSamples
 
 MEASURES = {
     "parameters", "attention_parameters", "val_loss", "bits_per_byte", "train_tokens_per_second", "train_peak_bytes",
@@ -196,3 +197,49 @@ def test_a_folder_in_use_and_changed_options_are_refused(tmp_path: Path) -> None
         compare(CompareOptions(steps=3), out=tmp_path / "out", resume=True)
     with pytest.raises(ConfigError, match="no comparison to resume"):
         compare(settings, out=tmp_path / "absent", resume=True)
+
+
+def test_encoders_are_compared_on_the_same_hidden_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    asked: list[list[Any]] = []
+
+    class Recorded(MaskedSamples):
+        def __init__(self, samples: Any, tokenizer: Any, *, seed: int) -> None:
+            super().__init__(samples, tokenizer, seed=seed)
+            if seed != HELD_OUT:
+                asked.append([])
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            sample = super().__getitem__(index)
+            asked[-1].append((self.seed, index, sample["input_ids"].tolist(), sample["labels"].tolist()))
+            return sample
+
+    monkeypatch.setattr("diffattn.train.run.MaskedSamples", Recorded)
+    out = tmp_path / "out"
+    result = compare(options(tmp_path, objective="mlm", seeds=1, steps=4), out=out)
+    claims = [json.loads((out / f"{name}-seed0/config.json").read_text()) for name in result.variants]
+    assert [claim["recipe"]["objective"] for claim in claims] == ["mlm"] * 3
+    assert claims[0]["data"] == claims[1]["data"] == claims[2]["data"]
+    for name, row in result.variants.items():
+        assert (row.bits_per_byte, row.cache_bytes_per_token) == (None, None)
+        assert row.first_token_seconds > 0
+        model = AutoModelForMaskedLM.from_pretrained(out / f"{name}-seed0/model")
+        assert not model.config.is_causal
+        assert row.parameters == model.num_parameters()
+        shape = model.config.shape()
+        flops = flops_per_token(shape, name, context=32, backend=row.attention_backend, causal=False)
+        assert (row.model_flops_per_token, row.executed_flops_per_token) == (flops.model, flops.executed)
+        assert flops.model > flops_per_token(shape, name, context=32).model
+    assert len(asked) == 3
+    assert asked[0] == asked[1] == asked[2]
+    page = (out / "report.html").read_text()
+    assert "grey is the future" not in page
+    assert "Bits per byte" not in page
+    again = compare(None, out=out, resume=True)
+    assert again.variants["diff_v1"].val_loss == result.variants["diff_v1"].val_loss
+
+
+def test_an_unknown_objective_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="objective is 'bert'; wanted one of clm, mlm"):
+        options(tmp_path, objective="bert")

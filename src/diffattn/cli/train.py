@@ -52,8 +52,9 @@ def train(
         raise ConfigError("--on ray under torchrun", "one of the two, since each starts ranks", "leave torchrun out")
     with console_of_ranks("train", out, resume, recipe.device, (options, recipe, layout)) as console:
         result = (_resume if resume else _start)(options, recipe, layout, launch, console)
+    bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits per byte, "
     console.note(
-        f"held-out loss {result.val_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte, "
+        f"held-out loss {result.val_loss:.4f} nats per token, {bits}"
         f"{result.train_tokens_per_second:,.0f} tokens/s; model: {result.model_folder}"
     )
     if json:

@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import (
+    DiffTransformerForCausalLM,
     DiffTransformerLanguageModel,
     DiffTransformerModel,
     DiffTransformerPreTrainedModel,
@@ -70,6 +71,11 @@ class DiffTransformerForMaskedLM(DiffTransformerLanguageModel):
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+
+def language_class(config: DiffTransformerConfig) -> type[DiffTransformerLanguageModel]:
+    """Returns the class with an output head: the one that writes text, or the one of an encoder."""
+    return DiffTransformerForCausalLM if config.is_causal else DiffTransformerForMaskedLM
 
 
 class DiffTransformerForSequenceClassification(GenericForSequenceClassification, DiffTransformerPreTrainedModel):

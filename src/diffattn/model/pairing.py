@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.heads import language_class
+from diffattn.model.modeling import DiffTransformerLanguageModel
 from diffattn.model.options import MATCHES
 from diffattn.plan.cost import Parameters, count_parameters, match_parameters
 from diffattn.plan.shape import ModelShape
@@ -35,8 +36,8 @@ _OF_THE_SHAPE = {
 class Pair(NamedTuple):
     """``model`` is the variant that was asked for, ``twin`` the softmax Transformer with the same initial values."""
 
-    model: DiffTransformerForCausalLM
-    twin: DiffTransformerForCausalLM
+    model: DiffTransformerLanguageModel
+    twin: DiffTransformerLanguageModel
 
 
 def pair_config(
@@ -62,7 +63,7 @@ def parameters_of(config: DiffTransformerConfig) -> Parameters:
     """The parameters of a configuration without biases, norms of queries and keys, and DEX, before it is built.
 
     >>> config = pair_config(ModelShape.preset("300K"), "diff_v2", lambda_form="one")
-    >>> parameters_of(config).total == DiffTransformerForCausalLM(config).num_parameters()
+    >>> parameters_of(config).total == language_class(config)(config).num_parameters()
     True
     """
     return count_parameters(config.shape(), config.attention, **{name: getattr(config, name) for name in _COUNTED})
@@ -105,11 +106,11 @@ def build_pair(shape: ModelShape, attention: str, *, seed: int = 0, match: str =
     return Pair(model, twin)
 
 
-def _build(config: DiffTransformerConfig, seed: int) -> DiffTransformerForCausalLM:
+def _build(config: DiffTransformerConfig, seed: int) -> DiffTransformerLanguageModel:
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed every CUDA device too, whose state is not put back.
         torch.default_generator.manual_seed(seed)
-        return DiffTransformerForCausalLM(config)
+        return language_class(config)(config)
 
 
 def _share(target: Tensor, source: Tensor, *, signal_half: bool, shape: ModelShape) -> None:

@@ -169,14 +169,20 @@ def match_parameters(shape: ModelShape, attention: str, *, tolerance: float = 0.
 
 
 def flops_per_token(
-    shape: ModelShape, attention: str, *, context: int, phase: str = "training", backend: str = "standard"
+    shape: ModelShape,
+    attention: str,
+    *,
+    context: int,
+    phase: str = "training",
+    backend: str = "standard",
+    causal: bool = True,
 ) -> Flops:
-    """Returns FLOPs per token, averaged over one causal sequence.
+    """Returns FLOPs per token, averaged over one sequence.
 
     ``linear = 2 · (matrix parameters of the layers + V·D of the output projection)``; the embedding lookup is none.
-    ``attention = L · n/2 · c · (T + 1)/2`` with T the context: a query sees (T + 1)/2 keys on average, and in a layer
-    with a window of w tokens min(t, w). Masked pairs are not counted, although a backend that works in tiles does some
-    of them, and a call of ``sdpa`` with a mask all of them. c, per query-key pair and pair of baseline
+    ``attention = L · n/2 · c · (T + 1)/2`` with T the context: a query sees (T + 1)/2 keys on average, in a layer with a
+    window of w tokens min(t, w), and in an encoder T. Masked pairs are not counted, although a backend that works in
+    tiles does some of them, and a call of ``sdpa`` with a mask all of them. c, per query-key pair and pair of baseline
     heads, is the sum of the products as wide as q and k, and those as wide as v:
 
     ============================================= ======= ======= =======
@@ -212,6 +218,7 @@ def flops_per_token(
         context: tokens T in the sequence, at least 1.
         phase: ``"forward"`` or ``"training"``. Default: ``"training"``.
         backend: a row of the table; softmax has the same cost in each. Default: ``"standard"``.
+        causal: False for an encoder. Default: True.
 
     Returns:
         ``model``, which no backend changes, and ``executed``; whole FLOPs per token.
@@ -235,7 +242,8 @@ def flops_per_token(
     # L · n/2 · (T + 1)/2 times c = units · d; every entry of the table is a multiple of 4, so this stays whole. So does
     # what shared noise heads cost, since r divides n. The mean over a sequence in which some layers see a window alone
     # is rounded down.
-    per_four = shape.num_heads * shape.head_dim * shape.pairs_seen(context)
+    seen_twice = shape.pairs_seen(context) if causal else 2 * shape.num_layers * context**2
+    per_four = shape.num_heads * shape.head_dim * seen_twice
     by_definition = sum(forms["definition"].forward)
     executed = forms[backend].executed(VARIANTS[attention].heads(shape).width, training=training)
     return Flops(

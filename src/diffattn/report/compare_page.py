@@ -93,6 +93,7 @@ def render_compare(result: ComparisonResult, curves: Curves, maps: HeadMaps | No
         rows=_rows(result),
         maps=shown,
         text="" if maps is None else maps.text,
+        causal=maps is None or maps.causal,
         limit=f"{limit:g}",
         saturates=largest > limit,
         details={title: list(_flat(settings)) for title, settings in details.items()},
@@ -132,7 +133,7 @@ def _maps(
         key: map_chart(
             weights, maps.tokens, PANELS[key], limits, map_alt(maps, name, key), side=side, legend=key in legends
         )
-        for key, weights in panels(entry, maps.tokens).items()
+        for key, weights in panels(entry, maps.tokens, causal=maps.causal).items()
     }
 
 

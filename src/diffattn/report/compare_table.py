@@ -57,8 +57,8 @@ def cell(measure: Measure, variant: VariantResult, baseline: VariantResult | Non
     return Cell(measure.format(mean), seeds if len(seeds) > 1 else (), "", ", ".join(map(exact, values)))
 
 
-def _values(measure: Measure, variant: VariantResult) -> float | Sequence[float] | None:
-    found: float | Sequence[float] | None = getattr(variant, measure.key)
+def _values(measure: Measure, variant: VariantResult) -> float | Sequence[float | None] | None:
+    found: float | Sequence[float | None] | None = getattr(variant, measure.key)
     return found
 
 

@@ -35,10 +35,10 @@ def token_label(token: str) -> str:
     return shown if len(shown) <= LONGEST_LABEL else shown[: LONGEST_LABEL - 1] + "…"
 
 
-def panels(entry: AttentionMaps, tokens: Sequence[str]) -> dict[str, np.ma.MaskedArray]:
-    """The maps that a variant has, with everything after the query masked."""
+def panels(entry: AttentionMaps, tokens: Sequence[str], *, causal: bool = True) -> dict[str, np.ma.MaskedArray]:
+    """The maps that a variant has, with everything after the query masked where it is causal."""
     length = len(tokens)
-    future = np.triu(np.ones((length, length), dtype=bool), 1)
+    future = np.triu(np.full((length, length), causal), 1)
     found: dict[str, np.ma.MaskedArray] = {}
     for key, rows in entry.maps.items():
         weights = np.asarray(rows, dtype=float)
@@ -60,7 +60,7 @@ def scale(maps: MapSet) -> tuple[float, float]:
     """
     every, late = [np.zeros(1)], [np.zeros(1)]
     for entry in maps.variants.values():
-        for weights in panels(entry, maps.tokens).values():
+        for weights in panels(entry, maps.tokens, causal=maps.causal).values():
             every.append(np.abs(weights).compressed())
             late.append(np.abs(weights[3:] if len(weights) > 6 else weights).compressed())
     largest = float(np.nanmax(np.concatenate(every)))
@@ -100,7 +100,7 @@ def cells(weights: np.ma.MaskedArray, tokens: Sequence[str]) -> list[dict[str, o
     block = block_of(tokens)
     found: list[dict[str, object]] = []
     for query in range(0, len(tokens), block):
-        for key in range(0, query + block, block):
+        for key in range(0, len(tokens), block):
             inside = weights[query : query + block, key : key + block].compressed()
             if len(inside):
                 weight = float(inside[np.argmax(np.abs(inside))])

@@ -21,17 +21,17 @@ class VariantResult(Result):
     intermediate_size: int
     """Width of the feed-forward network, in channels."""
     val_loss: Sequence[float]
-    """Held-out loss in nats per token, one for each seed."""
-    bits_per_byte: Sequence[float]
-    """Held-out loss in bits per byte of text, one for each seed."""
+    """Held-out loss in nats per token that is asked for, one for each seed."""
+    bits_per_byte: Sequence[float | None] | None
+    """Held-out loss in bits per byte of text, one for each seed; None for encoders."""
     attention_backend: str
     """The backend that served the attention, such as ``fused_cpu`` or ``standard``."""
     train_tokens_per_second: float
     """Tokens of a training step over its median time, in tokens per second; the median over seeds."""
     train_peak_bytes: float
     """Largest number of bytes of tensors that were alive within one training step."""
-    cache_bytes_per_token: float
-    """Bytes of keys and values of all layers for each token, in float32."""
+    cache_bytes_per_token: float | None
+    """Bytes of keys and values of all layers for each token, in float32; None for encoders, which have no cache."""
     model_flops_per_token: float
     """FLOPs of training for each token, by the definition of the variant; a multiply-add counts as 2."""
     executed_flops_per_token: float
@@ -41,7 +41,7 @@ class VariantResult(Result):
     load_seconds: float
     """Seconds that ``from_pretrained`` takes, the median of three."""
     first_token_seconds: float
-    """Seconds from 32 tokens of prompt to the next token, the median of three."""
+    """Seconds from 32 tokens of prompt to the next token, of an encoder to their logits; the median of three."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,8 @@ class MapSet(Result):
     """The T tokens as they are to be read: a leading space as ``·``, a line break as ``↵``."""
     variants: Mapping[str, AttentionMaps]
     """The maps by the name of the model or variant, in the order in which they are shown."""
+    causal: bool = True
+    """False for encoders, whose tokens see both sides."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,6 +116,8 @@ class Run:
         """Trains, or goes on training, and measures."""
         model = self.arm.build(self.shape, seed=self.seed, match=self.options.match).model
         result = train(model, self.data, self.recipe, folder, resume=True, on_progress=on_step, on_stage=on_stage)
+        # Only encoders have none.
+        assert result.bits_per_byte is not None
         return LadderRow(
             **vars(self.facts),
             val_loss=result.val_loss,

@@ -21,8 +21,10 @@ from diffattn.files import write_json, write_text
 from diffattn.folders import COMPARISON, own_folder
 from diffattn.intervals import pairs
 from diffattn.machine import Provenance
+from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.fused import serving_backend
-from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.heads import language_class
+from diffattn.model.modeling import DiffTransformerLanguageModel
 from diffattn.model.pairing import build_pair, pair_config
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token
 from diffattn.plan.named_model import load_shape
@@ -36,11 +38,13 @@ from diffattn.results.maps import HeadMaps
 from diffattn.study.comparison import RunPlan, Stored
 from diffattn.study.options import CompareOptions
 from diffattn.train.callbacks import Progress, read_metrics
+from diffattn.train.masked import with_mask
 from diffattn.train.measure import LoadCost, StepCost, measure_load, measure_step
 from diffattn.train.own import same_shape, same_text
+from diffattn.train.recipe import CAUSAL
 from diffattn.train.record import NO_SEAL, TrainResult
 from diffattn.train.run import train
-from diffattn.train.single import check_context, folder_of_ranks
+from diffattn.train.single import check_context, folder_of_ranks, trained_rows
 from diffattn.train.spread.layout import Layout
 from diffattn.train.spread.ranks import Ranks, joined
 from diffattn.train.trackers.callback import check_trackers
@@ -58,6 +62,7 @@ class _Study:
         self.options, self.layout, self.ranks = options, layout, ranks
         self.folder = folder
         self.shape = shape
+        self.causal = options.objective == CAUSAL
         for attention in options.variants:
             # Refuses what cannot be built before anything is read or written.
             config = pair_config(self.shape, attention, match=options.match)
@@ -65,8 +70,8 @@ class _Study:
         self.context = check_context(self.shape, options.context)
         self.track = check_trackers(options.track)
 
-    def build(self, attention: str, seed: int) -> DiffTransformerForCausalLM:
-        return build_pair(self.shape, attention, seed=seed, match=self.options.match).model
+    def build(self, attention: str, seed: int) -> DiffTransformerLanguageModel:
+        return build_pair(self.shape, attention, seed=seed, match=self.options.match, is_causal=self.causal).model
 
     def run_folder(self, attention: str, seed: int) -> Path:
         return self.folder / f"{attention}-seed{seed}"
@@ -156,10 +161,11 @@ def _compare(
     study = _Study(options, folder, shape, layout, ranks)
     data = ranks.first_on_host(
         lambda: prepare_data(
-            options.text, vocab_size=study.shape.vocab_size, context=study.context, text_column=options.text_column,
-            on_stage=on_stage, on_note=on_note,
+            options.text, vocab_size=trained_rows(study.shape, options.recipe(1, 0)), context=study.context,
+            text_column=options.text_column, on_stage=on_stage, on_note=on_note,
         )
     )  # fmt: skip
+    data = data if study.causal else with_mask(data, study.shape.vocab_size)
     if stored is None:
         stored = Stored(options, study.shape, command, data.facts["digest"], layout=layout)
         _write(stored, folder, ranks)
@@ -317,7 +323,9 @@ def _variant(study: _Study, attention: str, results: list[TrainResult], plan: Ru
     parameters = count_parameters(shape, attention)
     used = study.options.recipe(1, 0)
     backend = serving_backend(attention, used.device, getattr(torch, used.dtype), shape.head_dim)
-    flops = flops_per_token(shape, attention, context=study.context, phase="training", backend=backend)
+    flops = flops_per_token(
+        shape, attention, context=study.context, phase="training", backend=backend, causal=study.causal
+    )
     load = LoadCost(**study.ranks.share(lambda: dataclasses.asdict(measure_load(results[0].model_folder, used.device))))
     speeds = sorted(result.train_tokens_per_second for result in results)
     return VariantResult(
@@ -325,11 +333,11 @@ def _variant(study: _Study, attention: str, results: list[TrainResult], plan: Ru
         attention_parameters=parameters.attention,
         intermediate_size=shape.intermediate_size,
         val_loss=[result.val_loss for result in results],
-        bits_per_byte=[result.bits_per_byte for result in results],
+        bits_per_byte=[result.bits_per_byte for result in results] if study.causal else None,
         attention_backend=backend,
         train_tokens_per_second=speeds[len(speeds) // 2],
         train_peak_bytes=plan.peak_bytes[attention],
-        cache_bytes_per_token=cache_bytes_per_token(shape, attention, bytes_per_value=4),
+        cache_bytes_per_token=cache_bytes_per_token(shape, attention, bytes_per_value=4) if study.causal else None,
         model_flops_per_token=flops.model,
         executed_flops_per_token=flops.executed,
         checkpoint_bytes=(results[0].model_folder / "model.safetensors").stat().st_size,
@@ -364,12 +372,14 @@ def _maps(study: _Study, data: PreparedData, *, tokens: int = 28) -> HeadMaps:
     layer = study.shape.num_layers // 2
     variants = {}
     for attention in study.options.variants:
-        model = DiffTransformerForCausalLM.from_pretrained(study.run_folder(attention, 0) / "model")
+        folder = study.run_folder(attention, 0) / "model"
+        model = language_class(DiffTransformerConfig.from_pretrained(folder)).from_pretrained(folder)
         variants[attention] = attention_maps(model, torch.tensor([ids]), layer=layer, head=0)
     return HeadMaps(
         text=data.tokenizer.decode(ids),
         tokens=token_labels(data.tokenizer, ids),
         layer=layer,
         head=0,
+        causal=study.causal,
         variants=variants,
     )

@@ -8,7 +8,7 @@ from diffattn.errors import ConfigError
 from diffattn.model.options import MATCHES, Device, Dtype
 from diffattn.names import one_of, several
 from diffattn.train.options import NO_TRACKER, TRACKERS
-from diffattn.train.recipe import Recipe
+from diffattn.train.recipe import CAUSAL, OBJECTIVES, Recipe
 from diffattn.variants import DEFAULT_VARIANTS, VARIANTS
 
 
@@ -41,6 +41,9 @@ class CompareOptions:
     match: str = field(default="parameters", metadata={"choices": MATCHES})
     """Way to match the softmax model. parameters: V2 gets a narrower feed-forward network, so that all have equally
     many parameters. shape: V2 keeps its width and has more parameters."""
+    objective: str = field(default=CAUSAL, metadata={"choices": OBJECTIVES})
+    """Task that the models learn. clm: to name each token from those before it. mlm: encoders, whose tokens see both sides,
+    learn to name 15% of the tokens, most of which are hidden from them."""
     batch_size: int = 4
     """Blocks of --context tokens in each step."""
     learning_rate: float = 2e-3
@@ -85,6 +88,7 @@ class CompareOptions:
             learning_rate=self.learning_rate,
             device=self.device,
             dtype=self.dtype,
+            objective=self.objective,
             evaluations=3,
             evaluation_blocks=64,
             checkpoints=3,

@@ -287,7 +287,8 @@ def peak_tokens_per_second(config: DiffTransformerConfig, recipe: Recipe, contex
         return None
     long = {name: rate for short, name in SHORT_DTYPES.items() if (rate := peak.get(short)) is not None}
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    return ranks * long[recipe.dtype] / flops_per_token(config.shape(), config.attention, context=context).model
+    flops = flops_per_token(config.shape(), config.attention, context=context, causal=config.is_causal)
+    return ranks * long[recipe.dtype] / flops.model
 
 
 def diverged(what: str) -> TrainingError:

@@ -14,7 +14,7 @@ from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
 from diffattn.train.options import TrainOptions
 from diffattn.train.own import to_keep
-from diffattn.train.recipe import Recipe
+from diffattn.train.recipe import CAUSAL, Recipe
 from diffattn.train.record import TrainResult
 from diffattn.train.run import train
 from diffattn.train.single import check_context, check_out, fitting_tokenizer, folder_of_ranks
@@ -75,6 +75,10 @@ def continue_training(
     """
     source = Path(source)
     layout, recipe = layout or Layout(), recipe.resolved()
+    if recipe.objective != CAUSAL:
+        raise ConfigError(
+            f"objective is {recipe.objective!r} with --from", "a new model of a shape", "leave out one of the two"
+        )
     config = _read_config(source)
     config.check_tensor_parallel(layout.tensor_parallel)
     tokenizer = fitting_tokenizer(source, config.vocab_size, whose="model")

@@ -16,7 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from diffattn.data.blocks import TrainingOrder
 from diffattn.data.packing import PreparedData
-from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.configuration import DiffTransformerConfig
+from diffattn.model.heads import language_class
+from diffattn.model.modeling import DiffTransformerLanguageModel
 from diffattn.train.checkpoints.state import own_part
 from diffattn.train.recipe import Recipe
 from diffattn.train.spread.layout import Layout
@@ -46,7 +48,7 @@ class LoadCost:
 
 
 def measure_step(
-    model: DiffTransformerForCausalLM,
+    model: DiffTransformerLanguageModel,
     data: PreparedData,
     recipe: Recipe,
     *,
@@ -141,14 +143,17 @@ def peak_bytes(function: Callable[[], None], alive: Iterable[Tensor], device: st
 def measure_load(folder: Path, device: str, *, repeats: int = 3) -> LoadCost:
     """Loads a model folder and writes one token, several times; the system has the files in its cache."""
     loads, tokens = [], []
+    kind = language_class(DiffTransformerConfig.from_pretrained(folder))
+    # An encoder gives the logits of all tokens, and has no cache.
+    last = {"logits_to_keep": 1, "use_cache": True} if kind.causal else {}
     for _ in range(repeats):
         began = time.perf_counter()
-        model = DiffTransformerForCausalLM.from_pretrained(folder).to(device).eval()
+        model = kind.from_pretrained(folder).to(device).eval()
         loads.append(time.perf_counter() - began)
         prompt = torch.zeros(1, min(32, model.config.max_position_embeddings - 1), dtype=torch.long, device=device)
         began = time.perf_counter()
         with torch.no_grad():
-            model(prompt, logits_to_keep=1, use_cache=True).logits.argmax().item()
+            model(prompt, **last).logits.argmax().item()
         tokens.append(time.perf_counter() - began)
     return LoadCost(statistics.median(loads), statistics.median(tokens))
 

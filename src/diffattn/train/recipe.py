@@ -12,6 +12,8 @@ from diffattn.errors import ConfigError
 from diffattn.model.options import Device, Dtype
 
 DTYPES, DEVICES = get_args(Dtype), get_args(Device)
+CAUSAL, MASKED = "clm", "mlm"
+OBJECTIVES = (CAUSAL, MASKED)
 MOST = 10**9
 """The largest count: more steps than anybody trains, and few enough that their products are exact everywhere."""
 # Fields that have no option of the command line: they are the same in every run that it starts.
@@ -58,6 +60,9 @@ class Recipe:
     attn_implementation: str = field(default="auto", metadata=_NO_OPTION)
     """The attention function of ``transformers`` that serves the layer's one call; ``auto`` leaves the model's own:
     ``diff_fused`` in a differential model, ``sdpa`` in a softmax one, unless it was built with another."""
+    objective: str = field(default=CAUSAL, metadata={"choices": OBJECTIVES})
+    """Task that the model learns. clm: to name each token from those before it. mlm: an encoder, whose tokens see both
+    sides, learns to name 15% of the tokens, most of which are hidden from it."""
     evaluations: int = 4
     """Times that the held-out loss is measured over the run, at equal distances."""
     evaluation_blocks: int = field(default=128, metadata=_NO_OPTION)
@@ -86,6 +91,7 @@ class Recipe:
         for name in ("beta1", "beta2"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "0 or more, below 1")
         _check("dtype", self.dtype, self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        _check("objective", self.objective, self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
         _check("device", self.device, self.device in DEVICES, f"one of {', '.join(DEVICES)}")
         if self.device == "cuda" and not _has_cuda():
             raise ConfigError("device is 'cuda'", "a GPU that this build of torch can use", "pass --device cpu")
@@ -101,8 +107,11 @@ class Recipe:
         return self.batch_size * self.gradient_accumulation * context
 
     def to_dict(self) -> dict[str, object]:
-        """Returns all fields, for ``config.json``."""
-        return dataclasses.asdict(self)
+        """Returns all fields, for ``config.json``; without the objective that every run had before there were two."""
+        fields = dataclasses.asdict(self)
+        if self.objective == CAUSAL:
+            del fields["objective"]
+        return fields
 
 
 def fast_bfloat16(device: str) -> bool:

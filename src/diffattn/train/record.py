@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffattn.config_fields import is_measure
 from diffattn.errors import CheckpointError, ConfigError
@@ -28,12 +29,12 @@ class TrainResult:
     folder: Path
     val_loss: float
     """The held-out loss in nats per token."""
-    bits_per_byte: float
-    """The held-out loss in bits per byte of the text."""
+    bits_per_byte: float | None
+    """The held-out loss in bits per byte of the text; None for an encoder, which is asked for some tokens alone."""
     train_tokens_per_second: float
     """The median training speed."""
 
-    def numbers(self) -> dict[str, float]:
+    def numbers(self) -> dict[str, Any]:
         """Returns the measurements by name, without the folder."""
         return {name: value for name, value in vars(self).items() if name != "folder"}
 
@@ -84,7 +85,8 @@ def read_result(folder: Path) -> TrainResult | None:
         return None
     stored = read_sealed(file, way_out=WAY_OUT)
     names = [field.name for field in dataclasses.fields(TrainResult) if field.name != "folder"]
-    if not all(is_measure(stored.get(name)) for name in names):
+    absent = [name for name in ("bits_per_byte",) if name in stored and stored[name] is None]
+    if not all(is_measure(stored.get(name)) for name in names if name not in absent):
         raise CheckpointError(f"{file} is damaged", f"the numbers {', '.join(names)} in it", WAY_OUT)
     if SEAL in stored:
         for name, expected in stored["files"].items():

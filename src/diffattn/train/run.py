@@ -8,15 +8,17 @@ import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch.utils.data import Subset
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
 from diffattn.data.blocks import ValidationBlocks
 from diffattn.data.packing import PreparedData
 from diffattn.errors import ConfigError
 from diffattn.files import file_facts, whole_folder, writable_folder, write_json
 from diffattn.folders import RUN, holds_model_of_ours, own_folder
-from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.modeling import DiffTransformerLanguageModel
 from diffattn.model.sharding import mesh_sizes, whole_model
 from diffattn.model.trained import Trained, write_trained
 from diffattn.progress import OnStage, Stage, unseen
@@ -34,8 +36,9 @@ from diffattn.train.callbacks import (
 )
 from diffattn.train.checkpoints.sealing import last_good, prune
 from diffattn.train.lock import held
+from diffattn.train.masked import HELD_OUT, MaskedSamples
 from diffattn.train.options import TrainOptions
-from diffattn.train.recipe import Recipe
+from diffattn.train.recipe import CAUSAL, MASKED, Recipe
 from diffattn.train.record import Claim, TrainResult, check_claim, kept_rows, read_result
 from diffattn.train.spread.layout import Layout
 from diffattn.train.spread.ranks import Ranks, joined
@@ -44,7 +47,7 @@ from diffattn.train.trainer import RankPart, RunTrainer, spread
 
 
 def train(
-    model: DiffTransformerForCausalLM,
+    model: DiffTransformerLanguageModel,
     data: PreparedData,
     recipe: Recipe,
     out: str | Path,
@@ -92,6 +95,12 @@ def train(
     """
     _use_attention(model, recipe.attn_implementation)
     check_trackers(track)
+    if model.config.is_causal == (recipe.objective == MASKED):
+        raise ConfigError(
+            f"objective is {recipe.objective!r}, and the model has is_causal={model.config.is_causal}",
+            f"{CAUSAL} for a model that writes text, {MASKED} for an encoder",
+            "change --objective",
+        )
     recipe, layout = recipe.resolved(), layout or Layout()
     claim: Claim = {"recipe": recipe.to_dict(), "model": model.config.to_diff_dict(), "data": data.facts}
     more: dict[str, Mapping[str, object] | None] = {"source": source, "options": options}
@@ -110,7 +119,7 @@ def train(
 
 
 def _train(
-    model: DiffTransformerForCausalLM,
+    model: DiffTransformerLanguageModel,
     data: PreparedData,
     recipe: Recipe,
     folder: Path,
@@ -124,7 +133,7 @@ def _train(
 ) -> TrainResult:
     """Runs the training in a folder that is locked for these ranks."""
 
-    def begin() -> tuple[dict[str, float] | None, str | None]:
+    def begin() -> tuple[dict[str, Any] | None, str | None]:
         """Returns the result of a finished run, or else the checkpoint that it goes on from."""
         check_new(folder, resume)
         if not (folder / "config.json").exists():
@@ -147,8 +156,11 @@ def _train(
     metrics = MetricsFile(folder / "metrics.jsonl", kept=kept_rows(start), written=ranks.is_first)
     together = recipe.batch_size * recipe.gradient_accumulation
     order = data.order(seed=recipe.seed, num_samples=recipe.steps * together, batch_size=together)
-    validation = ValidationBlocks(data.validation)
-    some = Subset(validation, range(min(len(validation), recipe.evaluation_blocks)))
+    validation: Dataset[dict[str, Tensor]] = ValidationBlocks(data.validation)
+    if recipe.objective == MASKED:
+        order = MaskedSamples(order, data.tokenizer, seed=recipe.seed)
+        validation = MaskedSamples(validation, data.tokenizer, seed=HELD_OUT)
+    some = Subset(validation, range(min(len(data.validation), recipe.evaluation_blocks)))
     part, parts = spread(model, recipe, layout, ranks)
     with Interruption(ranks) as interruption, Trackers(track, folder, metrics) as trackers:
         callback = RunCallback(
@@ -179,7 +191,7 @@ def _train(
                 trainer.evaluate()
             if step < recipe.steps:
                 trainer.train(resume_from_checkpoint=str(start[1]) if start else None)
-            callback.validation_blocks = len(validation)
+            callback.validation_blocks = len(data.validation)
             # The last step already has its scheduled measurement. Run the final one on all blocks unless an interrupted
             # run did so.
             if len(metrics.held_out(recipe.steps)) == min(1, recipe.evaluations):
@@ -196,7 +208,7 @@ def _train(
         on_stage(Stage("saving the model"))
         whole = whole_model(model)
 
-        def finish() -> dict[str, float]:
+        def finish() -> dict[str, Any]:
             assert whole is not None
             result = _finish(folder, whole, data, metrics.held_out(recipe.steps)[-1], continued="source" in claim)
             prune(folder, 1)
@@ -220,7 +232,7 @@ def speed(rows: Sequence[MetricsRow]) -> float:
     )
 
 
-def _use_attention(model: DiffTransformerForCausalLM, name: str) -> None:
+def _use_attention(model: DiffTransformerLanguageModel, name: str) -> None:
     """Sets the attention function that serves the layer's one call."""
     if name == "auto":
         return
@@ -248,7 +260,7 @@ def check_new(folder: Path, resume: bool) -> None:
 
 
 def _finish(
-    folder: Path, model: DiffTransformerForCausalLM, data: PreparedData, val_loss: float, *, continued: bool
+    folder: Path, model: DiffTransformerLanguageModel, data: PreparedData, val_loss: float, *, continued: bool
 ) -> TrainResult:
     rows = read_metrics(folder / "metrics.jsonl")
     trained = Trained(
@@ -270,7 +282,8 @@ def _finish(
     result = TrainResult(
         folder,
         val_loss=val_loss,
-        bits_per_byte=val_loss / math.log(2) / data.validation_bytes_per_token,
+        # The loss of some tokens says nothing of a text's bytes.
+        bits_per_byte=val_loss / math.log(2) / data.validation_bytes_per_token if model.config.is_causal else None,
         train_tokens_per_second=speed(rows),
     )
     files = [folder / "config.json", folder / "metrics.jsonl", *sorted((folder / "model").rglob("*"))]

@@ -20,9 +20,10 @@ from diffattn.plan.shape import ModelShape
 from diffattn.progress import OnStage, Stage, unseen
 from diffattn.train.callbacks import Progress
 from diffattn.train.lock import held
+from diffattn.train.masked import with_mask
 from diffattn.train.options import TrainOptions
 from diffattn.train.own import check_resumable, to_keep
-from diffattn.train.recipe import Recipe
+from diffattn.train.recipe import CAUSAL, MASKED, Recipe
 from diffattn.train.record import TrainResult
 from diffattn.train.run import check_new, train
 from diffattn.train.spread.layout import Layout
@@ -76,6 +77,7 @@ def train_shape(
     """
     shape = shape if isinstance(shape, ModelShape) else load_shape(shape)
     layout, recipe = layout or Layout(), recipe.resolved()
+    causal = recipe.objective == CAUSAL
     pair_config(shape, attention, match=match).check_tensor_parallel(layout.tensor_parallel)
     context = check_context(shape, context)
     track = check_trackers(track)
@@ -93,17 +95,23 @@ def train_shape(
         with folder_of_ranks(Path(out), ranks) as folder:
             data = ranks.first_on_host(
                 lambda: prepare_data(
-                    text, vocab_size=shape.vocab_size if given is None else None, tokenizer=given, context=context,
-                    text_column=text_column, lossy_tokenizer=lossy_tokenizer, chat_template=chat_template,
-                    on_stage=on_stage, on_note=on_note,
+                    text, vocab_size=trained_rows(shape, recipe) if given is None else None, tokenizer=given,
+                    context=context, text_column=text_column, lossy_tokenizer=lossy_tokenizer,
+                    chat_template=chat_template, on_stage=on_stage, on_note=on_note,
                 )
             )  # fmt: skip
+            data = data if causal else with_mask(data, shape.vocab_size)
             on_stage(Stage("building the model"))
-            model = build_pair(shape, attention, seed=recipe.seed, match=match).model
+            model = build_pair(shape, attention, seed=recipe.seed, match=match, is_causal=causal).model
             return train(
                 model, data, recipe, folder, options=options, track=track, layout=layout, resume=resume,
                 on_progress=on_progress, on_stage=on_stage,
             )  # fmt: skip
+
+
+def trained_rows(shape: ModelShape, recipe: Recipe) -> int:
+    """Returns the tokens of a tokenizer that is trained for a shape: a row each, but for that of the mask token."""
+    return shape.vocab_size - (recipe.objective == MASKED)
 
 
 def check_context(shape: ModelShape, context: int | None, *, whose: str = "shape") -> int:

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from diffattn.errors import TrainingError
-from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.model.modeling import DiffTransformerLanguageModel
 from diffattn.model.sharding import data_ranks, mesh_for, set_computation, shard
 from diffattn.train.callbacks import Interruption
 from diffattn.train.checkpoints.trainer import SavingTrainer
@@ -43,7 +43,7 @@ class RankPart(Dataset[dict[str, torch.Tensor]]):
         return self.samples[batch * self.batch_size + self.part * share + place]
 
 
-def spread(model: DiffTransformerForCausalLM, recipe: Recipe, layout: Layout, ranks: Ranks) -> tuple[int, int]:
+def spread(model: DiffTransformerLanguageModel, recipe: Recipe, layout: Layout, ranks: Ranks) -> tuple[int, int]:
     """Spreads a model over the ranks; returns which part of each batch this rank takes, and the number of parts."""
     dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else None
     if layout.shard == "none" and layout.tensor_parallel == 1:
@@ -59,8 +59,10 @@ def spread(model: DiffTransformerForCausalLM, recipe: Recipe, layout: Layout, ra
 
 def _joined(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Joins samples into a batch with a row per block, or a row per piece if blocks were cut into pieces."""
-    ids = torch.cat([sample["input_ids"].view(-1, sample["input_ids"].shape[-1]) for sample in samples])
-    return {"input_ids": ids, "labels": ids}
+    return {
+        name: torch.cat([sample[name].view(-1, sample[name].shape[-1]) for sample in samples])
+        for name in ("input_ids", "labels")
+    }
 
 
 def _every(steps: int, times: int) -> int:
@@ -133,7 +135,7 @@ class RunTrainer(SavingTrainer):
 
     def __init__(
         self,
-        model: DiffTransformerForCausalLM,
+        model: DiffTransformerLanguageModel,
         recipe: Recipe,
         folder: Path,
         samples: Dataset,
