@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from diffattn.generate.decoding import Decoding as Decoding
     from diffattn.generate.generation import generate as _generate
     from diffattn.model.configuration import DiffTransformerConfig as DiffTransformerConfig
-    from diffattn.model.heads import DiffTransformerForMaskedLM as DiffTransformerForMaskedLM
-    from diffattn.model.heads import DiffTransformerForQuestionAnswering as DiffTransformerForQuestionAnswering
-    from diffattn.model.heads import (
+    from diffattn.model.heads.classifiers import (
+        DiffTransformerForQuestionAnswering as DiffTransformerForQuestionAnswering,
+    )
+    from diffattn.model.heads.classifiers import (
         DiffTransformerForSequenceClassification as DiffTransformerForSequenceClassification,
     )
-    from diffattn.model.heads import DiffTransformerForTokenClassification as DiffTransformerForTokenClassification
+    from diffattn.model.heads.classifiers import (
+        DiffTransformerForTokenClassification as DiffTransformerForTokenClassification,
+    )
+    from diffattn.model.heads.language import DiffTransformerForMaskedLM as DiffTransformerForMaskedLM
     from diffattn.model.loading import load as load
     from diffattn.model.modeling import DiffTransformerForCausalLM as DiffTransformerForCausalLM
     from diffattn.model.modeling import DiffTransformerModel as DiffTransformerModel
@@ -64,10 +68,10 @@ _HOME = {
     "Decoding": "generate.decoding:Decoding",
     "DiffTransformerConfig": "model.configuration:DiffTransformerConfig",
     "DiffTransformerForCausalLM": "model.modeling:DiffTransformerForCausalLM",
-    "DiffTransformerForMaskedLM": "model.heads:DiffTransformerForMaskedLM",
-    "DiffTransformerForQuestionAnswering": "model.heads:DiffTransformerForQuestionAnswering",
-    "DiffTransformerForSequenceClassification": "model.heads:DiffTransformerForSequenceClassification",
-    "DiffTransformerForTokenClassification": "model.heads:DiffTransformerForTokenClassification",
+    "DiffTransformerForMaskedLM": "model.heads.language:DiffTransformerForMaskedLM",
+    "DiffTransformerForQuestionAnswering": "model.heads.classifiers:DiffTransformerForQuestionAnswering",
+    "DiffTransformerForSequenceClassification": "model.heads.classifiers:DiffTransformerForSequenceClassification",
+    "DiffTransformerForTokenClassification": "model.heads.classifiers:DiffTransformerForTokenClassification",
     "DiffTransformerModel": "model.modeling:DiffTransformerModel",
     "EvaluateOptions": "probes.options:EvaluateOptions",
     "FixedDecoder": "export.fixed:FixedDecoder",

@@ -27,7 +27,7 @@ from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.layer_kinds import FULL, SLIDING
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.fused import DIFF_FUSED
-from diffattn.model.heads import DiffTransformerForMaskedLM
+from diffattn.model.heads.language import DiffTransformerForMaskedLM
 from diffattn.model.masks import layers
 from diffattn.model.masks.layers import layer_masks
 from diffattn.model.modeling import DiffTransformerForCausalLM

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import diffattn
 from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.heads import DiffTransformerForMaskedLM
+from diffattn.model.heads.language import DiffTransformerForMaskedLM
 from diffattn.model.remote_code import AUTO_MAP, flattened, write_remote_code
 
 MODELS = {

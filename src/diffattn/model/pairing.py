@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffattn.errors import ConfigError
 from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.heads import language_class
+from diffattn.model.heads.language import language_class
 from diffattn.model.modeling import DiffTransformerLanguageModel
 from diffattn.model.options import MATCHES
 from diffattn.plan.cost import Parameters, count_parameters, match_parameters

@@ -35,7 +35,8 @@ _OURS = (
     "diffattn.model.fused",
     "diffattn.model.attention",
     "diffattn.model.modeling",
-    "diffattn.model.heads",
+    "diffattn.model.heads.language",
+    "diffattn.model.heads.classifiers",
 )
 _WATCHED = (_CONFIG, _MODEL, _PEFT, *_OURS, *_NEEDED)
 
@@ -66,15 +67,16 @@ def _register_what_is_loaded() -> None:
         auto.AutoConfig.register(DiffTransformerConfig.model_type, DiffTransformerConfig, exist_ok=True)
         half_way = [name for name in (*_NEEDED, *_OURS) if name in sys.modules and not _loaded(name)]
         if _loaded(_MODEL) and not half_way:
-            from diffattn.model import heads, modeling
+            from diffattn.model import modeling
+            from diffattn.model.heads import classifiers, language
 
             for name, ours in {
                 "AutoModel": modeling.DiffTransformerModel,
                 "AutoModelForCausalLM": modeling.DiffTransformerForCausalLM,
-                "AutoModelForMaskedLM": heads.DiffTransformerForMaskedLM,
-                "AutoModelForSequenceClassification": heads.DiffTransformerForSequenceClassification,
-                "AutoModelForTokenClassification": heads.DiffTransformerForTokenClassification,
-                "AutoModelForQuestionAnswering": heads.DiffTransformerForQuestionAnswering,
+                "AutoModelForMaskedLM": language.DiffTransformerForMaskedLM,
+                "AutoModelForSequenceClassification": classifiers.DiffTransformerForSequenceClassification,
+                "AutoModelForTokenClassification": classifiers.DiffTransformerForTokenClassification,
+                "AutoModelForQuestionAnswering": classifiers.DiffTransformerForQuestionAnswering,
             }.items():
                 getattr(sys.modules[_MODEL], name).register(DiffTransformerConfig, ours, exist_ok=True)
     if _loaded(_PEFT):

@@ -18,7 +18,8 @@ _PACKAGE = "diffattn"
 # Our modules, and their names beside the weights.
 _SHIPPED = {
     "diffattn.model.modeling": "modeling_diff_transformer",
-    "diffattn.model.heads": "heads_diff_transformer",
+    "diffattn.model.heads.language": "masked_diff_transformer",
+    "diffattn.model.heads.classifiers": "classifiers_diff_transformer",
     "diffattn.model.configuration": "configuration_diff_transformer",
     "diffattn.model.attention": "diff_attention",
     "diffattn.model.activations": "diff_activations",
@@ -46,10 +47,10 @@ AUTO_MAP = {
     "AutoConfig": "configuration_diff_transformer.DiffTransformerConfig",
     "AutoModel": "modeling_diff_transformer.DiffTransformerModel",
     "AutoModelForCausalLM": "modeling_diff_transformer.DiffTransformerForCausalLM",
-    "AutoModelForMaskedLM": "heads_diff_transformer.DiffTransformerForMaskedLM",
-    "AutoModelForSequenceClassification": "heads_diff_transformer.DiffTransformerForSequenceClassification",
-    "AutoModelForTokenClassification": "heads_diff_transformer.DiffTransformerForTokenClassification",
-    "AutoModelForQuestionAnswering": "heads_diff_transformer.DiffTransformerForQuestionAnswering",
+    "AutoModelForMaskedLM": "masked_diff_transformer.DiffTransformerForMaskedLM",
+    "AutoModelForSequenceClassification": "classifiers_diff_transformer.DiffTransformerForSequenceClassification",
+    "AutoModelForTokenClassification": "classifiers_diff_transformer.DiffTransformerForTokenClassification",
+    "AutoModelForQuestionAnswering": "classifiers_diff_transformer.DiffTransformerForQuestionAnswering",
 }
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -180,10 +180,10 @@ def flops_per_token(
     """Returns FLOPs per token, averaged over one sequence.
 
     ``linear = 2 · (matrix parameters of the layers + V·D of the output projection)``; the embedding lookup is none.
-    ``attention = L · n/2 · c · (T + 1)/2`` with T the context: a query sees (T + 1)/2 keys on average, in a layer with a
-    window of w tokens min(t, w), and in an encoder T. Masked pairs are not counted, although a backend that works in
-    tiles does some of them, and a call of ``sdpa`` with a mask all of them. c, per query-key pair and pair of baseline
-    heads, is the sum of the products as wide as q and k, and those as wide as v:
+    ``attention = L · n/2 · c · (T + 1)/2`` with T the context: a query sees (T + 1)/2 keys on average, in a layer
+    with a window of w tokens min(t, w), and in an encoder T. Masked pairs are not counted, although a backend that
+    works in tiles does some of them, and a call of ``sdpa`` with a mask all of them. c, per query-key pair and pair of
+    baseline heads, is the sum of the products as wide as q and k, and those as wide as v:
 
     ============================================= ======= ======= =======
     backend                                       softmax diff_v1 diff_v2

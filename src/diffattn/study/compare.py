@@ -23,7 +23,7 @@ from diffattn.intervals import pairs
 from diffattn.machine import Provenance
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.fused import serving_backend
-from diffattn.model.heads import language_class
+from diffattn.model.heads.language import language_class
 from diffattn.model.modeling import DiffTransformerLanguageModel
 from diffattn.model.pairing import build_pair, pair_config
 from diffattn.plan.cost import cache_bytes_per_token, count_parameters, flops_per_token

@@ -42,8 +42,8 @@ class CompareOptions:
     """Way to match the softmax model. parameters: V2 gets a narrower feed-forward network, so that all have equally
     many parameters. shape: V2 keeps its width and has more parameters."""
     objective: str = field(default=CAUSAL, metadata={"choices": OBJECTIVES})
-    """Task that the models learn. clm: to name each token from those before it. mlm: encoders, whose tokens see both sides,
-    learn to name 15% of the tokens, most of which are hidden from them."""
+    """Task that the models learn. clm: to name each token from those before it. mlm: encoders, whose tokens see both
+    sides, learn to name 15% of the tokens, most of which are hidden from them."""
     batch_size: int = 4
     """Blocks of --context tokens in each step."""
     learning_rate: float = 2e-3

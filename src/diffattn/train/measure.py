@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from diffattn.data.blocks import TrainingOrder
 from diffattn.data.packing import PreparedData
 from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.heads import language_class
+from diffattn.model.heads.language import language_class
 from diffattn.model.modeling import DiffTransformerLanguageModel
 from diffattn.train.checkpoints.state import own_part
 from diffattn.train.recipe import Recipe

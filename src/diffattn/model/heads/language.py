@@ -1,33 +1,16 @@
-"""The models beside the one that writes text: masked tokens, and the classifiers of ``transformers`` over our layers.
-
-The library's generic classes are the models of texts, tokens and answers; a causal model and an encoder may have each.
-"""
+"""The encoder with an output head, which names hidden tokens, and the class of either model with such a head."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoModel
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-)
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.modeling import (
-    DiffTransformerForCausalLM,
-    DiffTransformerLanguageModel,
-    DiffTransformerModel,
-    DiffTransformerPreTrainedModel,
-)
+from diffattn.model.modeling import DiffTransformerForCausalLM, DiffTransformerLanguageModel
 from diffattn.ops.half import quick_products
-
-# The generic classes build their layers by it, also where these files lie beside the weights.
-AutoModel.register(DiffTransformerConfig, DiffTransformerModel, exist_ok=True)
 
 
 class DiffTransformerForMaskedLM(DiffTransformerLanguageModel):
@@ -76,15 +59,3 @@ class DiffTransformerForMaskedLM(DiffTransformerLanguageModel):
 def language_class(config: DiffTransformerConfig) -> type[DiffTransformerLanguageModel]:
     """Returns the class with an output head: the one that writes text, or the one of an encoder."""
     return DiffTransformerForCausalLM if config.is_causal else DiffTransformerForMaskedLM
-
-
-class DiffTransformerForSequenceClassification(GenericForSequenceClassification, DiffTransformerPreTrainedModel):
-    """The layers with one logit per class, of the last token of each text that is no padding."""
-
-
-class DiffTransformerForTokenClassification(GenericForTokenClassification, DiffTransformerPreTrainedModel):
-    """The layers with one logit per class and token."""
-
-
-class DiffTransformerForQuestionAnswering(GenericForQuestionAnswering, DiffTransformerPreTrainedModel):
-    """The layers with two logits per token: an answer begins there, and ends there."""
