@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from diffattn.errors import ConfigError
@@ -266,3 +267,26 @@ def test_a_motif_3_that_contradicts_itself_is_refused(change: dict[str, Any], wo
 def test_what_is_not_planned_of_such_a_model_is_refused(call: Callable[[], object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (kind, values)
+        for kind, values in CASES
+        if kind in ("gpt2", "gpt_neox", "phi", "nemotron", "mixtral", "qwen3_moe", "deepseek_v3")
+        and "sliding_window" not in values
+    ],
+)
+def test_flops_are_those_that_torch_counts(kind: str, values: dict[str, Any]) -> None:
+    """Of a forward pass that writes its maps out, for all T × T pairs: torch's counter knows no mask."""
+    config = AutoConfig.for_model(kind, **values)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    tokens = 6
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.arange(tokens)[None], use_cache=False)
+    found = shape(kind, values)
+    pairs = sum(each.layers * each.pairs for each in found.blocks)
+    scans = sum(each.layers * each.scan for each in found.blocks)
+    expected = tokens * (found.linear_flops - 2 * scans) + 2 * tokens**2 * pairs
+    assert counter.get_total_flops() == expected
