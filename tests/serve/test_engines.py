@@ -218,13 +218,13 @@ def test_vllm_is_started_with_what_was_asked_and_without_the_key_in_its_argument
     assert environment["VLLM_PLUGINS"] == "other,diffattn"
     assert environment["VLLM_NO_USAGE_STATS"] == "1"
     # vLLM makes its middleware in its own process, from the environment.
-    monkeypatch.setenv(vllm_engine.HOSTS, environment[vllm_engine.HOSTS])
+    monkeypatch.setenv(vllm_engine.GUARD, environment[vllm_engine.GUARD])
     assert vllm_engine.Guard(None)._hosts == Hosts.of("127.0.0.1", "127.0.0.1", ["models.example.org"])
     assert notes[-1].startswith("starting vllm ")
     # The port is free for vLLM.
     port = int(command[command.index("--port") + 1])
     socket.create_server(("127.0.0.1", port)).close()
-    assert "VLLM_API_KEY" not in vllm_engine.environment(None, Hosts(frozenset(), loopback_only=True))
+    assert "VLLM_API_KEY" not in vllm_engine.environment(None, json.loads(environment[vllm_engine.GUARD]))
 
 
 def test_the_saved_dtype_is_found_where_config_json_does_not_name_it(folder):

@@ -11,7 +11,7 @@ import pytest
 from support.served import SENTENCES, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from diffattn.serve import transformers_engine
+from diffattn.serve import prompts, transformers_engine
 from diffattn.serve.batching import Batch
 from diffattn.serve.hosts import Hosts
 from diffattn.serve.prompts import Prompts
@@ -96,7 +96,7 @@ def test_a_body_that_is_too_long_is_thrown_away_as_it_comes(app, monkeypatch):
         raise AssertionError("it was read")
 
     monkeypatch.setattr(Prompts, "read", never)
-    monkeypatch.setattr(transformers_engine, "_LONGEST_SENT", 8 * 2**20)
+    monkeypatch.setattr(prompts, "_LONGEST_SENT", 8 * 2**20)
     status, answer = asyncio.run(ask(app, "/v1/completions", [bytes(2**20)] * 20))
     assert status == 400
     # As far as it is taken at all, and not a part more.

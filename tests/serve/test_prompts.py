@@ -173,3 +173,24 @@ def test_a_template_that_fails_over_what_a_client_gave_is_the_clients_error(read
 def test_a_chat_with_a_model_that_has_no_template_is_refused(reader, tokenizer):
     tokenizer.chat_template = None
     assert "no chat template" in str(refused(reader, **said("Hello")))
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+
+
+def test_tools_are_refused_where_the_template_does_not_tell_the_model_of_them(reader, tokenizer):
+    assert str(refused(reader, **said("Hello"), tools=TOOLS)).startswith(
+        "tools are given, and the chat template of 'm'"
+    )
+    assert read(reader, **said("Hello"), tools=TOOLS, tool_choice="none") == read(reader, **said("Hello"))
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool['function']['name'] }}{% endfor %}" + TEMPLATE
+    assert tokenizer.decode(read(reader, **said("Hello"), tools=TOOLS)[0].ids).startswith("weatheruser: Hello")
+
+
+def test_tools_are_refused_by_an_engine_that_reads_no_calls(tokenizer):
+    tokenizer.chat_template = "{{ (tools or []) | length }}" + TEMPLATE
+    reader = Prompts(tokenizer, "m", CONTEXT, len(tokenizer), tools=False)
+    assert str(refused(reader, **said("Hello"), tools=TOOLS)).startswith(
+        "tools are given; wanted none, since this engine"
+    )
+    assert read(reader, **said("Hello"))

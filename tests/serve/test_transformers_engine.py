@@ -15,9 +15,13 @@ from typing import Any
 import openai
 import pytest
 import torch
+from starlette.responses import JSONResponse
+from starlette.testclient import TestClient
 from support.served import CONTEXT, KEY, SENTENCES, Served, running, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.openai_cases import CASES, ask
+from diffattn.serve import vllm_engine
 from diffattn.serve.openai_request import MOST_ANSWERS
 
 NAME = "tiny"
@@ -235,6 +239,54 @@ def test_a_parameter_that_cannot_be_served_is_an_error_of_the_client(client, goe
         complete(client, **{"prompt": "Once", **options})
     assert caught.value.param == param
     assert caught.value.type == "invalid_request_error"
+
+
+def test_in_front_of_vllm_is_refused_what_is_refused_here_and_in_the_same_words(server, client, goes_on, monkeypatch):
+    reached: list[bytes] = []
+
+    async def vllm(scope, receive, send):
+        reached.append((await receive())["body"])
+        await JSONResponse({"choices": []})(scope, receive, send)
+
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    monkeypatch.setenv(vllm_engine.GUARD, json.dumps(vllm_engine.Guarded(
+        hosts=["localhost"], loopback_only=True, folder=str(server.folder), names=[NAME, str(server.folder)],
+        context=CONTEXT,
+    )))  # fmt: skip
+    guard = TestClient(vllm_engine.Guard(vllm), base_url="http://localhost/v1")
+    for name, case in CASES.items():
+        fields = {key: value for key, value in case.fields.items() if key != "extra_body"}
+        body = {"model": NAME} | fields | case.fields.get("extra_body", {})
+        path = "/chat/completions" if case.chat else "/completions"
+        answer = guard.post(path, json=body, headers={"authorization": f"Bearer {KEY}"})
+        assert (answer.status_code == 200) == case.served, name
+        if case.served:
+            # As it came. vLLM gives one greedy answer alone: several are draws from the likeliest token.
+            changed = {"temperature": 1.0, "top_k": 1} if name == "completion with n, greedy" else {}
+            assert json.loads(reached[-1]) == body | changed, name
+            continue
+        given = ask(client, NAME, case)["refused"]
+        assert {"status": answer.status_code} | answer.json()["error"] == given | {"type": "invalid_request_error"}, (
+            name
+        )
+    # A wrong key, another type of body and another site's Host, too.
+    for headers, status in (({}, 401), ({"authorization": "Bearer x"}, 401)):
+        assert guard.post("/completions", json={}, headers=headers).status_code == status
+    right = {"authorization": f"Bearer {KEY}"}
+    assert guard.post("/completions", content=b"{}", headers=right | {"content-type": "text/plain"}).status_code == 415
+    assert guard.post("/completions", json={}, headers=right | {"host": "evil.example.org"}).status_code == 403
+
+
+def test_what_is_served_here_is_what_clients_ask_for(server, client, goes_on):
+    answers = {name: ask(client, NAME, case) for name, case in CASES.items() if case.served}
+    for name, answer in answers.items():
+        assert answer["answers"], name
+        assert len(answer["answers"]) == CASES[name].fields.get("n", 1) * (2 if "several" in name else 1), name
+        assert all(part["reason"] == ("stop" if "stop" in name else "length") for part in answer["answers"]), name
+        assert all(bool(part["tokens"]) == ("logprobs" in name) for part in answer["answers"]), name
+    for name in ("completion", "chat", "completion with echo"):
+        assert answers[f"{name} in a stream"]["answers"] == answers[name]["answers"]
+    assert answers["completion with echo"]["answers"][0]["text"].startswith(CASES["completion"].fields["prompt"])
 
 
 def test_an_unknown_model_is_not_found(server, client, goes_on):

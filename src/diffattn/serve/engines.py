@@ -180,7 +180,7 @@ def check_folder(folder: str | Path, max_context: int | None = None) -> int:
     if kind != "diff_transformer":
         way = (
             "make it one with diffattn convert"
-            if kind == "diffllama"
+            if kind in ("diffllama", "Motif", "motif")
             else "serve other architectures with vllm serve or transformers serve"
         )
         raise UnsupportedError(f"model_type is {shown(kind)} in {str(folder)!r}", "diff_transformer", way)

@@ -7,6 +7,7 @@ of a name cannot be rebound. Source: Fetch standard, "Origin header"; RFC 9110, 
 
 from __future__ import annotations
 
+import hmac
 import ipaddress
 import re
 import socket
@@ -131,6 +132,27 @@ class CheckHosts:
                 await JSONResponse(error.body, status_code=error.status)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def check_key(authorization: str, key: str | None) -> None:
+    """Checks the key that a client sent.
+
+    Args:
+        authorization: the header of that name, or nothing.
+        key: the key that the server was given; None where it takes everyone.
+
+    Raises:
+        RequestError: status 401: no key, or another.
+    """
+    if key is None:
+        return
+    scheme, _, given = authorization.partition(" ")
+    if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode()):
+        return
+    raise RequestError(
+        "the API key is not this server's" if given else "no API key is given", "the key that the server was given",
+        "send the header Authorization: Bearer KEY", status=401, code="invalid_api_key",
+    )  # fmt: skip
 
 
 def _plain(host: str) -> str | None:

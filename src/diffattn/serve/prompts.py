@@ -5,6 +5,7 @@ What is here runs beside the event loop: the tokenizer of a long text takes seco
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ _ESCAPED = 6
 _BESIDE = 2**20
 # The most bytes of any request. A prompt of a million tokens has a few MB.
 LONGEST_BODY = 32 * 2**20
+# A client reads no answer while it still sends, so what is too long is taken, and thrown away, up to here.
+_LONGEST_SENT = 2 * LONGEST_BODY
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,12 @@ class Prompts:
         name: the model's name, for errors.
         context: tokens that prompt and answer may have together.
         rows: rows of the model's embedding; a token's id is below it.
+        tools: whether the engine reads the calls of tools that an answer makes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, context: int, rows: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, name: str, context: int, rows: int, *, tools: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
         self._backend: Any = tokenizer.backend_tokenizer
         # A tokenizer.json may cut off what is too long, which would be a prompt that nobody wrote.
@@ -57,6 +63,7 @@ class Prompts:
         self._name = name
         self._context = context
         self._rows = rows
+        self._tools = tools
         longest = max(len(token.encode("utf-8", "replace")) for token in tokenizer.get_vocab())
         self.longest_text = context * longest * (1 if self._backend.normalizer is None else _NORMALISED)
 
@@ -64,6 +71,38 @@ class Prompts:
     def longest_body(self) -> int:
         """The most bytes of a request whose one prompt may fit; a longer body is not even parsed."""
         return min(LONGEST_BODY, _ESCAPED * self.longest_text + _BESIDE)
+
+    async def body(self, kind: str, parts: AsyncIterator[bytes]) -> bytes:
+        """Returns the body of a request, of which too long a one is thrown away as it comes.
+
+        Args:
+            kind: the header content-type.
+            parts: the body, piece by piece.
+
+        Raises:
+            RequestError: status 415 for another type than JSON, 413 or 400 for too long a body.
+        """
+        # A page that a browser shows may send any other type to this machine without being asked whether it may.
+        if kind.partition(";")[0].strip().lower() != "application/json":
+            raise RequestError(
+                f"the content type is {kind[:80]!r}",
+                "application/json",
+                "send it in the header content-type",
+                status=415,
+            )
+        held: list[bytes] = []
+        size = 0
+        async for part in parts:
+            size += len(part)
+            if size <= self.longest_body:
+                held.append(part)
+            else:
+                held.clear()
+            if size > _LONGEST_SENT:
+                break
+        if size > self.longest_body:
+            raise self.too_long(size)
+        return b"".join(held)
 
     def read(self, raw: bytes, *, chat: bool, names: tuple[str, ...]) -> tuple[Asked, list[Prompt]]:
         """Reads the request in a body of JSON, for one of the models ``names``, and its prompts, which all fit.
@@ -121,12 +160,28 @@ class Prompts:
                 f"messages are given and the model {self._name!r} has no chat template", "a prompt",
                 "ask /v1/completions, or add a chat_template to the model's tokenizer", param="messages",
             )  # fmt: skip
+        tools = asked.content.get("tools")
+        text = self._written(asked, tools)
+        if tools and text == self._written(asked, None):
+            raise RequestError(
+                f"tools are given, and the chat template of {self._name!r} does not tell the model of them",
+                "a model whose template does", "leave tools out", param="tools",
+            )  # fmt: skip
+        if tools and not self._tools:
+            raise RequestError(
+                "tools are given", "none, since this engine does not know how the model writes a call of one",
+                "leave tools out, or start the server with --engine transformers", param="tools",
+            )  # fmt: skip
+        return text
+
+    def _written(self, asked: Asked, tools: list[dict[str, Any]] | None) -> str:
+        """Returns the messages as the chat template writes them."""
         content = asked.content
         try:
             text: Any = self._tokenizer.apply_chat_template(
                 template_messages(content["messages"]),
                 add_generation_prompt=True,
-                tools=content.get("tools"),
+                tools=tools,
                 tokenize=False,
                 **content.get("chat_template_kwargs", {}),
             )

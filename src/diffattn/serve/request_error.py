@@ -39,6 +39,11 @@ class RequestError(DiffattnError):
             }
         }
 
+    @property
+    def headers(self) -> dict[str, str] | None:
+        """The headers of the answer, where it has some of its own."""
+        return {"www-authenticate": "Bearer"} if self.status == 401 else None
+
 
 def wrong_field(param: str, value: object, wanted: str, way_out: str | None = None) -> RequestError:
     """Returns the error of a field whose value is another than is wanted."""

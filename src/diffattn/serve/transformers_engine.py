@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import hmac
 import os
 import socket
 import sys
@@ -32,16 +31,14 @@ from diffattn.errors import CheckpointError
 from diffattn.model.loading import Device, Dtype, load
 from diffattn.serve.answers import Answers
 from diffattn.serve.batching import Batch
-from diffattn.serve.hosts import CheckHosts, Hosts
+from diffattn.serve.hosts import CheckHosts, Hosts, check_key
 from diffattn.serve.openai_request import Asked
-from diffattn.serve.prompts import LONGEST_BODY, Prompt, Prompts
+from diffattn.serve.prompts import Prompt, Prompts
 from diffattn.serve.request_error import RequestError, stopping
 from diffattn.serve.transformers_private import build_response_parser
 
 # A body of at most this many bytes is read in the thread for small requests, so that it never waits for a long prompt.
 _SMALL_BODY = 2**16
-# A client reads no answer while it still sends, so what is too long is taken, and thrown away, up to here.
-_LONGEST_SENT = 2 * LONGEST_BODY
 # Open answers end at once with an error; this is for connections that do not take it.
 _SHUTDOWN_SECONDS = 1
 # A thread of Python's lets another that waits go on after so many seconds; 0.005 by default.
@@ -190,40 +187,10 @@ class App:
         return asked, prompts, parsers
 
     async def _body(self, request: Request) -> bytes:
-        # A page that a browser shows may send any other type to this machine without being asked whether it may.
-        kind = request.headers.get("content-type", "")
-        if kind.partition(";")[0].strip().lower() != "application/json":
-            raise RequestError(
-                f"the content type is {kind[:80]!r}",
-                "application/json",
-                "send it in the header content-type",
-                status=415,
-            )
-        most = self._prompts.longest_body
-        parts: list[bytes] = []
-        size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size <= most:
-                parts.append(part)
-            else:
-                parts.clear()
-            if size > _LONGEST_SENT:
-                break
-        if size > most:
-            raise self._prompts.too_long(size)
-        return b"".join(parts)
+        return await self._prompts.body(request.headers.get("content-type", ""), request.stream())
 
     async def _check_key(self, request: Request) -> None:
-        if self.key is None:
-            return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.key.encode()):
-            return
-        raise RequestError(
-            "the API key is not this server's" if given else "no API key is given", "the key that the server was given",
-            "send the header Authorization: Bearer KEY", status=401, code="invalid_api_key",
-        )  # fmt: skip
+        check_key(request.headers.get("authorization", ""), self.key)
 
     async def _refuse(self, request: Request, error: Exception) -> Response:
         """Returns the answer to every mistake, theirs and ours, in the words of OpenAI's interface."""
@@ -239,8 +206,7 @@ class App:
             error = RequestError(
                 f"{type(error).__name__} in the server", "an answer", "see the server's log, which has more", status=500
             )
-        headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
-        return JSONResponse(error.body, status_code=error.status, headers=headers)
+        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 
 class _Events(StreamingResponse):
