@@ -153,8 +153,13 @@ def continuation(model: PreTrainedModel) -> Tensor:
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False)
 
 
-def outcome(kind: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def outcome(kind: str, changes: Mapping[str, Any] | None = None, to: str | None = None) -> dict[str, Any]:
     """Converts a small model of an architecture; says whether it is equal, refused, or silently different.
+
+    Args:
+        kind: its ``model_type``.
+        changes: fields of its configuration beside the sizes.
+        to: the target of the conversion. Default: the obvious one.
 
     Returns:
         ``outcome``, the ``reason`` of a refusal or the largest ``difference`` of logits, and ``built``: whether the
@@ -178,7 +183,7 @@ def outcome(kind: str, changes: Mapping[str, Any] | None = None) -> dict[str, An
                 return {"outcome": NO_MODEL, "built": False}
         row: dict[str, Any] = {"built": model is not None}
         try:
-            done = convert(source, made)
+            done = convert(source, made, to)
         except DiffattnError as error:
             one = "\n" not in str(error)
             return row | {"outcome": REFUSED if one else "refused in several lines", "reason": str(error)}

@@ -82,6 +82,13 @@ def test_logits_with_and_without_a_cache_are_the_sources(name: str) -> None:
     assert outcome(kind, changes)["outcome"] == EQUAL
 
 
+@pytest.mark.parametrize("to", ["diff_v2", "dex"])
+@pytest.mark.parametrize("name", ["mistral", "smollm3", "qwen2", "phi3"])
+def test_differential_models_of_them_keep_windows_and_layers_without_positions(name: str, to: str) -> None:
+    kind, changes = CASES[name]
+    assert outcome(kind, changes, to)["outcome"] == EQUAL
+
+
 def no_windows(*_: Any) -> dict:
     return {}
 
@@ -137,8 +144,8 @@ def found(reason: str, model: PreTrainedModel) -> bool:
     where, pattern = {
         architectures.EXPERTS: (names, r"expert|router"),
         architectures.LATENT: (names, r"kv_a_proj"),
-        architectures.RECURRENT: (names, r"mamba|A_log|conv1d|linear_attn|time_|lstm|mlstm|recurrent"),
-        architectures.CONVOLUTION: (names, r"\.conv"),
+        architectures.RECURRENT: (names + code, r"mamba|A_log|conv1d|linear_attn|time_|lstm|rglru|LightningAttention"),
+        architectures.CONVOLUTION: (code, r"ShortConv"),
         architectures.POST_NORM: (names, r"post_(feedforward|mlp|self_attn)_?(layer)?norm"),
         architectures.LAYER_NORM: (classes, r"LayerNorm"),
         architectures.PLACES: (names + code, r"wpe|position_?embed|embed_positions|positions_embed|pos_encoding"),
@@ -146,7 +153,7 @@ def found(reason: str, model: PreTrainedModel) -> bool:
         architectures.PARTIAL: (code, r"partial_rotary_factor"),
         architectures.SCALED: (code, r"embed_scale|normalizer|hidden_size\*\*0\.5"),
         architectures.OFFSET_GAIN: (code, r"1\.0 \+ self\.weight|weight \+ 1|1 \+ self\.weight"),
-        architectures.CAPPED: (code, r"softcap"),
+        architectures.CAPPED: (code, r"soft_?cap"),
         architectures.LOGIT_SCALE: (code, r"logit_scale"),
         architectures.SINKS: (names, r"sinks"),
         architectures.GATED: (code, r"sigmoid\(.*gate|gate.*sigmoid"),

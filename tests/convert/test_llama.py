@@ -456,6 +456,12 @@ def test_what_llama_has_no_switch_for_is_refused() -> None:
         to_llama(config | {"attention": "gated"}, tensors)
 
 
+def test_an_encoder_is_no_llama() -> None:
+    config, tensors = to_softmax(*checkpoint(pretrained("llama")))
+    with pytest.raises(UnsupportedError, match="is_causal is false; wanted a decoder"):
+        to_llama(config | {"is_causal": False}, tensors)
+
+
 def test_parts_that_no_architecture_has_together() -> None:
     config, tensors = to_softmax(*checkpoint(pretrained("qwen3")))
     tensors |= {f"model.layers.{i}.self_attn.o_proj.bias": torch.zeros(47) for i in range(3)}

@@ -1,6 +1,7 @@
 """A real pretrained model made softmax, V2 and DEX: its logits, its text, the first step of training."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from support.smollm2 import smollm2
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.smollm2 import smollm2_gguf
+from diffattn.convert.convert import convert
 from diffattn.convert.llama import to_dex, to_diff_v2, to_llama, to_softmax
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
@@ -80,6 +83,20 @@ def test_the_logits_and_the_text_stay(attention: str, source, expected, ids) -> 
     assert model.config.attention == attention
     torch.testing.assert_close(logits(model, ids), expected[0], rtol=0, atol=ROUNDING)
     assert continuation(model, ids) == expected[1]
+
+
+def test_the_gguf_file_itself_is_converted(folder: Path, tmp_path: Path, source) -> None:
+    """The tokenizer of the file comes with it, and every weight is what transformers reads."""
+    with warnings.catch_warnings():
+        # gguf and numpy, in reading the file.
+        warnings.simplefilter("ignore")
+        done = convert(smollm2_gguf(), tmp_path / "made")
+    assert (done.source, done.target, done.parameters) == ("llama", "softmax", 134_515_008)
+    made = load_file(tmp_path / "made/model.safetensors")
+    assert made.keys() == source[1].keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in source[1].items())
+    theirs, ours = (AutoTokenizer.from_pretrained(each) for each in (folder, tmp_path / "made"))
+    assert ours(TEXT).input_ids == theirs(TEXT).input_ids
 
 
 def test_a_difference_of_the_size_of_a_mistake_is_noticed(source, expected, ids) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from diffattn.checkpoint_files import INDEX, TOKENIZERS, WEIGHTS, companions, printable
@@ -24,9 +24,8 @@ from diffattn.errors import CheckpointError, ConfigError, UnsupportedError, one_
 
 # Facts that the library reads; then those that it does not, with the values that change nothing.
 _READ = {
-    "context_length", "block_count", "feed_forward_length", "embedding_length", "rope.dimension_count",
-    "rope.freq_base", "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
-    "vocab_size", "attention.key_length", "attention.value_length",
+    "context_length", "block_count", "feed_forward_length", "embedding_length", "rope.freq_base",
+    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "vocab_size",
 }  # fmt: skip
 _PLAIN: dict[str, tuple[object, ...]] = {
     "expert_count": (0,),
@@ -73,8 +72,8 @@ def read_gguf(file: Path, scratch: Path) -> Checkpoint:
     shown_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        config = _config(file)
-        _check_facts(facts, config)
+        parsed, config = _config(file)
+        _check_facts(facts, parsed)
         # The library raises whatever it meets in a file.
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -83,7 +82,7 @@ def read_gguf(file: Path, scratch: Path) -> Checkpoint:
         except Exception as error:
             raise _damaged(file, one_line(error)) from error
         weights = dict(model.state_dict())
-        if config.get("tie_word_embeddings"):
+        if parsed.tie_word_embeddings:
             weights.pop(HEAD, None)
         if len(weights) != len(tensors) or any(found[key] for key in ("missing_keys", "mismatched_keys")):
             raise UnsupportedError(
@@ -123,8 +122,8 @@ def _facts(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return facts, tensors
 
 
-def _config(file: Path) -> Config:
-    """The configuration that the library makes of the header, of an architecture that can be converted."""
+def _config(file: Path) -> tuple[PreTrainedConfig, Config]:
+    """The configuration that the library makes of the header, whole and as a ``config.json`` has it."""
     try:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:
@@ -138,20 +137,22 @@ def _config(file: Path) -> Config:
     values["dtype"] = "float32"
     if values["model_type"] not in LLAMA_LIKE:
         raise unknown_architecture(values)
-    return values
+    return config, values
 
 
-def _check_facts(facts: dict[str, Any], config: Config) -> None:
+def _check_facts(facts: dict[str, Any], config: PreTrainedConfig) -> None:
     """Raises unless the library reads every fact about the model, or the fact changes nothing."""
     prefix = f"{facts.get('general.architecture')}."
-    heads = config.get("num_attention_heads") or 1
-    width = config.get("head_dim") or config["hidden_size"] // heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain_values = _PLAIN | {
+        **dict.fromkeys(("rope.dimension_count", "attention.key_length", "attention.value_length"), (width,)),
+        "rope.scaling.original_context_length": (config.max_position_embeddings,),
+    }
     for name, value in facts.items():
         if not name.startswith(prefix):
             continue
         fact = name.removeprefix(prefix)
-        own_width = fact in ("rope.dimension_count", "attention.key_length", "attention.value_length")
-        plain = (width,) if own_width else _PLAIN.get(fact, ())
+        plain = plain_values.get(fact, ())
         if value not in plain if plain else fact not in _READ:
             raise UnsupportedError(
                 f"the file says {printable(name)} = {shown(value)}, which transformers does not read",
