@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -109,12 +110,11 @@ def train(
         layout.check(ranks.world, recipe.batch_size)
         mesh_sizes(ranks.world, shard=layout.shard, tensor=layout.tensor_parallel, per_host=ranks.rank.per_host)
         model.config.check_tensor_parallel(layout.tensor_parallel)
-        if not ranks.is_first:
-            on_progress, on_stage = None, unseen
-            track = ()
-            return _train(model, data, recipe, Path(out), claim, layout, ranks, track, resume, on_progress, on_stage)
-        folder = writable_folder(own_folder(out, RUN))
-        with held(folder):
+        if ranks.is_first:
+            folder = writable_folder(own_folder(out, RUN))
+        else:
+            folder, on_progress, on_stage = Path(out), None, unseen
+        with held(folder) if ranks.is_first else contextlib.nullcontext():
             return _train(model, data, recipe, folder, claim, layout, ranks, track, resume, on_progress, on_stage)
 
 
