@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.comparison import Inputs, compare_forward_and_gradients, make_inputs
+from support.fused_cases import needs_the_kernel
 from support.known_wrong import assert_rejects_known_wrong
 from torch import Tensor
 
@@ -79,7 +80,7 @@ CASES: dict[str, dict[str, Any]] = {
         "T": 7, "S": 23, "H": 8, "noise_heads": 4, "G": 2, "window": 5, "scale": 0.9, "key_padding": padded(23, 19, 2),
     },
 }  # fmt: skip
-BACKENDS = ["standard"]
+BACKENDS = [pytest.param("fused_cpu", marks=needs_the_kernel), "standard"]
 
 
 @pytest.mark.parametrize("case", CASES)

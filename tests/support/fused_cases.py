@@ -98,6 +98,20 @@ CASES: dict[str, dict[str, Any]] = {
     "decoding, a span of padding": {"T": 2, "S": 1100, "H": 2, "G": 1, "key_padding": padded(1100, 530, 80)},
     "decoding, T = S: rows without keys": {"T": 7, "key_padding": padded(7, 3, 2)},
     "decoding, non-causal, T > S": {"T": 7, "S": 3, "causal": False},
+    "two to one": {"T": 23, "H": 12, "noise_heads": 6},
+    "four to one, blocks of 64 rows": {"B": 1, "T": 131, "H": 4, "noise_heads": 1, "G": 1, "D": 16, "Dv": 32},
+    "three to one, V2, several tiles": {
+        "B": 1, "T": 67, "S": 401, "H": 6, "noise_heads": 2, "G": 1, "D": 13, "Dv": 13, "one_key": True,
+    },
+    "five to one, padded": {"T": 11, "S": 41, "H": 10, "noise_heads": 2, "G": 2, "key_padding": padded(41, 33, 7)},
+    "five to one, all masked rows": {"T": 23, "H": 5, "noise_heads": 1, "G": 1, "key_padding": padded(23, 5, 7)},
+    "decoding, four to one": {"T": 1, "S": 37, "H": 8, "noise_heads": 2, "G": 1},
+    "decoding, odd rows, several spans": {"T": 3, "S": 1500, "H": 2, "noise_heads": 1, "G": 1},
+    "decoding, two to one, V2, padded": {
+        "T": 7, "H": 4, "noise_heads": 2, "G": 1, "one_key": True, "key_padding": padded(7, 3, 2),
+    },
+    "a window, several tiles": {"T": 131, "S": 523, "H": 2, "G": 1, "window": 140},
+    "a window, decoding over several spans": {"T": 5, "S": 1500, "H": 2, "G": 1, "window": 300},
     "few queries of many heads": {"T": 9, "S": 41, "H": 16, "G": 2},
     "few queries of many heads, padded": {"T": 11, "S": 41, "H": 15, "G": 3, "key_padding": padded(41, 33, 7)},
-}
+}  # fmt: skip

@@ -44,6 +44,7 @@ BACKENDS: dict[str, Backend] = {
         fused_cpu.fused_cpu_diff_attention,
         partial(fused_cpu.fused_cpu_diff_attention, formulas=False),
         packs=True,
+        shares_noise=True,
     ),
     "fused_triton": Backend(
         "fused_triton",

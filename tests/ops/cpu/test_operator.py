@@ -17,6 +17,10 @@ from diffattn.ops.reference import diff_attention_reference
 
 WIDTHS = [1, 2, 3, 7, 8, 13, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 251, 255, 256]
 QUERIES = [*range(1, 10), 15, 16, 17, 31, 32, 33, 63, 64, 65, 70, 127, 128, 129, 130, 193]
+HEADS = [
+    *((1, 1, 1), (7, 7, 1), (7, 7, 7), (10, 10, 5), (12, 12, 3), (64, 64, 2)),
+    *((7, 1, 1), (10, 5, 5), (12, 6, 3), (64, 16, 2)),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +77,11 @@ def test_any_width(width: int, queries: int, dtype: torch.dtype) -> None:
 
 @both_dtypes
 @pytest.mark.parametrize("queries", [1, 4, 9, 23, 70])
-@pytest.mark.parametrize("heads", [(1, 1), (7, 1), (7, 7), (10, 5), (12, 3), (64, 2)], ids=str)
-def test_any_groups(heads: tuple[int, int], queries: int, dtype: torch.dtype) -> None:
-    H, G = heads
-    check(make_inputs(T=queries, S=queries + 3, H=H, G=G, D=6, Dv=7, dtype=dtype))
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_any_groups(heads: tuple[int, int, int], queries: int, dtype: torch.dtype) -> None:
+    """Output heads, noise heads and groups."""
+    H, noise_heads, G = heads
+    check(make_inputs(T=queries, S=queries + 3, H=H, noise_heads=noise_heads, G=G, D=6, Dv=7, dtype=dtype))
 
 
 @both_dtypes
@@ -204,9 +209,9 @@ def test_sums_of_more_keys_than_a_worker_holds(causal: bool, one_key: bool) -> N
     """In bfloat16 the gradients of wide keys and values are summed span by span: 640 and 1024 keys at a time here."""
     padding = torch.zeros(1, 1100, dtype=torch.bool)
     padding[:, :700] = True
-    for past, key_padding in ((0, None), (1050, None), (1050, padding)):
+    for past, key_padding, noise_heads in ((0, None, 2), (1050, None, 2), (1050, padding, 2), (950, padding, 1)):
         x = make_inputs(
-            1, 1100 - past, 1100, 2, 1, 256, 256, dtype=torch.bfloat16, one_key=one_key, causal=causal,
-            key_padding=key_padding,
+            1, 1100 - past, 1100, 2, 1, 256, 256, noise_heads=noise_heads, dtype=torch.bfloat16, one_key=one_key,
+            causal=causal, key_padding=key_padding,
         )  # fmt: skip
         check(x)

@@ -56,8 +56,8 @@ NORMS: dict[str, dict[str, Any]] = {
 
 
 def as_of_a_layer(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Heads before tokens, pairs of queries adjacent, both keys side by side where they are two."""
-    query = torch.stack([x.q1, x.q2], dim=3).flatten(2, 3)
+    """Heads before tokens, noise heads behind their signal heads, both keys side by side where they are two."""
+    query = torch.cat([x.q1.unflatten(2, (x.q2.shape[2], -1)), x.q2.unsqueeze(3)], dim=3).flatten(2, 3)
     key = x.k1 if x.k2 is x.k1 else torch.cat([x.k1, x.k2], dim=-1)
     return query.transpose(1, 2), key.transpose(1, 2).contiguous(), x.v.transpose(1, 2).contiguous(), x.lam
 
@@ -92,8 +92,34 @@ def test_decoding_as_a_layer_calls_it(one_key: bool, masked: bool, norm: str, dt
         # Rounding of what the norm divides is divided by the same.
         floor = 4 * torch.finfo(dtype).eps * expected.abs().max().item()
         compare(actual, expected, eager, floors=[floor])
-        arguments = (*arguments, seeing, 0.4, options.get("gain"), 0.7, options.get("eps"))
+        arguments = (*arguments, seeing, 0.4, options.get("gain"), 0.7, options.get("eps"), True, 1)
         torch.library.opcheck(torch.ops.diffattn.fused_cpu_decoding.default, arguments)
+
+
+@both_dtypes
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("one_key", [False, True], ids=["V1", "V2"])
+@pytest.mark.parametrize("heads", [(12, 6, 3), (6, 2, 1), (5, 1, 1)], ids=str)
+def test_shared_noise_heads_as_a_layer_calls_them(
+    heads: tuple[int, int, int], one_key: bool, causal: bool, dtype: torch.dtype
+) -> None:
+    H, noise_heads, G = heads
+    for queries, keys in ((1, 23), (3, 600), (20, 23)):
+        x = make_inputs(
+            T=queries, S=keys, H=H, noise_heads=noise_heads, G=G, D=6, Dv=14, dtype=dtype, one_key=one_key,
+            causal=causal,
+        )  # fmt: skip
+        arguments, options = as_of_a_layer(x), {"causal": causal, "signals_per_noise": H // noise_heads}
+        expected, eager = (diff_attention_reference(*y[:6], **y.options) for y in (x.to(torch.float64), x))
+        assert fused_cpu.refuses(*arguments, None, signals_per_noise=H // noise_heads) is None
+        compare(fused_cpu.attend(*arguments, scale=None, queries=None, **options), expected, eager)
+        with torch.no_grad():
+            if fused_cpu.decodes(arguments[0], arguments[2], signals_per_noise=H // noise_heads):
+                compare(fused_cpu.decode(*arguments, **options), expected, eager)
+                given = (*arguments, None, 0.4, None, 1.0, None, causal, H // noise_heads)
+                torch.library.opcheck(torch.ops.diffattn.fused_cpu_decoding.default, given)
+            else:
+                assert queries == 20
 
 
 @torch.no_grad()

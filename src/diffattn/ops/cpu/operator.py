@@ -9,10 +9,12 @@
               d_q1 = dS1 k1,  d_k1 = dS1ᵀ q1,  d_q2 = dS2 k2,  d_k2 = dS2ᵀ q2,  d_v = Pᵀ d_out,  d_lam = −D2
 
 Per query, key and output head that is 4D + 2Dv forward and 10D + 5Dv backward multiply-adds: what softmax attention
-costs whose values are as wide as both halves of D, where one standard call costs twice as much. `csrc/` holds the
-kernel, docs/kernel.md its blocking and its measured limits.
+costs whose values are as wide as both halves of D, where one standard call costs twice as much. Where R output heads
+subtract one noise map, what belongs to that map alone, 2D and 5D of these, is computed once for all of them. `csrc/`
+holds the kernel, docs/kernel.md its blocking and its measured limits.
 
-Shape letters: B batch, T queries, S keys, H output heads, G key/value groups, D width of q and k, Dv width of v.
+Shape letters: B batch, T queries, S keys, H output heads, Hn noise heads, N = H + Hn query heads of a layer's call, G
+key/value groups, D width of q and k, Dv width of v.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ torch.library.define("diffattn::fused_cpu", f"({_INPUTS}, bool causal, float sca
 torch.library.define(
     "diffattn::fused_cpu_decoding",
     "(Tensor query, Tensor key, Tensor value, Tensor lam, Tensor? queries, float scale, Tensor? gain, "
-    "float norm_scale, float? eps) -> Tensor",
+    "float norm_scale, float? eps, bool causal, int signals_per_noise) -> Tensor",
 )
 torch.library.define(
     "diffattn::fused_cpu_backward",
@@ -91,13 +93,29 @@ def fused_cpu_diff_attention(call: Call, *, formulas: bool = True) -> Tensor:
     return output[..., :width]
 
 
-def refuses(query: Tensor, key: Tensor, value: Tensor, lam: Tensor, queries: Tensor | None) -> str | None:
+def refuses(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lam: Tensor,
+    queries: Tensor | None,
+    *,
+    signals_per_noise: int = 1,
+) -> str | None:
     """Returns None where `decode` or `attend` is to compute a layer's call, else one sentence; arguments as there."""
     return unsupported(Call(query, key, query, key, value, lam))
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, lam: Tensor, *, scale: float | None, queries: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lam: Tensor,
+    *,
+    scale: float | None,
+    queries: Tensor | None,
+    causal: bool = True,
+    signals_per_noise: int = 1,
 ) -> Tensor:
     """Differential attention as a layer calls it, with gradients; arguments as of `decode`, with any number of queries.
 
@@ -105,14 +123,19 @@ def attend(
         (B, T, H, Dv) in the inputs' dtype.
     """
     q_BTNd, k_BSGW, v_BSGV = (x.transpose(1, 2) for x in (query, key, value))
-    # Views, whose backward is one stack or one concatenation; that of strided slices fills a buffer of zeros each.
-    q1, q2 = q_BTNd.unflatten(2, (-1, 2)).unbind(3)
+    # Views, whose backward is one stack or one concatenation; that of strided slices fills a buffer of zeros each. Of
+    # several signal heads beside their noise head there is none.
+    groups = q_BTNd.unflatten(2, (-1, signals_per_noise + 1))
+    if signals_per_noise == 1:
+        q1, q2 = groups.unbind(3)
+    else:
+        q1, q2 = (x.flatten(2, 3) for x in groups.split([signals_per_noise, 1], dim=3))
     k1, k2 = (k_BSGW, k_BSGW) if key.shape[-1] == query.shape[-1] else k_BSGW.chunk(2, dim=-1)
-    call = Call(q1, k1, q2, k2, v_BSGV, lam, causal=True, scale=scale, queries=queries)
+    call = Call(q1, k1, q2, k2, v_BSGV, lam, causal=causal, scale=scale, queries=queries)
     return fused_cpu_diff_attention(call)
 
 
-def decodes(query: Tensor, value: Tensor) -> bool:
+def decodes(query: Tensor, value: Tensor, *, signals_per_noise: int = 1) -> bool:
     """Tells whether `decode` serves a call, of those to which `unsupported` answers None.
 
     It does not where a graph is traced, which would hold for few queries only, nor in forward mode or within
@@ -135,15 +158,17 @@ def decode(
     gain: Tensor | None = None,
     norm_scale: float = 1.0,
     eps: float | None = None,
+    causal: bool = True,
+    signals_per_noise: int = 1,
 ) -> Tensor:
     """Differential attention of up to 8 queries as a layer calls it, with the norm behind it; no gradients.
 
     Args:
-        query: (B, 2H, T, D), pairs of heads adjacent.
+        query: (B, N, T, D), groups of heads adjacent: `signals_per_noise` signal heads, then their noise head.
         key: (B, G, S, 2D) for the keys of both maps side by side, (B, G, S, D) where they share them.
         value: (B, G, S, Dv).
         lam: λ in float32, broadcastable to (B, T, H).
-        scale, queries: as in a `Call`; causal without the latter.
+        scale, queries, causal: as in a `Call`.
         gain: (Dv,), ones where it is None.
         norm_scale, eps: the output is ``norm_scale · gain · y / sqrt(mean(y²) + eps)``, or y where eps is None.
 
@@ -151,7 +176,9 @@ def decode(
         (B, T, H, Dv) in the inputs' dtype, rounded once.
     """
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return torch.ops.diffattn.fused_cpu_decoding(query, key, value, lam, queries, scale, gain, norm_scale, eps)
+    return torch.ops.diffattn.fused_cpu_decoding(
+        query, key, value, lam, queries, scale, gain, norm_scale, eps, causal, signals_per_noise
+    )
 
 
 def _even(x: Tensor) -> Tensor:
@@ -177,7 +204,8 @@ def _(
 @torch.library.register_fake("diffattn::fused_cpu_decoding")
 def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
     B, N, T, _ = query.shape
-    return value.new_empty(B, T, N // 2, value.shape[-1])
+    signals = options[-1]
+    return value.new_empty(B, T, N // (signals + 1) * signals, value.shape[-1])
 
 
 @torch.library.register_fake("diffattn::fused_cpu_backward")
@@ -194,11 +222,10 @@ def _(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q = q1.new_empty(q1.shape)
     # A group's gradients lie together.
     k, d_v = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (k1, v))
     d_k2 = k1.new_empty(0) if k2 is None else torch.empty_like(k)
-    return q, k, torch.empty_like(q), d_k2, d_v, lam.new_empty(lam.shape)
+    return q1.new_empty(q1.shape), k, q2.new_empty(q2.shape), d_k2, d_v, lam.new_empty(lam.shape)
 
 
 def _output(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,16 @@ struct Backward {
   }
 };
 
+// Float32 sums of the gradients of one group's keys and values, for keys from `start` on.
+struct Sums {
+  float *k1, *k2, *v;
+  int64_t k_row, v_row, start;
+
+  float* at(float* base, int64_t row, int64_t s) const {
+    return base + (s - start) * row;
+  }
+};
+
 // Every gradient is written; none needs to be cleared before.
 // `element`: what the products are of.
 template <typename scalar, typename element>

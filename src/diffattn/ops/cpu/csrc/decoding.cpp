@@ -1,6 +1,9 @@
 // Decoding: a few queries over a long cache. Every key and value is read once, by whichever thread takes its span of
 // keys; the spans' results are joined by their maxima and sums. With so few rows the product with v is done for both
 // maps (it costs no memory traffic), so each span needs no normaliser and the subtraction waits until the end.
+//
+// The rows of a group, of signal and of noise maps: for each noise head and query those of its signal heads, then its
+// own. Two neighbours are computed together, in V1 and V2 those of both maps.
 #include "forward.h"
 
 #include <vector>
@@ -17,16 +20,21 @@ struct Partial {
   float* data;
   int64_t width;
 
-  float* at(int64_t map, int64_t row, int64_t rows) const {
-    return data + (map * rows + row) * width;
+  float* at(int64_t row) const {
+    return data + row * width;
   }
 };
+
+// Rows of a group, one more where they are odd, whose query is zeros and whose result is not read.
+inline int64_t rows_of_group(const Problem& p) {
+  return (p.noise * p.T * (p.signals + 1) + 1) / 2 * 2;
+}
 
 inline int64_t padded(int64_t width) {
   return (width + kLanes - 1) / kLanes * kLanes;
 }
 
-// Scores of a row of both maps for four keys. The halves of a pair of keys may lie side by side in one row of the
+// Scores of two rows for four keys. The halves of a pair of keys may lie side by side in one row of the
 // cache, which is read from end to end: memory that is skipped over comes at half the rate.
 template <typename scalar>
 void dots_of_4(
@@ -69,7 +77,7 @@ void dots(
   }
 }
 
-// Adds `count` values, weighted by the rows `p` and `q` of both maps, to two rows of output: `columns` vectors of it.
+// Adds `count` values, weighted by the rows `p` and `q` of maps, to two rows of output: `columns` vectors of it.
 template <int columns, typename scalar>
 void weigh_columns(
     const scalar* values, int64_t row, int64_t count, int64_t width, const float* p, const float* q, float* o1,
@@ -111,46 +119,58 @@ class Worker {
   Worker(const Forward<scalar>& f, Arena& arena)
       : f_(f),
         p_(f.p),
-        rows_(f.p.R * f.p.T),
-        queries_(arena.take<float>(2 * rows_ * padded(f.p.D))),
-        scores_(arena.take<float>(2 * rows_ * kChunk)) {}
+        rows_(f.p.noise * f.p.T * (f.p.signals + 1)),
+        queries_(arena.take<float>(rows_of_group(f.p) * padded(f.p.D))),
+        scores_(arena.take<float>(rows_of_group(f.p) * kChunk)) {}
 
   void span(int64_t b, int64_t g, Range keys, const Partial& partial) {
     load_queries(b, g);
-    for (int64_t map : {0, 1})
-      for (int64_t row = 0; row < rows_; ++row) {
-        float* to = partial.at(map, row, rows_);
-        std::fill_n(to, partial.width, 0.0f);
-        to[0] = -kInfinity;
-      }
+    for (int64_t row = 0; row < rows_of_group(p_); ++row) {
+      float* to = partial.at(row);
+      std::fill_n(to, partial.width, 0.0f);
+      to[0] = -kInfinity;
+    }
     for (int64_t start = keys.begin; start < keys.end; start += kChunk) {
       const int64_t count = std::min(kChunk, keys.end - start);
-      for (int64_t row = 0; row < rows_; ++row) {
-        float *scores1 = scores_ + row * kChunk, *scores2 = scores_ + (rows_ + row) * kChunk;
+      for (int64_t row = 0; row < rows_; row += 2) {
+        float* scores = scores_ + row * kChunk;
         const float* query = queries_ + row * padded(p_.D);
+        const auto &keys1 = keys_of(row), &keys2 = keys_of(row + 1);
         dots(
-            query, query + rows_ * padded(p_.D), f_.k1.at(b, start, g), f_.k2.at(b, start, g), f_.k1.row, f_.k2.row,
-            count, p_.D, scores1, scores2);
-        weights(b, row % p_.T, start, count, scores1, partial.at(0, row, rows_));
-        weights(b, row % p_.T, start, count, scores2, partial.at(1, row, rows_));
+            query, query + padded(p_.D), keys1.at(b, start, g), keys2.at(b, start, g), keys1.row, keys2.row, count,
+            p_.D, scores, scores + kChunk);
+        for (int64_t i = row; i < std::min(row + 2, rows_); ++i)
+          weights(b, query_of(i), start, count, scores_ + i * kChunk, partial.at(i));
       }
-      for (int64_t row = 0; row < rows_; ++row)
+      for (int64_t row = 0; row < rows_; row += 2)
         weigh(
-            f_.v.at(b, start, g), f_.v.row, count, p_.Dv, scores_ + row * kChunk, scores_ + (rows_ + row) * kChunk,
-            partial.at(0, row, rows_) + kLanes, partial.at(1, row, rows_) + kLanes);
+            f_.v.at(b, start, g), f_.v.row, count, p_.Dv, scores_ + row * kChunk, scores_ + (row + 1) * kChunk,
+            partial.at(row) + kLanes, partial.at(row + 1) + kLanes);
     }
   }
 
  private:
+  bool is_noise(int64_t row) const {
+    return row % (p_.signals + 1) == p_.signals;
+  }
+
+  const View<const scalar>& keys_of(int64_t row) const {
+    return is_noise(row) ? f_.k2 : f_.k1;
+  }
+
+  int64_t query_of(int64_t row) const {
+    return row / (p_.signals + 1) % p_.T;
+  }
+
   void load_queries(int64_t b, int64_t g) {
     const int64_t width = padded(p_.D);
-    std::fill_n(queries_, 2 * rows_ * width, 0.0f);
+    std::fill_n(queries_, rows_of_group(p_) * width, 0.0f);
     for (int64_t row = 0; row < rows_; ++row) {
-      const scalar* from[2] = {
-          f_.q1.at(b, row % p_.T, g * p_.R + row / p_.T), f_.q2.at(b, row % p_.T, g * p_.R + row / p_.T)};
-      for (int64_t map : {0, 1})
-        for (int64_t i = 0; i < p_.D; ++i)
-          queries_[(map * rows_ + row) * width + i] = double(from[map][i]) * p_.log2_scale;
+      const int64_t t = query_of(row), noise = g * p_.noise + row / (p_.signals + 1) / p_.T;
+      const scalar* from = is_noise(row) ? f_.q2.at(b, t, noise)
+                                         : f_.q1.at(b, t, noise * p_.signals + row % (p_.signals + 1));
+      for (int64_t i = 0; i < p_.D; ++i)
+        queries_[row * width + i] = double(from[i]) * p_.log2_scale;
     }
   }
 
@@ -188,7 +208,7 @@ class Worker {
 
   const Forward<scalar>& f_;
   const Problem& p_;
-  int64_t rows_;
+  int64_t rows_;  // without the odd one
   float *queries_, *scores_;
 };
 
@@ -202,17 +222,20 @@ void normalise(const Norm& norm, int64_t width, float* o) {
     o[i] *= norm.gain ? factor * norm.gain[i] : factor;
 }
 
-// The spans of one output row: o1 / l1 − λ o2 / l2, normalised where there is a norm.
+// The spans of one output row, number `row` of head, then query, of its group: o1 / l1 − λ o2 / l2, normalised where
+// there is a norm.
 template <typename scalar>
 void join(
     const Forward<scalar>& f, const Norm* norm, int64_t b, int64_t g, int64_t row, int64_t spans,
     const Partial& partial, float* o) {
   const Problem& p = f.p;
-  const int64_t rows = p.R * p.T, h = g * p.R + row / p.T, t = row % p.T;
+  const int64_t head = row / p.T, t = row % p.T, h = g * p.noise * p.signals + head;
+  const int64_t first = (head / p.signals * p.T + t) * (p.signals + 1);
+  const int64_t rows[2] = {first + head % p.signals, first + p.signals};
   const float factors[2] = {1.0f, -*f.lam.at(b, t, h)};
   std::fill_n(o, padded(p.Dv), 0.0f);
   for (int64_t map : {0, 1}) {
-    auto at = [&](int64_t span) { return partial.at(map, row, rows) + span * 2 * rows * partial.width; };
+    auto at = [&](int64_t span) { return partial.at(span * rows_of_group(p) + rows[map]); };
     float highest = -kInfinity, total = 0.0f;
     for (int64_t span = 0; span < spans; ++span)
       highest = std::max(highest, at(span)[0]);
@@ -238,26 +261,23 @@ void join(
 template <typename scalar>
 void run_decoding(const Forward<scalar>& f, const Norm* norm) {
   const Problem& p = f.p;
-  const int64_t rows = p.R * p.T, groups = p.B * p.G, width = kLanes + padded(p.Dv);
+  const int64_t rows = rows_of_group(p), groups = p.B * p.G, width = kLanes + padded(p.Dv);
   const int64_t spans = std::max<int64_t>(1, (p.S + kSpan - 1) / kSpan);
-  const at::Tensor partials = at::empty({groups, spans, 2, rows, width}, at::kFloat);
+  const at::Tensor partials = at::empty({groups, spans, rows, width}, at::kFloat);
   float* data = partials.data_ptr<float>();
   share<float>(
       groups * spans, [&](Arena& arena) { Worker<scalar>(f, arena); },
       [&](int64_t unit, Arena arena) {
         const int64_t b = unit / spans / p.G, g = unit / spans % p.G, start = unit % spans * kSpan;
-        const Range keys = visible(p, b, 0, p.T - 1);
-        Worker<scalar> worker(f, arena);
-        worker.span(
-            b, g, {std::max(start, keys.begin), std::min(start + kSpan, keys.end)},
-            {data + unit * 2 * rows * width, width});
+        const Range keys = visible(p, b, 0, p.T - 1, {start, std::min(start + kSpan, p.S)});
+        Worker<scalar>(f, arena).span(b, g, keys, {data + unit * rows * width, width});
       });
   // Waking the threads once more takes longer than this does on one, but for long caches of large batches.
-  parallel_for(groups, std::max<int64_t>(1, kJoined / (spans * rows * width)), [&](int64_t begin, int64_t end) {
+  parallel_for(groups, std::max<int64_t>(1, 2 * kJoined / (spans * rows * width)), [&](int64_t begin, int64_t end) {
     std::vector<float> o(padded(p.Dv));
     for (int64_t unit = begin; unit < end; ++unit)
-      for (int64_t row = 0; row < rows; ++row)
-        join(f, norm, unit / p.G, unit % p.G, row, spans, {data + unit * spans * 2 * rows * width, width}, o.data());
+      for (int64_t row = 0; row < p.noise * p.signals * p.T; ++row)
+        join(f, norm, unit / p.G, unit % p.G, row, spans, {data + unit * spans * rows * width, width}, o.data());
   });
 }
 

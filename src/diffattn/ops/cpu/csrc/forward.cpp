@@ -5,6 +5,8 @@
 //   for each tile of keys    p = e1 · f1 − e2 · f2,  f1 = 2^(c (m_tile − m)) / l1,  f2 = λ 2^(c (m_tile − m)) / l2
 //                            oᵀ += vᵀ p
 //
+// Where output heads share a noise head, its exponentials and sums serve them one after another.
+//
 // A tile of scores stays in the first caches for its maxima and exponentials; only the exponentials are written to the
 // block's rows, and read once more by the subtraction.
 #include "forward.h"
@@ -85,7 +87,8 @@ class Worker {
         k2_(f.p.one_key ? k1_ : arena.take<element>(f.p.S * f.p.D)),
         difference_(arena.take<element>(f.p.tile * rows)),
         o_(arena.take<float>(f.p.Dv * rows)),
-        v_(arena.take<element>(f.p.tiles() * f.p.tile * f.p.Dv)) {}
+        v_(arena.take<element>(f.p.tiles() * f.p.tile * f.p.Dv)),
+        inverse_(arena.take<float>(rows)) {}
 
   // The keys of a group, one behind the other: where they lie, rows are a whole token apart, each on a page of its own.
   void load_keys(int64_t b, int64_t g) {
@@ -114,54 +117,64 @@ class Worker {
 
   void block(int64_t b, int64_t g, int64_t index) {
     const Lanes<rows> lanes(p_, g, index);
-    const Range keys = visible(p_, b, lanes.t_min, lanes.t_max);
+    const Range keys = visible(p_, b, lanes.t_min, lanes.t_max, {0, p_.S});
     const int64_t begin = keys.begin / p_.tile, end = (keys.end + p_.tile - 1) / p_.tile;
-    if (begin == end)
+    if (keys.begin == keys.end)
       return clear(b, lanes);
-    pack_columns(f_.q1, b, lanes, p_.D, q1_);
-    pack_columns(f_.q2, b, lanes, p_.D, q2_);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t start = tile * p_.tile, m = tile_rows(p_, tile, keys.end);
-      score_tile<element>(p_, {k1_ + start * p_.D, p_.D}, b, start, m, lanes, q1_, scores_);
-      exponentials<scalar>(p_, scores_, signal_, tile, m, tile == begin);
-      score_tile<element>(p_, {k2_ + start * p_.D, p_.D}, b, start, m, lanes, q2_, scores_);
-      exponentials<scalar>(p_, scores_, noise_, tile, m, tile == begin);
+    pack_columns<element, rows>(rows_at(f_.q2, b, lanes, 1, 0), p_.D, q2_);
+    for (int64_t signal = 0; signal < p_.signals; ++signal) {
+      pack_columns<element, rows>(rows_at(f_.q1, b, lanes, p_.signals, signal), p_.D, q1_);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t start = tile * p_.tile, m = tile_rows(p_, tile, keys.end);
+        score_tile<element>(p_, {k1_ + start * p_.D, p_.D}, b, start, m, lanes, q1_, scores_);
+        exponentials<scalar>(p_, scores_, signal_, tile, m, tile == begin);
+        if (signal > 0)
+          continue;
+        score_tile<element>(p_, {k2_ + start * p_.D, p_.D}, b, start, m, lanes, q2_, scores_);
+        exponentials<scalar>(p_, scores_, noise_, tile, m, tile == begin);
+      }
+      normalise(b, lanes, signal);
+      // Backwards: the tiles computed last are the ones still in the caches.
+      for (int64_t tile = end - 1; tile >= begin; --tile) {
+        const int64_t m = tile_rows(p_, tile, keys.end);
+        subtract(tile, m);
+        multiply(
+            p_.Dv, rows, whole_pairs<element>(m), v_ + tile * p_.tile * p_.Dv, p_.tile, difference_, rows, o_, rows,
+            tile != end - 1);
+      }
+      write(b, lanes, signal);
     }
-    normalise(b, lanes);
-    // Backwards: the tiles computed last are the ones still in the caches.
-    for (int64_t tile = end - 1; tile >= begin; --tile) {
-      const int64_t m = tile_rows(p_, tile, keys.end);
-      subtract(tile, m);
-      multiply(
-          p_.Dv, rows, whole_pairs<element>(m), v_ + tile * p_.tile * p_.Dv, p_.tile, difference_, rows, o_, rows,
-          tile != end - 1);
-    }
-    write(b, lanes);
   }
 
  private:
   void clear(int64_t b, const Lanes<rows>& lanes) {
-    for (int64_t lane = 0; lane < lanes.count; ++lane) {
-      scalar* to = f_.output.at(b, lanes.t[lane], lanes.head[lane]);
-      std::fill(to, to + p_.Dv, scalar(0.0f));
-      for (int map : {0, 1})
-        f_.keep(map, b, lanes.head[lane], lanes.t[lane], 0.0f, 0.0f);
-    }
+    for (int64_t lane = 0; lane < lanes.count; ++lane)
+      for (int64_t h = lanes.head[lane] * p_.signals; h < (lanes.head[lane] + 1) * p_.signals; ++h) {
+        scalar* to = f_.output.at(b, lanes.t[lane], h);
+        std::fill(to, to + p_.Dv, scalar(0.0f));
+        for (int map : {0, 1})
+          f_.keep(map, b, h, lanes.t[lane], 0.0f, 0.0f);
+      }
+  }
+
+  // A running sum as 1 / l, and the maximum as a number.
+  static float inverse_of(Map<rows>& map, int64_t lane) {
+    const bool empty = map.m[lane] == -kInfinity;
+    map.m[lane] = empty ? 0.0f : map.m[lane];
+    return empty ? 0.0f : 1.0f / map.l[lane];
   }
 
   // Turns the running sums into factors 1 / l and λ / l, and keeps what the backward pass makes the maps of.
-  void normalise(int64_t b, const Lanes<rows>& lanes) {
+  void normalise(int64_t b, const Lanes<rows>& lanes, int64_t signal) {
     for (int64_t lane = 0; lane < rows; ++lane) {
-      const int64_t h = lanes.head[lane], t = lanes.t[lane];
-      const float factors[2] = {1.0f, *f_.lam.at(b, t, h)};
-      for (int index : {0, 1}) {
-        Map<rows>& map = index ? noise_ : signal_;
-        const bool empty = map.m[lane] == -kInfinity;
-        const float inverse = empty ? 0.0f : 1.0f / map.l[lane];
-        map.m[lane] = empty ? 0.0f : map.m[lane];
-        map.l[lane] = factors[index] * inverse;
-        if (lane < lanes.count)
-          f_.keep(index, b, h, t, map.m[lane], inverse);
+      const int64_t h = lanes.head[lane] * p_.signals + signal, t = lanes.t[lane];
+      if (signal == 0)
+        inverse_[lane] = inverse_of(noise_, lane);
+      signal_.l[lane] = inverse_of(signal_, lane);
+      noise_.l[lane] = *f_.lam.at(b, t, h) * inverse_[lane];
+      if (lane < lanes.count) {
+        f_.keep(0, b, h, t, signal_.m[lane], signal_.l[lane]);
+        f_.keep(1, b, h, t, noise_.m[lane], inverse_[lane]);
       }
     }
   }
@@ -198,7 +211,7 @@ class Worker {
     return exp2<exp_degree<scalar>>(Powers<scalar>(p_)(fell)) * load(map.l + lane);
   }
 
-  void write(int64_t b, const Lanes<rows>& lanes) {
+  void write(int64_t b, const Lanes<rows>& lanes, int64_t signal) {
     for (int64_t first = 0; first < lanes.count; first += kLanes)
       for (int64_t i = 0; i < p_.Dv; i += kLanes) {
         Words x[kLanes];
@@ -206,7 +219,9 @@ class Worker {
           x[j] = i + j < p_.Dv ? (Words)load(o_ + (i + j) * rows + first) : Words{};
         transpose(x);
         for (int64_t lane = first; lane < std::min<int64_t>(first + kLanes, lanes.count); ++lane)
-          store_part(f_.output.at(b, lanes.t[lane], lanes.head[lane]) + i, (Floats)x[lane - first], p_.Dv - i);
+          store_part(
+              f_.output.at(b, lanes.t[lane], lanes.head[lane] * p_.signals + signal) + i, (Floats)x[lane - first],
+              p_.Dv - i);
       }
   }
 
@@ -217,6 +232,7 @@ class Worker {
   element *q1_, *q2_, *k1_, *k2_, *difference_;
   float* o_;
   element* v_;
+  float* inverse_;  // (rows) 1 / the sum of the noise map's exponentials
 };
 
 template <typename scalar, typename element, int rows>
@@ -243,7 +259,7 @@ void run(const Forward<scalar>& f) {
 
 template <typename scalar, typename element>
 void run_forward(const Forward<scalar>& f) {
-  const int64_t lanes = f.p.T >= 64 ? 64 : f.p.R * f.p.T;
+  const int64_t lanes = f.p.T >= 64 ? 64 : f.p.noise * f.p.T;
   if (lanes > 32)
     run<scalar, element, 64>(f);
   else if (lanes > 16)

@@ -4,7 +4,7 @@
 
 namespace diffattn {
 
-// output (B, T, H, Dv) in the inputs' dtype; rows (4, B, H, T): of both maps the largest score, then of both 1 / the sum
+// output (B, T, H, Dv) in the inputs' dtype; rows (4, B, H, T), of each output head: of both maps the largest score, then of both 1 / the sum
 // of their exponentials, which are 0 and 0 for a row that sees no key. A log-sum-exp would be one number, and rounding
 // it the largest error of a map. Without gradients it is null.
 template <typename scalar>

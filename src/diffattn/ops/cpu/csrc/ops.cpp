@@ -32,9 +32,10 @@ struct Inputs {
         v(readable(v_)),
         lam(lam_) {
     const int64_t B = q1.size(0), T = q1.size(1), S = k1.size(1), H = q1.size(2), G = k1.size(2);
+    const int64_t noise = q2.size(2);
     TORCH_CHECK(
-        q1.sizes() == q2.sizes() && k1.sizes() == k2.sizes() && k1.size(3) == q1.size(3) && H % G == 0 &&
-            v.size(0) == B && v.size(1) == S && v.size(2) == G && k1.size(0) == B,
+        q2.size(0) == B && q2.size(1) == T && q2.size(3) == q1.size(3) && H % noise == 0 && noise % G == 0 &&
+            k1.sizes() == k2.sizes() && k1.size(3) == q1.size(3) && v.size(0) == B && v.size(1) == S && v.size(2) == G && k1.size(0) == B,
         "fused_cpu: shapes do not fit");
     TORCH_CHECK(
         lam.scalar_type() == at::kFloat && lam.dim() == 3 && lam.size(0) == B && lam.size(1) == T && lam.size(2) == H,
@@ -51,8 +52,7 @@ struct Inputs {
       queries = queries_->contiguous();
     }
     TORCH_CHECK(queries_ || !causal || T <= S, "fused_cpu: more queries than keys with causal=True");
-    p = {B, T, S, H, G, H / G, q1.size(3), v.size(3), S > 512 ? 128 : 64, !k2_, causal,
-         float(scale), scale * kLog2E, queries_ ? queries.const_data_ptr<int32_t>() : nullptr};
+    p = {B, T, S, H, G, q1.size(3), v.size(3), noise / G, H / noise, S > 512 ? 128 : 64, !k2_, causal, float(scale), scale * kLog2E, queries_ ? queries.const_data_ptr<int32_t>() : nullptr};
   }
 };
 
@@ -134,21 +134,26 @@ std::tuple<Tensor, Tensor> fused_cpu(
   return {output, rows};
 }
 
-// As a layer calls it, heads before tokens and pairs adjacent, with its norm and without gradients: one operator where
+// As a layer calls it, heads before tokens, signal heads and behind them their noise head, with its norm and without gradients: one operator where
 // the views, the expansion of λ and the norm would take longer than a short cache.
 Tensor fused_cpu_decoding(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& lam,
     const std::optional<Tensor>& queries, double scale, const std::optional<Tensor>& gain, double norm_scale,
-    std::optional<double> eps) {
+    std::optional<double> eps, bool causal, int64_t signals) {
   TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "fused_cpu_decoding: wanted four dimensions");
   const at::AutoDispatchBelowADInplaceOrView below;
   const Tensor q = query.transpose(1, 2), k = key.transpose(1, 2);
-  const int64_t N = q.size(2), D = q.size(3);
-  TORCH_CHECK(N % 2 == 0 && (k.size(3) == D || k.size(3) == 2 * D), "fused_cpu_decoding: shapes do not fit");
+  const int64_t B = q.size(0), T = q.size(1), N = q.size(2), D = q.size(3), step = signals + 1, H = N / step * signals;
+  TORCH_CHECK(
+      signals > 0 && N % step == 0 && (k.size(3) == D || k.size(3) == 2 * D),
+      "fused_cpu_decoding: shapes do not fit");
   const auto second = k.size(3) == D ? std::nullopt : std::optional<Tensor>(k.slice(3, D));
+  // Every second head is a view; a few heads out of more are copied, which takes longer than a short cache.
+  const Tensor q1 = signals == 1 ? q.slice(2, 0, N, 2)
+                                 : q.unflatten(2, {N / step, step}).slice(3, 0, signals).reshape({B, T, H, D});
   const Inputs x(
-      q.slice(2, 0, N, 2), k.slice(3, 0, D), q.slice(2, 1, N, 2), second, value.transpose(1, 2),
-      lam.expand({q.size(0), q.size(1), N / 2}), queries, /*causal=*/true, scale);
+      q1, k.slice(3, 0, D), q.slice(2, signals, N, step), second, value.transpose(1, 2), lam.expand({B, T, H}), queries,
+      causal, scale);
   const Problem& p = x.p;
   TORCH_CHECK(decodes(p), "fused_cpu_decoding: too many queries");
   Tensor gains;
@@ -180,8 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_cpu_backward(
   TORCH_CHECK(
       rows.scalar_type() == at::kFloat && rows.numel() == 4 * p.B * p.H * p.T,
       "fused_cpu_backward: rows does not fit");
-  const auto q_shape = {p.B, p.T, p.H, p.D};
-  Tensor d_q1 = at::empty(q_shape, v.options()), d_q2 = at::empty(q_shape, v.options());
+  Tensor d_q1 = at::empty(q1.sizes(), v.options()), d_q2 = at::empty(q2.sizes(), v.options());
   // A group's gradients lie together, as they are summed: rows a whole token apart would each be on a page of its own.
   auto of_group = [&](int64_t width) { return at::empty({p.B, p.G, p.S, width}, v.options()).transpose(1, 2); };
   Tensor d_k1 = of_group(p.D), d_v = of_group(p.Dv);

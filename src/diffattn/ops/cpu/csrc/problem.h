@@ -38,8 +38,9 @@ struct Range {
 };
 
 struct Problem {
-  int64_t B, T, S, H, G, R, D, Dv;  // R output heads share a group
-  int64_t tile;                    // keys that are computed together
+  int64_t B, T, S, H, G, D, Dv;
+  int64_t noise, signals;  // a group's noise heads, and the output heads that subtract each of them
+  int64_t tile;            // keys that are computed together
   bool one_key, causal;
   float scale;             // of the scores
   double log2_scale;       // the same, for powers of 2
@@ -78,17 +79,18 @@ class Powers {
   float high_, low_;
 };
 
-// Up to `rows` query rows of one group that are computed together, one per lane: of one head where queries are many,
-// else of several heads, so that few queries still fill the lanes.
+// Up to `rows` query rows of one group that are computed together, one per lane: of one noise head where queries are
+// many, else of several, so that few queries still fill the lanes. The signal heads of a noise head are computed in the
+// same lanes one after another, with the noise map of the first.
 template <int rows>
 struct Lanes {
   alignas(64) int32_t t[rows];
-  int64_t head[rows];
+  int64_t head[rows];  // the noise head
   int64_t count;
   int32_t t_min, t_max;
 
   static int64_t blocks(const Problem& p) {
-    return p.T >= rows ? p.R * ((p.T + rows - 1) / rows) : (p.R * p.T + rows - 1) / rows;
+    return p.T >= rows ? p.noise * ((p.T + rows - 1) / rows) : (p.noise * p.T + rows - 1) / rows;
   }
 
   Lanes(const Problem& p, int64_t g, int64_t block) {
@@ -99,12 +101,12 @@ struct Lanes {
       count = std::min<int64_t>(rows, p.T - start);
     } else {
       first = block * rows;
-      count = std::min<int64_t>(rows, p.R * p.T - first);
+      count = std::min<int64_t>(rows, p.noise * p.T - first);
     }
     for (int64_t lane = 0; lane < rows; ++lane) {
       // Lanes beyond the last row repeat its position; their queries are zeros and their results are dropped.
       const int64_t row = first + std::min(lane, count - 1);
-      head[lane] = g * p.R + row / p.T;
+      head[lane] = g * p.noise + row / p.T;
       t[lane] = row % p.T;
     }
     t_min = *std::min_element(t, t + rows);
@@ -112,17 +114,16 @@ struct Lanes {
   }
 };
 
-// From the first to behind the last key that any of the queries t_min ... t_max can see.
-inline Range visible(const Problem& p, int64_t b, int64_t t_min, int64_t t_max) {
-  Range keys{0, p.S};
+// From the first to behind the last of some keys that any of the queries t_min ... t_max can see.
+inline Range visible(const Problem& p, int64_t b, int64_t t_min, int64_t t_max, Range keys) {
   if (!p.queries) {
     if (p.causal)
-      keys.end = std::min(p.S, t_max + p.S - p.T + 1);
+      keys.end = std::min(keys.end, t_max + p.S - p.T + 1);
     return keys;
   }
   const int32_t *begin = p.queries + b * p.S, *end = begin + p.B * p.S;
   auto seen = [&](int64_t s) { return begin[s] <= t_max && end[s] > t_min; };
-  while (keys.end > 0 && !seen(keys.end - 1))
+  while (keys.end > keys.begin && !seen(keys.end - 1))
     --keys.end;
   while (keys.begin < keys.end && !seen(keys.begin))
     ++keys.begin;
@@ -176,13 +177,19 @@ inline Words pairs(const at::BFloat16* even, const at::BFloat16* odd, int64_t co
   return odd ? low | (Words)load_part(odd, count) : low;
 }
 
-// The rows of a block as a right-hand side with one column per lane: (width × rows).
-template <typename scalar, typename element, int rows>
-void pack_columns(const View<const scalar>& x, int64_t b, const Lanes<rows>& lanes, int64_t width, element* to) {
-  auto row = [&](int64_t lane, int64_t word, int64_t count) {
-    const scalar* from = lane < lanes.count ? x.at(b, lanes.t[lane], lanes.head[lane]) : nullptr;
-    return words_of<element>(from, word, count);
+// The rows of a block, of one signal head of each noise head or, with a step of 1, of the noise heads themselves; null
+// for lanes beyond the last.
+template <typename scalar, int rows>
+auto rows_at(const View<const scalar>& x, int64_t b, const Lanes<rows>& lanes, int64_t step, int64_t signal) {
+  return [&x, &lanes, b, step, signal](int64_t lane) -> const scalar* {
+    return lane < lanes.count ? x.at(b, lanes.t[lane], lanes.head[lane] * step + signal) : nullptr;
   };
+}
+
+// Rows as a right-hand side with one column per lane: (width × rows).
+template <typename element, int rows, typename At>
+void pack_columns(const At& at, int64_t width, element* to) {
+  auto row = [&](int64_t lane, int64_t word, int64_t count) { return words_of<element>(at(lane), word, count); };
   transpose_words(row, rows, width / kPair<element>, reinterpret_cast<uint32_t*>(to), rows);
 }
 
@@ -254,6 +261,12 @@ void score_tile(
       store(score, (t < begin) | (t >= end) ? splat(-kInfinity) : load(score));
     }
   }
+}
+
+template <typename scalar>
+void copy_row(const float* from, int64_t width, scalar* to) {
+  for (int64_t i = 0; i < width; i += kLanes)
+    store_part(to + i, load_part(from + i, width - i), width - i);
 }
 
 // A piece of a worker's memory after another, each on a cache line of its own.
