@@ -32,6 +32,7 @@ def test_every_name_is_found_in_any_case_and_without_its_marks() -> None:
 
 def test_a_part_counts_from_the_start_of_a_word_and_has_to_be_of_one_name() -> None:
     assert one_of("v2", VARIANTS) == "diff_v2"
+    assert one_of("gda", VARIANTS) == "diff_gda"
     for text in ("diff", "diffv", "iff_v1", "1", "d", "", " ", "_", "x" * 5000):
         with pytest.raises(ConfigError) as caught:
             one_of(text, VARIANTS)
@@ -104,7 +105,7 @@ def test_short_names_of_number_formats_are_taken_by_every_verb_that_has_the_form
 
 
 def test_a_choice_that_two_names_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match="wanted one of softmax, diff_v1, diff_v2, gated"):
+    with pytest.raises(ConfigError, match="wanted one of softmax, diff_v1, diff_v2, diff_gda, diff_gda_v2, gated"):
         check("train", options_of(train), ["--attention", "diff"])
     assert parse("compare", compare, ["--match", "Shape", "--variants", "SOFTMAX", "V1"]) is not None
 

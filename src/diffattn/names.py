@@ -23,7 +23,8 @@ def one_of(
     """Returns the name that a text means.
 
     A text means a name that it equals without regard to case, spaces and marks. Where there is none, it means the one
-    name in which it stands from the start of a word on; such a part has a letter and two characters, or three.
+    name in which it stands from the start of a word on; such a part has a letter and two characters, or three. Of
+    several such names it means the shortest that ends with it.
 
     Args:
         text: the text that a person wrote.
@@ -37,6 +38,8 @@ def one_of(
 
     >>> one_of("DIFF-V1", ["softmax", "diff_v1"]), one_of("rtx 3060", ["RTX 4090", "RTX 3060 12GB"])
     ('diff_v1', 'RTX 3060 12GB')
+    >>> one_of("v2", ["diff_v2", "diff_gda_v2"])
+    'diff_v2'
     """
     names = list(names)
     spelled = {plain(name): name for name in names} | {plain(name): meant for name, meant in (also or {}).items()}
@@ -47,6 +50,9 @@ def one_of(
     found = [name for name in names if _is_part(wanted, name)]
     if len(found) == 1:
         return found[0]
+    ending = sorted((name for name in found if plain(name).endswith(wanted)), key=len)
+    if ending and (len(ending) == 1 or len(ending[0]) < len(ending[1])):
+        return ending[0]
     if found:
         raise ConfigError(said, "one name", f"{' and '.join(found)} fit, so write one of them in full{way_out}")
     meant = did_you_mean(wanted, spelled, otherwise="choose one of these")

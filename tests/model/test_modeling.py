@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.small_models import SHAPE, assert_same_logits, small_model, tokens
+from support.small_models import SHAPE, assert_same_logits, grouped, small_model, tokens
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from diffattn.model.configuration import DiffTransformerConfig
@@ -161,7 +161,7 @@ def on_meta(config: DiffTransformerConfig) -> DiffTransformerForCausalLM:
 @pytest.mark.parametrize("attention", VARIANTS)
 @pytest.mark.parametrize("preset", presets())
 def test_parameters_are_as_many_as_planned(preset, attention, match):
-    config = pair_config(ModelShape.preset(preset), attention, match=match)
+    config = pair_config(grouped(ModelShape.preset(preset), attention), attention, match=match)
     model, planned = on_meta(config), count_parameters(config.shape(), attention)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     parts = {

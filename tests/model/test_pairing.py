@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.small_models import SHAPE, assert_same_logits, tokens
+from support.small_models import SHAPE, assert_same_logits, grouped, tokens
 
 from diffattn.errors import ConfigError
 from diffattn.model.modeling import DiffTransformerForCausalLM
@@ -54,7 +54,45 @@ def test_v2_shares_the_signal_half_of_its_queries_and_the_leading_columns(match)
         assert torch.equal(ours[name], expected), name
 
 
-@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2", "gated"])
+@pytest.mark.parametrize("match", MATCHES)
+@pytest.mark.parametrize("attention", ["diff_gda", "diff_gda_v2"])
+def test_where_noise_heads_are_shared_the_signal_heads_are_the_twins(attention, match):
+    model, twin = build_pair(SHAPE, attention, seed=5, match=match)
+    ours, theirs = model.state_dict(), twin.state_dict()
+    width, narrow = model.config.intermediate_size, min(model.config.intermediate_size, SHAPE.intermediate_size)
+    if match == "parameters":
+        assert (width > SHAPE.intermediate_size) == (attention == "diff_gda")
+    for layer in range(SHAPE.num_layers):
+        queries = f"model.layers.{layer}.self_attn.q_proj.weight"
+        groups = ours[queries].unflatten(0, (4 if attention == "diff_gda_v2" else 2, 4, SHAPE.head_dim))
+        heads = theirs.pop(queries).unflatten(0, (-1, SHAPE.head_dim))
+        if attention == "diff_gda":
+            assert torch.equal(groups[:, :3].flatten(0, 1), heads[0::2])
+            assert torch.equal(groups[:, 3], heads[1::6])
+        else:
+            assert torch.equal(groups[:, :3].flatten(0, 1), heads)
+    for name, tensor in theirs.items():
+        mine = ours[name]
+        if "_proj" in name and "mlp" in name:
+            mine, tensor = ((x[..., :narrow] if "down_proj" in name else x[:narrow]) for x in (mine, tensor))
+        assert torch.equal(mine, tensor), name
+    assert model.num_parameters() == count_parameters(model.config.shape(), attention).total
+
+
+@pytest.mark.parametrize("attention", ["diff_gda", "diff_gda_v2"])
+def test_one_signal_head_for_each_noise_head_is_the_pair_of_the_plain_variant(attention):
+    plain = {"diff_gda": "diff_v1", "diff_gda_v2": "diff_v2"}[attention]
+    one, other = (
+        build_pair(dataclasses.replace(SHAPE, signals_per_noise=1), name, seed=5) for name in (attention, plain)
+    )
+    assert one.model.config.intermediate_size == other.model.config.intermediate_size
+    ours, theirs = one.model.state_dict(), other.model.state_dict()
+    assert {name: x.shape for name, x in ours.items()} == {name: x.shape for name, x in theirs.items()}
+    if attention == "diff_gda":
+        assert all(torch.equal(x, theirs[name]) for name, x in ours.items() if "lambda" not in name)
+
+
+@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2", "diff_gda", "gated"])
 def test_what_is_not_shared_repeats_no_values_of_the_twin(attention):
     # λ with the spread of the projections, so that a repeated draw would be the same number.
     model, twin = build_pair(SHAPE, attention, seed=5, match="shape", lambda_std=0.02, initializer_range=0.02)
@@ -160,10 +198,10 @@ def total(config) -> int:
         return sum(parameter.numel() for parameter in DiffTransformerForCausalLM(config).parameters())
 
 
-@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2", "gated"])
+@pytest.mark.parametrize("attention", [name for name in VARIANTS if name != "softmax"])
 @pytest.mark.parametrize("preset", presets())
 def test_totals_match_within_half_a_percent_or_the_shape_stays(preset, attention):
-    shape = ModelShape.preset(preset)
+    shape = grouped(ModelShape.preset(preset), attention)
     twin = total(pair_config(shape, "softmax"))
     assert twin == count_parameters(shape, "softmax").total
     assert abs(total(pair_config(shape, attention)) - twin) <= 0.005 * twin

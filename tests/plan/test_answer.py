@@ -11,7 +11,7 @@ from diffattn.errors import ConfigError
 from diffattn.plan.answer import backends_of, plan
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.memory import inference_memory, training_memory
-from diffattn.plan.named_model import parse_model
+from diffattn.plan.named_model import named, parse_model
 from diffattn.plan.result import Plan
 from diffattn.plan.rule import shape_about
 from diffattn.plan.search import fits, parse_size, parse_sweep, sweep
@@ -118,23 +118,45 @@ def test_a_size_alone_is_v1_and_the_second_one_softmax() -> None:
 
 
 def test_v2_is_matched_and_the_others_are_built_as_they_are() -> None:
-    wanted = count_parameters(PRESET, "softmax").total
-    for attention in VARIANTS:
-        model = parse_model(f"{attention}:300K")
-        assert abs(count_parameters(model.built, attention).total / wanted - 1) <= 0.005
-        assert (model.built == PRESET) == (attention in ("softmax", "diff_v1"))
+    for group in (None, 2):
+        shape = parse_model("softmax:30M", group=group).shape
+        wanted = count_parameters(shape, "softmax").total
+        for attention, variant in VARIANTS.items():
+            if variant.shares_noise and group is None:
+                continue
+            model = parse_model(f"{attention}:30M", group=group)
+            assert abs(count_parameters(model.built, attention).total / wanted - 1) <= 0.005
+            assert (model.built == shape) == (attention in ("softmax", "diff_v1"))
+
+
+def test_group_is_how_many_query_heads_share_a_key_value_head() -> None:
+    model = parse_model("diff_gda:1.4B", group=4)
+    assert (model.name, model.shape.num_kv_heads, model.shape.num_heads) == ("diff_gda:1.4B (group 4)", 4, 16)
+    assert model.built.intermediate_size > model.shape.intermediate_size
+    assert parse_model("gda-v2:1.3B", group=4).shape == shape_about(1.3e9, group=4)
+    both = named("diff_gda:1.4B", "1.4B", group=4)
+    assert [each.shape for each in both] == [model.shape, model.shape]
+    assert both[1].name == "softmax:1.4B (group 4)"
+    for text, group, words in (
+        ("diff_gda:1.4B", None, "num_kv_heads=16 with num_heads=16 .*--group"),
+        ("diff_gda:1.4B", 3, "group is 3 with num_heads=16; wanted a number that divides"),
+        ("softmax:1.4B", 0, "group is 0; wanted a number from 1"),
+        ("qwen3-0.6B", 2, "group 2 beside the model 'qwen3-0.6B'; wanted the heads that it has: leave out --group"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            parse_model(text, group=group)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("300K", "put one of softmax, diff_v1, diff_v2, gated and a colon"),
+        ("300K", "put one of softmax, diff_v1, diff_v2, diff_gda, diff_gda_v2, gated and a colon"),
         ("dif_v1:300K", "did you mean diff_v1"),
         ("softmax:big", "size 'big'"),
         ("softmax:", "size ''"),
         ("softmax:absent.toml", "check the path"),
         ("softmax:3K", "3000 parameters"),
-        ("diff:3M", "diff_v1 and diff_v2 fit"),
+        ("diff:3M", "diff_v1 and diff_v2 and diff_gda and diff_gda_v2 fit"),
         ("softmax:6,837B", "write 6.837B or 6837B"),
         ("softmax:" + "9" * 400, "size '9999"),
         ("softmax:1e400", "size '1e400'"),
@@ -305,8 +327,9 @@ def test_a_sweep_is_the_plan_at_each_value() -> None:
 
 @pytest.mark.parametrize("attention", VARIANTS)
 def test_what_fits_is_the_last_that_fits(attention: str) -> None:
-    limit, setting = 40 << 20, Setting(context=64, batch=2, precision="fp32")
-    built = parse_model(f"{attention}:300K").built
+    limit, setting = 400 << 20, Setting(context=64, batch=2, precision="fp32")
+    model = parse_model(f"{attention}:300K", group=3)
+    built = model.built
 
     def inference(at: Setting) -> int:
         return inference_memory(built, attention, at)
@@ -314,7 +337,7 @@ def test_what_fits_is_the_last_that_fits(attention: str) -> None:
     def training(at: Setting) -> int:
         return training_memory(built, attention, at).total
 
-    rows = fits(limit, f"{attention}:300K", setting)
+    rows = fits(limit, model, setting)
     values = {(row.phase, row.what): row.value for row in rows if row.what != "parameters"}
     for phase, need in (("training", training), ("inference", inference)):
         for axis in ("context", "batch"):

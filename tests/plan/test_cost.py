@@ -133,6 +133,9 @@ def test_a_match_is_within_the_tolerance_or_refused(shape):
 def test_a_multiple_of_8_gives_way_to_the_nearest_integer():
     # The exact width is 163 - 6·15/3 = 133; 136 is 3·(3·3·61) = 1647 parameters off, of 146 888: 1.1%.
     assert match_parameters(PRIME, "diff_v2").intermediate_size == 133
+    # Half as many queries fewer as V2 has more, and r = 3: 84 − 84 / 2 − 84 / 6 = 28 rows of W_Q, so F + 28 / 3.
+    assert match_parameters(PRIME, "diff_gda").intermediate_size == 172
+    assert match_parameters(dataclasses.replace(PRIME, signals_per_noise=1), "diff_gda").intermediate_size == 163
     assert match_parameters(PRIME, "diff_v2", tolerance=0.02).intermediate_size == 136
     assert count_parameters(match_parameters(PRIME, "diff_v2"), "diff_v2").total == 146_888
 
@@ -222,13 +225,49 @@ def test_attention_is_what_the_visible_pairs_cost(shape, context):
         "diff_v2": n * (2 * d + 2 * d + 2 * d),
         "gated": n * (2 * d + 2 * d),
     }
-    for attention in VARIANTS:
+    if n > shape.num_kv_heads:
+        r = n // shape.num_kv_heads
+        # Signal maps, a noise map for r of them, and a product of each difference with V.
+        by_hand["diff_gda"] = n // 2 * (2 * d + 2 * (2 * d)) + n // 2 // r * 2 * d
+        by_hand["diff_gda_v2"] = n * (2 * d + 2 * d) + n // r * 2 * d
+    for attention in by_hand:
         parts = count_parameters(shape, attention, subln_affine=False)
-        vectors = 4 * d * shape.num_layers if attention == "diff_v1" else 0
+        vectors = 4 * d * shape.num_layers if attention in ("diff_v1", "diff_gda") else 0
         matrices = parts.attention + parts.feed_forward + parts.embedding - vectors
         flops = flops_per_token(shape, attention, context=context, phase="forward", backend="definition")
         assert flops.model * context == 2 * matrices * context + by_hand[attention] * pairs
         assert flops.executed == flops.model
+
+
+@pytest.mark.parametrize(
+    ("attention", "backend", "forward", "training"),
+    [
+        # In units of d for a pair of softmax heads, r = 4: noise maps cost a quarter of what they cost in V1 and V2.
+        ("diff_gda", "definition", 2.5 + 4, 3 * 6.5),
+        ("diff_gda", "fused_cpu", 2.5 + 4, 3.5 * 2.5 + 3 * 4 + 0.5 * 2.5),
+        ("diff_gda", "standard", 5 + 5, 4 * 5 + 3 * 5),
+        ("diff_gda", "materialised", 2.5 + 4, 3 * 6.5),
+        ("diff_gda_v2", "definition", 5 + 4, 3 * 9),
+        ("diff_gda_v2", "fused_cpu", 5 + 4, 4 * 5 + 3 * 4),
+        ("diff_gda_v2", "standard", 5 + 5, 4 * 5 + 3 * 5),
+        ("diff_gda_v2", "materialised", 5 + 4, 3 * 9),
+    ],
+)
+def test_what_noise_heads_do_is_done_once_for_those_that_share_it(attention, backend, forward, training):
+    shape = ModelShape(hidden_size=64, num_layers=1, num_heads=8, num_kv_heads=2, intermediate_size=8, vocab_size=8)
+
+    def unit(phase):
+        costs = [flops_per_token(shape, attention, context=T, phase=phase, backend=backend) for T in (1, 3)]
+        few, many = (flops.model if backend == "definition" else flops.executed for flops in costs)
+        # One more key on average, for four pairs of heads of width 8.
+        return (many - few) / 32
+
+    assert unit("forward") == forward
+    assert unit("training") == training
+    alone = dataclasses.replace(shape, signals_per_noise=1)
+    plain = attention.replace("gda_v2", "v2").replace("gda", "v1")
+    of_pairs, of_plain = (flops_per_token(alone, name, context=9, backend=backend) for name in (attention, plain))
+    assert of_pairs == of_plain
 
 
 def test_ratios_of_attention_in_a_long_context():

@@ -28,10 +28,20 @@ MATRICES = {
     "softmax": L * (2 * n * d * D + 2 * G * d * D + 3 * D * F),
     "diff_v1": L * (2 * n * d * D + 2 * G * d * D + 3 * D * F),
     "diff_v2": L * (3 * n * d * D + 2 * G * d * D + D * n + 3 * D * F),
+    # r = n / G = 2: V1's n / 2 signal heads and n / 4 noise heads, V2's n and n / 2.
+    "diff_gda": L * (7 * n * d * D // 4 + 2 * G * d * D + 3 * D * F),
+    "diff_gda_v2": L * (5 * n * d * D // 2 + 2 * G * d * D + D * n + 3 * D * F),
     "gated": L * (3 * n * d * D + 2 * G * d * D + 3 * D * F),
 }
 # FLOPs per query and key, of one layer, with every map computed once: n maps and n products of width d, V2 with 2n.
-PER_PAIR = {"softmax": 4 * n * d, "diff_v1": 4 * n * d, "diff_v2": 6 * n * d, "gated": 4 * n * d}
+PER_PAIR = {
+    "softmax": 4 * n * d,
+    "diff_v1": 4 * n * d,
+    "diff_v2": 6 * n * d,
+    "diff_gda": 7 * n * d // 2,
+    "diff_gda_v2": 5 * n * d,
+    "gated": 4 * n * d,
+}
 
 
 def found(attention: str, shape: ModelShape = SHAPE, **changes: Any) -> Estimate:
@@ -87,9 +97,16 @@ def test_materialised_maps_are_kept_and_not_computed_again() -> None:
     # One float32 map of T × T per query head of the one call: V1 has n of them, V2 2n.
     sizes = {name: found(name, backend="materialised").score_bytes for name in VARIANTS}
     one = 4 * L * B * T * T
-    assert sizes == {"softmax": n * one, "diff_v1": n * one, "diff_v2": 2 * n * one, "gated": n * one}
+    assert sizes == {
+        "softmax": n * one,
+        "diff_v1": n * one,
+        "diff_v2": 2 * n * one,
+        "diff_gda": 3 * n * one // 4,
+        "diff_gda_v2": 3 * n * one // 2,
+        "gated": n * one,
+    }
     assert found("diff_v2", backend="materialised", checkpointing=True).score_bytes == 2 * n * one // L
-    assert [found(name).score_bytes for name in VARIANTS] == [0] * 4
+    assert [found(name).score_bytes for name in VARIANTS] == [0] * 6
 
 
 def test_calls_that_read_the_cache_more_often_say_so() -> None:

@@ -111,8 +111,8 @@ def test_presets_are_listed_smallest_first_and_name_their_source():
         shape = ModelShape.preset(name)
         assert shape.name == name
         assert re.search(r"arXiv 2410\.05258v2, (Table|Appendix)|^diffattn, ", shape.source)
-        for attention in VARIANTS:
-            shape.check_variant(attention)
+        for attention, variant in VARIANTS.items():
+            (shape.grouped(shape.num_heads // 2) if variant.shares_noise else shape).check_variant(attention)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from diffattn.scaling.arms import ARMS
 from diffattn.scaling.ladder import run_ladder
 from diffattn.variants import VARIANTS
 
-SHAPE = ModelShape(hidden_size=32, num_layers=2, num_heads=4, intermediate_size=56, vocab_size=300)
+SHAPE = ModelShape(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=56, vocab_size=300)
 
 
 def row(arm: str, seed: int, loss: float, **changes) -> LadderRow:

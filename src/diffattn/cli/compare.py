@@ -63,7 +63,7 @@ def _stored(folder: Path, others: Mapping[str, object], spread: Mapping[str, obj
     if isinstance(text, tuple) and same_text(text, stored.options.text, stored.data_digest, stored.options.text_column):
         # It may have moved.
         has["text"] = text
-    if shape and same_shape(load_shape(str(shape)), stored.shape):
+    if shape and same_shape(load_shape(str(shape)).grouped(stored.options.group), stored.shape):
         has["shape"] = shape
     # It changes no number, so it may change.
     has["track"] = others.get("track", has["track"])

@@ -55,7 +55,8 @@ def plan(
     check_files(html=html)
     if measure and options.ranks is None:
         options = replace(options, ranks=max(rank_here().world, options.tp))
-    setting, model, against = options.setting(), options.model, options.against
+    setting = options.setting()
+    model, against = (*named(options.model, options.against, options.group), None)[:2]
     result = answer.plan(model, against, setting, command=command_line())
     printed = result.to_json()
     shown = [("", text.table(result)), ("", text.backend_table(result.backends))]
@@ -110,7 +111,9 @@ def _on_cluster(options: PlanOptions, cluster: ClusterOptions, *, json: bool, ot
     )
     fixed = {"shard", "tp", "checkpointing"} & set(told)
     setting = replace(options, ranks=machines.count, batch=str(machines.count), machine=machines.machine.name).setting()
-    models = named(options.model, options.against) if options.model or options.against else answer.MODELS
+    models: Sequence[str | Model] = answer.MODELS
+    if options.model or options.against:
+        models = named(options.model, options.against, options.group)
     result = answer.plan_cluster(
         machines, models, setting, tokens=cluster.tokens, step_tokens=cluster.step_tokens,
         utilization=cluster.utilization, context=setting.context if "context" in told else None, fixed=bool(fixed),

@@ -28,6 +28,7 @@ _OF_THE_SHAPE = {
     "num_attention_heads",
     "num_hidden_layers",
     "num_key_value_heads",
+    "num_noise_heads",
     "tie_word_embeddings",
     "vocab_size",
 }
@@ -43,8 +44,8 @@ class Pair(NamedTuple):
 def pair_config(
     shape: ModelShape, attention: str, *, match: str = "parameters", **config: Any
 ) -> DiffTransformerConfig:
-    """The configuration of ``shape``'s variant: under ``match="parameters"`` V2's feed-forward width is narrowed, and
-    gated attention's."""
+    """The configuration of ``shape``'s variant: under ``match="parameters"`` the feed-forward network is narrower or
+    wider where W_Q or a gate has more or fewer parameters."""
     if match not in MATCHES:
         raise ConfigError(f"match={match!r}", f"one of {', '.join(MATCHES)}", "correct the name")
     if of_the_shape := sorted(_OF_THE_SHAPE & config.keys()):
@@ -73,16 +74,17 @@ def build_pair(shape: ModelShape, attention: str, *, seed: int = 0, match: str =
     """Build a variant and its softmax twin with the same initial value in every tensor that they share.
 
     V1 shares all but its λ vectors and norm gains. V2 shares all but W_λ and the noise half of W_Q (its heads
-    2i + 1), gated attention all but W_g. Where a feed-forward width was narrowed, its matrices start as the leading
-    columns of the twin's.
+    2i + 1), gated attention all but W_g. Where noise heads are shared, each has the queries of the first of V1's pairs
+    that it stands for, or under V2's rule its own. Where a feed-forward width is another, its matrices start as the
+    leading columns of the twin's, or the twin's are their leading columns.
     What is not shared is drawn from a stream of its own, so that it does not repeat values of the twin.
 
     Args:
         shape: the softmax Transformer to be replaced.
-        attention: ``"diff_v1"``, ``"diff_v2"``, ``"gated"``, or ``"softmax"`` (model and twin are then equal).
+        attention: a name in ``VARIANTS``; with ``"softmax"`` model and twin are equal.
         seed: of the initial values; the global random state is left as it was.
-        match: ``"parameters"``: totals match (V1 by construction, V2 within 0.5% by a narrower feed-forward
-            layer, and so gated attention). ``"shape"``: every width stays, and these two have more parameters.
+        match: ``"parameters"``: totals match (V1 by construction, the others within 0.5% by a feed-forward
+            layer of another width). ``"shape"``: every width stays, and V2 and gated attention have more parameters.
         config: further fields of :class:`DiffTransformerConfig`, for both models; ``head_norm``, ``lambda_form`` and
             ``pairs_share_group`` for the variant alone.
 
@@ -102,7 +104,7 @@ def build_pair(shape: ModelShape, attention: str, *, seed: int = 0, match: str =
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name in twin_state:
-                _share(tensor, twin_state[name], signal_half=name.endswith("q_proj.weight"), shape=shape)
+                _share(tensor, twin_state[name], queries=".q_proj." in name, config=model_config)
     return Pair(model, twin)
 
 
@@ -113,13 +115,22 @@ def _build(config: DiffTransformerConfig, seed: int) -> DiffTransformerLanguageM
         return language_class(config)(config)
 
 
-def _share(target: Tensor, source: Tensor, *, signal_half: bool, shape: ModelShape) -> None:
-    """Copy a tensor of the twin into the model's, whose W_Q may be doubled and whose widths may be narrower."""
+def _share(target: Tensor, source: Tensor, *, queries: bool, config: DiffTransformerConfig) -> None:
+    """Copy a tensor of the twin into the model's, whose W_Q may have other heads and whose widths may differ."""
     if target.shape == source.shape:
         target.copy_(source)
-    elif signal_half:
-        assert shape.head_dim is not None
-        pairs = target.view(shape.num_heads, 2, shape.head_dim, -1)
-        pairs[:, 0] = source.view(shape.num_heads, shape.head_dim, -1)
+    elif queries:
+        _share_queries(target, source, config)
     else:
-        target.copy_(source[tuple(slice(size) for size in target.shape)])
+        common = tuple(slice(min(sizes)) for sizes in zip(target.shape, source.shape, strict=True))
+        target[common] = source[common]
+
+
+def _share_queries(target: Tensor, source: Tensor, config: DiffTransformerConfig) -> None:
+    shared, join, width = config.signals_per_noise, config.record.join, config.rope_width
+    groups = target.view(-1, shared + 1, width, *target.shape[1:])
+    # For each noise head so many heads of the twin; where V1 joins two of them, the first makes the signal.
+    heads = source.view(-1, shared, join, width, *source.shape[1:])
+    groups[:, :shared] = heads[:, :, 0]
+    if join > 1:
+        groups[:, shared] = heads[:, 0, 1]

@@ -67,7 +67,7 @@ def as_lam(lam: Tensor | float, like: Tensor) -> Tensor:
 
 
 def of_signals(noise: Tensor, heads: int) -> Tensor:
-    """What each output head subtracts, (B, H, T, …), of what there is for each noise head, (B, Hn, T, …)."""
+    """Returns what each output head subtracts, (B, H, T, …), of what there is for each noise head, (B, Hn, T, …)."""
     return noise if noise.shape[1] == heads else noise.repeat_interleave(heads // noise.shape[1], dim=1)
 
 

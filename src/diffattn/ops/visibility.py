@@ -75,7 +75,7 @@ def ranges_of(q: Tensor, k: Tensor, causal: bool, key_padding: Tensor | None, wi
 
 
 def _within(first: Tensor, end: Tensor, own: Tensor, causal: bool, window: int) -> tuple[Tensor, Tensor]:
-    """Of the queries from first to before end, those whose window holds a key; `own` is the query at its place."""
+    """Returns, of the queries from first to before end, those whose window holds a key; `own` is that at its place."""
     if causal:
         return first, torch.minimum(end, own + window)
     return torch.maximum(first, own - window), torch.minimum(end, own + window + 1)

@@ -1,8 +1,9 @@
 """The tensors that one decoder layer keeps for its backward pass, as autograd saves them in ``diffattn.model``.
 
 The list was read off ``torch``'s own record of the step (torch 2.13 on CPU) and is held to it by a test. Letters: D, n,
-G, d, F, L, V as in ``ModelShape``; Q = n·d, twice that under V2; N the query heads of the one attention call (n, V2
-2n), each W wide (V1 2d, else d); a the bytes of an activation; B sequences of T tokens. All results are bytes.
+G, d, F, L, V as in ``ModelShape``; N the query heads of the one attention call (n, V2 2n, fewer where noise heads are
+shared), Q = N·d, each W wide in the call (V1 2d, else d); H_n noise heads; a the bytes of an activation; B sequences of
+T tokens. All results are bytes.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def serving(
     'standard'
     """
     variant = VARIANTS[attention]
-    if variant.maps == 1 or machine is None:
+    # Shared noise heads have no kernel of their own yet that a model takes.
+    if variant.maps == 1 or machine is None or variant.signals_per_noise(shape) > 1:
         return "standard"
     if machine.chip is None:
         return "fused_cpu"
@@ -159,10 +161,10 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
                         attention's gate), gate, up
     rotary              nothing: cosines and sines are those of all layers; autocast casts them for q and k, 4·a·d
                         per position
-    attention           rotated q: a·Q (padded by V1's standard call: 2·a·n·d); k and v: 2·a·G·d; log-sum-exp
+    attention           rotated q: a·Q (padded by V1's standard call: a·N·W); k and v: 2·a·G·d; log-sum-exp
     its result          fused_cpu a·n·d (and 4 numbers per output head: of both maps the largest score, and 1 / the sum
-                        of exponentials); fused_triton that and O2, a·n·d more (and both log-sum-exps); standard a·N·W,
-                        then the noise half and the difference in float32
+                        of exponentials); fused_triton that and O2, a·H_n·W more (and all log-sum-exps); standard a·N·W,
+                        then the noise part and the difference in float32
     V1's norm           x̂ in float32 and the result, per n·d
     attention's gate    the gate and its product with the call's result: 2·a·n·d
     feed-forward        gate, up, silu(gate), and the product: 4·a·F
@@ -202,14 +204,15 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
     variant = VARIANTS[attention]
     N, groups, W = variant.heads(shape)
     queries, output_heads = variant.query_width(shape), variant.output_heads(shape)
+    noise_width = variant.noise_heads(shape) * W
     padded = variant.pads_queries and backend in ("standard", "materialised")
     materialised = backend == "materialised"
     spread = N * W if materialised and groups < N else keys
-    before = norm(D, size, autocast, variant.readers) + size * ((2 * width if padded else queries) + 2 * spread)
+    before = norm(D, size, autocast, variant.readers) + size * ((N * W if padded else queries) + 2 * spread)
     if backend == "fused_cpu":
         before += 4 * output_heads * 4
     elif backend == "fused_triton":
-        before += 2 * output_heads * 4 + 2 * size * width
+        before += N * 4 + size * (width + noise_width)
     elif not materialised:
         # sdpa keeps its result beside the log-sum-exp.
         before += 4 * N + size * N * W
@@ -229,7 +232,7 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
         behind += 2 * size * width
     if subtracted:
         # In float32 the noise half is a view of the call's result, in half precision a cast copy.
-        behind += 4 * width if half else (size * N * W if materialised else 0)
+        behind += 4 * noise_width if half else (size * N * W if materialised else 0)
 
     residual = 4 if autocast else size
     buffers = 0
@@ -239,7 +242,7 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
         query_width = W if padded else d
         buffers = 4 * N * (query_width + 1)
         buffers += sum(size * N * w for w, heads in ((query_width, keys // query_width), (W, groups)) if heads < N)
-    gradients = 0 if materialised else (N * W if subtracted else width) + (2 * width if padded else queries) + 2 * keys
+    gradients = 0 if materialised else (N * W if subtracted else width) + (N * W if padded else queries) + 2 * keys
     if variant.gated:
         # That of the gate, which waits until those of q, k and v are there.
         gradients += width

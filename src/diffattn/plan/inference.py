@@ -81,10 +81,10 @@ class Inference:
     def partial(self, keys: int) -> int:
         """Returns the bytes at most of what the Triton kernel's programs find for one query, each in a span of keys.
 
-        Of both maps of each output head: a part of the result in float32, its largest score and the sum.
+        Of the map of each query head: a part of the result in float32, its largest score and the sum.
         """
         spans = min(-(-keys // LEAST_SPAN), MOST_SPANS)
-        return 2 * self.variant.output_heads(self.shape) * spans * 4 * (self.variant.heads(self.shape).width + 2)
+        return self.variant.heads(self.shape).queries * spans * 4 * (self.variant.heads(self.shape).width + 2)
 
     def prefill(self) -> list[InferenceMemory]:
         """Returns the bytes at each point of prefill at which the peak may lie.
@@ -101,15 +101,15 @@ class Inference:
         queries = variant.query_width(shape)
         padded = variant.pads_queries and self.backend in ("standard", "materialised")
         cache, hidden = self.cache(tokens), (residual + normed) * D
-        call = a * ((2 * width if padded else queries) + 2 * keys)
+        call = a * ((N * W if padded else queries) + 2 * keys)
         # It is made beside q, k and v, and waits for the call's result.
         gate = a * width if variant.gated else 0
         if variant.maps == 1 or self.backend in FUSED:
             # And the product with the gate.
             result = a * width + 2 * gate
         else:
-            # The call's result, the difference, and in half precision both its halves, in float32.
-            result = a * N * W + (4 if a == 4 else 12) * width
+            # The call's result, the difference, and in half precision its signal and noise parts, in float32.
+            result = a * N * W + 4 * width + (0 if a == 4 else 4 * N * W)
         if variant.norm:
             # In the norm: x̂ and the result in float32, and the cast input.
             result = a * (width if self.backend in FUSED else N * W) + (8 if a == 4 else 12) * width

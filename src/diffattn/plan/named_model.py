@@ -14,7 +14,7 @@ from diffattn.plan.checkpoints.shape import read_checkpoint
 from diffattn.plan.cost import match_parameters
 from diffattn.plan.models.public import find_public, is_public, public_models
 from diffattn.plan.rule import parse_count, shape_about
-from diffattn.plan.shape import BuiltShape, ModelShape, find_preset, presets
+from diffattn.plan.shape import BuiltShape, ModelShape, check_group, find_preset, presets
 from diffattn.quantities import COUNTS, short, whole
 from diffattn.variants import BASELINE, DEFAULT, VARIANTS
 
@@ -43,7 +43,7 @@ class Model:
     said: tuple[str, ...] = ()
 
 
-def parse_model(text: str, *, variant: str | None = None) -> Model:
+def parse_model(text: str, *, variant: str | None = None, group: int | None = None) -> Model:
     """Reads a model as it is written on the command line: ``variant:size``.
 
     Size is a preset, the path of a ``.toml`` file, a checkpoint's folder or ``config.json``, a public model, or a count
@@ -54,6 +54,7 @@ def parse_model(text: str, *, variant: str | None = None) -> Model:
         text: such as ``"diff_v1:6.8B"``, ``"softmax:11B"``, ``"diff_v2:shape.toml"``, ``"runs/my-model"``,
             ``"llama-3.2-1B"`` or ``"diff_v2:llama-3.2-1B"``.
         variant: that of a size alone. Default: a size alone is refused.
+        group: query heads for each key/value head. Default: as the size says.
 
     Raises:
         ConfigError: an unknown variant, a size that is none of these, or a shape that cannot carry the variant.
@@ -68,11 +69,13 @@ def parse_model(text: str, *, variant: str | None = None) -> Model:
     """
     text = text.strip()
     if os.path.exists(text) and not text.endswith(".toml"):
+        _check_own(text, group)
         found = read_checkpoint(text)
         return Model(_file_name(text), found.attention, found.shape, found.shape, text, found.left_out, found.said)
     name, colon, size = (part.strip() for part in text.partition(":"))
     if not colon:
         if is_public(text) or not _is_size(text):
+            _check_own(text, group)
             return _public(text)
         if variant is None:
             raise ConfigError(
@@ -82,13 +85,15 @@ def parse_model(text: str, *, variant: str | None = None) -> Model:
             )
         name, size = variant, text
     attention = one_of(name, VARIANTS, given=f"model {short(text)}")
-    shape, called = _shape(size)
+    shape, called = _shape(size, group)
     shape.check_variant(attention)
     return Model(f"{attention}:{called}", attention, shape, match_parameters(shape, attention), text)
 
 
-def named(model: str | Model | None, against: str | Model | None) -> list[Model]:
+def named(model: str | Model | None, against: str | Model | None, group: int | None = None) -> list[Model]:
     """Returns the one or two models of a plan; two that have one name are called as they were written.
+
+    ``group`` is that of ``parse_model``, for those that are not parsed yet.
 
     Raises:
         ConfigError: what ``parse_model`` raises.
@@ -99,7 +104,7 @@ def named(model: str | Model | None, against: str | Model | None) -> list[Model]
     if model is None and against is None:
         against = PAIR[1]
     found = [
-        parse_model(each, variant=each_variant) if isinstance(each, str) else each
+        parse_model(each, variant=each_variant, group=group) if isinstance(each, str) else each
         for each, each_variant in ((PAIR[0] if model is None else model, DEFAULT), (against, BASELINE))
         if each is not None
     ]
@@ -158,19 +163,26 @@ def _is_size(text: str) -> bool:
     return True
 
 
-def _shape(size: str) -> tuple[ModelShape, str]:
-    """Returns the shape of a size, and the size's name."""
+def _shape(size: str, group: int | None) -> tuple[ModelShape, str]:
+    """Returns the shape of a size with so many query heads for each key/value head, and the size's name."""
+    check_group(group)
     if size in presets():
-        return ModelShape.preset(size), size
-    if size.endswith(".toml"):
-        return ModelShape.from_toml(size), _file_name(size)
-    if size and os.path.exists(size):
-        return _twin(read_checkpoint(size).shape, _file_name(size)), _file_name(size)
+        shape, called = ModelShape.preset(size), size
+    elif size.endswith(".toml"):
+        shape, called = ModelShape.from_toml(size), _file_name(size)
+    elif size and os.path.exists(size):
+        shape, called = _twin(read_checkpoint(size).shape, _file_name(size)), _file_name(size)
+    elif is_public(size):
+        record = find_public(size, given=f"size {short(size)}")
+        shape, called = _twin(record.planned().shape, record.name), record.name
+    else:
+        shape, called = _counted(size, group)
+    return shape.grouped(group), called if group is None else f"{called} (group {group})"
+
+
+def _counted(size: str, group: int | None) -> tuple[ModelShape, str]:
     about = size.removeprefix("about-")
     count = whole(about, COUNTS)
-    if is_public(size):
-        record = find_public(size, given=f"size {short(size)}")
-        return _twin(record.planned().shape, record.name), record.name
     if count is None:
         known = {plain(name): name for name in public_models()}
         raise ConfigError(
@@ -179,8 +191,9 @@ def _shape(size: str) -> tuple[ModelShape, str]:
             "as 11B",
             did_you_mean(plain(size), known, otherwise="check the path or the number"),
         )
-    preset = find_preset(about) if about == size else None
-    return (ModelShape.preset(preset), preset) if preset else (shape_about(count), size)
+    if about == size and (preset := find_preset(about)):
+        return ModelShape.preset(preset), preset
+    return shape_about(count, group=group or 1), size
 
 
 def _twin(shape: ModelShape, name: str) -> ModelShape:
@@ -196,6 +209,12 @@ def _twin(shape: ModelShape, name: str) -> ModelShape:
             f"write {name} without a variant and a colon",
         )
     return replace(shape, extras=()) if isinstance(shape, BuiltShape) and shape.window else shape.plain()
+
+
+def _check_own(text: str, group: int | None) -> None:
+    """Raises where the heads of a model that is there are to be other ones."""
+    if group is not None:
+        raise ConfigError(f"group {group} beside the model {short(text)}", "the heads that it has", "leave out --group")
 
 
 def _file_name(path: str) -> str:

@@ -18,7 +18,7 @@ from diffattn.plan.rule import shape_about
 from diffattn.plan.setting import DEFAULT_SETTING, FAR, Setting, parse_tokens
 from diffattn.plan.shape import ModelShape
 from diffattn.quantities import short, whole
-from diffattn.variants import BASELINE, DEFAULT
+from diffattn.variants import BASELINE, DEFAULT, VARIANTS
 
 AXES = ("context", "batch")
 # Halvings of the range in which the largest shape is looked for.
@@ -208,12 +208,14 @@ def fits(memory: int | str, model: str | Model | None = None, setting: Setting =
     given = named(model, None)[0]
     differ = isinstance(given.built, BlockShape)
     variant = DEFAULT if differ or given.attention == BASELINE else given.attention
+    # Noise heads are shared where several query heads share a key/value head.
+    group = given.shape.num_heads // given.shape.num_kv_heads if VARIANTS[variant].shares_noise else 1
     rows = []
     for phase, need in _PEAKS.items():
         if phase == "training" and not setting.precision.trains:
             continue
         for attention in (variant, BASELINE):
-            found = _largest_shape(need, attention, setting, limit)
+            found = _largest_shape(need, attention, setting, limit, group)
             if found is None:
                 rows.append(FitRow(phase, "parameters", attention, None, None, None, limit))
                 continue
@@ -264,13 +266,14 @@ def _last(need: Callable[[int], int], limit: int) -> int:
     return low
 
 
-def _largest_shape(need: Need, attention: str, setting: Setting, limit: int) -> ModelShape | None:
+def _largest_shape(need: Need, attention: str, setting: Setting, limit: int, group: int) -> ModelShape | None:
     """Returns the largest shape by the rule, matched for V2, within the limit; None: not even the smallest is."""
     best: ModelShape | None = None
-    low, high = math.log(2e6), math.log(2e12)
+    # The rule's smallest shape is wider where more heads share a key/value head.
+    low, high = math.log(2e6 * group), math.log(2e12)
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        shape = match_parameters(shape_about(math.exp(middle)), attention)
+        shape = match_parameters(shape_about(math.exp(middle), group=group), attention)
         if need(shape, attention, setting) <= limit:
             low, best = middle, shape
         else:

@@ -312,12 +312,16 @@ class PlanOptions:
     """A plan as a person asks for it: one model or two, the setting in words, and what else is to be answered."""
 
     model: str | None = None
-    """The model, as VARIANT:SIZE. VARIANT is softmax, diff_v1, diff_v2 or gated. SIZE is a preset such as 6.8B, a count
-    such as 11B, a .toml file, a model's folder or a public model such as llama-3.2-1B or motif-2.6B. A folder or a
-    public model alone brings its own variant; a size alone means diff_v1. Default: diff_v1:6.8B."""
+    """The model, as VARIANT:SIZE. VARIANT is softmax, diff_v1, diff_v2, diff_gda, diff_gda_v2 or gated. SIZE is a
+    preset such as 6.8B, a count such as 11B, a .toml file, a model's folder or a public model such as llama-3.2-1B or
+    motif-2.6B. A folder or a public model alone brings its own variant; a size alone means diff_v1. Default:
+    diff_v1:6.8B."""
     against: str | None = None
     """A second model to compare it with, written in the same way; a size alone means softmax. Default: none, or
     softmax:11B if no model is given either."""
+    group: int | None = None
+    """Query heads for each key/value head, in both models. diff_gda and diff_gda_v2 need 2 or more: so many signal
+    heads then share a noise head. Default: as the size says."""
     context: str = str(DEFAULT_SETTING.context)
     """Number of tokens in one sequence; 4k means 4096."""
     batch: str = str(DEFAULT_SETTING.batch)

@@ -10,7 +10,7 @@ import functools
 import importlib.resources
 import tomllib
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 from diffattn.config_fields import FIELDS, check, integer
@@ -18,6 +18,8 @@ from diffattn.errors import ConfigError, did_you_mean
 from diffattn.quantities import COUNTS, MOST, whole
 from diffattn.variants import VARIANTS
 
+# More query heads than this for one key/value head are a mistake.
+_MOST_GROUP = 256
 # What a number of a shape is called in a configuration.
 _FIELDS = {
     "hidden_size": "hidden_size", "intermediate_size": "intermediate_size", "num_layers": "num_hidden_layers",
@@ -113,6 +115,25 @@ class ModelShape:
             if not isinstance(getattr(self, key), str):
                 raise ConfigError(f"{key}={getattr(self, key)!r}", "text", "put it in quotes")
 
+    def grouped(self, group: int | None) -> ModelShape:
+        """Returns the shape with ``group`` query heads for each key/value head; None: the shape as it is.
+
+        Raises:
+            ConfigError: a number that does not divide the heads.
+
+        >>> ModelShape.preset("3M").grouped(3).num_kv_heads
+        2
+        """
+        if group is None:
+            return self
+        if self.num_heads % group:
+            raise ConfigError(
+                f"group is {group} with num_heads={self.num_heads}",
+                "a number that divides the heads",
+                "change --group, or the shape",
+            )
+        return replace(self, num_kv_heads=self.num_heads // group)
+
     def beside(self, part: str) -> int:
         """Returns the parameters of a part that a checkpoint of this shape has beside those that a shape says.
 
@@ -185,7 +206,8 @@ class ModelShape:
             raise ConfigError(
                 f"num_kv_heads={self.num_kv_heads} with num_heads={self.num_heads} for {attention}",
                 "several query heads for each key/value head, which share a noise head",
-                "lower num_kv_heads (--group 2 or more does that), or set signals_per_noise=1",
+                "lower num_kv_heads in the shape (compare, scale run and plan do that by --group), or set "
+                "signals_per_noise=1",
             )
 
     @classmethod
@@ -260,6 +282,15 @@ def check_positive_int(key: str, value: object, *, most: int = MOST) -> None:
     >>> check_positive_int("context", 1)
     """
     check({key: integer(most)}, key, value)
+
+
+def check_group(group: int | None) -> None:
+    """Raises a ``ConfigError`` unless there can be so many query heads for each key/value head; None is the shape's.
+
+    >>> check_group(None)
+    """
+    if group is not None and not 1 <= group <= _MOST_GROUP:
+        raise ConfigError(f"group is {group}", f"a number from 1 to {_MOST_GROUP}", "change --group")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ KEY = (
     "hidden_size",
     "num_layers",
     "num_heads",
+    "group",
     "vocab_size",
     "context",
     "tokens",
@@ -51,6 +52,8 @@ class LadderRun(Result):
     """Number of layers."""
     num_heads: int
     """Heads of the softmax model that is replaced."""
+    group: int = 1
+    """Heads of the softmax model for each key/value head; 1 in a file that does not say."""
     intermediate_size: int | None
     """Width of the feed-forward network, in channels; None in a file that does not say."""
     vocab_size: int
@@ -112,8 +115,8 @@ class LadderRow(LadderRun):
             name = _NAMES.get(field.name, field.name)
             if name not in row and field.name not in _OPTIONAL:
                 raise ValueError(f"it has no {name}")
-            found[field.name] = row.get(name)
+            found[field.name] = row.get(name, 1 if name == "group" else None)
         return cls(**found)  # type: ignore[arg-type]
 
 
-_OPTIONAL = ("intermediate_size", "needles", "versions", "command", "seal")
+_OPTIONAL = ("group", "intermediate_size", "needles", "versions", "command", "seal")

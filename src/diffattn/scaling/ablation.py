@@ -17,6 +17,7 @@ from diffattn.scaling.arms import ARMS
 _RECIPE = (
     "hidden_size",
     "num_layers",
+    "group",
     "tokens",
     "context",
     "vocab_size",

@@ -11,10 +11,10 @@ from diffattn.model.options import MATCHES, Device, Dtype
 from diffattn.names import one_of, several
 from diffattn.plan.cost import count_parameters
 from diffattn.plan.rule import parse_count, shape_about
-from diffattn.plan.shape import ModelShape
+from diffattn.plan.shape import ModelShape, check_group
 from diffattn.scaling.arms import ARMS
 from diffattn.train.recipe import Recipe
-from diffattn.variants import BASELINE, DEFAULT_VARIANTS
+from diffattn.variants import BASELINE, DEFAULT_VARIANTS, VARIANTS
 
 # Of processes, threads or GPUs: a larger number is a mistake.
 _MOST = 1024
@@ -45,8 +45,11 @@ class LadderOptions:
     tokens: str = "8M"
     """Tokens that every run is trained on, such as 8M."""
     variants: tuple[str, ...] = DEFAULT_VARIANTS
-    """Variants to train at every size, of softmax, diff_v1, diff_v2 and gated; or a variant with one change, such as
-    diff_v1+no_norm (docs/studies.md lists them)."""
+    """Variants to train at every size, of softmax, diff_v1, diff_v2, diff_gda, diff_gda_v2 and gated; or a variant with
+    one change, such as diff_v1+no_norm (docs/studies.md lists them)."""
+    group: int = 1
+    """Query heads for each key/value head, in all models. diff_gda and diff_gda_v2 need 2 or more: so many signal heads
+    then share a noise head."""
     seeds: int = 3
     """Number of times that each variant is trained, with other initial values and another order of the text."""
     text: tuple[str, ...] = ("sotu",)
@@ -61,8 +64,8 @@ class LadderOptions:
     needles: float = 0.0
     """Share of the training tokens, 0 to 1, that hide numbers in text and ask for them (docs/studies.md)."""
     match: str = field(default="parameters", metadata={"choices": MATCHES})
-    """Way to match the softmax model. parameters: V2 gets a narrower feed-forward network, so that all have equally
-    many parameters. shape: V2 keeps its width and has more parameters."""
+    """Way to match the softmax model. parameters: V2 gets a narrower feed-forward network, and diff_gda a wider one, so
+    that all have equally many parameters. shape: all keep its width, and V2 has more parameters."""
     batch_size: int = 8
     """Blocks of --context tokens in each step."""
     learning_rate: float | None = None
@@ -88,6 +91,7 @@ class LadderOptions:
                 )
         if self.match not in MATCHES:
             raise ConfigError(f"match is {self.match!r}", f"one of {', '.join(MATCHES)}", "change --match")
+        check_group(self.group)
         if not 1 <= self.seeds <= 1000:
             raise ConfigError(f"seeds is {self.seeds}", "a number from 1 to 1,000", "leave --seeds out for 3")
         parse_count(self.tokens)
@@ -105,7 +109,8 @@ class LadderOptions:
         """Returns the softmax Transformers to be replaced, in the order of their size."""
         counts = sorted(parse_count(size) for size in self.sizes)
         return [
-            shape_about(count, non_embedding=True, vocab_size=self.vocab_size, context=self.context) for count in counts
+            shape_about(count, non_embedding=True, vocab_size=self.vocab_size, context=self.context, group=self.group)
+            for count in counts
         ]
 
     def recipe(self, shape: ModelShape, seed: int) -> Recipe:
@@ -136,7 +141,10 @@ class AblationOptions:
     """Tokens that every run is trained on, such as 8M."""
     arms: tuple[str, ...] = ()
     """Arms to train: variants, and variants with one change, such as softmax diff_v1 diff_v1+no_norm. Default: all that
-    docs/studies.md lists."""
+    docs/studies.md lists and that --group allows."""
+    group: int = 1
+    """Query heads for each key/value head, in all models. diff_gda and diff_gda_v2 need 2 or more: so many signal heads
+    then share a noise head."""
     seeds: int = 3
     """Number of times that each arm is trained, with other initial values and another order of the text."""
     text: tuple[str, ...] = ("sotu",)
@@ -167,10 +175,12 @@ class AblationOptions:
         Raises:
             ConfigError: as :class:`LadderOptions`.
         """
+        possible = [name for name, arm in ARMS.items() if self.group > 1 or not VARIANTS[arm.attention].shares_noise]
         return LadderOptions(
-            sizes=(self.size,), tokens=self.tokens, variants=self.arms or tuple(ARMS), seeds=self.seeds, text=self.text,
-            text_column=self.text_column, vocab_size=self.vocab_size, context=self.context, batch_size=self.batch_size,
-            learning_rate=self.learning_rate, device=self.device, dtype=self.dtype,
+            sizes=(self.size,), tokens=self.tokens, variants=self.arms or tuple(possible), group=self.group,
+            seeds=self.seeds, text=self.text, text_column=self.text_column, vocab_size=self.vocab_size,
+            context=self.context, batch_size=self.batch_size, learning_rate=self.learning_rate, device=self.device,
+            dtype=self.dtype,
         )  # fmt: skip
 
 

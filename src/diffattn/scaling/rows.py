@@ -62,6 +62,7 @@ def _row(line: bytes) -> LadderRow:
     row = LadderRow.from_json(content)
     right = {name: isinstance(content[name], str) for name in _WORDS}
     right |= {name: is_count(content[name]) for name in _COUNTS}
+    right["group"] = is_count(row.group)
     right |= {name: is_measure(content[name]) and content[name] > 0 for name in _MEASURES}
     if wrong := [name for name, good in right.items() if not good]:
         raise ValueError(f"its {wrong[0]} is {content[wrong[0]]!r:.40}")

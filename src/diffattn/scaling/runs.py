@@ -79,7 +79,10 @@ class Run:
     @property
     def name(self) -> str:
         """The name of its folder."""
-        digest = "-".join(str(part) for part in (self.recipe.steps, f"{self.recipe.learning_rate:g}"))
+        parts = [str(self.recipe.steps), f"{self.recipe.learning_rate:g}"]
+        if self.options.group > 1:
+            parts.append(f"group{self.options.group}")
+        digest = "-".join(parts)
         return f"{self.name_of_arm}-{self.shape.hidden_size}x{self.shape.num_layers}-seed{self.seed}-{digest}"
 
     @functools.cached_property
@@ -98,6 +101,7 @@ class Run:
             hidden_size=built.hidden_size,
             num_layers=built.num_layers,
             num_heads=built.num_heads,
+            group=self.options.group,
             intermediate_size=built.intermediate_size,
             vocab_size=built.vocab_size,
             context=self.options.context,

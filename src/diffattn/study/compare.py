@@ -157,7 +157,7 @@ def _compare(
         if not stored.has_seal:
             on_note(f"{folder}: {NO_SEAL}")
     options = options or CompareOptions()
-    shape = stored.shape if stored is not None else load_shape(options.shape)
+    shape = stored.shape if stored is not None else load_shape(options.shape).grouped(options.group)
     study = _Study(options, folder, shape, layout, ranks)
     data = ranks.first_on_host(
         lambda: prepare_data(
@@ -228,7 +228,7 @@ def _same_options(stored: Stored, given: CompareOptions | None, folder: Path) ->
             or (field.name == "text" and same_text(now, then, stored.data_digest, kept.text_column))
         ):
             continue
-        if field.name == "shape" and same_shape(load_shape(now), stored.shape):
+        if field.name == "shape" and same_shape(load_shape(now).grouped(kept.group), stored.shape):
             continue
         raise ConfigError(
             f"{folder} was started with {field.name} = {then!r}, and {now!r} is given",

@@ -102,7 +102,11 @@ class Stored:
             lists = {name: tuple(value) for name, value in content["options"].items() if isinstance(value, list)}
             layout = Layout(**content.get("layout", {}))
             options = CompareOptions(**{**content["options"], **lists})
-            shape = ModelShape(**content["shape"]) if "shape" in content else load_shape(options.shape)
+            shape = (
+                ModelShape(**content["shape"])
+                if "shape" in content
+                else load_shape(options.shape).grouped(options.group)
+            )
             if content.get("plan"):
                 plan = RunPlan.from_json(content["plan"], options.variants)
             texts = (content["command"], content.get("data_digest", ""), *options.text)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from diffattn.errors import ConfigError
 from diffattn.model.options import MATCHES, Device, Dtype
 from diffattn.names import one_of, several
+from diffattn.plan.shape import check_group
 from diffattn.train.options import NO_TRACKER, TRACKERS
 from diffattn.train.recipe import CAUSAL, OBJECTIVES, Recipe
 from diffattn.variants import DEFAULT_VARIANTS, VARIANTS
@@ -24,7 +25,11 @@ class CompareOptions:
     shape: str = "3M"
     """Size of the softmax model: a preset (300K, 3M, 30M, 830M, 1.4B, ...) or a TOML file."""
     variants: tuple[str, ...] = DEFAULT_VARIANTS
-    """Variants to train, of softmax, diff_v1, diff_v2 and gated; the others are compared with softmax."""
+    """Variants to train, of softmax, diff_v1, diff_v2, diff_gda, diff_gda_v2 and gated; the others are compared with
+    softmax."""
+    group: int | None = None
+    """Query heads for each key/value head, in all models. diff_gda and diff_gda_v2 need 2 or more: so many signal heads
+    then share a noise head. Default: as the shape says."""
     seeds: int = 2
     """Number of times that each variant is trained, with other initial values and another order of the text."""
     steps: int | None = None
@@ -39,8 +44,8 @@ class CompareOptions:
     context: int | None = None
     """Tokens that a model reads at once. Default: as the shape says."""
     match: str = field(default="parameters", metadata={"choices": MATCHES})
-    """Way to match the softmax model. parameters: V2 gets a narrower feed-forward network, so that all have equally
-    many parameters. shape: V2 keeps its width and has more parameters."""
+    """Way to match the softmax model. parameters: V2 gets a narrower feed-forward network, and diff_gda a wider one, so
+    that all have equally many parameters. shape: all keep its width, and V2 has more parameters."""
     objective: str = field(default=CAUSAL, metadata={"choices": OBJECTIVES})
     """Task that the models learn. clm: to name each token from those before it. mlm: encoders, whose tokens see both
     sides, learn to name 15% of the tokens, most of which are hidden from them."""
@@ -66,6 +71,7 @@ class CompareOptions:
             raise ConfigError(given, "at least one, each once", "change --variants")
         if self.match not in MATCHES:
             raise ConfigError(f"match is {self.match!r}", f"one of {', '.join(MATCHES)}", "change --match")
+        check_group(self.group)
         if not 1 <= self.seeds <= 1000:
             raise ConfigError(f"seeds is {self.seeds}", "a number from 1 to 1,000", "leave --seeds out for 2")
         if self.steps is not None and self.minutes is not None:

