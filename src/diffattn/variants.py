@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
+from diffattn.attention_flops import ONE_MAP, V1_MORE, V1_PAIRS, V1_SHARED, V2_PAIRS, V2_SHARED, Form, Shared
+
 Axis = Literal["D", "d", "H", "V", "HV"]
-Units = tuple[int | Fraction, int | Fraction]
-# The widest values for which the Triton kernel makes the gradients of keys and values in one walk over the queries.
-ONE_WALK = 128
 
 
 class Sizes(Protocol):
@@ -50,52 +48,6 @@ class Heads(NamedTuple):
     queries: int
     groups: int
     width: int
-
-
-class Form(NamedTuple):
-    """The FLOPs of one way to compute attention, per query-key pair and pair of softmax heads, in units of d.
-
-    Each part is a pair of numbers: products as wide as queries and keys, and products as wide as values. A product of
-    width w costs 2w.
-
-    Attributes:
-        forward: what the forward pass does.
-        backward: what the backward pass does, with the scores that it computes again.
-        backward_wide: the same where values are wider than ``ONE_WALK``.
-    """
-
-    forward: Units
-    backward: Units
-    backward_wide: Units
-
-    def executed(self, value_width: int, *, training: bool) -> int | Fraction:
-        """Returns all of it for values of that width: of the forward pass, or of both passes."""
-        backward = self.backward if value_width <= ONE_WALK else self.backward_wide
-        return sum(self.forward) + (sum(backward) if training else 0)
-
-    def sharing(self, noise: Form, signals: int) -> Form:
-        """Returns this form where ``signals`` heads share what it does for one noise head, which is ``noise``."""
-        if signals == 1:
-            return self
-        saved = 1 - Fraction(1, signals)
-        parts = zip(self, noise, strict=True)
-        return Form(*((whole[0] - saved * part[0], whole[1] - saved * part[1]) for whole, part in parts))
-
-
-def _recomputed(forward: Units) -> Form:
-    """Returns the form of a flash kernel, which computes the scores again.
-
-    Its backward pass has three products as wide as queries (scores, d_q, d_k) where the forward pass has one, and two
-    as wide as values (dP, d_v).
-    """
-    backward = (3 * forward[0], 2 * forward[1])
-    return Form(forward, backward, backward)
-
-
-def _kept(forward: Units) -> Form:
-    """Returns the form that keeps its maps: for each product of the forward pass two gradients."""
-    backward = (2 * forward[0], 2 * forward[1])
-    return Form(forward, backward, backward)
 
 
 class Look(NamedTuple):
@@ -175,7 +127,7 @@ class Variant:
         tensors: the tensors of its own.
         flops: for each backend that it has, the FLOPs of attention by pass, where noise heads are not shared.
             ``definition`` is the arithmetic of the formula, which a model's FLOPs are counted by.
-        noise_flops: the part of these that is done for the noise heads alone, where they are shared.
+        shared_flops: the FLOPs of its signal heads, and of as many noise heads, where noise heads are shared.
         look: how charts draw it.
     """
 
@@ -196,7 +148,7 @@ class Variant:
     switches: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     tensors: tuple[OwnTensor, ...] = ()
     flops: Mapping[str, Form]
-    noise_flops: Mapping[str, Form] = field(default_factory=lambda: MappingProxyType({}))
+    shared_flops: Shared = field(default_factory=lambda: MappingProxyType({}))
     look: Look
 
     def heads(self, shape: Sizes) -> Heads:
@@ -233,8 +185,10 @@ class Variant:
 
     def forms(self, shape: Sizes) -> Mapping[str, Form]:
         """Returns the FLOPs of attention by backend and pass for a model of this shape."""
-        signals = self.signals_per_noise(shape)
-        return {name: form.sharing(self.noise_flops.get(name, _NOTHING), signals) for name, form in self.flops.items()}
+        shared = self.signals_per_noise(shape)
+        if shared == 1:
+            return self.flops
+        return {name: signal.beside(noise, shared) for name, (signal, noise) in self.shared_flops.items()}
 
     @property
     def pads_queries(self) -> bool:
@@ -294,64 +248,10 @@ class Variant:
         return sum(math.prod(tensor.shape(D=D, d=d, H=H, V=V)) for tensor in there)
 
 
-_NOTHING = _kept((0, 0))
-# One map costs the same in every backend, since nothing is subtracted.
-_ONE_MAP: Mapping[str, Form] = MappingProxyType(
-    dict.fromkeys(
-        ("definition", "fused_cpu", "fused_triton", "standard", "unequal", "two_calls", "four_calls"),
-        _recomputed((4, 4)),
-    )
-    | {"materialised": _kept((4, 4))}
-)
-
 _V1_LAMBDA = tuple(
     OwnTensor(name=f"lam.lambda_{which}", axes=("d",), float32=True) for which in ("q1", "k1", "q2", "k2")
 )
 _V2_LAMBDA = (OwnTensor(name="lambda_proj.weight", axes=("H", "D"), split=True, unless=("lambda_form", "one")),)
-# By the definition two maps of width d, and one product of their difference with V of width 2d; the standard call pads
-# q to [q1, 0] and [0, q2], so that every width is 2d. On a GPU each map is multiplied with V by itself. The Triton
-# kernel has scores, dP and the gradient of q in one kernel, scores, dP and the gradients of k and v in another, dP for
-# both maps at once; of wide values that one makes scores for k and for v.
-_V1_FLOPS = MappingProxyType(
-    {
-        "definition": _recomputed((4, 4)),
-        "fused_cpu": _recomputed((4, 4)),
-        "fused_triton": Form((4, 8), backward=(16, 12), backward_wide=(20, 12)),
-        "standard": _recomputed((8, 8)),
-        "materialised": _kept((4, 4)),
-    }
-)
-# By the definition four maps of width d, and two products of a difference with V of width d. It is one call by nature,
-# whose widths are equal. The Triton kernel is as for V1.
-_V2_FLOPS = MappingProxyType(
-    {
-        "definition": _recomputed((8, 4)),
-        "fused_cpu": _recomputed((8, 4)),
-        "fused_triton": Form((8, 8), backward=(32, 12), backward_wide=(40, 12)),
-        "standard": _recomputed((8, 8)),
-        "materialised": _kept((8, 4)),
-    }
-)
-# What of these is done for the map that is subtracted: its scores, and in the standard call and the forward pass of the
-# Triton kernel its product with V.
-_V1_NOISE: Mapping[str, Form] = MappingProxyType(
-    {
-        "definition": _recomputed((2, 0)),
-        "fused_cpu": _recomputed((2, 0)),
-        "fused_triton": Form((2, 4), backward=(8, 0), backward_wide=(10, 0)),
-        "standard": _recomputed((4, 4)),
-        "materialised": _kept((2, 0)),
-    }
-)
-_V2_NOISE: Mapping[str, Form] = MappingProxyType(
-    {
-        "definition": _recomputed((4, 0)),
-        "fused_cpu": _recomputed((4, 0)),
-        "fused_triton": Form((4, 4), backward=(16, 0), backward_wide=(20, 0)),
-        "standard": _recomputed((4, 4)),
-        "materialised": _kept((4, 0)),
-    }
-)
 
 _RECORDS = (
     Variant(
@@ -359,7 +259,7 @@ _RECORDS = (
         title="softmax attention",
         source="arXiv 1706.03762",
         summary="the Transformer that is replaced",
-        flops=_ONE_MAP,
+        flops=ONE_MAP,
         look=Look("#222222", "#e6e9ed", (), "circle"),
     ),
     Variant(
@@ -373,12 +273,7 @@ _RECORDS = (
         subtracts="λ times the map of the second head of each pair",
         norm=True,
         tensors=_V1_LAMBDA,
-        flops=_V1_FLOPS
-        | {
-            "unequal": _recomputed((4, 8)),
-            "two_calls": _recomputed((4, 8)),
-            "four_calls": _recomputed((8, 8)),
-        },
+        flops=V1_PAIRS | V1_MORE,
         look=Look("#0072B2", "#56b4e9", (5, 2), "square"),
     ),
     Variant(
@@ -392,8 +287,8 @@ _RECORDS = (
         subtracts="sigmoid(λ) times the map of the second query of each head",
         switches=MappingProxyType({"lambda_form": "sigmoid", "pairs_share_group": True}),
         tensors=_V2_LAMBDA,
-        # It has no form of several calls, and that of unequal widths is the standard call.
-        flops=_V2_FLOPS | {"unequal": _recomputed((8, 8))},
+        # Its widths are equal, so the form of unequal ones is the standard call.
+        flops=V2_PAIRS | {"unequal": V2_PAIRS["standard"]},
         look=Look("#D55E00", "#ff9e4a", (6, 2, 1.5, 2), "triangle-up"),
     ),
     Variant(
@@ -408,8 +303,8 @@ _RECORDS = (
         subtracts="λ times the map of the noise head of each group of signal heads",
         norm=True,
         tensors=_V1_LAMBDA,
-        flops=_V1_FLOPS,
-        noise_flops=_V1_NOISE,
+        flops=V1_PAIRS,
+        shared_flops=V1_SHARED,
         look=Look("#CC79A7", "#f0a6d2", (8, 2, 2, 2, 2, 2), "cross"),
     ),
     Variant(
@@ -424,8 +319,8 @@ _RECORDS = (
         subtracts="sigmoid(λ) times the map of the noise head of each group of signal heads",
         switches=MappingProxyType({"lambda_form": "sigmoid"}),
         tensors=_V2_LAMBDA,
-        flops=_V2_FLOPS,
-        noise_flops=_V2_NOISE,
+        flops=V2_PAIRS,
+        shared_flops=V2_SHARED,
         look=Look("#7a6000", "#e3c64b", (12, 2), "triangle-left"),
     ),
     Variant(
@@ -436,7 +331,7 @@ _RECORDS = (
         weights="channel",
         takes_norm=False,
         tensors=(OwnTensor(name="g_proj.weight", axes=("HV", "D"), split=True),),
-        flops=_ONE_MAP,
+        flops=ONE_MAP,
         look=Look("#009E73", "#3ddba4", (1.5, 1.5), "triangle-down"),
     ),
     Variant(
@@ -453,7 +348,7 @@ _RECORDS = (
             OwnTensor(name="dex.lam", axes=("H",), float32=True),
             OwnTensor(name="dex.annealed", axes=(), float32=True, trained=False),
         ),
-        flops=_ONE_MAP,
+        flops=ONE_MAP,
         look=Look("#6a3d9a", "#c9a6f0", (9, 3), "diamond"),
     ),
 )

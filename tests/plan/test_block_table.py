@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from diffattn.attention_flops import ONE_WALK
 from diffattn.ops.triton import configs
 from diffattn.plan.activations import TRITON_CHIPS, WIDEST, serving
 from diffattn.plan.hardware import Machine
 from diffattn.plan.inference import LEAST_SPAN, MOST_SPANS
 from diffattn.plan.shape import ModelShape
-from diffattn.variants import ONE_WALK, VARIANTS
+from diffattn.variants import VARIANTS
 
 SHAPE = ModelShape.preset("3M")
 # Widths of a softmax head; V1's values are twice as wide.

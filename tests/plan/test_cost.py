@@ -245,6 +245,8 @@ def test_attention_is_what_the_visible_pairs_cost(shape, context):
         # In units of d for a pair of softmax heads, r = 4: noise maps cost a quarter of what they cost in V1 and V2.
         ("diff_gda", "definition", 2.5 + 4, 3 * 6.5),
         ("diff_gda", "fused_cpu", 2.5 + 4, 3.5 * 2.5 + 3 * 4 + 0.5 * 2.5),
+        ("diff_gda", "fused_triton", 2.5 + 5, 7.5 + 25),
+        ("diff_gda_v2", "fused_triton", 5 + 5, 10 + 35),
         ("diff_gda", "standard", 5 + 5, 4 * 5 + 3 * 5),
         ("diff_gda", "materialised", 2.5 + 4, 3 * 6.5),
         ("diff_gda_v2", "definition", 5 + 4, 3 * 9),

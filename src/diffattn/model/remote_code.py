@@ -39,6 +39,7 @@ _SHIPPED = {
     "diffattn.config_fields": "diff_config_fields",
     "diffattn.layer_kinds": "diff_layer_kinds",
     "diffattn.variants": "diff_variants",
+    "diffattn.attention_flops": "diff_attention_flops",
     "diffattn.quantities": "diff_quantities",
     "diffattn.errors": "diff_errors",
     "diffattn.private_names": "diff_private_names",

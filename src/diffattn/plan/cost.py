@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
+from diffattn.attention_flops import Form
 from diffattn.errors import ConfigError
 from diffattn.plan.activations import check_backend
 from diffattn.plan.setting import BYTES
 from diffattn.plan.shape import ModelShape, check_positive_int
-from diffattn.variants import BASELINE, VARIANTS, Form
+from diffattn.variants import BASELINE, VARIANTS
 
 PHASES = ("forward", "training")
 
@@ -199,7 +200,8 @@ def flops_per_token(
 
     Where r signal heads share a noise head, its scores, and in standard and fused_triton its product with V, are those
     of one head in r: the definition has (2 + 2/r)·d + 4d for ``diff_gda`` and (4 + 4/r)·d + 4d for ``diff_gda_v2``,
-    standard (4 + 4/r)·d for each part of both.
+    standard (4 + 4/r)·d for each part of both, and fused_triton (1 + 1/r) of what a head of softmax attention has in
+    its kernels, in the backward pass too: (1 + 1/r)·20d for ``diff_gda``.
 
     Gated attention costs what softmax does; its gate is a product with parameters.
 
