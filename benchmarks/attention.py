@@ -73,9 +73,9 @@ def _seconds(function: Callable[[], object], rounds: int) -> float:
     return float(spread(seconds)["median"])
 
 
-def run(problem: Problem, rates: dict[str, Any], repeats: int | None) -> Iterator[dict[str, Any]]:
+def run(problem: Problem, rates: dict[str, Any], repeats: int | None, cases: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of one problem: seconds of each case, then, of "forward_backward", the memory of each."""
-    entries = [e for e in ENTRIES if problem.phase in e.phases and problem.queries <= e.up_to]
+    entries = [e for e in ENTRIES if problem.phase in e.phases and problem.queries <= e.up_to and e.name in cases]
     calls: dict[str, Call] = {}
     refused: dict[str, str] = {}
     for entry in entries:
@@ -106,7 +106,11 @@ def run(problem: Problem, rates: dict[str, Any], repeats: int | None) -> Iterato
             continue
         mine = seconds[entry.name]
         median, flops = float(spread(mine)["median"]), executed_flops(entry, problem)
-        timed = row(entry, problem.phase, pairwise(operator.truediv, mine, seconds[TWIN])) | {
+        timed = row(entry, problem.phase, pairwise(operator.truediv, mine, seconds[TWIN]))
+        if entry.beside in seconds:
+            ratios = pairwise(operator.truediv, mine, seconds[entry.beside])
+            timed["ratio_to"][entry.beside] = spread(ratios, entry.beside_at_most.get(problem.phase))
+        timed |= {
             "rounds": len(mine),
             "seconds": spread(mine),
             "executed_flops": flops,
@@ -114,7 +118,7 @@ def run(problem: Problem, rates: dict[str, Any], repeats: int | None) -> Iterato
             "percent_of_matmul": round(100 * flops / median / rates["matmul_flops_per_second"], 1),
         }
         if problem.phase == "decode":
-            read = 2 * problem.keys * HEADS * WIDTH * DTYPES[problem.dtype].itemsize
+            read = 2 * problem.keys * entry.groups * entry.width * DTYPES[problem.dtype].itemsize
             copied = max(rates[name]["bytes_per_second"] for name in ("copy_large", "copy_cache"))
             timed |= {"bytes_read": read, "bytes_per_second": round(read / median)}
             timed |= {"copy_bytes_per_second": copied, "percent_of_copy": round(100 * read / median / copied, 1)}
@@ -129,7 +133,7 @@ def run(problem: Problem, rates: dict[str, Any], repeats: int | None) -> Iterato
 
 def summary(rows: list[dict[str, Any]]) -> Table:
     """One line per problem with each case's ratio to softmax, and its limit where it has one."""
-    table = Table("phase", "dtype", "keys", *(entry.name for entry in ENTRIES), title=f"ratios to {TWIN}")
+    table = Table("phase", "dtype", "keys", *(entry.name for entry in ENTRIES), title=f"ratios to {TWIN} (and to the case beside)")
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         cells = lines.setdefault((row["phase"], row["dtype"], str(row["problem"]["keys"])), {})
@@ -141,6 +145,7 @@ def summary(rows: list[dict[str, Any]]) -> Table:
         if "kept" in ratio:
             colour = "red" if not ratio["kept"] else "green" if ratio["median"] <= ratio.get("aim", 9) else "yellow"
             text = f"[{colour}]{text} {'≤' if ratio['kept'] else '>'} {ratio['at_most']:.2f}[/]"
+        text += "".join(f" ({r['median']:.2f})" for name, r in row["ratio_to"].items() if name != TWIN)
         cells[row["case"]] = text + (f", {row['percent_of_copy']:.0f}% of copy" if "percent_of_copy" in row else "")
     for key, cells in lines.items():
         table.add_row(*key, *(cells.get(entry.name, "") for entry in ENTRIES))
@@ -154,12 +159,14 @@ def main() -> None:
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="default: all")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS), help="but for decode (default: all)")
+    names = [entry.name for entry in ENTRIES]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, help=f"{TWIN} is always one (default: all)")
     parser.add_argument("--out", type=Path, help="also write the lines to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     # What PyTorch uses of the processor, which the environment can limit.
     used = {"threads": arguments.threads, "capability": torch.backends.cpu.get_cpu_capability()}
-    write, rows = Writer(arguments.out), []
+    write, rows, cases = Writer(arguments.out), [], [TWIN, *arguments.cases]
     for dtype in arguments.dtypes:
         origin = provenance("benchmarks.attention", **used)
         rates = machine(dtype, arguments.repeats)
@@ -168,11 +175,11 @@ def main() -> None:
             sizes = [(1, CACHED)] if phase == "decode" else [(context, context) for context in arguments.contexts]
             for queries, keys in sizes:
                 origin = provenance("benchmarks.attention", **used)
-                for row in run(Problem(phase, dtype, queries, keys), rates, arguments.repeats):
+                for row in run(Problem(phase, dtype, queries, keys), rates, arguments.repeats, cases):
                     rows.append(row)
                     write(row | origin)
     console = Console(stderr=True)
-    console.width = max(console.width, 160)
+    console.width = max(console.width, 200)
     console.print(summary(rows))
 
 

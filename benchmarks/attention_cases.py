@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,8 @@ from diffattn.plan.cost import flops_per_token
 
 HEADS, WIDTH = 16, 64
 SHAPE = ModelShape(hidden_size=HEADS * WIDTH, num_layers=1, num_heads=HEADS, intermediate_size=8, vocab_size=8)
+# Four query heads share a key head, so that four signal heads can share a noise head.
+GROUPED = replace(SHAPE, num_kv_heads=HEADS // 4, signals_per_noise=4)
 CONTEXTS = (512, 2048, 4096)
 CACHED = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,7 +53,8 @@ class Entry:
     ``attention`` and ``backend`` name its FLOPs in ``diffattn.plan.cost``. ``split`` maps q (1, T, queries, 64), k and
     v (1, S, groups, 1024 / groups) to the views that ``compute`` takes before λ. ``gate`` is the test that shows that
     this computes the variant. ``at_most`` and ``aim``, by phase: the limit to its ratio to softmax, and the aim.
-    ``up_to`` limits the context of forms that are here for comparison, so that a run takes minutes.
+    ``beside`` names another case to which it has a ratio, ``beside_at_most`` the limits to that. ``up_to`` limits the
+    context of forms that are here for comparison, so that a run takes minutes. ``shape`` is the softmax model's.
     """
 
     name: str
@@ -66,6 +69,14 @@ class Entry:
     up_to: int = max(CONTEXTS)
     at_most: dict[str, float] = field(default_factory=dict)
     aim: dict[str, float] = field(default_factory=dict)
+    beside: str | None = None
+    beside_at_most: dict[str, float] = field(default_factory=dict)
+    shape: ModelShape = SHAPE
+
+    @property
+    def width(self) -> int:
+        """Of a key or value head of the cache."""
+        return self.shape.num_kv_heads * WIDTH // self.groups
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -77,6 +88,13 @@ def halves(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     q1, q2 = q.unflatten(2, (-1, 2)).unbind(3)
     k1, k2 = k.chunk(2, dim=-1) if k.shape[-1] > q.shape[-1] else (k, k)
     return q1, k1, q2, k2, v
+
+
+def quarters(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """The same where each noise head stands behind its four signal heads."""
+    groups = q.unflatten(2, (-1, 5))
+    k1, k2 = k.chunk(2, dim=-1) if k.shape[-1] > q.shape[-1] else (k, k)
+    return groups[:, :, :, :4].flatten(2, 3), k1, groups[:, :, :, 4], k2, v
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None = None) -> Tensor:
@@ -105,6 +123,7 @@ def unequal(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, lam: Tens
 
 fused, standard = (partial(diff_attention, backend=name) for name in ("fused_cpu", "standard"))
 FUSED = "tests/ops/cpu/test_operator.py::test_forward_and_gradients"
+SHARED = "tests/ops/test_shared_noise.py::test_output_and_gradients"
 STANDARD = "tests/ops/test_standard.py::test_output_and_gradients"
 HERE = "tests/benchmarks/test_attention.py::test_every_case_is_the_definition"
 # Standard calls join the halves of V1's cached keys, which the models never do: no "decode" for the slower forms.
@@ -133,6 +152,20 @@ ENTRIES = (
         at_most={"forward": 1.75, "forward_backward": 1.6, "memory": 1.1},
         aim={"forward": 1.4, "forward_backward": 1.3},
     ),
+    Entry("v1_grouped_fused", "diff_v1", "fused_cpu", halves, fused, FUSED, groups=HEADS // 8, shape=GROUPED),
+    Entry(
+        "gda_fused",
+        "diff_gda",
+        "fused_cpu",
+        quarters,
+        fused,
+        SHARED,
+        queries=HEADS // 2 + HEADS // 8,
+        groups=HEADS // 8,
+        beside="v1_grouped_fused",
+        beside_at_most={"forward": 0.9},
+        shape=GROUPED,
+    ),
     Entry("v1_standard", "diff_v1", "standard", halves, standard, STANDARD, groups=HEADS // 2, **SLOWER),
     Entry("v2_standard", "diff_v2", "standard", halves, standard, STANDARD, queries=2 * HEADS, **SLOWER),
     Entry("v1_unequal", "diff_v1", "unequal", halves, unequal, HERE, groups=HEADS // 2, **SLOWER),
@@ -145,7 +178,7 @@ class Call:
 
     def __init__(self, entry: Entry, problem: Problem) -> None:
         self.compute, self.training = entry.compute, problem.phase == "forward_backward"
-        dtype, width = DTYPES[problem.dtype], HEADS * WIDTH // entry.groups
+        dtype, width = DTYPES[problem.dtype], entry.width
         torch.manual_seed(0)
         if problem.phase == "decode":
             # As a cache of transformers holds them: (batch, groups, sequence, width).
@@ -193,7 +226,7 @@ def executed_flops(entry: Entry, problem: Problem) -> int:
     phase = "training" if problem.phase == "forward_backward" else "forward"
     # A query sees (context + 1) / 2 keys on average: 2 keys at context 3, 1 at context 1; all else cancels.
     two, one = (
-        flops_per_token(SHAPE, entry.attention, context=context, phase=phase, backend=entry.backend).executed
+        flops_per_token(entry.shape, entry.attention, context=context, phase=phase, backend=entry.backend).executed
         for context in (3, 1)
     )
     return (two - one) * problem.pairs
