@@ -226,7 +226,8 @@ def fused(call: Call, backend: str, queries: Tensor | None = None) -> Tensor:
     query, value = call.q.transpose(1, 2), call.v.transpose(1, 2)
     if triton.decodes(query, value):
         key = call.k.unflatten(2, (-1, maps)).flatten(3).transpose(1, 2)
-        return torch.ops.diffattn.fused_triton_decoding(query, key, value, call.lam, queries, scale, None, 1.0, None)
+        options = (call.lam, queries, scale, None, 1.0, None, True, 1)
+        return torch.ops.diffattn.fused_triton_decoding(query, key, value, *options)
     q1, k1, q2, k2 = split(call)
     given = reference.Call(q1, k1, q2, k2, call.v, call.lam, call.causal, queries=queries)
     return triton.fused_triton_diff_attention(given)

@@ -22,18 +22,22 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from diffattn.ops.triton import backward, configs, decoding, forward
+from diffattn.ops.triton import backward, configs, decoding, forward, shared_backward, shared_forward
 from tools.gpu_compiling import TARGETS, KnownError, Launch, captured, compiled
 
-# Widths of queries and of values, and whether both maps share their keys. Each entry of a table serves one of them.
+# Widths of queries and of values, whether both maps share their keys, and signal heads of a noise head. Each entry of a
+# table serves one of them.
 SHAPES = {
-    "V1, 64": (64, 128, False),
-    "V1, 128": (128, 256, False),
-    "V2, 64": (64, 64, True),
-    "V2, 128": (128, 128, True),
-    "V2, 256": (256, 256, True),
-    "two keys, 256": (256, 256, False),
-    "V1, 32": (32, 64, False),
+    "V1, 64": (64, 128, False, 1),
+    "V1, 128": (128, 256, False, 1),
+    "V2, 64": (64, 64, True, 1),
+    "V2, 128": (128, 128, True, 1),
+    "V2, 256": (256, 256, True, 1),
+    "two keys, 256": (256, 256, False, 1),
+    "V1, 32": (32, 64, False, 1),
+    "GDA, 64": (64, 128, False, 4),
+    "GDA, 128": (128, 256, False, 4),
+    "GDA V2, 128": (128, 128, True, 4),
 }
 # Its entries are those of 64 but for decoding.
 DECODED_ALONE = "V1, 32"
@@ -60,34 +64,43 @@ def cases() -> list[Case]:
 
 def launches(case: Case) -> Iterator[tuple[str, configs.Blocks | None, Launch]]:
     """The launches of a pass, by the names of what they make, with the entries that they take."""
-    width, value_width, one_key = SHAPES[case.shape]
+    width, value_width, one_key, signals = SHAPES[case.shape]
     dtype = getattr(torch, case.dtype)
     entry = (case.chip, width, value_width, one_key)
-    q = torch.empty(BATCH, LENGTH, HEADS, 2, width, dtype=dtype)
+    q = torch.empty(BATCH, LENGTH, HEADS, signals + 1, width, dtype=dtype)
     k = torch.empty(BATCH, LENGTH, GROUPS, 1 if one_key else 2, width, dtype=dtype)
     v = torch.empty(BATCH, LENGTH, GROUPS, value_width, dtype=dtype)
     queries = torch.zeros(2, BATCH, LENGTH, dtype=torch.int32) if case.mask == "ranges" else None
-    (q1, q2), k1, lam = q.unbind(3), k[:, :, :, 0], torch.empty(BATCH, LENGTH, HEADS)
+    q1, q2, k1, lam = q[:, :, :, :-1], q[:, :, :, -1], k[:, :, :, 0], torch.empty(BATCH, LENGTH, HEADS * signals)
     k2 = k1 if one_key else k[:, :, :, 1]
     rule: dict[str, Any] = {"causal": queries is None, "scale": 1.0, "queries": queries}
     blocks = configs.forward_blocks(*entry)
     if case.shape != DECODED_ALONE:
+        saving = rule | {"save": case.training, "blocks": blocks}
         with captured(case.chip) as found:
-            out, o2, lse = forward.forward(q1, k1, q2, k2, v, lam, **rule, save=case.training, blocks=blocks)
-        yield "output", blocks, *found
+            if signals > 1:
+                saved = shared_forward.forward(q1, k1, q2, k2, v, lam, **saving)
+            else:
+                saved = forward.forward(q1.squeeze(3), k1, q2, k2, v, lam, **saving)
+        yield from zip(["noise", "output"][2 - len(found) :], [blocks] * 2, found, strict=False)
     if case.training:
-        for_queries, walks = configs.query_blocks(*entry), configs.key_walks(*entry)
+        sizes = configs.query_blocks(*entry), configs.key_walks(*entry)
+        made = {"blocks": sizes} | rule
         with captured(case.chip) as found:
-            backward.backward(out, q1, k1, q2, k2, v, lam, out, o2, lse, **rule, blocks=(for_queries, walks))
-        names = ["d_" + "kv"[not walk.makes_k : 1 + walk.makes_v] for walk in walks]
-        sizes = [None, for_queries, *(walk.blocks for walk in walks)]
-        yield from zip(["sums", "d_q", *names], sizes, found, strict=True)
+            if signals > 1:
+                shared_backward.backward(saved[0], q, k1, k2, v, lam, *saved, **made)
+            else:
+                backward.backward(saved[0], q1.squeeze(3), k1, q2, k2, v, lam, *saved, **made)
+        names = ["d_" + "kv"[not walk.makes_k : 1 + walk.makes_v] for walk in sizes[1]]
+        # The signal heads' and the noise heads' launches for d_q are of one kernel.
+        of_queries = ["d_q"] * (len(found) - 1 - len(names))
+        entries = [None, *[sizes[0]] * len(of_queries), *(walk.blocks for walk in sizes[1])]
+        yield from zip(["sums", *of_queries, *names], entries, found, strict=True)
     else:
         blocks = configs.decoding_blocks(*entry)
+        eps = None if one_key else 1e-5
         with captured(case.chip) as found:
-            decoding.decode(
-                q1[:, :1], k1, q2[:, :1], k2, v, lam[:, :1], **rule, blocks=blocks, eps=None if one_key else 1e-5
-            )
+            decoding.decode(q1[:, :1], k1, q2[:, :1], k2, v, lam[:, :1], **rule, blocks=blocks, eps=eps)
         yield from zip(["span", "join"], [blocks, None], found, strict=True)
 
 
@@ -101,7 +114,12 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
 def tables(rows: list[dict[str, Any]]) -> list[str]:
     """Lines of Markdown: of each chip with a table of its own its entries, and the most that their kernels take."""
     lines = []
-    columns = {"output": ["output"], "d_q": ["d_q"], "d_k and d_v": ["d_kv", "d_k", "d_v"], "decoding": ["span"]}
+    columns = {
+        "output": ["noise", "output"],
+        "d_q": ["d_q"],
+        "d_k and d_v": ["d_kv", "d_k", "d_v"],
+        "decoding": ["span"],
+    }
     for chip in configs.SHARED:
         lines += ["", f"| {chip} | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
         for shape in SHAPES:
@@ -117,7 +135,9 @@ def _cell(rows: list[dict[str, Any]], kernel: str) -> str:
     if not mine:
         return ""
     blocks = configs.Blocks(**mine[0]["blocks"])
-    marks = "*" * (not blocks.together) + "°" * blocks.descriptors
+    # A kernel of one map has no such form.
+    two_maps = SHAPES[mine[0]["shape"]][3] == 1
+    marks = "*" * (two_maps and not blocks.together) + "°" * blocks.descriptors
     keys = f"{blocks.rows} × " * (kernel != "span") + str(blocks.keys)
     most = {name: max(row["taken"][name] for row in mine) for name in ("registers", "spilled", "shared")}
     return (

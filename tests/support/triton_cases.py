@@ -29,6 +29,8 @@ class Kernels(NamedTuple):
     forward: Any
     backward: Any
     decoding: Any
+    shared_forward: Any
+    shared_backward: Any
 
 
 def package_kernels() -> Kernels:
@@ -52,6 +54,11 @@ class Problem(NamedTuple):
     written: int | None = None
     """Keys of a static cache that hold something; the queries are the last of them."""
 
+    @property
+    def signals(self) -> int:
+        """Output heads of a noise head."""
+        return self.inputs.q1.shape[2] // self.inputs.q2.shape[2]
+
 
 def relative(got: Tensor, wanted: Tensor) -> float:
     return ((got.double() - wanted).norm() / (wanted.norm() or 1.0)).item()
@@ -73,6 +80,9 @@ def seeing_queries(problem: Problem) -> Tensor | None:
         first, end = key.clone(), torch.zeros_like(key)
         for begin, behind, size in spans(problem.sequences):
             end[begin:behind] = behind if size > 0 else 0
+    elif x.window is not None:
+        first = (key - (S - T)).clamp(min=0)
+        end = (key - (S - T) + x.window).clamp(0, T)
     elif problem.written is not None:
         first = (key - (problem.written - T)).clamp(min=0)
         first[problem.written :] = T
@@ -87,7 +97,8 @@ def seeing_queries(problem: Problem) -> Tensor | None:
 def definition(problem: Problem) -> list[Tensor]:
     """Output and gradients in float64, in the order of NAMES; of V2's one k the sum, in the places of both.
 
-    Each packed sequence by itself, and of a cache only what is written: no mask says so, the calls are those.
+    Each packed sequence by itself, of a cache only what is written, and each query of a window by itself: no mask says
+    so, the calls are those.
     """
     x = problem.inputs
     leaves = [y.detach().double().requires_grad_() for y in x[:6]]
@@ -100,6 +111,13 @@ def definition(problem: Problem) -> list[Tensor]:
             part = reference(*(y[:, begin:end] for y in leaves), scale=x.scale)
             parts.append(part if size > 0 else 0.0 * part)
         output = torch.cat(parts, 1)
+    elif x.window is not None:
+        parts = []
+        for t in range(q1.shape[1]):
+            last = k1.shape[1] - q1.shape[1] + t
+            row, seen = slice(t, t + 1), slice(max(0, last + 1 - x.window), last + 1)
+            parts.append(reference(q1[:, row], k1[:, seen], q2[:, row], k2[:, seen], v[:, seen], lam[:, row]))
+        output = torch.cat(parts, 1)
     else:
         w = problem.written
         output = reference(q1, k1[:, :w], q2, k2[:, :w], v[:, :w], lam, **x.options)
@@ -110,11 +128,25 @@ def results(problem: Problem, kernels: Kernels, form: Form | None = None) -> lis
     """The same of the kernels, with blocks of the table where no form is given."""
     x = problem.inputs
     options = {"causal": x.causal, "scale": x.scale or x.q1.shape[-1] ** -0.5, "queries": seeing_queries(problem)}
+    if problem.signals > 1:
+        return _shared_results(problem, kernels, form, options)
     out, o2, lse = kernels.forward.forward(*x[:6], **options, blocks=form and form.forward)
     d_q, d_k, d_v, d_lam = kernels.backward.backward(
         problem.cotangent, *x[:6], out, o2, lse, **options, blocks=form and form.backward
     )
     return [out, d_q[:, :, :, 0], d_k[:, :, :, 0], d_q[:, :, :, 1], d_k[:, :, :, -1], d_v, d_lam]
+
+
+def _shared_results(problem: Problem, kernels: Kernels, form: Form | None, options: dict[str, Any]) -> list[Tensor]:
+    """Signal heads and their noise head side by side, as a layer's projection has them."""
+    q1, k1, q2, k2, v, lam = problem.inputs[:6]
+    q = torch.cat([q1.unflatten(2, (q2.shape[2], -1)), q2.unsqueeze(3)], 3)
+    apart = (q[:, :, :, :-1], k1, q[:, :, :, -1], k2, v, lam)
+    saved = kernels.shared_forward.forward(*apart, **options, blocks=form and form.forward)
+    d_q, d_k, d_v, d_lam = kernels.shared_backward.backward(
+        problem.cotangent, q, k1, k2, v, lam, *saved, **options, blocks=form and form.backward
+    )
+    return [saved[0], d_q[:, :, :, :-1].flatten(2, 3), d_k[:, :, :, 0], d_q[:, :, :, -1], d_k[:, :, :, -1], d_v, d_lam]
 
 
 def errors(got: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
@@ -128,7 +160,8 @@ def decoded(
     extra = {"gain": gain, "norm_scale": 0.2, "eps": 1e-5} if norm else {}
     scale = x.scale or x.q1.shape[-1] ** -0.5
     queries = seeing_queries(problem)
-    return kernels.decoding.decode(*x[:6], causal=x.causal, scale=scale, queries=queries, **extra, **how)
+    q1 = x.q1.unflatten(2, (x.q2.shape[2], -1))
+    return kernels.decoding.decode(q1, *x[1:6], causal=x.causal, scale=scale, queries=queries, **extra, **how)
 
 
 def normed(output: Tensor, gain: Tensor | None = None) -> Tensor:

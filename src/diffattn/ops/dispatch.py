@@ -54,6 +54,7 @@ BACKENDS: dict[str, Backend] = {
         partial(fused_triton.fused_triton_diff_attention, formulas=False),
         fused_triton.passed_over,
         packs=True,
+        shares_noise=True,
     ),
     "standard": Backend(
         "standard", _ANY_DEVICE, _supports_everything, standard_diff_attention, packs=True, shares_noise=True

@@ -5,6 +5,6 @@ from __future__ import annotations
 import os
 
 collect_ignore = ["interpreted.py", "mutants.py"]
-# By its name in a process of the interpreter, pytest collects it.
+# By their names in a process of the interpreter, pytest collects them.
 if os.environ.get("TRITON_INTERPRET") != "1":
-    collect_ignore.append("interpreted_operator.py")
+    collect_ignore += ["interpreted_operator.py", "interpreted_shared.py"]

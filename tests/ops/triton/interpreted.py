@@ -3,6 +3,8 @@
 A process of its own: `TRITON_INTERPRET` must be set before the kernels are imported. Needs torch and Triton alone.
 
     TRITON_INTERPRET=1 python tests/ops/triton/interpreted.py
+
+With `--sweep` behind it, noise heads that are shared in every way and under every mask, which takes minutes.
 """
 
 from __future__ import annotations
@@ -99,6 +101,35 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("bfloat16, V2", "", {"T": 37, "dtype": BF16, **V2}),
     ("no queries", "described", {"T": 0, "S": 5}),
     ("no keys", "", {"T": 3, "S": 0, "causal": False, **V2}),
+    ("window", "", {"B": 1, "T": 37, "window": 9}),
+    ("window, T < S, V2", "described", {"B": 1, **LONGER, "window": 5, **V2}),
+    ("2:1", "", {"T": 19, "H": 4, "noise_heads": 2}),
+    ("3:1, groups, V2", "described", {"B": 1, "T": 19, "H": 6, "G": 2, "noise_heads": 2, **V2}),
+    ("4:1, padded", "apart", {"T": 19, "H": 4, "noise_heads": 1, "padded": True}),
+    ("2:1, not causal, T < S", "apart", {"B": 1, **LONGER, "H": 4, "noise_heads": 2, "causal": False}),
+    ("2:1, packed", "described", {"H": 2, "noise_heads": 1, "sequences": (9, -3, 8)}),
+    ("2:1, window", "", {"B": 1, "T": 37, "H": 2, "noise_heads": 1, "window": 9}),
+    ("2:1, odd widths", "", {"B": 1, "T": 19, "noise_heads": 1, "D": 11, "Dv": 37, "dtype": F16}),
+    ("2:1, no queries", "", {"T": 0, "S": 5, "noise_heads": 1}),
+]
+# Too many for every run.
+SWEEP: list[tuple[str, str, dict[str, Any]]] = [
+    (
+        f"{signals}:1 of {noises} in {groups}, V{1 + one_key}, {mask}",
+        form,
+        {"H": signals * noises, "noise_heads": noises, "G": groups, "one_key": one_key, **options},
+    )
+    for signals in (2, 3, 5)
+    for noises, groups in ((1, 1), (4, 2))
+    for one_key, form in ((False, ""), (True, "apart"), (False, "described"))
+    for mask, options in {
+        "causal, T < S": LONGER,
+        "not causal, T > S": {"T": 43, "S": 21, "causal": False},
+        "padded": {"T": 37, "padded": True},
+        "packed": {"sequences": (5, -31, 1, 14)},
+        "static cache": {"T": 3, "S": 43, "written": 24},
+        "window": {"T": 37, "S": 43, "window": 12},
+    }.items()
 ]
 # Name, number of spans of keys, form, arguments of `make_problem`.
 DECODING: list[tuple[str, int, Any, dict[str, Any]]] = [
@@ -110,6 +141,10 @@ DECODING: list[tuple[str, int, Any, dict[str, Any]]] = [
     ("padded", 4, SMALL, {"T": 2, "S": 71, "padded": True}),
     ("static cache", 4, DESCRIBED, {"T": 2, "S": 71, "written": 33, "change": of_cache}),
     ("odd widths, one group", 2, SMALL, {"T": 2, "S": 43, "H": 5, "D": 24, "Dv": 40, "dtype": BF16}),
+    ("2:1, groups, V2, padded", 3, SMALL, {"T": 2, "S": 43, "H": 8, "G": 2, "noise_heads": 4, "padded": True, **V2}),
+    ("4:1, static cache", 2, DESCRIBED, {"T": 3, "S": 71, "H": 8, "noise_heads": 2, "written": 33}),
+    ("3:1 of 8 queries", 2, SMALL, {"B": 1, "T": 8, "S": 43, "H": 6, "noise_heads": 2}),
+    ("window", 4, SMALL, {"B": 1, "T": 3, "S": 71, "window": 20}),
     ("float16, no queries", 1, SMALL, {"T": 0, "S": 9, "dtype": F16}),
     ("no keys", 1, SMALL, {"T": 2, "S": 0, "causal": False}),
 ]
@@ -120,12 +155,12 @@ def say(name: str, problem: Problem, found: dict[str, float], **more: Any) -> No
     print(json.dumps({"case": name, "allowed": allowed, "errors": found} | more), flush=True)
 
 
-def training(kernels: Kernels) -> None:
-    for name, form, options in CASES:
+def training(kernels: Kernels, cases: list[tuple[str, str, dict[str, Any]]]) -> None:
+    for name, form, options in cases:
         problem = make_problem(**options)
         got = results(problem, kernels, FORMS[form])
         # Two runs of one form are enough here: programs follow one another.
-        again = results(problem, kernels, FORMS[form]) if name == "V2" else got
+        again = results(problem, kernels, FORMS[form]) if name in ("V2", "2:1") else got
         same = all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
         say(f"{name}, {form}" if form else name, problem, errors(got, definition(problem)), same_bits=same)
 
@@ -152,6 +187,33 @@ def many_heads(kernels: Kernels) -> None:
     say("80,000 heads", problem, errors([y[-1:, :, -1:] for y in got], wanted), unwritten=bool(got[0].isnan().any()))
 
 
+def skipped(kernels: Kernels) -> None:
+    """Keys behind and before every window hold NaN, which a product would spread: their blocks are not computed.
+
+    So are the gradients of rows whose window ends before a block of keys: they reach no gradient of that block.
+    """
+    for signals in (1, 2):
+        problem = make_problem(B=1, T=16, S=96, H=2, noise_heads=2 // signals, window=8)
+        x, form = problem.inputs, FORMS["described"]
+        wanted = results(problem, kernels, form)
+        keys = {name: getattr(x, name).clone() for name in ("k1", "k2", "v")}
+        for y in keys.values():
+            y[:, :64] = float("nan")
+        poisoned = problem._replace(inputs=x._replace(**keys))
+        got = results(poisoned, kernels, form)
+        same = all(torch.equal(a, b) for a, b in zip(got[:4:3], wanted[:4:3], strict=True))
+        few = [y.inputs._replace(q1=x.q1[:, -2:], q2=x.q2[:, -2:], lam=x.lam[:, -2:]) for y in (problem, poisoned)]
+        pair = [decoded(problem._replace(inputs=y), kernels, splits=3, blocks=SMALL) for y in few]
+        square = make_problem(B=1, T=64, H=2, noise_heads=2 // signals, window=8)
+        cotangent = square.cotangent.clone()
+        cotangent[:, :32] = float("nan")
+        pair += [
+            y[:, 32:] for z in (square, square._replace(cotangent=cotangent)) for y in results(z, kernels, form)[5:6]
+        ]
+        same = same and all(torch.equal(a, b) for a, b in zip(pair[::2], pair[1::2], strict=True))
+        say(f"blocks outside of every window, {signals}:1", problem, {}, same_bits=same)
+
+
 def known_wrong() -> None:
     for name, mutation in MUTATIONS.items():
         problem = make_problem(**mutation.call)
@@ -166,8 +228,12 @@ def main() -> None:
     # Fills what is allocated with NaN: an output that nobody writes shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     kernels = package_kernels()
-    training(kernels)
+    if sys.argv[1:] == ["--sweep"]:
+        training(kernels, SWEEP)
+        return
+    training(kernels, CASES)
     few_queries(kernels)
+    skipped(kernels)
     many_heads(kernels)
     known_wrong()
 

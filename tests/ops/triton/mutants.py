@@ -26,6 +26,7 @@ class Mutation(NamedTuple):
 
 
 SQUARE, LONGER = {"T": 19}, {"T": 19, "S": 27}
+SHARED = {"T": 9, "H": 4, "noise_heads": 2}
 MUTATIONS = {
     "swapped maps": Mutation(
         "forward.py", "signal - weight[:, None] * noise", "noise - weight[:, None] * signal", SQUARE
@@ -60,6 +61,13 @@ MUTATIONS = {
     ),
     "gradient of λ not written": Mutation(
         "backward.py", "-sum2, mask=inside)", "-sum2, mask=inside & (t < 0))", SQUARE
+    ),
+    "noise of another head": Mutation(
+        "shared_forward.py", "rows_of(matrix_of(o2, b, n,", "rows_of(matrix_of(o2, b, g,", SHARED
+    ),
+    "noise's gradient of one signal": Mutation("shared_backward.py", "whole -= weight", "whole = -weight", SHARED),
+    "D of a signal without its noise": Mutation(
+        "shared_backward.py", "tl.sum(grad * o, 1) + weight * of_noise", "tl.sum(grad * o, 1)", SHARED
     ),
     "ranges without their ends": Mutation(
         "tiles.py",

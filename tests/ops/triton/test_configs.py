@@ -143,6 +143,15 @@ def test_auto_takes_what_was_measured_or_must_be_faster(
     assert passed_over(chip, *case, queries, training, masked) == sentence
 
 
+def test_auto_leaves_shared_noise_heads_of_one_key_to_the_standard_call_until_they_are_measured() -> None:
+    sentence = "maps of one key that share noise heads are left to PyTorch's kernels, since nobody has measured them"
+    assert passed_over("sm_90", *V2, 2048, True, False, shared=True) == sentence
+    # In the standard call V1's queries are half zeros; a mask and few queries have no fast kernel there.
+    assert passed_over("sm_90", *V1, 2048, True, False, shared=True) is None
+    assert passed_over("sm_90", *V2, 2048, True, True, shared=True) is None
+    assert passed_over("sm_80", *V2, 8, False, False, shared=True) is None
+
+
 def test_a_wave_is_as_many_heads_as_have_a_place() -> None:
     # 132 multiprocessors, one program of 8 warps or two of 4 on each.
     assert heads_in_wave(CPU, 32, 8) == 4

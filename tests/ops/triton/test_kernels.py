@@ -19,25 +19,37 @@ def is_right(row: dict) -> bool:
     return all(error <= row["allowed"] for error in row["errors"].values())
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[dict]:
-    script = Path(__file__).with_name("interpreted.py")
+def interpreted(*arguments: str, timeout: int = 280) -> list[dict]:
+    command = [sys.executable, str(Path(__file__).with_name("interpreted.py")), *arguments]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    return interpreted()
 
 
 def test_outputs_and_gradients_are_the_definition(rows: list[dict]) -> None:
     right = [row for row in rows if "known_wrong" not in row]
     assert [row for row in right if not is_right(row)] == []
-    assert len(right) > 55
+    assert len(right) > 70
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_noise_heads_shared_in_every_way_under_every_mask() -> None:
+    swept = interpreted("--sweep", timeout=1200)
+    assert [row for row in swept if not is_right(row)] == []
+    assert len(swept) == 108
 
 
 def test_every_mistake_in_a_kernel_is_found(rows: list[dict]) -> None:
     wrong = [row for row in rows if "known_wrong" in row]
     assert [row["case"] for row in wrong if is_right(row)] == []
-    assert len(wrong) == 10
+    assert len(wrong) == 13
 
 
 def test_two_runs_give_the_same_bits(rows: list[dict]) -> None:

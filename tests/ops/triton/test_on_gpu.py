@@ -74,6 +74,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "padded": {"padded": True},
     "packed": {"sequences": (12, -5, 14) if TINY else (100, -170, 63)},
     "static cache": {"T": LESS, "S": MORE, "written": T},
+    "window": {"window": LESS},
 }
 VIEWS: dict[str, dict[str, Any]] = {
     "one projection": {"change": one_projection},
@@ -131,6 +132,15 @@ def test_float16(entry: tuple[int, int, bool]) -> None:
     assert_right(make_problem(**{**shape_of(entry), "dtype": F16}))
 
 
+@every_entry
+@pytest.mark.parametrize("signals", [2] if TINY else [2, 4, 5])
+@pytest.mark.parametrize("mask", ["causal"] if TINY else MASKS)
+def test_noise_heads_that_are_shared(entry: tuple[int, int, bool], signals: int, mask: str) -> None:
+    groups = SHAPE["G"]
+    heads = {"H": 2 * groups * signals, "noise_heads": 2 * groups}
+    assert_right(make_problem(**{**shape_of(entry), **heads, **MASKS[mask]}))
+
+
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("entry", ENTRIES[:1] if TINY else [(64, 128, False), (128, 256, False)], ids=str)
 def test_views(entry: tuple[int, int, bool], view: str) -> None:
@@ -139,7 +149,11 @@ def test_views(entry: tuple[int, int, bool], view: str) -> None:
 
 @every_entry
 @pytest.mark.parametrize("queries", [2] if TINY else [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("mask", [{}] if TINY else [{}, {"causal": False}, {"padded": True}, {"written": 300}], ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [{}] if TINY else [{}, {"causal": False}, {"padded": True}, {"written": 300}, {"window": 100}, {"noise_heads": 4}],
+    ids=str,
+)
 def test_few_queries(entry: tuple[int, int, bool], queries: int, mask: dict[str, Any]) -> None:
     problem = make_problem(**{**shape_of(entry), "T": queries, "S": MORE, **mask})
     kernels, wide = package_kernels(), definition(problem)[0]

@@ -33,6 +33,11 @@ def test_in_the_interpreter() -> None:
     run_in_interpreter(Path(__file__).with_name("interpreted_operator.py"), at_least=60)
 
 
+@needs_triton
+def test_shared_noise_heads_in_the_interpreter() -> None:
+    run_in_interpreter(Path(__file__).with_name("interpreted_shared.py"), at_least=16)
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors without data that say that they lie on an H100, and a Triton that is new enough."""

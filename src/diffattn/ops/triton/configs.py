@@ -331,12 +331,20 @@ def refusal(chip: str, shared: int, width: int, value_width: int, one_key: bool)
 
 
 def passed_over(
-    chip: str, width: int, value_width: int, one_key: bool, queries: int, training: bool, masked: bool
+    chip: str,
+    width: int,
+    value_width: int,
+    one_key: bool,
+    queries: int,
+    training: bool,
+    masked: bool,
+    shared: bool = False,
 ) -> str | None:
     """Returns None where the kernels are the best choice for a call, else the rest of a sentence that says why not.
 
     Where a mask is passed, PyTorch's fastest kernels refuse the call. V1 has no form in them without padding or wide
-    values. So the question is one for V2 alone, which is one standard call of twice the heads.
+    values. So the question is one for V2 alone, which is one standard call of twice the heads, or of fewer where they
+    share noise heads.
 
     Args:
         chip: a chip to which `refusal` answers None.
@@ -346,10 +354,13 @@ def passed_over(
         queries: how many a sequence has.
         training: whether the call takes gradients.
         masked: whether the keys are masked beyond `causal`.
+        shared: whether output heads share noise heads.
     """
     decoded = queries <= MOST_DECODED and not training
     if masked or decoded or not one_key:
         return None
+    if shared:
+        return "maps of one key that share noise heads are left to PyTorch's kernels, since nobody has measured them"
     if TABLES[chip] != "sm_90" or max(width, value_width) > 128:
         return "V2 without a mask is left to PyTorch's kernels where nobody has measured which is faster"
     # benchmarks/results/gpu_h100.jsonl and gpu_h200.jsonl: 0.94 times their time at 8,192 queries, 1.07 at 16,384.

@@ -6,13 +6,17 @@
     fused_triton_decoding    the same for few queries as a layer calls it, with its norm
 
 The first two take the maps' queries, and their keys, side by side in one tensor, as a layer's projections have them: so
-that its gradients are written where they belong. The third takes them apart, so that no cache is copied to be read.
+that its gradients are written where they belong. The third takes them apart, so that no cache is copied to be read;
+its q1 is (B, T, H, D) or, of each noise head its signal heads, (B, T, Hn, R, D).
+
+Where R output heads subtract one noise map, R > 1, they are the signal heads of a noise head, its neighbours in front
+of it, and the map is computed once for all of them (see `shared_forward.py`).
 
 Nothing here imports Triton before a kernel is launched or asked for. Under `TRITON_INTERPRET=1` the operators serve the
 CPU too, by Triton's interpreter.
 
-Shape letters: B batch, T queries, S keys, H output heads, G key/value groups, D width of q and k, M maps that have keys
-of their own (2 for V1, 1 for V2, whose maps share them), Dv width of v.
+Shape letters: B batch, T queries, S keys, H output heads, Hn noise heads, R = H / Hn signal heads of each, G key/value
+groups, D width of q and k, Dv width of v.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ _TILES = (16, 32, 64, 128, 256)
 # ROCm's PyTorch calls its devices cuda too.
 _DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 
-# `queries` and `causal` are those of `visibility.py`, λ is float32 (B, T, H).
+# `queries` and `causal` are those of `visibility.py`, q is (B, T, Hn, R + 1, D), λ is float32 (B, T, H).
 _JOINED = "Tensor q, Tensor k, Tensor v, Tensor lam, Tensor? queries"
 torch.library.define("diffattn::fused_triton", f"({_JOINED}, bool causal, float scale) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
@@ -58,7 +62,7 @@ torch.library.define(
 torch.library.define(
     "diffattn::fused_triton_decoding",
     "(Tensor query, Tensor key, Tensor value, Tensor lam, Tensor? queries, float scale, Tensor? gain, "
-    "float norm_scale, float? eps) -> Tensor",
+    "float norm_scale, float? eps, bool causal, int signals_per_noise) -> Tensor",
 )
 
 
@@ -88,15 +92,23 @@ def passed_over(call: Call) -> str | None:
     q1, k1, q2, k2, v, lam, *_ = call
     masked = call.key_padding is not None or call.queries is not None
     training = any(isinstance(x, Tensor) and x.requires_grad for x in (q1, k1, q2, k2, v, lam))
-    return _passed_over(q1.device, q1.shape[-1], v.shape[-1], k2 is k1, q1.shape[1], training, masked)
+    shared = q2.shape[2] < q1.shape[2]
+    return _passed_over(q1.device, q1.shape[-1], v.shape[-1], k2 is k1, q1.shape[1], training, masked, shared)
 
 
 def _passed_over(
-    device: torch.device, width: int, value_width: int, one_key: bool, queries: int, training: bool, masked: bool
+    device: torch.device,
+    width: int,
+    value_width: int,
+    one_key: bool,
+    queries: int,
+    training: bool,
+    masked: bool,
+    shared: bool,
 ) -> str | None:
     widths = _tiles(width, value_width)
     training = training and torch.is_grad_enabled()
-    reason = configs.passed_over(_chip_of(device), *widths, one_key, queries, training, masked)
+    reason = configs.passed_over(_chip_of(device), *widths, one_key, queries, training, masked, shared)
     return None if reason is None else f"fused_triton: {reason}"
 
 
@@ -168,7 +180,15 @@ def fused_triton_diff_attention(call: Call, *, formulas: bool = True) -> Tensor:
         return torch.ops.diffattn.fused_triton_output(*kernel_derivatives.arguments_of(call))
 
 
-def refuses(query: Tensor, key: Tensor, value: Tensor, lam: Tensor, queries: Tensor | None) -> str | None:
+def refuses(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lam: Tensor,
+    queries: Tensor | None,
+    *,
+    signals_per_noise: int = 1,
+) -> str | None:
     """Returns None where `decode` or `attend` is to compute a layer's call, else one sentence; arguments as there.
 
     The sentence says why they do not serve the call, or which other way to compute it is faster.
@@ -180,11 +200,19 @@ def refuses(query: Tensor, key: Tensor, value: Tensor, lam: Tensor, queries: Ten
         return reason
     training = any(x.requires_grad for x in (query, key, value, lam))
     sizes = (query.shape[-1], value.shape[-1], one_key, query.shape[2])
-    return _passed_over(query.device, *sizes, training, queries is not None)
+    return _passed_over(query.device, *sizes, training, queries is not None, signals_per_noise > 1)
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, lam: Tensor, *, scale: float | None, queries: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lam: Tensor,
+    *,
+    scale: float | None,
+    queries: Tensor | None,
+    causal: bool = True,
+    signals_per_noise: int = 1,
 ) -> Tensor:
     """Differential attention as a layer calls it, with gradients; arguments as of `decode`, with any number of queries.
 
@@ -195,15 +223,15 @@ def attend(
     """
     width = query.shape[-1]
     scale = 1.0 / math.sqrt(width) if scale is None else scale
-    q = query.transpose(1, 2).unflatten(2, (-1, 2))
+    q = query.transpose(1, 2).unflatten(2, (-1, signals_per_noise + 1))
     k, v = key.transpose(1, 2).unflatten(3, (-1, width)), value.transpose(1, 2)
-    lam = lam.expand(q.shape[:3])
+    lam = lam.expand(*q.shape[:2], q.shape[2] * signals_per_noise)
     if torch.is_grad_enabled():
-        return torch.ops.diffattn.fused_triton(q, k, v, lam, queries, True, scale)[0]
-    return torch.ops.diffattn.fused_triton_output(*_apart(q, k), v, lam, queries, True, scale)
+        return torch.ops.diffattn.fused_triton(q, k, v, lam, queries, causal, scale)[0]
+    return torch.ops.diffattn.fused_triton_output(*_apart(q, k), v, lam, queries, causal, scale)
 
 
-def decodes(query: Tensor, value: Tensor) -> bool:
+def decodes(query: Tensor, value: Tensor, *, signals_per_noise: int = 1) -> bool:
     """Tells whether `decode` serves a call, of those to which `unsupported` answers None.
 
     It does not where a graph is traced, which would hold for few queries only, nor in forward mode or within
@@ -211,7 +239,8 @@ def decodes(query: Tensor, value: Tensor) -> bool:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or derivatives.transformed():
         return False
-    return launch.few(query.shape[2], query.shape[1] // 2, value.shape[1])
+    heads = query.shape[1] // (signals_per_noise + 1) * signals_per_noise
+    return launch.few(query.shape[2], heads, value.shape[1])
 
 
 def decode(
@@ -225,13 +254,17 @@ def decode(
     gain: Tensor | None = None,
     norm_scale: float = 1.0,
     eps: float | None = None,
+    causal: bool = True,
+    signals_per_noise: int = 1,
 ) -> Tensor:
     """Differential attention of up to 8 queries as a layer calls it, with the norm behind it; no gradients.
 
     Arguments and result are those of `diffattn.ops.cpu.operator.decode`.
     """
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return torch.ops.diffattn.fused_triton_decoding(query, key, value, lam, queries, scale, gain, norm_scale, eps)
+    return torch.ops.diffattn.fused_triton_decoding(
+        query, key, value, lam, queries, scale, gain, norm_scale, eps, causal, signals_per_noise
+    )
 
 
 for _device in _DEVICES:
@@ -243,9 +276,9 @@ for _device in _DEVICES:
 
 @torch.library.register_fake("diffattn::fused_triton")
 def _(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, H = q.shape[:3]
-    out = v.new_empty(B, T, H, v.shape[-1])
-    return out, torch.empty_like(out), lam.new_empty(2, B, H, T)
+    B, T, noise_heads, maps = q.shape[:4]
+    out = v.new_empty(*lam.shape, v.shape[-1])
+    return out, v.new_empty(B, T, noise_heads, v.shape[-1]), lam.new_empty(maps, B, noise_heads, T)
 
 
 @torch.library.register_fake("diffattn::fused_triton_backward")
@@ -256,29 +289,37 @@ def _(
 
 
 @torch.library.register_fake("diffattn::fused_triton_output")
-def _(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor | None, v: Tensor, *options: Any) -> Tensor:
-    return v.new_empty(*q1.shape[:3], v.shape[-1])
+def _(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor | None, v: Tensor, lam: Tensor, *options: Any) -> Tensor:
+    return v.new_empty(*lam.shape, v.shape[-1])
 
 
 @torch.library.register_fake("diffattn::fused_triton_decoding")
 def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
     B, N, T, _ = query.shape
-    return value.new_empty(B, T, N // 2, value.shape[-1])
+    signals_per_noise = options[-1]
+    return value.new_empty(B, T, N // (signals_per_noise + 1) * signals_per_noise, value.shape[-1])
 
 
 def _apart(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """q1, k1, q2 and k2, which is None where both maps share their keys."""
-    q1, q2 = q.unbind(3)
+    """q1 (B, T, Hn, R, D), k1, q2 and k2, which is None where both maps share their keys."""
     maps = k.unbind(3)
-    return q1, maps[0], q2, maps[1] if len(maps) == 2 else None
+    return q[:, :, :, :-1], maps[0], q[:, :, :, -1], maps[1] if len(maps) == 2 else None
+
+
+def _beside(q1: Tensor, q2: Tensor) -> Tensor:
+    """(B, T, Hn, R + 1, D) of q1 (B, T, H, D) or (B, T, Hn, R, D), and q2 (B, T, Hn, D)."""
+    q1 = q1 if q1.dim() == 5 else q1.unflatten(2, (q2.shape[2], -1))
+    return torch.cat([q1, q2.unsqueeze(3)], dim=3)
 
 
 def _formula_of_output(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, queries: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns what `fused_triton` returns, with zeros for what its backward pass alone reads."""
-    out = kernel_derivatives.output(*_apart(q, k), v, lam, queries, causal, scale)
-    return out, torch.zeros_like(out), lam.new_zeros(2, *lam.transpose(1, 2).shape)
+    q1, k1, q2, k2 = _apart(q, k)
+    out = kernel_derivatives.output(q1.flatten(2, 3), k1, q2, k2, v, lam, queries, causal, scale)
+    B, T, noise_heads, maps = q.shape[:4]
+    return out, out.new_zeros(B, T, noise_heads, out.shape[3]), lam.new_zeros(maps, B, noise_heads, T)
 
 
 def _formula_of_gradients(
@@ -295,10 +336,11 @@ def _formula_of_gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns what `fused_triton_backward` returns."""
-    grads = kernel_derivatives.gradients(d_output, *_apart(q, k), v, lam, queries, causal, scale)
+    q1, k1, q2, k2 = _apart(q, k)
+    grads = kernel_derivatives.gradients(d_output, q1.flatten(2, 3), k1, q2, k2, v, lam, queries, causal, scale)
     d_q1, d_k1, d_q2, d_k2, d_v, d_lam = grads
     d_k = d_k1.unsqueeze(3) if d_k2 is None else torch.stack([d_k1, d_k2], dim=3)
-    return torch.stack([d_q1, d_q2], dim=3), d_k, d_v, d_lam
+    return _beside(d_q1, d_q2), d_k, d_v, d_lam
 
 
 def _joined(
@@ -313,8 +355,8 @@ def _joined(
     scale: float,
 ) -> Tensor:
     """Returns what `fused_triton_output` returns, with derivatives."""
-    q, k = torch.stack([q1, q2], dim=3), k1.unsqueeze(3) if k2 is None else torch.stack([k1, k2], dim=3)
-    return torch.ops.diffattn.fused_triton(q, k, v, lam, queries, causal, scale)[0]
+    k = k1.unsqueeze(3) if k2 is None else torch.stack([k1, k2], dim=3)
+    return torch.ops.diffattn.fused_triton(_beside(q1, q2), k, v, lam, queries, causal, scale)[0]
 
 
 kernel_derivatives.register(

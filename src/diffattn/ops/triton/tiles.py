@@ -109,10 +109,13 @@ def queries_of(queries, sequence, batches, start, S, KEYS: tl.constexpr):
 
 
 @triton.jit
-def keys_in_reach(queries, sequence, batches, t_low, t_high, S, CHUNK: tl.constexpr):
-    """Bounds of the keys that any of the queries t_low … t_high − 1 may see."""
+def keys_in_reach(queries, sequence, batches, t_low, t_high, begin, behind, S, CHUNK: tl.constexpr):
+    """Bounds of those of the keys begin … behind − 1 that any of the queries t_low … t_high − 1 may see.
+
+    Where none does, the first bound is the greater one. Of the last CHUNK keys some may lie behind.
+    """
     low, high = S, 0
-    for start in range(0, S, CHUNK):
+    for start in range(begin, behind, CHUNK):
         first, end = queries_of(queries, sequence, batches, start, S, CHUNK)
         key = start + tl.arange(0, CHUNK)
         seen = (first < t_high) & (end > t_low) & (first < end)
@@ -126,7 +129,7 @@ def keys_to_walk(queries, b, B, start, T, S, CAUSAL: tl.constexpr, RANGES: tl.co
                  ROWS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
     """Bounds low, full, high: of the keys from low to full ROWS queries see every one, of those up to high some."""
     if RANGES:
-        low, high = keys_in_reach(queries, b, B, start, tl.minimum(start + ROWS, T), S, 1024)
+        low, high = keys_in_reach(queries, b, B, start, tl.minimum(start + ROWS, T), 0, S, S, 1024)
         low = low // KEYS * KEYS
         full = low
     else:
