@@ -100,6 +100,26 @@ def test_shards_of_half_precision_stay_what_they_are(dtype: torch.dtype, tmp_pat
             assert any(part in name for part in changed) or torch.equal(made[name], tensor)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"sliding_window": 8}, "sliding_window is 8; wanted None, since"),
+        ({"unrotated_layers": [1]}, r"unrotated_layers is \[1\]; wanted None, since"),
+        ({"is_causal": False}, "is_causal is False; wanted True, since"),
+        ({"hidden_act": "poly_norm"}, "hidden_act is 'poly_norm'; wanted a function that transformers knows"),
+    ],
+)
+@pytest.mark.parametrize("to", ["diffllama", "reference"])
+def test_what_other_programs_have_not_is_refused_on_the_way_back(
+    to: str, fields: dict, words: str, tmp_path: Path
+) -> None:
+    source = make_folder("diff_v1", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(UnsupportedError, match=words):
+        convert(source, tmp_path / "made", to)
+
+
 def test_an_odd_number_of_key_heads_is_noted(tmp_path: Path) -> None:
     source = make_folder("diffllama", tmp_path / "source")
     config = json.loads((source / "config.json").read_text())

@@ -456,10 +456,12 @@ def test_what_llama_has_no_switch_for_is_refused() -> None:
         to_llama(config | {"attention": "gated"}, tensors)
 
 
-def test_an_encoder_is_no_llama() -> None:
+def test_what_no_llama_has_is_refused() -> None:
     config, tensors = to_softmax(*checkpoint(pretrained("llama")))
-    with pytest.raises(UnsupportedError, match="is_causal is false; wanted a decoder"):
+    with pytest.raises(UnsupportedError, match="is_causal is False; wanted True, since Llama has no such thing"):
         to_llama(config | {"is_causal": False}, tensors)
+    with pytest.raises(UnsupportedError, match="hidden_act is 'poly_norm'; wanted a function that transformers knows"):
+        to_llama(config | {"hidden_act": "poly_norm"}, tensors)
 
 
 def test_parts_that_no_architecture_has_together() -> None:

@@ -69,7 +69,7 @@ _MODELS = {
     GATED: "afmoe hrm_text qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text",
     CROSS: """bart bigbird_pegasus blenderbot blenderbot-small marian mbart mllama musicgen musicgen_melody mvp pegasus
         plbart prophetnet trocr whisper""",
-    MANY_INPUTS: """emu3 fuyu gemma3 gemma3n gemma4 git got_ocr2 llama4 moss_transcribe_diarize moshi musicgen
+    MANY_INPUTS: """emu3 fuyu gemma3 gemma3n gemma4 git got_ocr2 llama4 moss_transcribe_diarize musicgen
         musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe""",
     LATE_NORM: "hunyuan_v1_dense hunyuan_v1_moe nanochat",
     WIDE_NORM: "olmo2 olmo3 olmoe flex_olmo",

@@ -39,6 +39,7 @@ from diffattn.convert.layout import (
 from diffattn.convert.reading import (
     SHARED,
     check_activation,
+    check_layers_alike,
     check_tensors,
     in_both_spellings,
     naming_the_file,
@@ -169,6 +170,7 @@ def to_diffllama(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config,
 
 
 def _check_expressible(ours: DiffTransformerConfig) -> None:
+    check_layers_alike(ours, "diffllama")
     biases = (ours.attention_bias, ours.attention_output_bias, ours.mlp_bias)
     for expressible, given, wanted in (
         (ours.attention == "diff_v1", f"attention is {ours.attention!r}", "'diff_v1', the only one that diffllama has"),

@@ -27,7 +27,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from diffattn.config_fields import Config, dtype_name, shown
 from diffattn.convert.layout import Tensors, twice_each_head
 from diffattn.convert.options import NOISE
-from diffattn.convert.reading import SHARED, check_tensors, in_both_spellings, our_config, parsed, resolve_tie
+from diffattn.convert.reading import (
+    SHARED,
+    check_layers_alike,
+    check_tensors,
+    in_both_spellings,
+    our_config,
+    parsed,
+    resolve_tie,
+)
 from diffattn.convert.sources import in_our_layout, softmax_config
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.layer_kinds import FULL, SLIDING
@@ -229,10 +237,7 @@ def to_llama(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, Ten
             "a plain softmax model, because Llama is one",
             "keep it as diff_transformer",
         )
-    if not ours.is_causal:
-        raise UnsupportedError(
-            "is_causal is false", "a decoder, because Llama is one", "keep the encoder as diff_transformer"
-        )
+    check_layers_alike(ours, "Llama", has=("sliding_window", "unrotated_layers"))
     weights = dict(tensors)
     resolve_tie(ours, weights)
     check_tensors(ours, weights)

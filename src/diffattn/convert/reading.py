@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,16 @@ SHARED = (
     "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id",
     "bos_token_id", "eos_token_id", "tie_word_embeddings", "dtype",
 )  # fmt: skip
+
+# Fields of ours that each conversion back reads or refuses by itself, and those of every configuration.
+_COMPARED = {
+    *SHARED, "attention", "head_dim", "rope_parameters", "attention_bias", "attention_output_bias", "mlp_bias",
+    "qk_norm", "lambda_init", "lambda_std", "subln_affine", "subln_eps", "head_norm", "lambda_form",
+    "pairs_share_group", "dex_heads",
+    # It follows from the window.
+    "layer_types",
+    *(field.name for field in dataclasses.fields(PreTrainedConfig)),
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -74,6 +85,33 @@ def our_config(config: Config) -> DiffTransformerConfig:
         raise UnsupportedError(f"model_type is {config.get('model_type')!r}", OURS, "choose a model of diffattn's")
     ours: DiffTransformerConfig = parsed(DiffTransformerConfig, config)
     return ours
+
+
+def check_layers_alike(ours: DiffTransformerConfig, kind: str, has: Collection[str] = ()) -> None:
+    """Raises for a field of ours that another program's models have not; a field of a later release is one.
+
+    Args:
+        ours: the model's configuration.
+        kind: what the model should become.
+        has: fields that it has.
+
+    Raises:
+        UnsupportedError: such as a sliding window, layers without rotary positions, or an encoder.
+    """
+    for field in dataclasses.fields(ours):
+        value = getattr(ours, field.name)
+        if field.name not in _COMPARED and field.name not in has and value != field.default:
+            raise UnsupportedError(
+                f"{field.name} is {shown(value)}",
+                f"{shown(field.default)}, since {kind} has no such thing",
+                "keep the model as diff_transformer",
+            )
+    if ours.hidden_act not in ACT2FN:
+        raise UnsupportedError(
+            f"hidden_act is {shown(ours.hidden_act)}",
+            "a function that transformers knows",
+            "keep the model as diff_transformer",
+        )
 
 
 def check_activation(source: PreTrainedConfig) -> None:

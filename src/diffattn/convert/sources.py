@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -136,6 +137,12 @@ def softmax_config(config: Config) -> DiffTransformerConfig:
         return ours
     if not isinstance(kind, str) or kind not in LLAMA_LIKE:
         raise unknown_architecture(config)
+    if kind not in CONFIG_MAPPING:
+        raise UnsupportedError(
+            f"model_type is {kind!r}, which transformers {transformers.__version__} does not know",
+            "a release that knows it",
+            "install a newer transformers",
+        )
     record = LLAMA_LIKE[kind]
     for key, nothing in _FOREIGN.items():
         known = record.scaled and key in _MULTIPLIERS
@@ -216,6 +223,8 @@ def in_our_layout(kind: object, ours: DiffTransformerConfig, tensors: Mapping[st
             for name in [name for name in weights if name.endswith(f".{fused}.weight")]:
                 split = split_rows(name, weights.pop(name), rows)
                 weights |= {name.replace(fused, part): tensor for part, tensor in split.items()}
+        # The numbers of an activation function that has some.
+        weights = {name.replace(".mlp.activation_fn.", ".mlp.act_fn."): tensor for name, tensor in weights.items()}
     if record.interleaved:
         for name, tensor in weights.items():
             # Rows that are no whole heads are refused when all shapes are compared.

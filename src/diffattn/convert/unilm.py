@@ -35,7 +35,7 @@ from diffattn.convert.layout import (
     interleaved_to_half,
     our_shapes,
 )
-from diffattn.convert.reading import OURS, check_tensors, our_config, resolve_tie
+from diffattn.convert.reading import OURS, check_layers_alike, check_tensors, our_config, resolve_tie
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.modeling import DiffTransformerForCausalLM
@@ -219,6 +219,7 @@ def _heads(config: Config) -> tuple[int, int, int]:
 
 
 def _check_expressible(ours: DiffTransformerConfig) -> None:
+    check_layers_alike(ours, "a reference model")
     v1 = ours.attention == _ATTENTIONS[1]
     filled = ours.num_attention_heads * ours.rope_width
     for expressible, given, wanted in (
