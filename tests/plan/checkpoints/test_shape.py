@@ -217,8 +217,15 @@ def test_other_kinds_are_refused_by_name(tmp_path: Path, kind: object) -> None:
         ({"model_type": "gemma2", "layer_types": ["mamba"] * 3}, "layer_types="),
         ({"model_type": "Motif", "hidden_act": "silu"}, "hidden_act='silu'; wanted hidden_act='poly_norm'"),
         ({"model_type": "motif", "num_noise_heads": 0}, "num_noise_heads=0"),
-        ({"model_type": "motif", "use_bias": True}, "use_bias=True; wanted use_bias=False"),
-        ({"model_type": "motif", "num_attention_heads": 3, "head_dim": 8}, "num_heads=3"),
+        ({"model_type": "motif", "use_bias": "x"}, "use_bias='x'"),
+        ({"model_type": "motif", "k_ratio": 2}, "k_ratio=2; wanted k_ratio=1"),
+        ({"model_type": "motif", "num_noise_heads": 3}, "num_noise_heads=3 of num_attention_heads=4"),
+        ({"model_type": "motif", "num_noise_heads": 4}, "num_noise_heads=4 of num_attention_heads=4"),
+        ({"model_type": "motif", "num_noise_heads": "2"}, "num_noise_heads='2'"),
+        ({"model_type": "motif", "num_noise_heads": 2, "num_key_value_heads": 3}, "with num_key_value_heads=3"),
+        ({"model_type": "motif", "head_dim": 16}, "head_dim=16 and num_attention_heads=4 with hidden_size=32"),
+        ({"model_type": "motif", "hidden_size": 33, "num_noise_heads": 2}, "head_dim=None and num_attention_heads=4"),
+        ({"model_type": "motif", "num_attention_heads": 1, "num_key_value_heads": 1}, "num_heads=1 for diff_v1"),
         ({"model_type": "motif", "num_key_value_heads": 1}, "num_kv_heads=1 for diff_v1"),
         ({"architectures": ["MotifForCausalLM"]}, "architectures MotifForCausalLM; wanted LlamaForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "wanted LlamaForCausalLM"),
@@ -336,12 +343,18 @@ def test_our_own_saved_models_agree_with_their_weights(tmp_path: Path) -> None:
         assert planned(tmp_path / attention) == model.num_parameters()
 
 
-def test_motif_is_v1_counted_tensor_by_tensor(tmp_path: Path) -> None:
-    """Against the list of its tensors; its own code is named and never run."""
+def motif(tmp_path: Path, **more: Any) -> Path:
+    """A folder in the published layout of Motif 2, with code that must not run."""
     values = TINY | {"model_type": "Motif", "hidden_act": "poly_norm", "architectures": ["MotifForCausalLM"],
-                     "auto_map": {"AutoConfig": "configuration_motif.MotifConfig"}}  # fmt: skip
+                     "auto_map": {"AutoConfig": "configuration_motif.MotifConfig"}} | more  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / "configuration_motif.py").write_text("raise SystemExit('this was run')")
+    return tmp_path
+
+
+def test_motif_is_v1_counted_tensor_by_tensor(tmp_path: Path) -> None:
+    """Against the list of its tensors; its own code is named and never run."""
+    motif(tmp_path)
     D, L, d, F, V = 32, 3, 8, 40, 60
     of_layer = 2 * 4 * d * D + 2 * 2 * d * D + 3 * D * F + 2 * D + 4 * d + 2 * d + 4
     assert planned(tmp_path) == 2 * V * D + L * of_layer + D
@@ -350,6 +363,32 @@ def test_motif_is_v1_counted_tensor_by_tensor(tmp_path: Path) -> None:
     said = f"The code that {tmp_path.name} names (auto_map) is never run: its config.json alone is read."
     assert found.said == (said,)
     assert said in plan(str(tmp_path)).notes
+    # And biases: of queries, keys and values, or of all matrices.
+    qkv = (4 + 2 * 2) * d
+    motif(tmp_path, qkv_bias=True)
+    assert planned(tmp_path) == 2 * V * D + L * (of_layer + qkv) + D
+    motif(tmp_path, use_bias=True)
+    assert planned(tmp_path) == 2 * V * D + L * (of_layer + qkv + 2 * D + 2 * F) + D
+
+
+def test_motif_with_noise_heads_is_gda_counted_tensor_by_tensor(tmp_path: Path) -> None:
+    """8 signal and 2 noise heads over 2 pairs of key/value heads: queries of 10, an output of 8 twice as wide."""
+    groups = {"num_attention_heads": 10, "num_key_value_heads": 4, "num_noise_heads": 2, "head_dim": 6, "k_ratio": 1}
+    motif(tmp_path, **groups, expanded=True)
+    D, L, d, F, V = 32, 3, 6, 40, 60
+    of_layer = 10 * d * D + 2 * 4 * d * D + 8 * 2 * d * D + 3 * D * F + 2 * D + 4 * d + 2 * d + 4
+    assert planned(tmp_path) == 2 * V * D + L * of_layer + D
+    found = read_checkpoint(tmp_path)
+    shape = found.shape
+    assert (found.attention, shape.num_heads, shape.num_kv_heads, shape.signals_per_noise) == ("diff_gda", 16, 4, 4)
+    with torch.device("meta"):
+        ours = DiffTransformerConfig.from_shape(shape.plain(), "diff_gda", hidden_act="poly_norm")
+        assert AutoModelForCausalLM.from_config(ours).num_parameters() == planned(tmp_path)
+    # The softmax model that it replaces stands beside it, and the cache is that of its 4 keys and values.
+    result = plan(str(tmp_path), f"softmax:{tmp_path}", Setting(context=64, machine=None))
+    assert result.model.estimate.cache_bytes_per_token == 2 * 2 * 4 * d * L
+    assert result.against is not None
+    assert result.against.shape.num_heads == 16
 
 
 @pytest.mark.parametrize("kind", OTHERS)

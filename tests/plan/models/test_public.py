@@ -27,9 +27,9 @@ def parameters(name: str) -> int:
 
 
 def test_the_models_that_people_ask_for_are_there() -> None:
-    wanted = """motif-2.6B motif-3 phi-4-mini-flash diffllama-1B diffllama-0.3B diffllama-375M diffllama-300M
-        llama-3.2-1B llama-3.2-3B llama-3.1-8B qwen3-0.6B qwen3-1.7B qwen3-4B qwen3-8B smollm2-135M smollm2-360M
-        smollm2-1.7B mistral-7B-v0.1 gemma-3-1B gemma-3-4B phi-4-mini olmo-2-1B olmo-2-7B"""
+    wanted = """motif-2.6B motif-2-12.7B motif-3 phi-4-mini-flash diffllama-0.3B diffllama-1B diffllama-375M
+        diffllama-300M llama-3.2-1B llama-3.2-3B llama-3.1-8B qwen3-0.6B qwen3-1.7B qwen3-4B qwen3-8B
+        smollm2-135M smollm2-360M smollm2-1.7B mistral-7B-v0.1 gemma-3-1B gemma-3-4B phi-4-mini olmo-2-1B olmo-2-7B"""
     assert set(wanted.split()) <= set(MODELS)
 
 
@@ -122,6 +122,7 @@ def test_public_models_stand_on_either_side() -> None:
     for pair in (("motif-2.6B", "softmax:motif-2.6B"), ("softmax:llama-3.2-3B", "motif-2.6B"), ("motif-3", "gpt-2")):
         result = plan(*pair, setting=SETTING)
         assert [model.name for model in result.models] == list(pair)
+    assert plan("motif-2-12.7B", "softmax:motif-2-12.7B", setting=SETTING).models[0].attention == "diff_gda"
     assert plan("motif-2.6B", "diff_v1:motif-2.6B", setting=SETTING).models[0].attention == "diff_v1"
 
 

@@ -23,10 +23,12 @@ class ModelType(NamedTuple):
     """The way to read the ``config.json`` of one ``model_type``; the defaults are those of a file that lacks the key.
 
     ``bias`` of the projections of attention: ``"switch"`` where the file's ``attention_bias`` gives all four of them
-    one, ``"qkv"`` where three always have one. ``window``: which layers look back no further than ``sliding_window``:
+    one, ``"qkv"`` where three always have one, ``"motif"`` where ``use_bias`` gives all matrices one and ``qkv_bias``
+    three. ``window``: which layers look back no further than ``sliding_window``:
     all of them (unless ``layer_types`` names some), those from ``max_window_layers`` on, those without rotary
     positions, or all but every n-th (a number). ``attention``: the variant, whose heads the file counts as the softmax
-    model has them. ``own_code``: whether the published files name code of their own, which is never run.
+    model has them; ``grouped``: the one of files that have ``num_noise_heads``, whose heads are those of the call.
+    ``own_code``: whether the published files name code of their own, which is never run.
     ``act_weights``: parameters of each layer's activation function. ``fixed``: fields that have one value in all
     published files, in which alone the kind is known.
     """
@@ -35,16 +37,23 @@ class ModelType(NamedTuple):
     kv_heads: int | None = None
     head_dim: int | None = None
     tied: bool = False
-    bias: Literal["none", "switch", "qkv"] = "none"
+    bias: Literal["none", "switch", "qkv", "motif"] = "none"
     mlp_bias: bool = False
     qk_norm: Literal["none", "head", "all heads"] = "none"
     further_norms: int = 0
     window: Literal["none", "all", "late", "unrotated"] | int = "none"
     window_width: int | None = None
     attention: str = BASELINE
+    grouped: str | None = None
     own_code: bool = False
     act_weights: int = 0
     fixed: Mapping[str, object] = {}
+
+    @property
+    def own_fields(self) -> tuple[str, ...]:
+        """The fields that such a file has beside those of plain decoders."""
+        of_motif = ("num_noise_heads", "expanded", "use_bias", "qkv_bias") if self.grouped else ()
+        return (*self.fixed, *of_motif)
 
 
 class BlockType(NamedTuple):
@@ -80,8 +89,8 @@ KINDS: dict[str, ModelType] = {
     ),
     "diffllama": ModelType("DiffLlamaForCausalLM", bias="switch", attention="diff_v1"),
     "motif": ModelType(
-        "MotifForCausalLM", attention="diff_v1", own_code=True, act_weights=motif.POLYNORM,
-        fixed={"hidden_act": "poly_norm", "use_bias": False, "qkv_bias": False, "use_sliding_window": False},
+        "MotifForCausalLM", bias="motif", attention="diff_v1", grouped="diff_gda", own_code=True,
+        act_weights=motif.POLYNORM, fixed={"hidden_act": "poly_norm", "use_sliding_window": False, "k_ratio": 1},
     ),
 }  # fmt: skip
 BLOCKS: dict[str, BlockType] = {
@@ -102,7 +111,7 @@ BLOCKS: dict[str, BlockType] = {
     "phi4flash": BlockType("Phi4FlashForCausalLM", hybrids.phi4flash, attention="diff_v1", own_code=True),
 }
 # Motif's files have one name for three kinds: V1, groups that share a noise head, and Motif 3.
-MOTIF_3 = BlockType("MotifForCausalLM", motif.motif3, attention="diff_v2", own_code=True)
+MOTIF_3 = BlockType("MotifForCausalLM", motif.motif3, attention="diff_gda_v2", own_code=True)
 
 # Words in the name of a key that speak of parts which no layer here has.
 _FOREIGN = {
@@ -145,12 +154,6 @@ def kind_of(values: Mapping[str, object], file: str) -> ModelType | BlockType:
             f"{file!r} has model_type {name!r} and architectures {said}",
             f"{kind.architecture}, which can be planned of that type",
             "write its numbers as a .toml file",
-        )
-    if kind is KINDS["motif"] and (noise := values.get("num_noise_heads")) is not None:
-        raise ConfigError(
-            f"{file!r} has model_type {name!r} and num_noise_heads={shown(noise)}",
-            "a file without it, which is V1, or Motif 3's",
-            "plan another Motif" if noise else "correct the file",
         )
     for key, wanted in kind.fixed.items():
         if (given := values.get(key)) is not None and given != wanted:

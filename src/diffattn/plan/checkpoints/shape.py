@@ -132,7 +132,7 @@ def shape_of(values: Config, name: str, file: str) -> PlannedCheckpoint:
             shape: ModelShape = replace(kind.read(fields), name=name)
             attention, read = kind.attention, fields.read
         else:
-            (shape, attention), read = _read(values, kind, name), {*PLAIN, *kind.fixed}
+            (shape, attention), read = _read(values, kind, name), {*PLAIN, *kind.own_fields}
     except ConfigError as error:
         raise error.at(repr(file)) from None
     if values["model_type"] != OURS:
@@ -152,20 +152,32 @@ def _read(values: Config, kind: ModelType, name: str) -> tuple[ModelShape, str]:
 
     heads = values["num_attention_heads"]
     groups, width = values.get("num_key_value_heads", kind.kv_heads), values.get("head_dim", kind.head_dim)
-    noise = values.get("num_noise_heads") if variant.shares_noise else None
+    # Motif's files count key/value heads and widths as the softmax model has them, ours those of the call.
+    grouped = ATTENTIONS[kind.grouped] if kind.grouped and values.get("num_noise_heads") is not None else None
+    noise = values.get("num_noise_heads") if variant.shares_noise or grouped else None
     if groups is None:
         groups = noise or heads // (variant.query_factor * variant.join)
-    if variant.shares_noise:
+    if variant.shares_noise or grouped:
         noise = groups if noise is None else noise
-        if heads % noise or noise == heads or noise % groups:
+        check_positive_int("num_noise_heads", noise)
+        join = grouped.join if grouped else 1
+        if heads % noise or noise == heads or groups % join or noise % max(1, groups // join):
             raise ConfigError(
                 f"num_noise_heads={noise} of num_attention_heads={heads} with num_key_value_heads={groups}",
                 "equally many signal heads for each noise head, and noise heads for each key/value head",
                 "correct the file",
             )
     check_positive_int("num_key_value_heads", groups)
+    if kind.grouped and width is None and values["hidden_size"] % heads == 0:
+        width = values["hidden_size"] // heads
     if width is not None:
         check_positive_int("head_dim", width)
+    if kind.grouped and (width is None or (not grouped and width * heads != values["hidden_size"])):
+        raise ConfigError(
+            f"head_dim={width} and num_attention_heads={heads} with hidden_size={values['hidden_size']}",
+            "heads that fill the hidden size, or a head_dim beside num_noise_heads",
+            "correct the file",
+        )
     if width is not None and width % variant.join:
         raise ConfigError(
             f"head_dim={width} for {attention}",
@@ -178,7 +190,11 @@ def _read(values: Config, kind: ModelType, name: str) -> tuple[ModelShape, str]:
             f"a multiple of {variant.query_factor}, because it has that many for each of softmax's",
             "correct the file",
         )
-    replaced = variant.replaced(Heads(heads, groups, width or 0), noise)
+    if grouped:
+        call = Heads(heads, groups // grouped.join, grouped.join * (width or 0))
+        replaced = grouped.replaced(call, noise)
+    else:
+        replaced = variant.replaced(Heads(heads, groups, width or 0), noise)
     shape = ModelShape(
         hidden_size=values["hidden_size"],
         num_layers=values["num_hidden_layers"],
@@ -196,7 +212,7 @@ def _read(values: Config, kind: ModelType, name: str) -> tuple[ModelShape, str]:
         source="config.json",
     )
     # The files of DiffLlama and Motif have the softmax model's own heads, which they pair.
-    attention = attention if ours else kind.attention
+    attention = attention if ours else grouped.name if grouped else kind.attention
     planned = ATTENTIONS[attention].fitted_to or attention
     shape.check_variant(planned)
     extras = tuple(one for one in _extras(values, kind, shape, attention, ours=ours) if one[2])
@@ -224,13 +240,18 @@ def _extras(
         shape.head_dim,
     )  # fmt: skip
     switch = _flag(values, "attention_bias") if ours or kind.bias == "switch" else False
-    bias = switch or kind.bias == "qkv"
     output_bias = _flag(values, "attention_output_bias") if ours else switch
+    if kind.bias == "motif":
+        output_bias = _flag(values, "use_bias")
+        switch = _flag(values, "qkv_bias", output_bias)
+    bias = switch or kind.bias == "qkv"
     variant = ATTENTIONS[attention]
     queries = variant.query_width(shape)
     found = [("attention", "biases", L * (bias * (queries + 2 * G * d) + output_bias * D))]
     if ours or kind.mlp_bias:
         found.append(("feed_forward", "biases", L * _flag(values, "mlp_bias") * (2 * F + D)))
+    elif kind.bias == "motif":
+        found.append(("feed_forward", "biases", L * output_bias * (2 * F + D)))
     normed = 0
     if kind.qk_norm != "none" or (ours and _flag(values, "qk_norm")):
         normed = n * d + G * d if kind.qk_norm == "all heads" else 2 * d
