@@ -133,7 +133,9 @@ def run(problem: Problem, rates: dict[str, Any], repeats: int | None, cases: lis
 
 def summary(rows: list[dict[str, Any]]) -> Table:
     """One line per problem with each case's ratio to softmax, and its limit where it has one."""
-    table = Table("phase", "dtype", "keys", *(entry.name for entry in ENTRIES), title=f"ratios to {TWIN} (and to the case beside)")
+    table = Table(
+        "phase", "dtype", "keys", *(entry.name for entry in ENTRIES), title=f"ratios to {TWIN} (and to the case beside)"
+    )
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         cells = lines.setdefault((row["phase"], row["dtype"], str(row["problem"]["keys"])), {})

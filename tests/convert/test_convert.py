@@ -17,7 +17,7 @@ from diffattn.errors import CheckpointError, ConfigError, UnsupportedError
 
 @pytest.mark.parametrize(("kind", "target"), DIRECTIONS)
 def test_what_is_written_loads_and_computes_the_same(kind: str, target: str, tmp_path: Path) -> None:
-    source = make_folder(kind, tmp_path / "source")
+    source = make_folder(kind, tmp_path / "source", target=target)
     result = convert(source, tmp_path / "made", target)
     expected = logits(source)
     assert expected.std() > 0.5
@@ -35,12 +35,14 @@ def test_what_is_written_loads_and_computes_the_same(kind: str, target: str, tmp
     assert not list(tmp_path.glob("*.partial"))
 
 
-THERE_AND_BACK = [(kind, target) for kind, target in DIRECTIONS if target in ("diffllama", "reference", "llama")]
+THERE_AND_BACK = [
+    (kind, target) for kind, target in DIRECTIONS if target in ("diffllama", "reference", "llama", "motif")
+]
 
 
 @pytest.mark.parametrize(("kind", "target"), THERE_AND_BACK)
 def test_there_and_back_changes_no_bit(kind: str, target: str, tmp_path: Path) -> None:
-    source = make_folder(kind, tmp_path / "source")
+    source = make_folder(kind, tmp_path / "source", target=target)
     convert(source, tmp_path / "there", target)
     result = convert(tmp_path / "there", tmp_path / "back")
     assert result.target == kind
@@ -163,16 +165,16 @@ def test_a_source_without_a_tokenizer_is_converted_with_a_note(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("kind", "target", "options", "error", "words"),
     [
-        ("diff_v1", None, {}, ConfigError, "no obvious target; wanted --to diffllama or reference"),
+        ("diff_v1", None, {}, ConfigError, "no obvious target; wanted --to diffllama, motif or reference"),
         ("diff_v1", "diff_v1", {}, UnsupportedError, "a diff_v1 model already"),
         ("diff_v1", "diff_v2", {}, UnsupportedError, "no exact conversion from diff_v1 to diff_v2"),
-        ("diff_v1", "softmax", {}, UnsupportedError, "wanted one to diffllama or reference"),
+        ("diff_v1", "softmax", {}, UnsupportedError, "wanted one to diffllama, motif or reference"),
         ("diffllama", "diffllama", {}, UnsupportedError, "model already"),
         ("diffllama", "diff_v2", {}, UnsupportedError, "wanted one to diff_v1"),
         ("reference V1", "reference", {}, UnsupportedError, "model already"),
         ("reference V1", "diff_v2", {}, UnsupportedError, "wanted one to diff_v1"),
         ("llama", "llama", {}, UnsupportedError, "model already"),
-        ("llama", "diff_v1", {}, UnsupportedError, "wanted one to softmax, diff_v2 or dex"),
+        ("llama", "diff_v1", {}, UnsupportedError, "wanted one to softmax, diff_v2, diff_gda_v2 or dex"),
         ("diffllama", "v1", {}, ConfigError, "to is 'v1'; wanted one of softmax"),
         (
             "diffllama",

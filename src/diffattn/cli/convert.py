@@ -25,7 +25,8 @@ def convert(
         diffattn convert SmolLM2-135M runs/v2 --to diff_v2
 
     Args:
-        src: Folder of a Llama-like, diffllama or diffattn model or of a LoRA adapter, or a GGUF file (docs/convert.md).
+        src: Folder of a Llama-like, diffllama, Motif or diffattn model or of a LoRA adapter, or a GGUF file
+            (docs/convert.md).
         dst: Folder to write; it must be new or empty.
     """
     from diffattn.cli.terminal.board import Board

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from diffattn.config_fields import Config, dtype_name, shown
-from diffattn.convert import diffllama, llama, unilm
+from diffattn.convert import diffllama, gda, llama, motif, unilm
 from diffattn.convert.folder import check_destination, check_loads, write_folder
 from diffattn.convert.inputs.source import read_source
 from diffattn.convert.layout import EMBEDDING, Tensors
 from diffattn.convert.options import TARGETS
 from diffattn.convert.reading import OURS
-from diffattn.convert.refused import check_not_refused, check_own_code
+from diffattn.convert.refused import MOTIF, check_not_refused, check_own_code
 from diffattn.convert.sources import LLAMA_LIKE, unknown_architecture
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.progress import OnStage, Stage, unseen
@@ -49,9 +49,16 @@ _V2 = Direction(
     "the same function: the maps start alike and λ = 1/2",
     ("noise", "noise_std", "seed"),
 )
+_GDA_V2 = Direction(
+    gda.to_diff_gda_v2,
+    "a noise head for each key/value head, a copy of its first query head, and W_λ = 0",
+    f"the same function, since λ = 0, and {_BITS}",
+)
 _DEX = Direction(
     llama.to_dex, "W_D = 0 added to the chosen heads", f"the same function, and {_BITS}", ("heads",)
 )  # fmt: skip
+_FROM_MOTIF = Direction(motif.from_motif, "the names of λ, and λ_init of each layer", f"the same function, and {_BITS}")
+_TO_MOTIF = Direction(motif.to_motif, "the names of λ and the configuration", f"the same function, and {_BITS}")
 
 # Of an adapter for a model of ours, which may stay what it is.
 _MERGED = Direction(
@@ -69,6 +76,10 @@ DIRECTIONS: dict[tuple[str, str], Direction] = {
         "heads paired by halves in W_Q, W_K and W_V; a gain in the norm of the heads, if any, went into W_O",
         f"the same function, and {_BITS} but for the exponents in W_O where there was a gain",
     ),
+    ("motif V1", "diff_v1"): _FROM_MOTIF,
+    ("motif GDA", "diff_gda"): _FROM_MOTIF,
+    ("diff_v1", "motif"): _TO_MOTIF,
+    ("diff_gda", "motif"): _TO_MOTIF,
     ("reference V1", "diff_v1"): Direction(
         unilm.from_reference, "channels of W_Q and W_K in half-rotation order", f"the same function, and {_BITS}"
     ),
@@ -85,6 +96,8 @@ DIRECTIONS: dict[tuple[str, str], Direction] = {
     ("softmax", "llama"): Direction(llama.to_llama, "the configuration", f"the same function, and {_BITS}"),
     ("llama", "diff_v2"): _V2,
     ("softmax", "diff_v2"): _V2,
+    ("llama", "diff_gda_v2"): _GDA_V2,
+    ("softmax", "diff_gda_v2"): _GDA_V2,
     ("llama", "dex"): _DEX,
     ("softmax", "dex"): _DEX,
     ("dex", "softmax"): Direction(
@@ -92,7 +105,16 @@ DIRECTIONS: dict[tuple[str, str], Direction] = {
     ),
 }
 # The target of a kind that has one obvious target. Our own models can become several, so a user has to name one.
-OBVIOUS = {"diffllama": "diff_v1", "reference V1": "diff_v1", "reference V2": "diff_v2", "llama": "softmax"}
+OBVIOUS = {
+    "diffllama": "diff_v1",
+    "motif V1": "diff_v1",
+    "motif GDA": "diff_gda",
+    "reference V1": "diff_v1",
+    "reference V2": "diff_v2",
+    "llama": "softmax",
+}
+# The model types of which the library has no class, so that it cannot check what was made.
+_NO_CLASS = (unilm.REFERENCE, MOTIF[0])
 
 
 @dataclass(frozen=True)
@@ -142,9 +164,12 @@ def convert(
     source               targets                 by
     ==================== ======================= =======================================
     diffllama            diff_v1                 :mod:`diffattn.convert.diffllama`
+    Motif                diff_v1, diff_gda       :mod:`diffattn.convert.motif`
     reference V1, V2     diff_v1, diff_v2        :mod:`diffattn.convert.unilm`
     llama-like, softmax  softmax, diff_v2, dex   :mod:`diffattn.convert.llama`, :mod:`diffattn.convert.sources`
-    diff_v1              diffllama, reference
+    llama-like, softmax  diff_gda_v2             :mod:`diffattn.convert.gda`
+    diff_v1              diffllama, motif, reference
+    diff_gda             motif
     diff_v2              reference
     softmax              llama                   the model_type that it fits
     dex                  softmax                 rounds W_O once
@@ -188,7 +213,7 @@ def convert(
             )  # fmt: skip
         on_stage(Stage("converting the weights"))
         config, tensors = direction.function(checkpoint.config, checkpoint.tensors, **options)
-        if config["model_type"] != unilm.REFERENCE:
+        if config["model_type"] not in _NO_CLASS:
             # Without this field, the library takes the dtype of the tensor that it finds first.
             config.setdefault("dtype", dtype_name(tensors[EMBEDDING].dtype))
             on_stage(Stage("checking that the result is a whole model"))
@@ -230,6 +255,8 @@ def kind_of(config: Config) -> str:
         return str(attention)
     if kind == unilm.REFERENCE:
         return f"reference V{unilm.version_of(config)}"
+    if isinstance(kind, str) and kind in MOTIF:
+        return motif.form_of(config)
     if isinstance(kind, str) and (kind in LLAMA_LIKE or kind == "diffllama"):
         check_own_code(config)
         return "diffllama" if kind == "diffllama" else "llama"
@@ -284,6 +311,15 @@ def _notes(source: Config, made: Config, has_tokenizer: bool) -> tuple[str, ...]
         )
     if made["model_type"] == "diffllama":
         notes.append("λ is written in float32; transformers casts diffllama's to the model's dtype when it loads it")
+    if source.get("auto_map") and source["model_type"] != OURS:
+        notes.append("the code that the source names in auto_map was not run: its published layout was followed")
+    if made["model_type"] == MOTIF[0]:
+        notes.append(
+            "Motif's own code is not in the folder: copy it there from the published model to run it with that"
+        )
+    if made.get("attention") == "diff_gda_v2":
+        more, v2_more = gda.parameters_beside_v2(made)
+        notes.append(f"{more:,} parameters more than the source; diff_v2 would have {v2_more:,} more")
     if not has_tokenizer:
         notes.append("the source has no tokenizer: diffattn generate needs one beside the weights")
     return tuple(notes)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import DiffLlamaConfig
 
-from diffattn.config_fields import Config
+from diffattn.config_fields import Config, shown
 from diffattn.convert.layout import (
     LAMBDAS,
     Tensors,
@@ -174,7 +174,7 @@ def _check_expressible(ours: DiffTransformerConfig) -> None:
     biases = (ours.attention_bias, ours.attention_output_bias, ours.mlp_bias)
     for expressible, given, wanted in (
         (ours.attention == "diff_v1", f"attention is {ours.attention!r}", "'diff_v1', the only one that diffllama has"),
-        (ours.lambda_init is None, f"lambda_init is {ours.lambda_init}", "the schedule by depth"),
+        (ours.lambda_init is None, f"lambda_init is {shown(ours.lambda_init)}", "the schedule by depth"),
         (not ours.qk_norm, "qk_norm is True", "no norm of queries and keys"),
         (not ours.switches(), f"the model has {ours.switches()}", "the variant as published"),
         (

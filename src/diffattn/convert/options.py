@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TARGETS = ("softmax", "diff_v1", "diff_v2", "dex", "diffllama", "reference", "llama")
+TARGETS = (
+    "softmax",
+    "diff_v1",
+    "diff_v2",
+    "diff_gda",
+    "diff_gda_v2",
+    "dex",
+    "diffllama",
+    "motif",
+    "reference",
+    "llama",
+)
 NOISE = ("copy", "perturbed")
 
 
@@ -14,8 +25,8 @@ class ConvertOptions:
     """The options of :func:`diffattn.convert.convert.convert`; those that are None are left to the target."""
 
     to: str | None = field(default=None, metadata={"choices": TARGETS})
-    """Kind of model to make. Default: diff_v1 of diffllama, softmax of Llama, the same version of the authors' own
-    models."""
+    """Kind of model to make. Default: diff_v1 of diffllama, diff_v1 or diff_gda of Motif, softmax of Llama, the same
+    version of the authors' own models."""
     noise: str | None = field(default=None, metadata={"choices": NOISE})
     """Start of the second map, only with --to diff_v2. copy: the model computes the same as before. perturbed: the
     second map is changed a little, as a start for training. Default: copy."""

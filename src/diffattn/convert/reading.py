@@ -30,7 +30,7 @@ SHARED = (
 _COMPARED = {
     *SHARED, "attention", "head_dim", "rope_parameters", "attention_bias", "attention_output_bias", "mlp_bias",
     "qk_norm", "lambda_init", "lambda_std", "subln_affine", "subln_eps", "head_norm", "lambda_form",
-    "pairs_share_group", "dex_heads",
+    "pairs_share_group", "dex_heads", "num_noise_heads",
     # It follows from the window.
     "layer_types",
     *(field.name for field in dataclasses.fields(PreTrainedConfig)),
@@ -106,7 +106,7 @@ def check_layers_alike(ours: DiffTransformerConfig, kind: str, has: Collection[s
                 f"{shown(field.default)}, since {kind} has no such thing",
                 "keep the model as diff_transformer",
             )
-    if ours.hidden_act not in ACT2FN:
+    if ours.hidden_act not in ACT2FN and "hidden_act" not in has:
         raise UnsupportedError(
             f"hidden_act is {shown(ours.hidden_act)}",
             "a function that transformers knows",

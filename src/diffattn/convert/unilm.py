@@ -25,7 +25,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from diffattn.config_fields import Config
+from diffattn.config_fields import Config, shown
 from diffattn.convert.layout import (
     LAMBDAS,
     Tensors,
@@ -227,7 +227,7 @@ def _check_expressible(ours: DiffTransformerConfig) -> None:
         (not (ours.attention_bias or ours.attention_output_bias or ours.mlp_bias), "the model has biases", "no biases"),
         (not ours.qk_norm, "qk_norm is True", "no norm of queries and keys"),
         (not ours.switches(), f"the model has {ours.switches()}", "the variant as published"),
-        (not v1 or ours.lambda_init is None, f"lambda_init is {ours.lambda_init}", "the schedule by depth"),
+        (not v1 or ours.lambda_init is None, f"lambda_init is {shown(ours.lambda_init)}", "the schedule by depth"),
         (
             not v1 or filled == ours.hidden_size,
             f"{ours.num_attention_heads} heads of {ours.rope_width} are {filled} channels, hidden_size is "
