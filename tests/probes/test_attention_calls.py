@@ -58,8 +58,11 @@ def eager_maps(model, ids) -> list[dict[str, torch.Tensor]]:
         return [{"map_pos": each} for each in weights]
     found = []
     for each, lam in zip(weights, lams, strict=True):
-        noise = lam.expand(1, ids.shape[1], len(each) // 2)[0].T[:, :, None] * each[1::2]
-        found.append({"map_pos": each[0::2], "lam_map_neg": noise, "map_diff": each[0::2] - noise})
+        shared = model.config.signals_per_noise
+        signal = torch.stack([one for head, one in enumerate(each) if head % (shared + 1) < shared])
+        noise = each[shared :: shared + 1].repeat_interleave(shared, dim=0)
+        noise = lam.expand(1, ids.shape[1], len(signal))[0].T[:, :, None] * noise
+        found.append({"map_pos": signal, "lam_map_neg": noise, "map_diff": signal - noise})
     return found
 
 
@@ -71,7 +74,10 @@ def test_maps_are_those_of_the_eager_model(attention, fields):
     for call, expected in zip(calls, eager_maps(model, ids), strict=True):
         actual = {"map_pos": whole(call, lambda rows, call=call: call.maps(rows)[0])}
         if call.lam is not None:
-            actual["lam_map_neg"] = whole(call, lambda rows, call=call: call.lam_of(rows) * call.maps(rows)[1])
+            shared = call.heads // call.noise_heads
+            assert shared == model.config.signals_per_noise
+            noise = whole(call, lambda rows, call=call: call.maps(rows)[1]).repeat_interleave(shared, dim=1)
+            actual["lam_map_neg"] = call.lam_of(range(LENGTH)) * noise
             actual["map_diff"] = whole(call, call.map_diff)
         assert actual.keys() == expected.keys()
         for name, weights in actual.items():
@@ -89,7 +95,7 @@ def test_maps_of_one_head_as_lists(attention):
         torch.testing.assert_close(torch.tensor(weights), expected[name][2], rtol=0, atol=1e-5)
     assert (maps.lam is None) == (maps.map_diff is None)
     if maps.lam is not None:
-        assert isinstance(maps.lam, float if attention == "diff_v1" else list)
+        assert isinstance(maps.lam, float if ATTENTIONS[attention].weights == "layer" else list)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

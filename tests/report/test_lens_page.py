@@ -22,7 +22,7 @@ ANSWER = "48219"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root, tokenizer = tmp_path_factory.mktemp("models"), haystack().tokenizer
-    for attention in ("softmax", "diff_v1", "diff_v2", "llama"):
+    for attention in ("softmax", "diff_v1", "diff_v2", "diff_gda", "llama"):
         reader(attention).save_pretrained(root / attention)
         tokenizer.save_pretrained(root / attention)
     return root
@@ -61,7 +61,7 @@ def point_at(page, canvas, query: int, key: int, count: int) -> None:
 
 
 @needs_chromium
-@pytest.mark.parametrize("attention", ["softmax", "diff_v1", "diff_v2", "llama"])
+@pytest.mark.parametrize("attention", ["softmax", "diff_v1", "diff_v2", "diff_gda", "llama"])
 def test_numbers_are_the_librarys_wherever_one_points(attention, folders, browser, tmp_path):
     result = lens([folders / attention], TEXT)
     ids = load(folders / attention)[1](TEXT)["input_ids"]
@@ -76,8 +76,16 @@ def test_numbers_are_the_librarys_wherever_one_points(attention, folders, browse
                 assert readout(page) == pytest.approx(
                     expected(folders / attention, ids, layer, head, query, key), abs=2e-6
                 )
-        # A differential model has three maps to point at.
-        assert page.locator(".maps canvas").count() == (3 if attention.startswith("diff") else 1)
+        # A differential model has three maps to point at; of heads that share a noise map all are there, and it once.
+        count = {"diff_v1": 3, "diff_v2": 3, "diff_gda": 5}
+        assert page.locator(".maps canvas").count() == count.get(attention, 1)
+        if attention == "diff_gda":
+            page.select_option("#head", "1")
+            titles = page.locator(".maps h3").all_inner_texts()
+            assert titles[0].startswith("head 0: softmax(Q₁K₁ᵀ)")
+            assert titles[1].startswith("head 1: softmax(Q₁K₁ᵀ)")
+            assert titles[3].endswith("shared by heads 0 to 2")
+            assert titles[4].startswith("head 1: difference")
 
 
 @needs_chromium

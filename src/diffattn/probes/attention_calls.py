@@ -3,7 +3,8 @@
 Every model that calls the attention interface of ``transformers`` can be read: ours, and its causal models that do not
 change their scores behind the product. Nothing of T × T is held: a study asks for the rows of the maps that it needs.
 
-Shape suffixes: B batch, T queries, S keys, H output heads, G key/value heads, d width of a query, R some of the T rows.
+Shape suffixes: B batch, T queries, S keys, H output heads, H_n noise heads (as many, where they are not shared), G
+key/value heads, d width of a query, R some of the T rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from diffattn.errors import UnsupportedError
 from diffattn.model.configuration import DIFF_FUSED, DiffTransformerConfig
 from diffattn.model.fused import is_compact
 from diffattn.model.transformers_private import attention_function, attention_implementation
+from diffattn.ops.reference import of_signals
 
 # About so many scores of all heads are computed at once: 64 MiB in float32.
 BLOCK = 1 << 24
@@ -34,7 +36,7 @@ class LayerCall:
     layer: int
     """The layer, counted from 0."""
     queries: tuple[Tensor, ...]
-    """Queries (B, T, H, d) of map_pos, and behind them those of map_neg where the model is differential."""
+    """Queries (B, T, H, d) of map_pos, and behind them those of map_neg, (B, T, H_n, d), of a differential model."""
     keys: tuple[Tensor, ...]
     """Keys (B, S, G, d) of map_pos, and behind them those of map_neg where the model is differential."""
     value: Tensor
@@ -52,6 +54,11 @@ class LayerCall:
         """Output heads H."""
         return self.queries[0].shape[2]
 
+    @property
+    def noise_heads(self) -> int:
+        """Noise heads H_n: those of map_neg, which H / H_n output heads share; 0 for a model with one map."""
+        return self.queries[1].shape[2] if len(self.queries) > 1 else 0
+
     def row_blocks(self) -> Iterator[range]:
         """Yields all rows, in blocks so small that the scores of all heads take some ten megabytes."""
         B, T, H, _ = self.queries[0].shape
@@ -59,7 +66,7 @@ class LayerCall:
         return (range(start, min(start + rows, T)) for start in range(0, T, rows))
 
     def scores(self, which: int, rows: range, keys: range) -> Tensor:
-        """Returns scaled scores of map_pos (0) or map_neg (1) for some keys, (B, H, R, keys), hidden ones too."""
+        """Returns scaled scores of map_pos (0) or map_neg (1) for some keys, (B, H or H_n, R, keys), hidden too."""
         q_BRHd = self.queries[which][:, rows.start : rows.stop : rows.step].float() * self.scale
         k_BSGd = self.keys[which][:, keys.start : keys.stop].float()
         q_BGrd = q_BRHd.unflatten(2, (k_BSGd.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -67,7 +74,7 @@ class LayerCall:
         return scores.unflatten(2, (-1, len(rows))).flatten(1, 2)
 
     def logits(self, which: int, rows: range) -> Tensor:
-        """Returns scaled scores of map_pos (0) or map_neg (1), (B, H, R, S) in float32; −∞ where a key is hidden."""
+        """Returns scaled scores of map_pos (0) or map_neg (1), (B, H or H_n, R, S) in float32; −∞ at a hidden key."""
         scores = self.scores(which, rows, range(self.keys[0].shape[1]))
         mask = self._mask(rows)
         if mask is None:
@@ -79,7 +86,7 @@ class LayerCall:
 
         Each has about ``block`` numbers, which the first caches hold. Under a causal mask nothing else is computed.
         """
-        T, S, H = self.queries[0].shape[1], self.keys[0].shape[1], self.heads
+        T, S, H = self.queries[0].shape[1], self.keys[0].shape[1], self.queries[which].shape[2]
         for sequence in range(self.queries[0].shape[0]):
             call = self._one_map(which, sequence)
             step = max(1, block // (H * S))
@@ -116,7 +123,10 @@ class LayerCall:
         return self.mask[one] if len(self.mask) > 1 else self.mask
 
     def maps(self, rows: range) -> tuple[Tensor, ...]:
-        """Returns ``(map_pos,)`` or ``(map_pos, map_neg)``, (B, H, R, S) in float32; a row without keys is zeros."""
+        """Returns ``(map_pos,)`` or ``(map_pos, map_neg)`` in float32; a row without keys is zeros.
+
+        map_pos is (B, H, R, S), and map_neg (B, H_n, R, S): once for all output heads that share it.
+        """
         return tuple(self.logits(which, rows).softmax(dim=-1).nan_to_num_(0.0) for which in range(len(self.queries)))
 
     def lam_of(self, rows: range) -> Tensor | None:
@@ -130,7 +140,7 @@ class LayerCall:
     def difference(self, maps: tuple[Tensor, ...], rows: range) -> Tensor:
         """Returns ``map_pos − λ · map_neg`` of the maps that are given."""
         lam = self.lam_of(rows)
-        return maps[0] if lam is None else torch.addcmul(maps[0], lam, maps[1], value=-1)
+        return maps[0] if lam is None else torch.addcmul(maps[0], lam, of_signals(maps[1], self.heads), value=-1)
 
     def _mask(self, rows: range) -> Tensor | None:
         """Returns the mask of these rows: True where a query sees a key, or numbers to be added; None: all see all."""
@@ -219,7 +229,10 @@ def _layer_call(
     queries: tuple[Tensor, ...] = (q_BTNd,)
     keys: tuple[Tensor, ...] = (k_BSGW,)
     if lam is not None:
-        queries = q_BTNd.unflatten(2, (-1, 2)).unbind(3)
+        # Each noise head stands behind the signal heads that share it.
+        shared = options.get("signals_per_noise", 1)
+        signals, noise = q_BTNd.unflatten(2, (-1, shared + 1)).split([shared, 1], dim=3)
+        queries = (signals.flatten(2, 3), noise.flatten(2, 3))
         keys = k_BSGW.chunk(2, dim=-1) if k_BSGW.shape[-1] != q_BTNd.shape[-1] else (k_BSGW, k_BSGW)
         lam = lam.expand(queries[0].shape[:3])
     if mask is None and not getattr(module, "is_causal", True):

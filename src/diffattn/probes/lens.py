@@ -163,6 +163,7 @@ def _read(model: PreTrainedModel, name: str, ids: list[int], layers: Sequence[in
         name=name,
         attention=attention if isinstance(attention, str) else BASELINE,
         heads=first.heads,
+        noise_heads=first.noise_heads,
         groups=first.keys[0].shape[2],
         width=first.queries[0].shape[3],
         scale=first.scale,
@@ -183,7 +184,7 @@ def _layer(model: PreTrainedModel, call: LayerCall, kind: torch.dtype) -> LensLa
         lam = lam[:, :1]
     return LensLayer(
         layer=call.layer,
-        queries=_encoded(torch.cat(call.queries), kind),
+        queries=_encoded(torch.cat([each.flatten() for each in call.queries]), kind),
         keys=_encoded(torch.cat(_different(call.keys)), kind),
         lam=None if lam is None else _encoded(lam[0], torch.float32),
     )
@@ -238,10 +239,12 @@ def attention_maps(model: PreTrainedModel, input_ids: Tensor, *, layer: int, hea
         if call.layer != layer:
             return
         rows = range(input_ids.shape[1])
-        maps, lam = [weights[0, head] for weights in call.maps(rows)], call.lam_of(rows)
+        pos, *noise = call.maps(rows)
+        lam = call.lam_of(rows)
         if lam is None:
-            found.append(AttentionMaps(map_pos=maps[0].tolist()))
+            found.append(AttentionMaps(map_pos=pos[0, head].tolist()))
             return
+        maps = pos[0, head], noise[0][0, head * call.noise_heads // call.heads]
         lam_T1 = lam[0, head]
         found.append(
             AttentionMaps(

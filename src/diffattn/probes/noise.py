@@ -111,6 +111,8 @@ def measure_noise(
 def span_sums(model: PreTrainedModel, prompts: Sequence[NeedlePrompt]) -> dict[str, Tensor]:
     """Returns the attention of the last token of each prompt, per map: (prompts, layers, heads, spans) in float64.
 
+    A noise map that several output heads share counts once.
+
     Prompts have one length. Only the last row of a map is ever made.
     """
     import torch
@@ -124,10 +126,10 @@ def span_sums(model: PreTrainedModel, prompts: Sequence[NeedlePrompt]) -> dict[s
 
     def read(call: LayerCall) -> None:
         last = range(call.queries[0].shape[1] - 1, call.queries[0].shape[1])
-        maps, lam = call.maps(last), call.lam_of(last)
+        maps = call.maps(last)
         named = {"map_pos": maps[0]}
-        if lam is not None:
-            named |= {"map_neg": maps[1], "map_diff": maps[0] - lam * maps[1]}
+        if len(maps) > 1:
+            named |= {"map_neg": maps[1], "map_diff": call.difference(maps, last)}
         for name, weights in named.items():
             # Spans are contiguous, so each span's sum is a difference of two cumulative sums.
             total = weights[:, :, 0].double().cumsum(-1)

@@ -31,9 +31,14 @@ function numbersOf(text, dtype) {
   return Float32Array.from(new Uint16Array(buffer), halfToFloat);
 }
 
-/** softmax(scale · Q Kᵀ) of one map and head, causal; q of (maps, T, heads, width), k of (maps, T, groups, width). */
+/**
+ * softmax(scale · Q Kᵀ) of one map and head, causal; q of (T, heads, width) and behind it (T, noise_heads, width), k of
+ * (maps, T, groups, width). The head is one of the output heads, or of the noise heads.
+ */
 function softmaxMap(model, q, k, map, head) {
-  const { heads, groups, width, scale } = model;
+  const { groups, width, scale } = model;
+  const heads = map ? model.noise_heads : model.heads;
+  const first = map ? T * model.heads * width : 0;
   const keys = k.length / (T * groups * width);
   const group = Math.floor((head * groups) / heads);
   const weights = new Float32Array(T * T);
@@ -44,7 +49,7 @@ function softmaxMap(model, q, k, map, head) {
   }
   const row = new Float64Array(T);
   for (let t = 0; t < T; t++) {
-    const query = q.subarray(((map * T + t) * heads + head) * width, ((map * T + t) * heads + head + 1) * width);
+    const query = q.subarray(first + (t * heads + head) * width, first + (t * heads + head + 1) * width);
     let most = -Infinity;
     for (let s = 0; s <= t; s++) {
       let dot = 0;
@@ -59,7 +64,15 @@ function softmaxMap(model, q, k, map, head) {
   return weights;
 }
 
-/** pos, and for a differential model neg (times λ), diff and λ per token; of the last few heads kept. */
+/** The signal heads that share a noise head. */
+function sharing(model) {
+  return model.noise_heads ? model.heads / model.noise_heads : 1;
+}
+
+/**
+ * pos, and for a differential model neg (times λ), diff and λ per token; where several heads share a noise head, the
+ * first map of each as signal0, signal1, …; of the last few heads kept.
+ */
 const kept = new Map();
 function mapsOf(index, layerIndex, head) {
   const name = `${index} ${layerIndex} ${head}`;
@@ -73,7 +86,13 @@ function mapsOf(index, layerIndex, head) {
     const lam = numbersOf(layer.lam, "float32");
     const perToken = lam.length > model.heads;
     found.lam = Float32Array.from({ length: perToken ? T : 1 }, (_, t) => lam[t * model.heads + head]);
-    const neg = softmaxMap(model, q, k, 1, head);
+    const shared = sharing(model);
+    const group = Math.floor(head / shared);
+    const neg = softmaxMap(model, q, k, 1, group);
+    for (let i = 0; shared > 1 && i < shared; i++) {
+      const other = group * shared + i;
+      found[`signal${i}`] = other === head ? found.pos : softmaxMap(model, q, k, 0, other);
+    }
     found.diff = new Float32Array(T * T);
     for (let t = 0; t < T; t++) {
       const factor = found.lam[perToken ? t : 0];
@@ -194,10 +213,14 @@ function build(view) {
   const differential = model.layers[0].lam !== null;
   const grid = view.section.querySelector(".maps");
   grid.classList.toggle("one", !differential);
-  for (const name of differential ? ["pos", "neg", "diff"] : ["diff"]) {
+  // The noise map that several heads share is there once, behind the first maps of all of them.
+  const shared = sharing(model);
+  const signals = shared > 1 ? Array.from({ length: shared }, (_, i) => `signal${i}`) : ["pos"];
+  for (const name of differential ? [...signals, "neg", "diff"] : ["diff"]) {
     const figure = document.createElement("figure");
     const title = document.createElement("h3");
-    title.textContent = differential ? NAMES[name] : "softmax(QKᵀ)";
+    title.textContent = differential ? NAMES[name] ?? NAMES.pos : "softmax(QKᵀ)";
+    title.dataset.map = name;
     const canvas = document.createElement("canvas");
     canvas.width = canvas.height = Math.max(T, 420);
     canvas.tabIndex = 0;
@@ -256,6 +279,7 @@ function drawMaps(view) {
   const maps = mapsOf(view.index, layerOf(view.index), headOf(view.index));
   view.maps = maps;
   view.pictures = {};
+  nameGroup(view);
   for (const [name, canvas] of Object.entries(view.canvases)) {
     view.pictures[name] = pictureOf(maps[name], maps.limit, state.tone);
     canvas.style.imageRendering = T < 400 ? "pixelated" : "auto";
@@ -272,6 +296,21 @@ function drawMaps(view) {
   const lambda = view.section.querySelector(".lambda");
   lambda.hidden = !(maps.lam && maps.lam.length > 1);
   if (!lambda.hidden) drawLambda(lambda, maps.lam);
+}
+
+/** Says above each map whose it is, where several heads share a noise head. */
+function nameGroup(view) {
+  const model = DATA.models[view.index];
+  const shared = sharing(model);
+  if (shared === 1) return;
+  const head = headOf(view.index);
+  const first = Math.floor(head / shared) * shared;
+  for (const title of view.section.querySelectorAll("h3[data-map]")) {
+    const map = title.dataset.map;
+    if (map === "neg") title.textContent = `${NAMES.neg}, shared by heads ${first} to ${first + shared - 1}`;
+    else if (map === "diff") title.textContent = `head ${head}: ${NAMES.diff}`;
+    else title.textContent = `head ${first + Number(map.slice("signal".length))}: ${NAMES.pos}`;
+  }
 }
 
 function drawLambda(place, lam) {

@@ -16,7 +16,7 @@ class LensLayer(Result):
     layer: int
     """The layer, counted from 0."""
     queries: str
-    """Queries: (maps, T, heads, width) numbers of the model's ``dtype``."""
+    """Queries: (T, heads, width) numbers of the model's ``dtype``, and behind them (T, noise_heads, width)."""
     keys: str
     """Keys: (maps, T, groups, width) numbers of the model's ``dtype``; once where V2's two maps share them."""
     lam: str | None
@@ -33,6 +33,8 @@ class LensModel(Result):
     """The variant; ``softmax`` for a model that is not ours."""
     heads: int
     """Output heads."""
+    noise_heads: int
+    """Heads whose maps are subtracted, each from ``heads / noise_heads`` output heads; 0 for a model with one map."""
     groups: int
     """Key heads."""
     width: int
