@@ -3,6 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.fused_cases import needs_the_kernel
+from support.kernel_calls import recorded_calls
 from support.small_models import SHAPE, assert_same_logits, small_model, tokens
 
 from diffattn.errors import ConfigError
@@ -43,6 +45,43 @@ def test_several_noise_heads_of_one_key_value_head_and_every_implementation_agre
     expected = model(ids).logits
     model.set_attn_implementation(implementation)
     assert_same_logits(model(ids).logits, expected)
+
+
+@needs_the_kernel
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("shape", [SHAPE, SEVERAL], ids=["one noise head a group", "two"])
+@pytest.mark.parametrize("attention", GROUPED)
+def test_the_kernel_gives_the_logits_and_every_gradient_of_sdpa(attention, shape, padding, monkeypatch):
+    served = recorded_calls(monkeypatch)
+    model, ids = small_model(attention, shape=shape), tokens(3, 23)
+    mask = torch.ones_like(ids)
+    if padding:
+        mask[1, :5] = mask[2, -4:] = 0
+    found = []
+    for implementation in ("diff_fused", "sdpa"):
+        model.set_attn_implementation(implementation)
+        outputs = model(ids, attention_mask=mask, labels=torch.where(mask.bool(), ids, -100), use_cache=False)
+        found.append([outputs.logits[mask.bool()], *torch.autograd.grad(outputs.loss, list(model.parameters()))])
+    assert served == ["kernel"] * model.config.num_hidden_layers
+    assert_same_logits(found[0][0], found[1][0])
+    for gradient, wanted in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-5 * max(wanted.abs().max().item(), 0.1))
+
+
+@needs_the_kernel
+@pytest.mark.parametrize("attention", GROUPED)
+def test_the_kernel_decodes_behind_a_cache_and_within_a_window(attention, monkeypatch):
+    served = recorded_calls(monkeypatch)
+    model, ids = small_model(attention, shape=SEVERAL, sliding_window=6), tokens(2, 19)
+    with torch.no_grad():
+        model.set_attn_implementation("sdpa")
+        whole = model(ids).logits
+        model.set_attn_implementation("diff_fused")
+        cache = model(ids[:, :11], use_cache=True).past_key_values
+        for token in range(11, 19):
+            step = model(ids[:, token : token + 1], past_key_values=cache).logits[:, -1]
+            assert_same_logits(step, whole[:, token])
+    assert set(served) == {"kernel"}
 
 
 @pytest.mark.parametrize("attention", GROUPED)

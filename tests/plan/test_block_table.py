@@ -13,10 +13,10 @@ from diffattn.plan.inference import LEAST_SPAN, MOST_SPANS
 from diffattn.plan.shape import ModelShape
 from diffattn.variants import VARIANTS
 
-SHAPE = ModelShape.preset("3M")
+SHAPE = ModelShape.preset("3M").grouped(3)
 # Widths of a softmax head; V1's values are twice as wide.
 WIDTHS = (16, 32, 64, 66, 80, 96, 128, 130, 256)
-FORMS = {"diff_v1": False, "diff_v2": True}
+FORMS = {"diff_v1": False, "diff_v2": True, "diff_gda": False, "diff_gda_v2": True}
 
 
 def widths(attention: str, width: int) -> tuple[int, int, bool]:
@@ -37,11 +37,13 @@ def test_auto_takes_the_kernel_where_the_table_does(chip: str, attention: str) -
     machine = Machine("card", chip=chip)
     for width in WIDTHS:
         shape, sizes = replace(SHAPE, head_dim=width), widths(attention, width)
+        shared = VARIANTS[attention].shares_noise
         for context in (9, 4096, 8192, 8193, 16384):
             for trains in (False, True):
                 found = serving(shape, attention, machine, activations="bf16", context=context, trains=trains)
                 taken = configs.refusal(chip, 10**6, *sizes) is None and (
-                    configs.passed_over(chip, *sizes, queries=context, training=trains, masked=False) is None
+                    configs.passed_over(chip, *sizes, queries=context, training=trains, masked=False, shared=shared)
+                    is None
                 )
                 assert found == ("fused_triton" if taken else "standard"), (width, context, trains)
 

@@ -115,8 +115,10 @@ def test_auto_is_the_backend_that_serves_on_the_machine(machine: Machine) -> Non
         v1 = v2 = "fused_cpu"
     else:
         v1, v2 = "fused_triton", "fused_triton" if machine.name == "H100 SXM" else "standard"
-    plain = dict.fromkeys(("softmax", "gated", "diff_gda", "diff_gda_v2"), "standard")
-    assert served == plain | {"diff_v1": v1, "diff_v2": v2}
+    # Nobody has measured V2's rule with shared noise heads on a GPU.
+    shared = "fused_cpu" if v1 == "fused_cpu" else "standard"
+    plain = dict.fromkeys(("softmax", "gated"), "standard")
+    assert served == plain | {"diff_v1": v1, "diff_v2": v2, "diff_gda": v1, "diff_gda_v2": shared}
 
 
 def test_auto_is_the_standard_call_where_the_triton_kernel_does_not_serve() -> None:

@@ -87,19 +87,18 @@ def diff_fused_attention(
         Output heads (B, T, H, V), one for each signal head, and None for the weights, which no one has held.
         Half-precision ones may be float32: the standard call leaves the rounding to the norm behind it.
     """
-    if signals_per_noise == 1 and _needs_standard_call(attention_mask, dropout, kwargs) is None:
+    kernel, queries = None, None
+    if _needs_standard_call(attention_mask, dropout, kwargs) is None:
         queries = None if attention_mask is None else attention_mask[:, :, 0, 0]
-        kernel = next((one for one in KERNELS.values() if one.refuses(query, key, value, lam, queries) is None), None)
-    else:
-        kernel = None
+        call = (query, key, value, lam, queries)
+        serving = (one for one in KERNELS.values() if one.refuses(*call, signals_per_noise=signals_per_noise) is None)
+        kernel = next(serving, None)
     if kernel is not None:
-        if kernel.decodes(query, value):
+        options = {"scale": scaling, "queries": queries, "signals_per_noise": signals_per_noise}
+        if kernel.decodes(query, value, signals_per_noise=signals_per_noise):
             gain, norm_scale, eps = (None, 1.0, None) if norm is None else (_gain(norm), norm.scale, norm.eps)
-            output = kernel.decode(
-                query, key, value, lam, scale=scaling, queries=queries, gain=gain, norm_scale=norm_scale, eps=eps
-            )
-            return output, None
-        output = kernel.attend(query, key, value, lam, scale=scaling, queries=queries)
+            return kernel.decode(query, key, value, lam, gain=gain, norm_scale=norm_scale, eps=eps, **options), None
+        output = kernel.attend(query, key, value, lam, **options)
         return output if norm is None else norm(output, norm.scale), None
 
     if _holds_both_keys(query, key):
@@ -125,17 +124,25 @@ def _gain(norm: RMSNormPerHead) -> Tensor | None:
     return norm.weight if to_local is None else to_local()
 
 
-def serving_backend(attention: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
+def serving_backend(attention: str, device: str, dtype: torch.dtype, head_dim: int, signals_per_noise: int = 1) -> str:
     """Returns what serves a causal call of a model in training by default, by its name in ``ops.dispatch.BACKENDS``.
 
     ``dtype`` is that of queries, keys and values, under autocast that of the products, and ``head_dim`` the width of a
     softmax head. Compiles the CPU kernel if need be.
     """
-    return serving(attention, device, dtype, head_dim)[0] if ATTENTIONS[attention].maps > 1 else "standard"
+    if ATTENTIONS[attention].maps == 1:
+        return "standard"
+    return serving(attention, device, dtype, head_dim, signals_per_noise=signals_per_noise)[0]
 
 
 def serving(
-    attention: str, device: str, dtype: torch.dtype, head_dim: int = 64, *, decoding: bool = False
+    attention: str,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int = 64,
+    *,
+    decoding: bool = False,
+    signals_per_noise: int = 1,
 ) -> tuple[str, list[str]]:
     """Returns what serves a differential model's causal call, and for each kernel asked before one sentence why not.
 
@@ -147,11 +154,15 @@ def serving(
     def empty(heads: int, tokens: int, width: int) -> Tensor:
         return torch.empty(1, heads, tokens, width, dtype=dtype, device=device, requires_grad=not decoding)
 
-    tensors = (empty(2, 1 if decoding else 16, head_dim), empty(1, 16, joined), empty(1, 16, joined))
+    tensors = (
+        empty(signals_per_noise + 1, 1 if decoding else 16, head_dim),
+        empty(1, 16, joined),
+        empty(1, 16, joined),
+    )
     lam = torch.empty((), device=device)
     reasons: list[str] = []
     for name, kernel in KERNELS.items():
-        reason = kernel.refuses(*tensors, lam, None)
+        reason = kernel.refuses(*tensors, lam, None, signals_per_noise=signals_per_noise)
         if reason is None:
             return name, reasons
         reasons.append(reason)

@@ -95,7 +95,8 @@ def serving(
 
     A processor's is ``fused_cpu``. On a GPU it is the Triton kernel where there is a table of blocks for the chip, in
     half precision and for values of at most 256. V2 has it only where it was measured to be faster than the standard
-    call: on Hopper, but not for training heads wider than 64 at more than 8192 tokens. Everything else is ``standard``,
+    call: on Hopper, but not for training heads wider than 64 at more than 8192 tokens or with
+    noise heads that are shared. Everything else is ``standard``,
     and so is a machine of which nothing is known.
 
     Args:
@@ -112,8 +113,7 @@ def serving(
     'standard'
     """
     variant = VARIANTS[attention]
-    # Shared noise heads have no kernel of their own yet that a model takes.
-    if variant.maps == 1 or machine is None or variant.signals_per_noise(shape) > 1:
+    if variant.maps == 1 or machine is None:
         return "standard"
     if machine.chip is None:
         return "fused_cpu"
@@ -121,7 +121,8 @@ def serving(
     kernel = machine.chip in TRITON_CHIPS and activations in ("bf16", "fp16") and width <= WIDEST
     if not variant.pads_queries:
         slower = trains and width > 64 and context > 8192
-        kernel = kernel and machine.chip == "sm_90" and width <= 128 and not slower
+        shared = variant.signals_per_noise(shape) > 1
+        kernel = kernel and machine.chip == "sm_90" and width <= 128 and not slower and not shared
     return "fused_triton" if kernel else "standard"
 
 
@@ -211,6 +212,9 @@ def layer(shape: ModelShape, attention: str, *, backend: str, size: int, autocas
     before = norm(D, size, autocast, variant.readers) + size * ((N * W if padded else queries) + 2 * spread)
     if backend == "fused_cpu":
         before += 4 * output_heads * 4
+        if variant.signals_per_noise(shape) > 1:
+            # No view has the signal heads alone, so the kernel is given a copy of their queries.
+            before += size * output_heads * d
     elif backend == "fused_triton":
         before += N * 4 + size * (width + noise_width)
     elif not materialised:

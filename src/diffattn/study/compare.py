@@ -48,6 +48,7 @@ from diffattn.train.single import check_context, folder_of_ranks, trained_rows
 from diffattn.train.spread.layout import Layout
 from diffattn.train.spread.ranks import Ranks, joined
 from diffattn.train.trackers.callback import check_trackers
+from diffattn.variants import VARIANTS
 
 DEFAULT_STEPS = 250
 """The steps of each run, where neither ``steps`` nor ``minutes`` is given."""
@@ -322,7 +323,8 @@ def _variant(study: _Study, attention: str, results: list[TrainResult], plan: Ru
     shape = pair_config(study.shape, attention, match=study.options.match).shape()
     parameters = count_parameters(shape, attention)
     used = study.options.recipe(1, 0)
-    backend = serving_backend(attention, used.device, getattr(torch, used.dtype), shape.head_dim)
+    shared = VARIANTS[attention].signals_per_noise(shape)
+    backend = serving_backend(attention, used.device, getattr(torch, used.dtype), shape.head_dim, shared)
     flops = flops_per_token(
         shape, attention, context=study.context, phase="training", backend=backend, causal=study.causal
     )

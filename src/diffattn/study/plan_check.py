@@ -63,7 +63,7 @@ class Subject:
         implementation = IMPLEMENTATIONS[setting.backend]
         if setting.backend == "fused_cpu" and VARIANTS[attention].maps == 1:
             implementation = "sdpa"
-        elif setting.backend == "fused_cpu" and serving_backend(attention, "cpu", dtype, shape.head_dim) != "fused_cpu":
+        elif setting.backend == "fused_cpu" and _serving(shape, attention, dtype) != "fused_cpu":
             raise UnsupportedError("backend='fused_cpu'", "a compiled kernel", "`diffattn doctor` says what fails")
         # One position more than the context, for the token that is decoded behind it.
         config = DiffTransformerConfig.from_shape(
@@ -325,7 +325,7 @@ def as_built_here(shape: ModelShape, attention: str, setting: Setting) -> Settin
         )
     backend = setting.backend
     if backend == AUTO:
-        backend = serving_backend(attention, "cpu", _dtype(setting), shape.head_dim)
+        backend = _serving(shape, attention, _dtype(setting))
     if backend not in IMPLEMENTATIONS:
         raise ConfigError(
             f"backend={backend!r}",
@@ -352,3 +352,8 @@ def _save_and_load(model: DiffTransformerForCausalLM, repeats: int) -> tuple[int
             DiffTransformerForCausalLM.from_pretrained(name)
             taken.append(time.perf_counter() - began)
     return size, statistics.median(taken)
+
+
+def _serving(shape: ModelShape, attention: str, dtype: torch.dtype) -> str:
+    shared = VARIANTS[attention].signals_per_noise(shape)
+    return serving_backend(attention, "cpu", dtype, shape.head_dim, shared)
