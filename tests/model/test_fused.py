@@ -91,6 +91,9 @@ SWITCHED = [
     ("diff_v2", {"head_norm": True, "subln_affine": False}),
     ("diff_v2", {"lambda_form": "linear"}),
     ("diff_v2", {"lambda_form": "one"}),
+    # Signal heads that share a noise head.
+    ("diff_gda", {}),
+    ("diff_gda_v2", {"sliding_window": 7}),
 ]
 
 
@@ -98,6 +101,8 @@ SWITCHED = [
 @pytest.mark.parametrize(("attention", "fields"), SWITCHED, ids=str)
 def test_switches_of_a_variant_are_served_alike(attention, fields, served):
     model, ids = small_model(attention, **fields), tokens(3, LENGTH)
+    config = model.config
+    assert ("gda" in attention) == (config.num_attention_heads > 2 * (config.num_noise_heads or 99))
     assert_same_step(*both_steps(model, ids))
     assert served == ["kernel"] * model.config.num_hidden_layers
     with torch.no_grad():

@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "V1": {},
     "V2, padded": {"one_key": True, "key_padding": padded(7, 2, 1)},
     "non-causal": {"causal": False, "scale": 0.9},
-    "a noise head for two, a window": {"noise_heads": 2, "window": 3},
+    "a noise head for two, a window": {"noise_heads": 2, "window": 5},
 }
 
 

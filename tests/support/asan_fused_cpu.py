@@ -87,12 +87,13 @@ def run(x: Inputs, strided: bool) -> None:
 @torch.no_grad()
 def run_decoding(x: Inputs) -> None:
     """The same call as a layer makes it, with the norm behind it."""
-    query = torch.stack([x.q1, x.q2], dim=3).flatten(2, 3).transpose(1, 2)
+    signals = x.q1.shape[2] // x.q2.shape[2]
+    query = torch.cat([x.q1.unflatten(2, (-1, signals)), x.q2.unsqueeze(3)], dim=3).flatten(2, 3).transpose(1, 2)
     key = (x.k1 if x.k2 is x.k1 else torch.cat([x.k1, x.k2], dim=-1)).transpose(1, 2)
     given = [guarded(t) for t in (query, key, x.v.transpose(1, 2), x.lam)]
-    if decodes(given[0], given[2]) and x.q1.shape[1] <= x.k1.shape[1]:
+    if decodes(given[0], given[2], signals_per_noise=signals) and x.q1.shape[1] <= x.k1.shape[1]:
         gain = guarded(torch.ones(x.v.shape[-1]))
-        assert decode(*given, gain=gain, eps=1e-5).isfinite().all()
+        assert decode(*given, gain=gain, eps=1e-5, signals_per_noise=signals).isfinite().all()
 
 
 def inside() -> int:
@@ -101,6 +102,8 @@ def inside() -> int:
     for D, Dv in WIDTHS:
         problems += [{"T": T, "S": 41, "H": 2, "G": 1, "D": D, "Dv": Dv, "one_key": D % 2 == 1} for T in (3, 33)]
     problems += [{"B": 1, "T": T, "S": T + past, "H": 3, "G": 1} for T in QUERIES for past in (0, 1, 130)]
+    problems += [{"B": 1, "T": T, "S": T + 130, "H": 6, "noise_heads": 2, "G": 1} for T in QUERIES]
+    problems += [{"B": 1, "T": T, "S": T + 130, "H": 5, "noise_heads": 1, "G": 1, "window": 60} for T in QUERIES]
     problems += [{"T": 20, "S": S, "causal": False} for S in (1, 2, 127, 128, 129, 257)]
     for dtype in DTYPES:
         for number, problem in enumerate(problems):
