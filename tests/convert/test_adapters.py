@@ -49,7 +49,7 @@ def test_a_matrix_becomes_the_sum(changes: dict, scale: float, tmp_path: Path) -
     adapter = adapter_folder(base, tmp_path / "adapter", **changes)
     done = convert(adapter, tmp_path / "made")
     assert (done.source, done.target) == ("qwen2", "softmax")
-    assert done.notes[0].startswith(f"the adapter was merged into {str(base)!r}: 1 tensors changed")
+    assert done.notes[0].startswith(f"the adapter was merged into {str(base)!r}: one tensor changed")
     before, made = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "made"))
     parts = load_file(adapter / "adapter_model.safetensors")
     name = "model.layers.1.self_attn.q_proj.weight"

@@ -132,12 +132,15 @@ def write_gguf(
         ("qwen3", "F32", "file"),
     ],
 )
-def test_a_file_is_converted_as_transformers_reads_it(architecture: str, kind: str, named: str, tmp_path: Path) -> None:
+def test_a_file_is_converted_as_transformers_reads_it(
+    architecture: str, kind: str, named: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("gguf")
     source = tmp_path / "source"
     source.mkdir()
     write_gguf(source / "small.gguf", architecture=architecture, kind=kind)
     done = convert(source if named == "folder" else source / "small.gguf", tmp_path / "made")
+    assert "quantizing" not in capfd.readouterr().err
     assert (done.source, done.target, done.dtype) == (architecture, "softmax", "float32")
     assert kind in done.notes[0]
     theirs = AutoModelForCausalLM.from_pretrained(source, gguf_file="small.gguf", dtype=torch.float32).eval()

@@ -64,9 +64,8 @@ def read_adapter(folder: Path) -> Checkpoint:
     # A tokenizer that was saved with the adapter may have tokens that the base's has not.
     own = tuple(companions(folder))
     copied = own if any(path.name in TOKENIZERS for path in own) else base.copied
-    note = (
-        f"the adapter was merged into {str(base.folder)!r}: {changed} tensors changed, each rounded once to its dtype"
-    )
+    what = "one tensor" if changed == 1 else f"{changed} tensors"
+    note = f"the adapter was merged into {str(base.folder)!r}: {what} changed, each rounded once to its dtype"
     return Checkpoint(base.folder, base.config, tensors, copied, (note,), merged=True)
 
 

@@ -6,7 +6,9 @@ a file with a fact or a tensor that the library does not read is refused here. T
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -74,11 +76,12 @@ def read_gguf(file: Path, scratch: Path) -> Checkpoint:
     try:
         parsed, config = _config(file)
         _check_facts(facts, parsed)
-        # The library raises whatever it meets in a file.
+        # The library raises whatever it meets in a file, and draws a bar of its own.
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
-            )
+            with contextlib.redirect_stderr(io.StringIO()):
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+                )
         except Exception as error:
             raise _damaged(file, one_line(error)) from error
         weights = dict(model.state_dict())
