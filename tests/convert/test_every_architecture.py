@@ -90,7 +90,7 @@ def test_logits_with_and_without_a_cache_are_the_sources(name: str) -> None:
     assert outcome(kind, changes)["outcome"] == EQUAL
 
 
-@pytest.mark.parametrize("to", ["diff_v2", "dex"])
+@pytest.mark.parametrize("to", ["diff_v2", "dex", "diff_gda_v2"])
 @pytest.mark.parametrize("name", ["smollm3", "phi3"])
 def test_differential_models_of_them_keep_windows_and_layers_without_positions(name: str, to: str) -> None:
     kind, changes = CASES[name]
