@@ -54,6 +54,8 @@ def starcoder2(fields: Fields) -> BlockShape:
     n = fields.heads()
     G, d, bias = fields.size("num_key_value_heads", 2), D // n, fields.flag("use_bias", True)
     window = fields.size("sliding_window") if fields.get("sliding_window") is not None else None
+    fields.must_be("mlp_type", ("default",), "default")
+    fields.must_be("norm_type", ("layer_norm",), "layer_norm")
     attention = Attention(D, n, G, d)
     attention = Attention(D, n, G, d, biases(fields, attention, default=True, key="use_bias"))
     return shape(

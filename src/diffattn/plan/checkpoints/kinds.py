@@ -22,27 +22,28 @@ from diffattn.variants import BASELINE
 class ModelType(NamedTuple):
     """The way to read the ``config.json`` of one ``model_type``; the defaults are those of a file that lacks the key.
 
-    ``bias`` of the projections of attention: ``"switch"`` where the file's ``attention_bias`` gives all four of them
-    one, ``"qkv"`` where three always have one, ``"motif"`` where ``use_bias`` gives all matrices one and ``qkv_bias``
-    three. ``window``: which layers look back no further than ``sliding_window``:
-    all of them (unless ``layer_types`` names some), those from ``max_window_layers`` on, those without rotary
-    positions, or all but every n-th (a number). ``attention``: the variant, whose heads the file counts as the softmax
-    model has them; ``grouped``: the one of files that have ``num_noise_heads``, whose heads are those of the call.
-    ``own_code``: whether the published files name code of their own, which is never run.
-    ``act_weights``: parameters of each layer's activation function. ``fixed``: fields that have one value in all
-    published files, in which alone the kind is known.
+    ``bias``: of W_Q, W_K and W_V, of W_O, and of the feed-forward network, what all files have or the field that says
+    it; ``qkv_bias`` is as ``use_bias`` where it is null, and ``biased`` what the first of the three is where the file
+    lacks it. ``window``: which layers look back no further than ``sliding_window``: all of them (unless ``layer_types``
+    names some), those from ``max_window_layers`` on, those without rotary positions, all but the first of every four,
+    or all but every n-th (a number). ``fills``: whether heads are as wide as the hidden size together, unless noise
+    heads are shared. ``attention``: the variant, whose heads the file counts as the softmax model has them;
+    ``grouped``: the one of files that have ``num_noise_heads``, whose heads are those of the call. ``own_code``:
+    whether the published files name code of their own, which is never run. ``act_weights``: parameters of each layer's
+    activation function. ``fixed``: fields that have one value in all published files, in which alone the kind is known.
     """
 
     architecture: str
     kv_heads: int | None = None
     head_dim: int | None = None
     tied: bool = False
-    bias: Literal["none", "switch", "qkv", "motif"] = "none"
-    mlp_bias: bool = False
+    bias: tuple[str | bool, str | bool, str | bool] = (False, False, False)
+    biased: bool = False
     qk_norm: Literal["none", "head", "all heads"] = "none"
     further_norms: int = 0
-    window: Literal["none", "all", "late", "unrotated"] | int = "none"
+    window: Literal["none", "all", "late", "unrotated", "behind the first of four"] | int = "none"
     window_width: int | None = None
+    fills: bool = False
     attention: str = BASELINE
     grouped: str | None = None
     own_code: bool = False
@@ -52,8 +53,8 @@ class ModelType(NamedTuple):
     @property
     def own_fields(self) -> tuple[str, ...]:
         """The fields that such a file has beside those of plain decoders."""
-        of_motif = ("num_noise_heads", "expanded", "use_bias", "qkv_bias") if self.grouped else ()
-        return (*self.fixed, *of_motif)
+        of_groups = ("num_noise_heads", "expanded") if self.grouped else ()
+        return (*self.fixed, *of_groups, *(name for name in self.bias if isinstance(name, str)))
 
 
 class BlockType(NamedTuple):
@@ -66,31 +67,52 @@ class BlockType(NamedTuple):
     fixed: Mapping[str, object] = {}
 
 
+# What says that attention has biases, and the network has.
+_A, _M = "attention_bias", "mlp_bias"
+_ATTENTION, _ALL = (_A, _A, False), (_A, _A, _M)
 KINDS: dict[str, ModelType] = {
-    OURS: ModelType("DiffTransformerForCausalLM", tied=True, window="all"),
-    "llama": ModelType("LlamaForCausalLM", bias="switch", mlp_bias=True),
+    OURS: ModelType("DiffTransformerForCausalLM", tied=True, bias=(_A, "attention_output_bias", _M), window="all"),
+    "llama": ModelType("LlamaForCausalLM", bias=_ALL),
     "mistral": ModelType("MistralForCausalLM", kv_heads=8, window="all", window_width=4096),
-    "qwen2": ModelType("Qwen2ForCausalLM", kv_heads=32, bias="qkv", window="late", window_width=4096),
-    "qwen3": ModelType(
-        "Qwen3ForCausalLM", kv_heads=32, head_dim=128, bias="switch", qk_norm="head", window="late", window_width=4096
+    "ministral": ModelType("MinistralForCausalLM", kv_heads=8, window="all", window_width=4096),
+    "qwen2": ModelType(
+        "Qwen2ForCausalLM", kv_heads=32, bias=(True, False, False), window="late", window_width=4096
     ),
-    "smollm3": ModelType("SmolLM3ForCausalLM", kv_heads=4, tied=True, bias="switch", mlp_bias=True, window="unrotated"),
-    "olmo2": ModelType("Olmo2ForCausalLM", bias="switch", qk_norm="all heads"),
+    "qwen3": ModelType(
+        "Qwen3ForCausalLM", kv_heads=32, head_dim=128, bias=_ATTENTION, qk_norm="head", window="late",
+        window_width=4096,
+    ),
+    "smollm3": ModelType("SmolLM3ForCausalLM", kv_heads=4, tied=True, bias=_ALL, window="unrotated"),
+    "olmo2": ModelType("Olmo2ForCausalLM", bias=_ATTENTION, qk_norm="all heads"),
     "phi3": ModelType("Phi3ForCausalLM", window="all", own_code=True),
-    "granite": ModelType("GraniteForCausalLM", bias="switch", mlp_bias=True),
-    "gemma": ModelType("GemmaForCausalLM", kv_heads=16, head_dim=256, tied=True, bias="switch"),
+    "granite": ModelType("GraniteForCausalLM", bias=_ALL),
+    "seed_oss": ModelType(
+        "SeedOssForCausalLM", kv_heads=8, head_dim=128, bias=(_A, "attention_out_bias", _M), biased=True
+    ),
+    "cwm": ModelType(
+        "CwmForCausalLM", kv_heads=8, head_dim=128, bias=(False, False, _M), window="behind the first of four",
+        window_width=8192,
+    ),
+    "helium": ModelType("HeliumForCausalLM", kv_heads=20, head_dim=128, bias=(_A, False, _M), fills=True),
+    "ernie4_5": ModelType(
+        "Ernie4_5ForCausalLM", kv_heads=2, head_dim=128, tied=True, bias=("use_bias", "use_bias", "use_bias")
+    ),
+    "internlm3": ModelType("InternLM3ForCausalLM", kv_heads=2, head_dim=128, bias=_ALL, own_code=True),
+    "iquestcoder": ModelType("IQuestCoderForCausalLM", kv_heads=8, head_dim=128, bias=_ALL, own_code=True),
+    "gemma": ModelType("GemmaForCausalLM", kv_heads=16, head_dim=256, tied=True, bias=_ATTENTION),
     "gemma2": ModelType(
-        "Gemma2ForCausalLM", kv_heads=4, head_dim=256, tied=True, bias="switch", further_norms=2, window=2,
+        "Gemma2ForCausalLM", kv_heads=4, head_dim=256, tied=True, bias=_ATTENTION, further_norms=2, window=2,
         window_width=4096,
     ),
     "gemma3_text": ModelType(
-        "Gemma3ForCausalLM", kv_heads=4, head_dim=256, tied=True, bias="switch", qk_norm="head", further_norms=2,
+        "Gemma3ForCausalLM", kv_heads=4, head_dim=256, tied=True, bias=_ATTENTION, qk_norm="head", further_norms=2,
         window=6, window_width=4096,
     ),
-    "diffllama": ModelType("DiffLlamaForCausalLM", bias="switch", attention="diff_v1"),
+    "diffllama": ModelType("DiffLlamaForCausalLM", bias=_ATTENTION, attention="diff_v1"),
     "motif": ModelType(
-        "MotifForCausalLM", bias="motif", attention="diff_v1", grouped="diff_gda", own_code=True,
-        act_weights=motif.POLYNORM, fixed={"hidden_act": "poly_norm", "use_sliding_window": False, "k_ratio": 1},
+        "MotifForCausalLM", bias=("qkv_bias", "use_bias", "use_bias"), fills=True, attention="diff_v1",
+        grouped="diff_gda", own_code=True, act_weights=motif.POLYNORM,
+        fixed={"hidden_act": "poly_norm", "use_sliding_window": False, "k_ratio": 1},
     ),
 }  # fmt: skip
 BLOCKS: dict[str, BlockType] = {

@@ -45,7 +45,10 @@ UNCOUNTED = frozenset({
     "time_step_floor", "mamba_chunk_size", "mamba_norm_before_gate", "use_mamba_kernels", "mamba_use_mlp",
     "cache_implementation", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
     "summary_first_dropout", "use_parallel_residual", "n_ctx", "qk_head_dim", "pretraining_tp", "patch_size",
-    "unsloth_version", "unsloth_fixed",
+    "unsloth_version", "unsloth_fixed", "is_llama_config", "rope_interleaved", "transformers.js_config",
+    "full_attn_mod", "interpolate_factor", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
+    "mlp_expansion_factor", "attn_implementation", "neftune_noise_alpha", "max_seq_len", "max_sequence_length",
+    "model_max_length", "rope_percent",
 })  # fmt: skip
 # What plain decoders with a gated network are read by; a window that their type does not look at counts for nothing.
 PLAIN = frozenset({

@@ -168,14 +168,14 @@ def _read(values: Config, kind: ModelType, name: str) -> tuple[ModelShape, str]:
                 "correct the file",
             )
     check_positive_int("num_key_value_heads", groups)
-    if kind.grouped and width is None and values["hidden_size"] % heads == 0:
+    if kind.fills and width is None and values["hidden_size"] % heads == 0:
         width = values["hidden_size"] // heads
     if width is not None:
         check_positive_int("head_dim", width)
-    if kind.grouped and (width is None or (not grouped and width * heads != values["hidden_size"])):
+    if kind.fills and (width is None or (not grouped and width * heads != values["hidden_size"])):
         raise ConfigError(
             f"head_dim={width} and num_attention_heads={heads} with hidden_size={values['hidden_size']}",
-            "heads that fill the hidden size, or a head_dim beside num_noise_heads",
+            "heads that are as wide as the hidden size together, or a head_dim beside num_noise_heads",
             "correct the file",
         )
     if width is not None and width % variant.join:
@@ -239,19 +239,13 @@ def _extras(
         shape.num_layers, shape.hidden_size, shape.intermediate_size, shape.num_heads, shape.num_kv_heads,
         shape.head_dim,
     )  # fmt: skip
-    switch = _flag(values, "attention_bias") if ours or kind.bias == "switch" else False
-    output_bias = _flag(values, "attention_output_bias") if ours else switch
-    if kind.bias == "motif":
-        output_bias = _flag(values, "use_bias")
-        switch = _flag(values, "qkv_bias", output_bias)
-    bias = switch or kind.bias == "qkv"
+    qkv, output, network = kind.bias
+    output_bias, network_bias = _switch(values, output), _switch(values, network)
+    bias = _switch(values, qkv, output_bias if qkv == "qkv_bias" else kind.biased)
     variant = ATTENTIONS[attention]
     queries = variant.query_width(shape)
     found = [("attention", "biases", L * (bias * (queries + 2 * G * d) + output_bias * D))]
-    if ours or kind.mlp_bias:
-        found.append(("feed_forward", "biases", L * _flag(values, "mlp_bias") * (2 * F + D)))
-    elif kind.bias == "motif":
-        found.append(("feed_forward", "biases", L * output_bias * (2 * F + D)))
+    found.append(("feed_forward", "biases", L * network_bias * (2 * F + D)))
     normed = 0
     if kind.qk_norm != "none" or (ours and _flag(values, "qk_norm")):
         normed = n * d + G * d if kind.qk_norm == "all heads" else 2 * d
@@ -283,6 +277,13 @@ def _chosen_heads(values: Config, shape: ModelShape) -> int:
     return shape.num_layers * shape.num_heads if chosen is None else sum(map(len, chosen))
 
 
+def _switch(values: Config, name: str | bool, default: bool = False) -> bool:
+    """Returns what all files of a kind have, or what the field of that name says."""
+    if isinstance(name, bool):
+        return name
+    return default if values.get(name) is None else _flag(values, name, default)
+
+
 def _flag(values: Config, key: str, default: Flag = False) -> Flag:
     """Returns a switch of the file; the default where it is not there."""
     value = values.get(key, default)
@@ -306,6 +307,8 @@ def _window(values: Config, kind: ModelType, layers: int) -> tuple[int, int] | N
         count = named.count(SLIDING)
     elif kind.window == "all":
         count = layers
+    elif kind.window == "behind the first of four":
+        count = layers - -(-layers // 4)
     elif kind.window == "late":
         first = values.get("max_window_layers", 28)
         check_positive_int("max_window_layers", 1 if first == 0 else first)
