@@ -181,7 +181,7 @@ def to_motif(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, Ten
     }
     if ours.attention_bias != ours.mlp_bias:
         made["qkv_bias"] = ours.attention_bias
-    if ours.attention == "diff_gda":
+    if ours.record.shares_noise:
         made |= {"num_noise_heads": ours.num_noise_heads, "k_ratio": 1}
     return in_both_spellings(made, dict(ours.rope_parameters or {})), weights
 
@@ -312,7 +312,7 @@ def _check_expressible(ours: DiffTransformerConfig) -> None:
             "biases in all projections, in those of q, k and v, or in none",
         ),
         (
-            ours.attention != "diff_v1" or filled == ours.hidden_size,
+            ours.record.shares_noise or filled == ours.hidden_size,
             f"{ours.num_attention_heads} heads of {ours.rope_width} are {filled} channels, hidden_size is "
             f"{ours.hidden_size}",
             "heads that fill the hidden size",

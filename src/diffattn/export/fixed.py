@@ -76,6 +76,9 @@ class _Places:
         self.decoder = decoder
         self.positions = positions
 
+    def get_query_offset(self, layer: int) -> Tensor:
+        return self.positions[0]
+
     def get_mask_sizes(self, new: int, layer: int) -> tuple[int, int]:
         return self.decoder.length, 0
 
