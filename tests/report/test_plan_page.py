@@ -217,6 +217,16 @@ def test_integer_weights_no_machine_and_two_of_a_kind_still_make_a_page(browser:
     assert in_browser(browser, page, "", tmp_path) == expected(result)
 
 
+@pytest.mark.parametrize("against", ["diff_v1:3M", None])
+def test_a_model_whose_training_is_not_planned_still_makes_a_page(against: str | None) -> None:
+    result = plan("gpt-2", against, Setting(context=256))
+    drawn = render_plan(result)
+    assert "bars-training" not in drawn
+    assert "Integer weights" not in drawn
+    assert {"line-inference-memory", "line-decoding-speed"} <= set(re.findall(r"line-[a-z-]+", drawn))
+    assert "Training of gpt-2 is not planned" in html.unescape(drawn)
+
+
 @needs_chromium
 def test_a_page_of_one_model_follows_its_sliders(browser: Any, tmp_path: Path) -> None:
     setting = Setting(context=4096, batch=4, precision="fp32", machine="Apple M2")

@@ -76,6 +76,7 @@ def render_plan(plan: Plan) -> str:
         groups=_groups([row for row in plan.ratios if not row.key.startswith("rank_")]),
         lines=lines,
         trains=trains,
+        untrained="Training is not planned." if setting.precision.trains else "Integer weights are not trained.",
         backends=_backends(plan),
         command=plan.command,
     )

@@ -10,12 +10,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from diffattn.cli.main import main
 from diffattn.errors import ConfigError
 from diffattn.plan.answer import plan
 from diffattn.plan.blocks.block import Block, BlockShape
 from diffattn.plan.blocks.estimate import estimate_model, inference_need
 from diffattn.plan.checkpoints.kinds import BLOCKS
 from diffattn.plan.checkpoints.shape import read_checkpoint, shape_of
+from diffattn.plan.cluster.answer import plan_cluster
 from diffattn.plan.models.public import public_models
 from diffattn.plan.setting import Setting
 
@@ -262,11 +264,17 @@ def test_a_motif_3_that_contradicts_itself_is_refused(change: dict[str, Any], wo
         (lambda: plan("motif-3", setting=Setting(backend="fused_cpu")), "backend fused_cpu for motif-3"),
         (lambda: plan("motif-3", setting=Setting(ranks=2, batch=2)), "2 processes for motif-3"),
         (lambda: plan("diff_v1:mixtral-8x7B"), "a variant of mixtral-8x7B"),
+        (lambda: plan_cluster("8xH100", ["motif-3"]), "motif-3 on a cluster"),
     ],
 )
 def test_what_is_not_planned_of_such_a_model_is_refused(call: Callable[[], object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         call()
+
+
+def test_such_a_model_is_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "gpt-2", "--context", "64", "--dtype", "float32", "--measure"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("diffattn: --measure of gpt-2; wanted a model that")
 
 
 @pytest.mark.parametrize(
