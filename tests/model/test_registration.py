@@ -29,6 +29,8 @@ for head in heads:
     with torch.device("meta"):
         model = getattr(transformers, f"AutoModelFor{head}").from_config(config)
     assert type(model).__name__ == f"DiffTransformerFor{head}", type(model)
+assert transformers.DiffTransformerForCausalLM is type(AutoModelForCausalLM.from_pretrained(folder))
+assert AutoConfig.from_pretrained(folder, dtype="auto").dtype == torch.float32
 """
 
 ORDERS = {

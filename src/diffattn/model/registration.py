@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+_LIBRARY = "transformers"
 _CONFIG = "transformers.models.auto.configuration_auto"
 _MODEL = "transformers.models.auto.modeling_auto"
 # Its tables say which modules an adapter changes where a user names none.
@@ -38,7 +39,9 @@ _OURS = (
     "diffattn.model.heads.language",
     "diffattn.model.heads.classifiers",
 )
-_WATCHED = (_CONFIG, _MODEL, _PEFT, *_OURS, *_NEEDED)
+_WATCHED = (_LIBRARY, _CONFIG, _MODEL, _PEFT, *_OURS, *_NEEDED)
+# The library makes its module twice while it is imported, and programs may hold either.
+_libraries: list[ModuleType] = []
 
 
 def register() -> None:
@@ -58,6 +61,8 @@ def _loaded(name: str) -> bool:
 
 
 def _register_what_is_loaded() -> None:
+    if _loaded(_LIBRARY) and sys.modules[_LIBRARY] not in _libraries:
+        _libraries.append(sys.modules[_LIBRARY])
     if "torch" in sys.modules and not _loaded("torch"):
         return
     if _loaded(_CONFIG) and (_OURS[0] not in sys.modules or _loaded(_OURS[0])):
@@ -79,6 +84,9 @@ def _register_what_is_loaded() -> None:
                 "AutoModelForQuestionAnswering": classifiers.DiffTransformerForQuestionAnswering,
             }.items():
                 getattr(sys.modules[_MODEL], name).register(DiffTransformerConfig, ours, exist_ok=True)
+                # There `transformers serve` looks up the name under `architectures` in config.json.
+                for library in _libraries:
+                    setattr(library, ours.__name__, ours)
     if _loaded(_PEFT):
         from diffattn.config_fields import OURS
 
