@@ -118,3 +118,20 @@ def test_an_adapter_of_transformers_needs_no_named_modules(peft: ModuleType) -> 
         model = small(kind)
         model.add_adapter(peft.LoraConfig())
         assert adapted(model) == {"self_attn.q_proj", "self_attn.v_proj"}
+
+
+@pytest.mark.parametrize("kind", [LLAMA, "diff_v1"])
+def test_an_adapter_without_a_task_names_the_module_of_its_model(kind: str, peft: ModuleType, tmp_path: Path) -> None:
+    small(kind).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    peft.get_peft_model(base, peft.LoraConfig()).save_pretrained(tmp_path / "adapter")
+    load = peft.AutoPeftModelForCausalLM.from_pretrained
+    if kind == LLAMA:
+        load(tmp_path / "adapter")
+        return
+    # PEFT imports no module but those of transformers unless it is told so.
+    with pytest.raises(ValueError, match=r"'diffattn\.model\.modeling' which is not in the import allowlist"):
+        load(tmp_path / "adapter")
+    assert adapted(load(tmp_path / "adapter", import_allowlist=["diffattn.model.modeling"])) == {
+        "self_attn.q_proj", "self_attn.v_proj"
+    }  # fmt: skip

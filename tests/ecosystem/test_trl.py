@@ -111,7 +111,7 @@ def test_an_adapter_is_trained_by_its_trainer(kind: str, trl: ModuleType, tmp_pa
             output_dir=str(tmp_path / "run"), max_steps=6, learning_rate=0.02, logging_steps=1, report_to=[],
             use_cpu=True, bf16=False, disable_tqdm=True, packing=True, max_length=64, save_strategy="no",
         ),
-        train_dataset=conversations(), processing_class=tokenizer(), peft_config=peft.LoraConfig(),
+        train_dataset=conversations(), processing_class=tokenizer(), peft_config=peft.LoraConfig(task_type="CAUSAL_LM"),
     )  # fmt: skip
     made.train()
     assert losses(made)[-1] < losses(made)[0] - 0.5
