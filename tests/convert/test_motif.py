@@ -183,6 +183,7 @@ TWO, TWELVE = MOTIF["Motif-2.6B"], MOTIF["Motif-2-12.7B"]
         (TWO | {"hidden_act": "silu"}, UnsupportedError, "hidden_act is 'silu'; wanted 'poly_norm'"),
         (TWO | {"use_sliding_window": True}, UnsupportedError, "use_sliding_window is True"),
         (TWO | {"scale_emb": 12}, UnsupportedError, "has scale_emb 12, which is unknown here"),
+        (TWO | {"moe": True}, UnsupportedError, "has moe True, which is unknown here"),
         (TWO | {"use_bias": True}, CheckpointError, r"lack model\.layers\.0\.mlp\.down_proj\.bias"),
         (TWO | {"num_hidden_layers": 4}, CheckpointError, r"lack model\.layers\.3"),
         (TWELVE | {"num_noise_heads": 0}, ConfigError, "num_noise_heads=0"),

@@ -205,7 +205,8 @@ def _check_fields(config: Config) -> None:
             )
     known = {*_SHARED, *_OWN, *_WITHOUT_EFFECT}
     for name, value in config.items():
-        if name not in known and value not in _NOTHING:
+        # True equals 1, and asks for something.
+        if name not in known and (value is True or value not in _NOTHING):
             raise UnsupportedError(
                 f"config.json has {name} {shown(value)}, which is unknown here",
                 "the fields of Motif-2.6B or Motif-2-12.7B",
