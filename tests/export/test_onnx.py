@@ -31,11 +31,16 @@ from diffattn.model.loading import load_model
 
 CACHED = [(attention, True) for attention in ATTENTIONS]
 EVERY = [*CACHED, *((attention, False) for attention in ATTENTIONS), ("gated", False)]
+GROUPED = ("diff_gda", "diff_gda_v2")
 # Traced with 2 rows, 3 new tokens and 5 earlier ones; none of these sizes is.
 SIZES = [(1, 1), (1, 37), (5, 17), (7, 4)]
 
 
-@pytest.fixture(params=EVERY, ids=lambda case: f"{case[0]}-{'cache' if case[1] else 'whole'}", scope="module")
+@pytest.fixture(
+    params=[*EVERY, *(pytest.param((attention, True), marks=pytest.mark.full) for attention in GROUPED)],
+    ids=lambda case: f"{case[0]}-{'cache' if case[1] else 'whole'}",
+    scope="module",
+)
 def exported(request, tmp_path_factory):
     attention, cache = request.param
     return model_of(attention, layers(cache)), decoder(traced(attention, cache), tmp_path_factory.mktemp("model"))
@@ -113,7 +118,9 @@ def test_greedy_text_is_that_of_generate(exported):
     assert session.generate(ids.numpy(), 19, attention_mask=mask.numpy()).tolist() == text.tolist()
 
 
-@pytest.mark.parametrize(("attention", "cache"), EVERY)
+@pytest.mark.parametrize(
+    ("attention", "cache"), [*EVERY, *(pytest.param(attention, True, marks=pytest.mark.full) for attention in GROUPED)]
+)
 def test_the_graph_is_standard_and_holds_no_length(attention, cache):
     graph = traced(attention, cache).graph
     config = model_of(attention, 1).config

@@ -11,7 +11,8 @@ from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfi
 
 from diffattn.model.fused import DIFF_FUSED
 
-DIFFERENTIAL = ("diff_v1", "diff_v2")
+DIFFERENTIAL = ("diff_v1", "diff_v2", "diff_gda")
+COMPILED = ("diff_v1", "diff_v2", pytest.param("diff_gda", marks=pytest.mark.full))
 LENGTH = 13
 MAX_LENGTH = 17
 PADDING = (0, 3, 7)
@@ -142,7 +143,7 @@ def kernels(graph: torch.fx.GraphModule) -> int:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("padding", [False, True])
-@pytest.mark.parametrize("attention", DIFFERENTIAL)
+@pytest.mark.parametrize("attention", COMPILED)
 def test_training_step_compiles_into_one_graph_with_the_kernel_in_it(attention, padding):
     from torch._dynamo.backends.debugging import aot_eager
 
@@ -167,7 +168,7 @@ def test_training_step_compiles_into_one_graph_with_the_kernel_in_it(attention, 
 @needs_the_kernel
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("attention", DIFFERENTIAL)
+@pytest.mark.parametrize("attention", COMPILED)
 @torch.no_grad()
 def test_decoding_with_a_static_cache_is_one_graph_for_every_position(attention):
     model, ids = small_model(attention), tokens(2, 9)
@@ -189,7 +190,7 @@ def test_decoding_with_a_static_cache_is_one_graph_for_every_position(attention)
 @needs_the_kernel
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("padding", [False, True])
-@pytest.mark.parametrize("attention", DIFFERENTIAL)
+@pytest.mark.parametrize("attention", COMPILED)
 @torch.no_grad()
 def test_export_gives_a_program_for_every_batch_and_length(attention, padding):
     model = small_model(attention, use_cache=False)

@@ -22,6 +22,8 @@ MODELS = {
     "softmax": ("softmax", {"qk_norm": True, "attention_bias": True, "attention_output_bias": True}),
     "diff_v1": ("diff_v1", {"qk_norm": True}),
     "diff_v2": ("diff_v2", {"attention_output_bias": True, "tie_word_embeddings": False}),
+    "diff_gda": ("diff_gda", {"lambda_init": [-0.1, 0.2, 0.4]}),
+    "diff_gda_v2": ("diff_gda_v2", {}),
     "dex": ("dex", {"dex_heads": [[1, 5], [11, 2, 7], [0, 10]], "mlp_bias": True}),
     "dex of all heads": ("dex", {}),
 }
@@ -95,7 +97,8 @@ def test_each_rank_holds_its_heads_whole_pairs_with_their_key_head(name, ran):
         queries, groups = config.num_attention_heads, config.num_key_value_heads
         per_group = queries // groups
         if config.subtracts_maps:
-            assert per_group % 2 == 0
+            # A noise head is on the rank of its signal heads.
+            assert per_group % (config.signals_per_noise + 1) == 0
         assert torch.equal(found["q_proj"], attention.q_proj.weight[rows(queries, attention.width)])
         for key in ("k_proj", "v_proj"):
             assert torch.equal(found[key], getattr(attention, key).weight[rows(groups, attention.head_dim)])
@@ -103,19 +106,19 @@ def test_each_rank_holds_its_heads_whole_pairs_with_their_key_head(name, ran):
         assert len(found["q_proj"]) // attention.width == per_group * len(found["k_proj"]) // attention.head_dim
         outputs = attention.o_proj.in_features // RANKS
         assert torch.equal(found["o_proj"], attention.o_proj.weight[:, rank * outputs : (rank + 1) * outputs])
-        assert ("lambda_proj" in found) == (name == "diff_v2")
-        if name == "diff_v2":
-            assert torch.equal(found["lambda_proj"], attention.lambda_proj.weight[rows(queries // 2, 1)])
+        assert ("lambda_proj" in found) == (name in ("diff_v2", "diff_gda_v2"))
+        if "lambda_proj" in found:
+            assert torch.equal(found["lambda_proj"], attention.lambda_proj.weight[rows(config.output_heads, 1)])
 
 
-@pytest.mark.parametrize("name", ["diff_v1", "diff_v2"])
+@pytest.mark.parametrize("name", ["diff_v1", "diff_v2", "diff_gda"])
 def test_the_kernel_serves_each_ranks_heads(name, ran):
     model = model_of(name)
     query = torch.zeros(1, 1, 2, 10)
     available = fused_cpu.unsupported(Call(query, query, query, query, torch.zeros(1, 1, 2, 20), 0.0)) is None
     for rank in range(RANKS):
         found = load_file(ran / f"{name} {rank}.safetensors")
-        heads = model.config.num_attention_heads // 2 // RANKS
+        heads = model.config.output_heads // RANKS
         assert found[f"kernel {DIFF_FUSED}"] == (heads if available else 0)
         assert found["kernel sdpa"] == 0
 
@@ -146,7 +149,15 @@ def test_more_ranks_than_key_heads_are_refused_in_one_line(ran):
 
 
 @pytest.mark.parametrize(
-    ("attention", "works"), [("softmax", [1, 2, 4]), ("diff_v1", [1, 2]), ("diff_v2", [1, 2, 4]), ("dex", [1, 2, 4])]
+    ("attention", "works"),
+    [
+        ("softmax", [1, 2, 4]),
+        ("diff_v1", [1, 2]),
+        ("diff_v2", [1, 2, 4]),
+        ("diff_gda", [1, 2]),
+        ("diff_gda_v2", [1, 2, 4]),
+        ("dex", [1, 2, 4]),
+    ],
 )
 def test_numbers_of_ranks_that_part_a_pair_or_a_key_head_are_refused(attention, works):
     config = DiffTransformerConfig.from_shape(SHAPE, "softmax" if attention == "dex" else attention)
