@@ -20,6 +20,7 @@ MODELS = {
     "softmax": ("softmax", {}),
     "diff_v1": ("diff_v1", {}),
     "diff_v2": ("diff_v2", {"qk_norm": True, "attention_bias": True}),
+    "grouped": ("diff_gda", {"hidden_act": "poly_norm", "lambda_init": [-0.1, 0.2, 0.4]}),
     "windows": (
         "diff_v1",
         {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},

@@ -28,6 +28,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "diff_v2": ("diff_v2", {"tie_word_embeddings": True, "attention_bias": True}),
     "dex": ("dex", {"dex_heads": [[1, 5], [11, 2, 7]], "mlp_bias": True}),
     "gated": ("gated", {}),
+    "diff_gda": ("diff_gda", {"lambda_std": 0.4}),
 }
 BATCH, LENGTH = 4, 9
 
