@@ -44,6 +44,20 @@ def test_attention() -> None:
                 assert cell == ratio_of_attention(file, case, PHASES[phase], dtype, keys), (name, case)
 
 
+def test_shared_noise_heads() -> None:
+    _, body = table(PAGE, "forward | 4:1")
+    assert len(body) == 4
+    for name, *cells in body:
+        dtype, keys = re.fullmatch(r"(\w+), (\d+) tokens", name).groups()  # type: ignore[union-attr]
+        (found,) = (
+            row
+            for row in rows("attention_shared.jsonl")
+            if (row["case"], row["dtype"]) == ("gda_fused", dtype) and row["problem"]["keys"] == int(keys)
+        )
+        assert cells == [f"{found['ratio_to'][to]['median']:.2f}" for to in ("v1_grouped_fused", "softmax")], name
+        assert found["ratio_to"]["v1_grouped_fused"]["kept"], name
+
+
 def ratio_of_a_step(model: str, to: str, dtype: str, problem: tuple[int, int]) -> str:
     (found,) = (
         row
