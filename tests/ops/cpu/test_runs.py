@@ -150,6 +150,7 @@ REPEATED: dict[str, dict[str, Any]] = {
     "several groups": {"T": 150, "H": 6, "G": 3, "D": 8, "Dv": 16},
     "padded": {"T": 150, "H": 6, "G": 3, "D": 8, "Dv": 16, "key_padding": padded(150, 13, 31)},
     "decoding": {"T": 1, "S": 1100, "H": 2, "G": 1, "D": 8, "Dv": 16},
+    "four signal heads to a noise head": {"T": 70, "H": 8, "noise_heads": 2, "G": 1, "D": 8, "Dv": 16},
 }
 
 
