@@ -55,6 +55,7 @@ test-ray: $(READY) ## the tests that start Ray on this machine
 # vLLM wants an environment apart (3.4 GB); the comparison takes about 10 minutes and writes its rows.
 test-vllm: .venv-vllm/ready ## the models in vLLM beside generate, in .venv-vllm
 	.venv-vllm/bin/python -m benchmarks.vllm_tokens --out benchmarks/results/vllm.jsonl
+	.venv-vllm/bin/python -m benchmarks.vllm_requests --python $(BIN)/python --out benchmarks/results/vllm_requests.jsonl
 
 .venv-vllm/ready: benchmarks/vllm_requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv-vllm

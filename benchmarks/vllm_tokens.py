@@ -200,23 +200,24 @@ def served(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[str]:
-    """The address of ``diffattn serve --engine vllm`` over a folder, once it answers."""
+def server(folder: Path, engine: str = "vllm", python: str = sys.executable) -> Iterator[str]:
+    """The address of ``diffattn serve`` with an engine over a folder, once it answers."""
     import urllib.error
     import urllib.request
 
     log = folder.with_suffix(".log")
-    command = [sys.executable, "-m", "diffattn", "serve", str(folder), "--engine", "vllm", "--port", "0"]
+    command = [python, "-m", "diffattn", "serve", str(folder), "--engine", engine, "--port", "0"]
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(
             command, stdout=errors, stderr=errors, env=os.environ | {"DIFFATTN_API_KEY": KEY}, start_new_session=True
         )
     try:
-        for _ in range(600):
+        # It compiles the model first, which takes minutes where the machine is busy.
+        for _ in range(1800):
             said = log.read_text(encoding="utf-8")
             if process.poll() is not None:
                 raise RuntimeError(said)
-            if found := re.search(r"starting vllm .* on (http://\S+)/v1", said):
+            if found := re.search(r"(?:starting|serving) .* on (http://\S+)/v1", said):
                 try:
                     with urllib.request.urlopen(f"{found[1]}/health", timeout=5):
                         break
