@@ -7,13 +7,13 @@ import torch
 from support.ecosystem import MODELS, SHAPE, small
 from support.small_folders import small_tokenizer
 from transformers import (
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     pipeline,
 )
 
 from diffattn.model.configuration import DiffTransformerConfig
-from diffattn.model.heads import DiffTransformerForMaskedLM
 from diffattn.variants import VARIANTS
 
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]
@@ -80,7 +80,7 @@ def test_labels_are_found(kind: str, task: str, auto, tmp_path: Path) -> None:
 def test_an_encoder_fills_a_mask(attention: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
     config = DiffTransformerConfig.from_shape(SHAPE, attention, is_causal=False, pad_token_id=0)
-    pipe = pipeline("fill-mask", folder(tmp_path, DiffTransformerForMaskedLM(config)))
+    pipe = pipeline("fill-mask", folder(tmp_path, AutoModelForMaskedLM.from_config(config)))
     found = pipe(f"new lower {pipe.tokenizer.mask_token} wide", top_k=3)
     assert len(found) == 3
     assert found[0]["score"] >= found[1]["score"] >= found[2]["score"] > 0

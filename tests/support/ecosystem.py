@@ -17,13 +17,13 @@ from diffattn.variants import ATTENTIONS
 
 LLAMA = "llama"
 MODELS = (LLAMA, *ATTENTIONS)
-# Multiples of 64, which is the block of a quantiser.
+# bitsandbytes wants blocks of 64 numbers, and on processors with AVX512-BF16 a multiple of 32 rows in every matrix.
 SHAPE = ModelShape(
     hidden_size=64,
     num_layers=2,
     num_heads=4,
     num_kv_heads=2,
-    head_dim=16,
+    head_dim=32,
     intermediate_size=128,
     vocab_size=300,
     max_position_embeddings=128,
@@ -46,7 +46,7 @@ def small(kind: str, *, seed: int = 0, **config) -> PreTrainedModel:
         LlamaConfig(
             hidden_size=SHAPE.hidden_size, num_hidden_layers=SHAPE.num_layers, num_attention_heads=SHAPE.num_heads,
             num_key_value_heads=SHAPE.num_kv_heads, intermediate_size=SHAPE.intermediate_size,
-            vocab_size=SHAPE.vocab_size, max_position_embeddings=SHAPE.max_position_embeddings,
+            head_dim=SHAPE.head_dim, vocab_size=SHAPE.vocab_size, max_position_embeddings=SHAPE.max_position_embeddings,
             tie_word_embeddings=SHAPE.tie_word_embeddings, initializer_range=0.15, **config,
         )
     ).eval()  # fmt: skip
