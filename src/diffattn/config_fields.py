@@ -120,10 +120,11 @@ _FLAG_OR_OWN = Field(_FLAG.allows, "true, false or null", optional=True)
 
 
 def _below_one(value: object) -> bool:
-    return is_number(value) and -1e30 < value < 1
+    given = value if isinstance(value, list) else [value]
+    return bool(given) and all(is_number(each) and -1e30 < each < 1 for each in given)
 
 
-# float32 cannot hold a smaller ε, and a larger one hides the number that it is added to.
+# A smaller ε is none in float32, and a larger one hides what it is added to.
 _EPSILON = _number("a finite number above 0 (1e-37 to 1)", lambda value: 1e-37 <= value <= 1)
 _SPREAD = _number("a finite number from 0 to 100", lambda value: 0 <= value <= 100)
 # float32 can hold these numbers and their reciprocals.
@@ -133,6 +134,7 @@ _FACTORS = Field(
     "a list of finite numbers above 0",
 )
 _SIZE = integer(10**7)
+_NOISE = replace(integer(10**5, optional=True), way_out="leave it out for one noise head for each key/value head")
 _POSITIONS = integer(10**9)
 _TOKEN = Field(lambda value: is_whole(value) and value >= 0, "the id of a token, from 0, or null", optional=True)
 _TOKENS = Field(
@@ -155,12 +157,8 @@ FIELDS: dict[str, Field] = {
     "num_attention_heads": integer(10**5),
     "num_key_value_heads": integer(10**5, optional=True),
     "head_dim": integer(10**5, optional=True),
-    "num_noise_heads": replace(
-        integer(10**5, optional=True), way_out="leave it out for one noise head for each key/value head"
-    ),
-    "signals_per_noise": replace(
-        integer(10**5, optional=True), way_out="leave it out for one noise head for each key/value head"
-    ),
+    "num_noise_heads": _NOISE,
+    "signals_per_noise": _NOISE,
     "hidden_act": Field(lambda value: isinstance(value, str), "the name of an activation function"),
     "max_position_embeddings": _POSITIONS,
     "initializer_range": _SPREAD,
@@ -175,12 +173,7 @@ FIELDS: dict[str, Field] = {
     "rope_theta": replace(_FACTOR, way_out="the default is 10000.0"),
     # Each head of V1 is scaled by 1 − lambda_init.
     "lambda_init": Field(
-        lambda value: (
-            _below_one(value) or (isinstance(value, list) and bool(value) and all(_below_one(each) for each in value))
-        ),
-        "a finite number below 1, or a list with one for each layer",
-        optional=True,
-        way_out="leave it out for the paper's schedule",
+        _below_one, "a finite number below 1, or a list with one for each layer", True, "leave it out for the schedule"
     ),
     "lambda_std": _SPREAD,
     "subln_affine": _FLAG,
@@ -224,9 +217,7 @@ FIELDS: dict[str, Field] = {
         optional=True,
     ),
 }
-_LONG_SCALE = Field(
-    lambda value: is_number(value) and 0 <= value < 1e30, "a finite number from 0, or null", optional=True
-)
+_LONG_SCALE = _number("a finite number from 0, or null", lambda value: 0 <= value < 1e30, optional=True)
 _OPTIONAL_FACTOR = Field(_FACTOR.allows, "a finite number above 0 (1e-30 to 1e30), or null", optional=True)
 # The fields of rope_parameters, and below it, for each type, those that must be there.
 _ROPE_FIELDS: dict[str, Field] = {

@@ -120,7 +120,7 @@ def test_configuration_without_numbers_of_groups_has_pairs_as_v1_and_v2_have():
         ({"num_attention_heads": 7, "num_key_value_heads": 7}, ["num_noise_heads=2", "change num_attention_heads"]),
         ({"head_dim": None, "hidden_size": 61}, ["hidden_size=61", "12 heads of softmax attention", "head_dim"]),
         ({"lambda_init": [0.1]}, ["lambda_init with 1 numbers", "each of the 3 layers"]),
-        ({"lambda_init": [0.1, 0.2, 1.0]}, ["lambda_init=[0.1, 0.2, 1.0]", "below 1", "schedule"]),
+        ({"lambda_init": [0.1, 0.2, 1.0]}, ["lambda_init=[0.1, 0.2, 1.0]", "below 1", "the schedule"]),
         ({"lambda_init": []}, ["lambda_init=[]", "below 1"]),
         ({"pairs_share_group": False}, ["pairs_share_group=False", "diff_v2"]),
         ({"lambda_form": "one"}, ["lambda_form='one'", "diff_v2 or diff_gda_v2"]),

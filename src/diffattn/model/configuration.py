@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from diffattn.config_fields import FIELDS, POLY_NORM, check, check_ids, check_rope
 from diffattn.errors import ConfigError
+from diffattn.head_lists import check_dex_heads, check_groups, check_lambda_init, noise_heads_of
 from diffattn.layer_kinds import SLIDING, check_unrotated, layer_types_of
 from diffattn.plan.shape import ModelShape
 from diffattn.variants import ATTENTIONS, DEFAULT, Heads, OwnTensor, Variant
@@ -145,8 +146,6 @@ class DiffTransformerConfig(PreTrainedConfig):
         for name, value in kwargs.items():
             check(FIELDS, name, value)
         variant = self.record
-        # How many heads of the call, or halves of them, stand for one head of the softmax Transformer.
-        parts = variant.query_factor * variant.join
         if self.subtracts_maps and not variant.shares_noise and self.num_attention_heads % 2:
             raise ConfigError(
                 f"num_attention_heads={self.num_attention_heads} with attention={self.attention!r}",
@@ -154,9 +153,11 @@ class DiffTransformerConfig(PreTrainedConfig):
                 "choose one more or one less",
             )
         if self.num_key_value_heads is None:
-            # Grouped differential attention without any number of them has pairs, as V1 and V2 have.
+            parts = variant.query_factor * variant.join
             self.num_key_value_heads = self.num_noise_heads or max(1, self.num_attention_heads // parts)
-        self._set_noise_heads()
+        self.num_noise_heads = noise_heads_of(
+            self.attention, self.num_noise_heads, self.num_attention_heads, self.num_key_value_heads
+        )
         if self.head_dim is None:
             # n heads of width D / n are replaced, which the one call joins under V1.
             heads = self.output_heads * variant.join
@@ -167,20 +168,7 @@ class DiffTransformerConfig(PreTrainedConfig):
                     "change one of them or set head_dim",
                 )
             self.head_dim = self.hidden_size // heads * variant.join
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ConfigError(
-                f"num_key_value_heads={self.num_key_value_heads} with num_attention_heads={self.num_attention_heads}",
-                "a number of key/value heads that divides that of the query heads",
-                f"choose a divisor of {self.num_attention_heads}",
-            )
-        group = self.num_attention_heads // self.num_key_value_heads
-        if self.subtracts_maps and not variant.shares_noise and group % 2:
-            raise ConfigError(
-                f"num_key_value_heads={self.num_key_value_heads} with num_attention_heads={self.num_attention_heads} "
-                f"and attention={self.attention!r}",
-                "an even ratio of the two, because both maps of a head share one key/value head",
-                "halve the key/value heads",
-            )
+        check_groups(self.attention, self.num_attention_heads, self.num_key_value_heads)
         if self.rope_width % 2:
             raise ConfigError(
                 f"head_dim={self.head_dim} with rotary positions, which turn pairs of channels"
@@ -189,7 +177,7 @@ class DiffTransformerConfig(PreTrainedConfig):
                 "change head_dim",
             )
         self._check_switches()
-        self._check_dex_heads()
+        check_dex_heads(self.attention, self.dex_heads, self.num_hidden_layers, self.num_attention_heads)
         # Always a list: engines read it from every model that has the field.
         self.layer_types = layer_types_of(self.sliding_window, self.layer_types, self.num_hidden_layers)
         check_unrotated(self.unrotated_layers, self.num_hidden_layers)
@@ -204,41 +192,8 @@ class DiffTransformerConfig(PreTrainedConfig):
         check_activation(self.hidden_act)
         check_ids(vars(self), self.vocab_size)
 
-    def _set_noise_heads(self) -> None:
-        if not self.record.shares_noise:
-            if self.num_noise_heads is not None:
-                raise ConfigError(
-                    f"num_noise_heads={self.num_noise_heads} with attention={self.attention!r}",
-                    " or ".join(name for name, record in ATTENTIONS.items() if record.shares_noise),
-                    "leave it out",
-                )
-            return
-        groups, heads = self.num_key_value_heads, self.num_attention_heads
-        assert groups is not None
-        if self.num_noise_heads is None:
-            self.num_noise_heads = groups
-        given = f"num_noise_heads={self.num_noise_heads}"
-        if heads % self.num_noise_heads or self.num_noise_heads == heads:
-            possible = [str(noise) for noise in range(1, heads // 2 + 1) if heads % noise == 0 and noise % groups == 0]
-            raise ConfigError(
-                f"{given} with num_attention_heads={heads}, which counts both kinds",
-                "equally many signal heads, at least one, for each noise head",
-                f"take {', '.join(possible)}" if possible else "change num_attention_heads",
-            )
-        if self.num_noise_heads % groups:
-            raise ConfigError(
-                f"{given} with num_key_value_heads={groups}",
-                f"a multiple of {groups}, because a noise head and its signal heads share one key/value head",
-                "change one of them",
-            )
-
     def _check_switches(self) -> None:
-        if isinstance(self.lambda_init, list) and len(self.lambda_init) != self.num_hidden_layers:
-            raise ConfigError(
-                f"lambda_init with {len(self.lambda_init)} numbers",
-                f"one for each of the {self.num_hidden_layers} layers",
-                "correct the list, or give one number for all layers",
-            )
+        check_lambda_init(self.lambda_init, self.num_hidden_layers)
         if self.head_norm and not self.record.takes_norm:
             *most, last = (name for name, record in ATTENTIONS.items() if record.takes_norm)
             raise ConfigError(
@@ -281,26 +236,6 @@ class DiffTransformerConfig(PreTrainedConfig):
         """True where each output head passes an RMSNorm."""
         return self.record.norm if self.head_norm is None else self.head_norm
 
-    def _check_dex_heads(self) -> None:
-        if self.dex_heads is None:
-            return
-        known = range(self.num_attention_heads)
-        if not self.record.chosen_heads:
-            raise ConfigError(f"dex_heads with attention={self.attention!r}", "attention='dex'", "leave out dex_heads")
-        if len(self.dex_heads) != self.num_hidden_layers:
-            raise ConfigError(
-                f"dex_heads with {len(self.dex_heads)} lists",
-                f"one list for each of the {self.num_hidden_layers} layers",
-                "give an empty list to a layer in which no head subtracts",
-            )
-        for layer, heads in enumerate(self.dex_heads):
-            if len(set(heads)) < len(heads) or not set(heads) <= set(known):
-                raise ConfigError(
-                    f"dex_heads of layer {layer} is {heads}",
-                    f"each of 0 to {self.num_attention_heads - 1} at most once",
-                    "correct the list",
-                )
-
     def layer_dex_heads(self, layer: int) -> list[int]:
         """The heads of a layer (from 0) that subtract under DEX."""
         return list(range(self.num_attention_heads)) if self.dex_heads is None else self.dex_heads[layer]
@@ -325,7 +260,7 @@ class DiffTransformerConfig(PreTrainedConfig):
 
     @property
     def signals_per_noise(self) -> int:
-        """The signal heads that share a noise head; they stand before it among the query heads."""
+        """The signal heads that stand before the noise head which they share."""
         return self.output_heads // self.noise_heads if self.subtracts_maps else 1
 
     @property
@@ -447,10 +382,9 @@ class DiffTransformerConfig(PreTrainedConfig):
         assert self.rope_parameters is not None
         call = Heads(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
         replaced = self.record.replaced(call, self.num_noise_heads)
-        # As many as possible need not be said.
         shared = self.signals_per_noise if self.record.shares_noise else None
-        if shared is not None and 1 < shared == replaced.queries // replaced.groups:
-            shared = None
+        # As many as possible need not be said.
+        said = None if shared and 1 < shared == replaced.queries // replaced.groups else shared
         return ModelShape(
             hidden_size=self.hidden_size,
             num_layers=self.num_hidden_layers,
@@ -462,5 +396,5 @@ class DiffTransformerConfig(PreTrainedConfig):
             tie_word_embeddings=self.tie_word_embeddings,
             max_position_embeddings=self.max_position_embeddings,
             rope_theta=self.rope_parameters["rope_theta"],
-            signals_per_noise=shared,
+            signals_per_noise=said,
         )

@@ -38,6 +38,7 @@ _SHIPPED = {
     "diffattn.plan.shape": "diff_shape",
     "diffattn.config_fields": "diff_config_fields",
     "diffattn.layer_kinds": "diff_layer_kinds",
+    "diffattn.head_lists": "diff_head_lists",
     "diffattn.variants": "diff_variants",
     "diffattn.attention_flops": "diff_attention_flops",
     "diffattn.quantities": "diff_quantities",
