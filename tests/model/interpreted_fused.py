@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -77,7 +78,7 @@ def compare_logits(attention: str, ids: Tensor, real: Tensor | None = None, **op
     nearer(*(x if real is None else x[real] for x in results))
 
 
-@both
+@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2", "diff_gda"])
 def test_losses_and_gradients(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     served = recorded_calls(monkeypatch)
     ids = tokens(2, 13)
@@ -106,11 +107,13 @@ def test_training_copies_no_queries_and_keys(attention: str, monkeypatch: pytest
     model(ids, labels=ids, use_cache=False).loss.backward()
 
 
-@both
-def test_a_padded_batch(attention: str) -> None:
+@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2", "diff_gda", "diff_gda_v2"])
+def test_a_padded_batch(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = recorded_calls(monkeypatch)
     ids, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
     mask[0, :4] = 0
     compare_logits(attention, ids, mask.bool(), attention_mask=mask)
+    assert served[:2] == ["triton"] * 2
 
 
 @both
@@ -121,8 +124,10 @@ def test_a_packed_row(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert served == ["triton"] * 2
 
 
-@both
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize(
+    ("attention", "cache"),
+    [*itertools.product(("diff_v1", "diff_v2"), (None, "static")), ("diff_gda", "static")],
+)
 def test_greedy_text(attention: str, cache: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of 11 tokens and then one at a time: every token is the one that a standard call's logits would take."""
     served = recorded_calls(monkeypatch)
