@@ -117,15 +117,14 @@ SWEEP: list[tuple[str, str, dict[str, Any]]] = [
     (
         f"{signals}:1 of {noises} in {groups}, V{1 + one_key}, {mask}",
         form,
-        {"H": signals * noises, "noise_heads": noises, "G": groups, "one_key": one_key, **options},
+        {"B": 1, "H": signals * noises, "noise_heads": noises, "G": groups, "one_key": one_key, **options},
     )
-    for signals in (2, 3, 5)
-    for noises, groups in ((1, 1), (4, 2))
+    for signals, noises, groups in ((2, 1, 1), (2, 4, 2), (3, 2, 1), (5, 2, 2))
     for one_key, form in ((False, ""), (True, "apart"), (False, "described"))
     for mask, options in {
         "causal, T < S": LONGER,
         "not causal, T > S": {"T": 43, "S": 21, "causal": False},
-        "padded": {"T": 37, "padded": True},
+        "padded": {"B": 2, "T": 21, "padded": True},
         "packed": {"sequences": (5, -31, 1, 14)},
         "static cache": {"T": 3, "S": 43, "written": 24},
         "window": {"T": 37, "S": 43, "window": 12},
