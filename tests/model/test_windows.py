@@ -13,6 +13,7 @@ from transformers import (
     ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
+    QuantizedCache,
     Qwen2Config,
     Qwen2ForCausalLM,
     SmolLM3Config,
@@ -25,12 +26,14 @@ from diffattn.layer_kinds import FULL, SLIDING
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.fused import DIFF_FUSED, diff_fused_mask
 from diffattn.model.masks.pattern import Pattern
+from diffattn.probes.lens import attention_maps
 
 LENGTH = 21
 WINDOW = 5
 # The middle layer sees the whole text, and the last one turns no positions.
 MIXED = {"sliding_window": WINDOW, "layer_types": [SLIDING, FULL, SLIDING], "unrotated_layers": [2]}
 ALL = {"sliding_window": WINDOW}
+GENERATING = ["softmax", "diff_v1", "diff_v2", "diff_gda"]
 
 
 def windowed(attention: str, implementation: str | None = None, fields: dict = MIXED, **config):
@@ -231,7 +234,7 @@ def recomputed(model, ids: Tensor, count: int = 9) -> Tensor:
 
 
 @pytest.mark.parametrize("fields", [MIXED, ALL], ids=["mixed", "all"])
-@pytest.mark.parametrize("attention", ["softmax", "diff_v1", "diff_v2"])
+@pytest.mark.parametrize("attention", GENERATING)
 @torch.no_grad()
 def test_generate_writes_what_a_computation_without_a_cache_writes(attention, fields):
     model, ids = windowed(attention, fields=fields), tokens(2, 7)
@@ -251,7 +254,7 @@ def test_generate_writes_what_a_computation_without_a_cache_writes(attention, fi
 
 
 @pytest.mark.parametrize("fields", [MIXED, ALL], ids=["mixed", "all"])
-@pytest.mark.parametrize("attention", ["softmax", "diff_v1", "diff_v2"])
+@pytest.mark.parametrize("attention", GENERATING)
 @torch.no_grad()
 def test_continuous_batching_gives_every_request_its_own_tokens(attention, fields):
     model = windowed(attention, fields=fields)
@@ -278,3 +281,20 @@ def test_a_configuration_with_windows_survives_a_file(tmp_path):
     config = DiffTransformerConfig.from_shape(SHAPE, "diff_v1", **MIXED)
     config.save_pretrained(tmp_path)
     assert DiffTransformerConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@torch.no_grad()
+def test_maps_hold_nothing_beyond_the_window():
+    for attention in ("softmax", "diff_v2"):
+        model = windowed(attention)
+        beyond = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(-WINDOW)
+        for layer, seen in enumerate((False, True, False)):
+            weights = torch.tensor(attention_maps(model, tokens(1, LENGTH), layer=layer, head=1).map_pos)
+            torch.testing.assert_close(weights.sum(-1), torch.ones(LENGTH))
+            assert bool(weights[beyond].abs().sum() > 0.1) == seen
+            assert (weights[beyond] == 0).all() or seen
+
+
+def test_the_library_refuses_windows_in_a_quantised_cache():
+    with pytest.raises(ValueError, match="only supported for models with only full attention layers"):
+        QuantizedCache("quanto", windowed("diff_v1").config)
