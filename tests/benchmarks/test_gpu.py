@@ -59,6 +59,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.full
 def test_a_run_says_once_where_it_is_from_and_every_section_gives_rows(rows: list[dict]) -> None:
     run, *measured = rows
     assert run["what"] == "run"
@@ -111,6 +112,7 @@ def test_a_cards_kept_rows_are_one_run_in_a_small_file(card: str) -> None:
     assert all(row["what"] != "run" and row["gpu"] == run["gpu"] for row in measured)
 
 
+@pytest.mark.full
 def test_what_serves_is_right(rows: list[dict]) -> None:
     checked = [row for row in rows if row["what"] == "correctness" and "errors" in row]
     assert {row["case"] for row in checked} >= {"softmax_math", "v1_padded_math", "v1_unequal_math", "v2_standard_math"}
@@ -118,6 +120,7 @@ def test_what_serves_is_right(rows: list[dict]) -> None:
     assert not any(sum(row["nan_values"].values()) for row in rows if row["what"] == "nan" and "nan_values" in row)
 
 
+@pytest.mark.full
 def test_the_kernels_run_or_say_why_not(rows: list[dict]) -> None:
     kernels = [row for row in rows if "triton" in row.get("case", "")]
     sections = {"correctness", "timing", "decoding", "packed", "step", "launching"}
@@ -131,6 +134,7 @@ def test_the_kernels_run_or_say_why_not(rows: list[dict]) -> None:
             assert row.get("same_bits_in_graph", True)
 
 
+@pytest.mark.full
 def test_users_calls_are_measured_and_what_serves_them_is_named(rows: list[dict]) -> None:
     served = [row for row in rows if row["what"] == "served"]
     assert {row["standard"]["way"] for row in served} == {"v1_padded", "v2_standard"}
@@ -146,11 +150,13 @@ def test_users_calls_are_measured_and_what_serves_them_is_named(rows: list[dict]
     assert all(row["way"] in ("v1_padded", "v2_standard") for row in standard if row["what"] == "timing")
 
 
+@pytest.mark.full
 def test_one_and_four_queries_are_decoded(rows: list[dict]) -> None:
     decoded = [row for row in rows if row["what"] == "decoding" and row["case"] == "softmax_default"]
     assert [row["problem"]["queries"] for row in decoded] == [1, 4]
 
 
+@pytest.mark.full
 def test_packed_rows_are_right(rows: list[dict]) -> None:
     checked = [row for row in rows if row["what"] == "packed" and "errors" in row]
     assert {row["case"] for row in checked} >= {"v1_diff_attention_standard", "v2_diff_attention_standard"}
@@ -173,6 +179,7 @@ def test_the_checks_on_a_card_take_every_entry_of_its_block_table(chip: str, nam
     }
 
 
+@pytest.mark.full
 def test_tables_of_other_rows_have_the_columns_that_these_have(rows: list[dict]) -> None:
     renamed = [
         row | {"case": row["case"].replace("attention_fused_triton", "attention_auto")} if "case" in row else row
@@ -188,6 +195,7 @@ def test_tables_of_other_rows_have_the_columns_that_these_have(rows: list[dict])
     assert "decoding" in found["microseconds of the host"][4]
 
 
+@pytest.mark.full
 def test_refusals_are_reasons(rows: list[dict]) -> None:
     refused = [row for row in rows if row["what"] == "timing" and "unsupported" in row]
     assert refused

@@ -118,7 +118,7 @@ def test_measure_puts_both_beside_each_other(
         (("--model", "diff_v3:3B"), "did you mean diff_v2"),
         (("--model", "banana"), "model 'banana'"),
         (("--model", ""), "model ''"),
-        (("--model", "diff:3B"), "diff_v1 and diff_v2 fit"),
+        (("--model", "diff:3B"), "diff_v1 and diff_v2 and diff_gda and diff_gda_v2 fit"),
         (("--machine", ""), "machine ''"),
         (("--machine", "RTX"), "RTX 4090 and RTX 3060 12GB fit"),
         (("--fits", "8"), "memory '8'"),

@@ -139,7 +139,7 @@ for _name, _value, _says in (
     *(("hidden_act", value, "hidden_act") for value in ("x", 5, None, ["silu"])),
     *(("dtype", value, f"dtype={value!r}; wanted one of float32, ") for value in (0, "float7", "int8", [], True)),
     *(("attention", value, "attention=") for value in ("diff", None, 1, ["diff_v1"])),
-    *(("lambda_init", value, "lambda_init=") for value in (NAN, 1, -0.1, "0.8", True)),
+    *(("lambda_init", value, "lambda_init=") for value in (NAN, 1, 1.5, "0.8", True)),
     ("lambda_form", "tanh", "lambda_form='tanh'"), ("head_norm", "no", "head_norm='no'"),
     ("dex_heads", [[0], 1], "dex_heads="), ("dex_heads", [[0], [0], [0]], "wanted attention='dex'"),
     *(("sliding_window", value, f"sliding_window={value!r}; wanted an integer from 2") for value in (1, 0, "8", 2.0)),

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.full
 @pytest.mark.timeout(600)
 def test_in_the_interpreter() -> None:
     # The CPU kernel would serve before the Triton kernels.

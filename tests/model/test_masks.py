@@ -106,6 +106,7 @@ def test_a_mask_of_ints_is_never_taken_for_the_kernels_own(attention):
         assert (expected - model(ids).logits).abs().max() > 0.1
 
 
+@pytest.mark.full
 # Flex attention compiles itself, and the libraries' own code meets what this version of torch has retired.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @torch.no_grad()

@@ -82,8 +82,9 @@ class LadderRun(Result):
 
     def to_json(self) -> dict[str, object]:
         """Returns the row as JSON takes it, without the fields that the file it came from lacks."""
-        fields = super().to_json().items()
-        return {_NAMES.get(name, name): value for name, value in fields if value is not None}
+        # A file that says no group means 1.
+        fields = {name: value for name, value in super().to_json().items() if (name, value) != ("group", 1)}
+        return {_NAMES.get(name, name): value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,6 +169,7 @@ def test_one_graph_serves_every_length(dtype: torch.dtype) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.full
 # Importing inductor warns that torch's own use of torch.jit is deprecated.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @both_dtypes

@@ -62,6 +62,7 @@ def test_what_no_program_writes_stays_poisoned(rows: list[dict]) -> None:
     assert row["unwritten"]
 
 
+@pytest.mark.full
 def test_the_suite_of_a_gpu_runs_in_the_interpreter() -> None:
     """Small, so that what a GPU will run has run before, and has found nothing."""
     suite = Path(__file__).with_name("test_on_gpu.py")
