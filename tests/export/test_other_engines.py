@@ -18,7 +18,7 @@ from diffattn.export.run import PAST, PRESENT
 # What the tools warn of is theirs.
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]
 
-ATTENTIONS = ("softmax", "diff_v1", "diff_v2", "gated", "dex")
+ATTENTIONS = ("softmax", "diff_v1", "diff_v2", "diff_gda", "diff_gda_v2", "gated", "dex")
 NEW = 12
 PROMPT = tokens(1, 5)
 
