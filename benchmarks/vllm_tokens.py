@@ -79,21 +79,24 @@ def main() -> int:
             folder = Path(space) / variant
             prompts = write_model(folder, variant)
             expected, margin = answers_of_generate(folder, prompts)
-            for way, answers in (("LLM class", offline), ("diffattn serve", served)):
-                began = time.perf_counter()
-                rows.append(row(variant, way, expected, answers(folder, prompts), margin, time.perf_counter() - began))
-                write(rows[-1])
+            began = time.perf_counter()
+            same = [a == b for a, b in zip(expected, offline(folder, prompts), strict=True)]
+            rows.append(row(variant, "LLM class", expected, same, margin, time.perf_counter() - began))
+            write(rows[-1])
+            began = time.perf_counter()
+            same = [a == b for a, b in zip(texts(folder, expected), served(folder, prompts), strict=True)]
+            rows.append(row(variant, "diffattn serve", expected, same, margin, time.perf_counter() - began))
+            write(rows[-1])
     return 0 if all(row["identical"] == row["prompts"] for row in rows) else 1
 
 
 def row(
-    variant: str, way: str, expected: list[list[int]], answers: list[list[int]], margin: float, seconds: float
+    variant: str, way: str, expected: list[list[int]], same: list[bool], margin: float, seconds: float
 ) -> dict[str, Any]:
     from diffattn.serve.engines import installed_version
 
     facts = provenance("benchmarks.vllm_tokens")
     facts["versions"]["vllm"] = installed_version("vllm")
-    same = [a == b for a, b in zip(expected, answers, strict=True)]
     return {
         "engine": "vllm",
         "variant": variant,
@@ -175,8 +178,18 @@ def answers_offline(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def served(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """Asked all at once, with OpenAI's client."""
+def texts(folder: Path, answers: list[list[int]]) -> list[str]:
+    """The texts of answers as a server gives them: up to the token that ends a text, without special tokens."""
+    from diffattn.model.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    end = tokenizer.eos_token_id
+    cut = [answer[: answer.index(end)] if end in answer else answer for answer in answers]
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in cut]
+
+
+def served(folder: Path, prompts: list[list[int]]) -> list[str]:
+    """Asked all at once, with OpenAI's client and OpenAI's fields, in texts."""
     import openai
 
     with server(folder) as address:
@@ -188,12 +201,9 @@ def served(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
         else:
             raise AssertionError("vLLM's server takes any key")
 
-        def ask(prompt: list[int]) -> list[int]:
-            answer: Any = client.completions.create(
-                model=folder.name, prompt=prompt, max_tokens=TOKENS, temperature=0,
-                extra_body={"ignore_eos": True, "return_token_ids": True},
-            )  # fmt: skip
-            return answer.choices[0].token_ids
+        def ask(prompt: list[int]) -> str:
+            answer = client.completions.create(model=folder.name, prompt=prompt, max_tokens=TOKENS, temperature=0)
+            return answer.choices[0].text
 
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(ask, prompts))
