@@ -179,13 +179,16 @@ def answers_offline(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def texts(folder: Path, answers: list[list[int]]) -> list[str]:
-    """The texts of answers as a server gives them: up to the token that ends a text, without special tokens."""
+    """The texts of answers as a server gives them: up to the token that ends a text, without special tokens.
+
+    Bytes at the end that are no whole character yet are left out, since vLLM's server keeps them back.
+    """
     from diffattn.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     end = tokenizer.eos_token_id
     cut = [answer[: answer.index(end)] if end in answer else answer for answer in answers]
-    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in cut]
+    return [tokenizer.decode(answer, skip_special_tokens=True).rstrip("\ufffd") for answer in cut]
 
 
 def served(folder: Path, prompts: list[list[int]]) -> list[str]:
@@ -203,7 +206,7 @@ def served(folder: Path, prompts: list[list[int]]) -> list[str]:
 
         def ask(prompt: list[int]) -> str:
             answer = client.completions.create(model=folder.name, prompt=prompt, max_tokens=TOKENS, temperature=0)
-            return answer.choices[0].text
+            return answer.choices[0].text.rstrip("\ufffd")
 
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(ask, prompts))
