@@ -104,6 +104,11 @@ def launches(case: Case) -> Iterator[tuple[str, configs.Blocks | None, Launch]]:
         yield from zip(["span", "join"], [blocks, None], found, strict=True)
 
 
+def _line(row: dict[str, Any]) -> str:
+    """Returns a row as a line without spaces, since there are hundreds of rows in a file that git keeps."""
+    return json.dumps(row, separators=(",", ":")) + "\n"
+
+
 def rows_of(path: Path) -> dict[str, dict[str, Any]]:
     """The rows of a file by their keys; where a key came twice, the later row."""
     if not path.exists():
@@ -177,13 +182,13 @@ def main() -> None:
                     sizes = None if blocks is None else blocks._asdict()
                     described = {"benchmark": "gpu_offline", "kernel": kernel, **case._asdict(), "blocks": sizes}
                     row = described | {"taken": taken[code], "key": launch.key, "code": code} | origin
-                    file.write(json.dumps(row) + "\n")
+                    file.write(_line(row))
                     file.flush()
                     print(json.dumps({name: row[name] for name in (*Case._fields, "kernel", "taken")}), flush=True)
                 wanted[launch.key] = row
     # Rows that hold no longer go, in one step.
     whole = out.with_suffix(".new")
-    whole.write_text("".join(json.dumps(row) + "\n" for row in wanted.values()), encoding="utf-8")
+    whole.write_text("".join(map(_line, wanted.values())), encoding="utf-8")
     os.replace(whole, out)
 
 
