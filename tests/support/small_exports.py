@@ -8,11 +8,12 @@ from typing import Any
 import filelock
 import onnx_ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from support.small_folders import TOKENS, small_tokenizer
 from support.small_models import SHAPE, small_model
 
 from diffattn.export.graph import save, to_graph
-from diffattn.export.run import OnnxDecoder
+from diffattn.export.run import MAPS, OnnxDecoder
 from diffattn.model.loading import load_model
 from diffattn.model.modeling import DiffTransformerForCausalLM
 
@@ -69,7 +70,23 @@ TRACES = Traces()
 def traced(attention: str, cache: bool) -> Any:
     """The graph of ``model_of(attention, layers(cache))``."""
     name = f"{attention}-{'cache' if cache else 'whole'}"
-    return TRACES.get(name, lambda: to_graph(model_of(attention, layers(cache)), cache=cache))
+    if not cache:
+        return TRACES.get(name, lambda: to_graph(model_of(attention, layers(cache)), cache=cache))
+    return TRACES.get(name, lambda: without_maps(traced_with_maps(attention)))
+
+
+def traced_with_maps(attention: str) -> Any:
+    """The graph with a cache whose last layer's queries and λ are outputs too."""
+    return TRACES.get(f"{attention}-maps", lambda: to_graph(model_of(attention), maps=[layers(True) - 1]))
+
+
+def without_maps(graph: Any) -> Any:
+    """A copy of a graph without outputs for maps and what only they need, which spares another trace."""
+    plain = copy(graph)
+    kept = [value for value in plain.graph.outputs if not value.name.startswith(f"{MAPS}.")]
+    plain.graph.outputs[:] = kept
+    RemoveUnusedNodesPass()(plain)
+    return plain
 
 
 def traced_checkpoint(folder: Path) -> Any:

@@ -7,6 +7,8 @@ the call is, so that no key is repeated and no operator of our own is needed:
            past_key_values.N.key and .value (B, G, P, W) of each layer N, float32; P may be 0
     out    logits (B, T, V), present.N.key and .value (B, G, P + T, W), float32
 
+           and of layers whose maps are asked for maps.N.query (B, n, T, d) and maps.N.lambda (B, T or 1, H), float32
+
 These are the names that optimum and transformers.js use. Without a cache there is no past and no present. The mask is
 computed from its inputs: no length is written down. λ of V1, its norm's scale and DEX's λ·W_D are constants by then.
 
@@ -20,7 +22,7 @@ import functools
 import importlib.metadata
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffattn.errors import UnsupportedError
+from diffattn.export.maps import check_maps, map_names, read_maps
 from diffattn.export.run import DATA_FILE, MODEL_FILE, PAST, PRESENT, require
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.masks.layers import layer_masks
@@ -49,13 +52,17 @@ LARGEST_FILE = 2_000_000_000
 class FlatDecoder(nn.Module):
     """Our model with the cache as a flat list of tensors, which a graph can have as inputs and outputs."""
 
-    def __init__(self, model: DiffTransformerForCausalLM, *, cache: bool) -> None:
+    def __init__(self, model: DiffTransformerForCausalLM, *, cache: bool, maps: Sequence[int]) -> None:
         super().__init__()
         self.model = model
         self.cache = cache
+        self.maps = maps
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> Any:
-        """Returns logits, then key 0, value 0, key 1, ... of all tokens; logits alone without a cache."""
+        """Returns logits, then key 0, value 0, key 1, ... of all tokens, then what the maps are made of.
+
+        Without a cache it returns logits alone.
+        """
         cache = DynamicCache(list(zip(past[0::2], past[1::2], strict=True))) if self.cache else None
         # A row is one sequence. From positions the model would look for several, by operators that ONNX lacks.
         x = self.model.model.embed_tokens(input_ids)
@@ -63,8 +70,9 @@ class FlatDecoder(nn.Module):
         given = {"inputs_embeds": x, "attention_mask": masks, "position_ids": position_ids}
         if cache is None:
             return self.model(**given, use_cache=False).logits
-        logits = self.model(**given, past_key_values=cache, use_cache=True).logits
-        return logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+        with read_maps(self.model, self.maps) as read:
+            logits = self.model(**given, past_key_values=cache, use_cache=True).logits
+        return logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)), *read
 
 
 def grouped_attention(
@@ -100,16 +108,21 @@ for _name, _function in ((GROUPED, grouped_attention), (REPEATED, repeated_atten
     ALL_MASK_ATTENTION_FUNCTIONS.register(_name, sdpa_mask)
 
 
-def to_graph(model: DiffTransformerForCausalLM, *, cache: bool = True, repeat_heads: bool = False) -> Any:
+def to_graph(
+    model: DiffTransformerForCausalLM, *, cache: bool = True, repeat_heads: bool = False, maps: Sequence[int] = ()
+) -> Any:
     """Returns the model as an ``onnx_ir.Model`` of opset 23 in float32; the module's docstring has names and shapes.
 
     Args:
         model: any variant.
         cache: take and return keys and values.
         repeat_heads: write each key/value head once for every query head of its group.
+        maps: layers whose queries and λ are returned too (see ``diffattn.export.maps``).
 
     Raises:
-        UnsupportedError: the rotary frequencies depend on the length, or a package of the extra is missing.
+        ConfigError: maps of a layer that is not there, or without a cache.
+        UnsupportedError: the rotary frequencies depend on the length, the maps of a head cannot be subtracted, or a
+            package of the extra is missing.
     """
     require("onnx", "onnxscript")
     from onnxscript.optimizer import optimize_ir
@@ -122,6 +135,7 @@ def to_graph(model: DiffTransformerForCausalLM, *, cache: bool = True, repeat_he
             "fixed frequencies, which a graph can hold",
             "train the model with rope_type default, linear, llama3 or yarn",
         )
+    check_maps(config, maps, cache=cache)
     # No two sizes are equal, and none is 0 or 1: what the tracer takes for equal or fixed is so.
     B, T, P = 2, 3, 5
     past_names = [f"{PAST}.{i}.{kind}" for i in range(config.num_hidden_layers) for kind in ("key", "value")]
@@ -133,10 +147,10 @@ def to_graph(model: DiffTransformerForCausalLM, *, cache: bool = True, repeat_he
     shapes = ({0: batch, 1: new}, {0: batch, 1: torch.export.Dim.AUTO if cache else new}, {0: batch, 1: new})
     with attention_implementation(model, REPEATED if repeat_heads else GROUPED), _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            FlatDecoder(model, cache=cache).eval(),
+            FlatDecoder(model, cache=cache, maps=maps).eval(),
             (ids, mask, positions, *past),
             input_names=["input_ids", "attention_mask", "position_ids", *past_names],
-            output_names=["logits", *(name.replace(PAST, PRESENT) for name in past_names)],
+            output_names=["logits", *(name.replace(PAST, PRESENT) for name in past_names), *map_names(config, maps)],
             dynamic_shapes=(*shapes, tuple({0: batch, 2: earlier} for _ in past)) if past else shapes,
             opset_version=OPSET,
             dynamo=True,

@@ -11,6 +11,7 @@ from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.export.check import CheckReport, Expected, OnnxCheckError, check_float32, check_quantized
 from diffattn.export.genai import genai_config
 from diffattn.export.graph import GROUPED, OPSET, save, to_graph, weight_bytes
+from diffattn.export.maps import layers_of
 from diffattn.export.options import BITS, ExportOptions
 from diffattn.export.quantize import check_block_size, quantize
 from diffattn.export.run import DATA_FILE, MODEL_FILE, require
@@ -35,6 +36,8 @@ class OnnxExport:
     """Bits of a weight in the layers' matrices; 32 for float32."""
     block_size: int | None
     """Weights that share one scale; None for float32."""
+    maps: tuple[int, ...]
+    """Layers whose queries and λ are outputs."""
     opset: int
     """The version of ONNX's operators."""
     weight_bytes: int
@@ -55,6 +58,7 @@ def export_onnx(
     bits: int | None = ExportOptions.bits,
     block_size: int = ExportOptions.block_size,
     repeat_heads: bool = ExportOptions.repeat_heads,
+    maps: str | None = ExportOptions.maps,
     check: bool = ExportOptions.check,
     on_stage: OnStage = unseen,
 ) -> OnnxExport:
@@ -62,7 +66,7 @@ def export_onnx(
 
     Args:
         folder: a checkpoint of ours; half-precision weights are exported as float32.
-        out, block_size, repeat_heads: see :class:`diffattn.export.options.ExportOptions`.
+        out, block_size, repeat_heads, maps: see :class:`diffattn.export.options.ExportOptions`.
         cache: take and return keys and values, for decoding token by token.
         bits: 8 or 4 to quantise the weights (see ``diffattn.export.quantize``); ``None`` for float32.
         check: compare the written model with the torch model (see ``diffattn.export.check``); one that differs by
@@ -71,9 +75,9 @@ def export_onnx(
 
     Raises:
         CheckpointError: a folder that holds no whole checkpoint.
-        UnsupportedError: a model that is not ours, rotary positions whose frequencies depend on the length, or a
-            missing package of the extra ``onnx``.
-        ConfigError: other bits or block size, or a folder ``out`` that holds something.
+        UnsupportedError: a model that is not ours, rotary positions whose frequencies depend on the length, maps
+            that cannot be subtracted, or a missing package of the extra ``onnx``.
+        ConfigError: other bits or block size, layers that are not there, or a folder ``out`` that holds something.
         OnnxCheckError: with ``check``, a difference beyond rounding.
     """
     began = time.perf_counter()
@@ -90,8 +94,9 @@ def export_onnx(
 
     on_stage(Stage("loading the weights as float32"))
     model = load_model(source, "float32", "cpu", attn_implementation=GROUPED)
+    layers = layers_of(maps, model.config.num_hidden_layers)
     on_stage(Stage("tracing the graph"))
-    graph = to_graph(model, cache=cache, repeat_heads=repeat_heads)
+    graph = to_graph(model, cache=cache, repeat_heads=repeat_heads, maps=layers)
     with whole_folder(target) as partial:
         if check or bits is None:
             on_stage(Stage("writing the graph"))
@@ -116,8 +121,8 @@ def export_onnx(
             write_json(partial / "genai_config.json", genai_config(model))
         sizes = [(partial / name).stat().st_size for name in (MODEL_FILE, DATA_FILE) if (partial / name).exists()]
     return OnnxExport(
-        target, model.config.attention, cache, bits or 32, block_size if bits else None, OPSET, weight_bytes(graph),
-        sum(sizes), time.perf_counter() - began, report,
+        target, model.config.attention, cache, bits or 32, block_size if bits else None, layers, OPSET,
+        weight_bytes(graph), sum(sizes), time.perf_counter() - began, report,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from diffattn.errors import CheckpointError, ConfigError, UnsupportedError, one_
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-PAST, PRESENT = "past_key_values", "present"
+PAST, PRESENT, MAPS = "past_key_values", "present", "maps"
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
@@ -94,7 +94,8 @@ class OnnxDecoder:
         shapes = {value.name: value.shape for value in self.session.get_inputs()}
         self.past_names = [name for name in shapes if name.startswith(f"{PAST}.")]
         self.inputs = [name for name in shapes if name not in self.past_names]
-        self.outputs = [value.name for value in self.session.get_outputs()]
+        # Maps, which only a program that draws them needs, are left out.
+        self.outputs = [value.name for value in self.session.get_outputs() if not value.name.startswith(f"{MAPS}.")]
         if "input_ids" not in shapes or self.outputs[0] != "logits":
             raise CheckpointError(
                 f"{str(file)!r} is no decoder", "a model that takes input_ids and gives logits", "export it again"
