@@ -24,7 +24,7 @@ class ExportOptions:
     repeat_heads: bool = False
     """Write each key/value head once for every query head that shares it, for engines that cannot share them, such as
     OpenVINO. The saved keys and values stay as they are."""
-    maps: str | None = field(default=None, metadata={"value": "LAYER[,LAYER...]"})
+    maps: str | None = field(default=None, metadata={"value": "LAYER,LAYER"})
     """Layers, counted from 0, whose attention maps a program can draw: the graph also returns their queries and λ.
     Write all for all layers. Default: none."""
     check: bool = False
