@@ -4,8 +4,6 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const TOKENS = DATA.tokens;
 const T = TOKENS.length;
 const NAMES = { pos: "softmax(Q₁K₁ᵀ)", neg: "λ · softmax(Q₂K₂ᵀ)", diff: "difference: what is used" };
-const BLUE = [0, 114, 178];
-const ORANGE = [213, 94, 0];
 
 /* Numbers. */
 
@@ -47,19 +45,9 @@ function softmaxMap(model, q, k, map, head) {
     const from = (((keys > 1 ? map : 0) * T + t) * groups + group) * width;
     key.set(k.subarray(from, from + width), t * width);
   }
-  const row = new Float64Array(T);
   for (let t = 0; t < T; t++) {
-    const query = q.subarray(first + (t * heads + head) * width, first + (t * heads + head + 1) * width);
-    let most = -Infinity;
-    for (let s = 0; s <= t; s++) {
-      let dot = 0;
-      for (let i = 0, at = s * width; i < width; i++, at++) dot += query[i] * key[at];
-      row[s] = dot * scale;
-      if (row[s] > most) most = row[s];
-    }
-    let total = 0;
-    for (let s = 0; s <= t; s++) total += row[s] = Math.exp(row[s] - most);
-    for (let s = 0; s <= t; s++) weights[t * T + s] = row[s] / total;
+    const from = first + (t * heads + head) * width;
+    softmaxRow(q.subarray(from, from + width), key, t + 1, scale, weights.subarray(t * T, t * T + t + 1));
   }
   return weights;
 }
@@ -105,37 +93,10 @@ function mapsOf(index, layerIndex, head) {
   } else {
     found.diff = found.pos;
   }
-  found.limit = limitOf([found.pos, found.neg, found.diff].filter(Boolean));
+  found.limit = limitOf([found.pos, found.neg, found.diff].filter(Boolean), T, T);
   kept.set(name, found);
   if (kept.size > 6) kept.delete(kept.keys().next().value);
   return found;
-}
-
-/** Where the scale of colours ends: the 99.5th percentile of the magnitudes from the fourth query on, of a sample. */
-function limitOf(maps) {
-  const seen = [];
-  const step = Math.max(1, Math.round((T * T * maps.length) / 2e5));
-  for (const weights of maps) {
-    let next = 0;
-    for (let t = Math.min(3, T - 1); t < T; t++) {
-      for (; next <= t; next += step) seen.push(Math.abs(weights[t * T + next]));
-      next -= t + 1;
-    }
-  }
-  seen.sort((a, b) => a - b);
-  return Math.max(seen[Math.floor(0.995 * (seen.length - 1))], 1e-3);
-}
-
-/** As many tokens as a row is as evenly spread over: e^entropy of its magnitudes. */
-function spreadOf(row) {
-  let total = 0;
-  for (const value of row) total += Math.abs(value);
-  let entropy = 0;
-  for (const value of row) {
-    const p = Math.abs(value) / total;
-    if (p > 0) entropy -= p * Math.log(p);
-  }
-  return Math.exp(entropy);
 }
 
 /** The share of a row on the text before and behind the answer, the first token left out; null where it is not seen. */
@@ -148,45 +109,6 @@ function noiseOf(row, query) {
     else if (s > 0 && s < query) noise += value;
   });
   return { noise: noise / total, answer: answer / total };
-}
-
-/* Colours. */
-
-function colourOf(value, limit, tone) {
-  const strength = limit ? Math.min(1, Math.abs(value) / limit) ** tone : 0;
-  const end = value < 0 ? BLUE : ORANGE;
-  return end.map((channel) => Math.round(255 + (channel - 255) * strength));
-}
-
-/** Colours of values from −limit to limit, as the bytes of a pixel; a table, since a map has a million of them. */
-const STEPS = 1024;
-const tables = new Map();
-function tableOf(tone) {
-  if (!tables.has(tone)) {
-    const pixels = new Uint8ClampedArray((2 * STEPS + 1) * 4).fill(255);
-    for (let i = 0; i <= 2 * STEPS; i++) pixels.set(colourOf(i - STEPS, STEPS, tone), i * 4);
-    tables.set(tone, new Uint32Array(pixels.buffer));
-  }
-  return tables.get(tone);
-}
-
-function pictureOf(weights, limit, tone) {
-  const picture = document.createElement("canvas");
-  picture.width = picture.height = T;
-  const pixels = new ImageData(T, T);
-  const words = new Uint32Array(pixels.data.buffer);
-  const table = tableOf(tone);
-  const factor = limit ? STEPS / limit : 0;
-  const hidden = new Uint32Array(new Uint8Array([246, 248, 250, 255]).buffer)[0];
-  for (let t = 0; t < T; t++) {
-    for (let s = 0; s <= t; s++) {
-      const place = Math.round(weights[t * T + s] * factor);
-      words[t * T + s] = table[Math.max(-STEPS, Math.min(STEPS, place)) + STEPS];
-    }
-    words.fill(hidden, t * T + t + 1, (t + 1) * T);
-  }
-  picture.getContext("2d").putImageData(pixels, 0, 0);
-  return picture;
 }
 
 /* The page. */
@@ -281,14 +203,14 @@ function drawMaps(view) {
   view.pictures = {};
   nameGroup(view);
   for (const [name, canvas] of Object.entries(view.canvases)) {
-    view.pictures[name] = pictureOf(maps[name], maps.limit, state.tone);
+    view.pictures[name] = pictureOf(maps[name], T, T, maps.limit, state.tone, LIGHT);
     canvas.style.imageRendering = T < 400 ? "pixelated" : "auto";
   }
   const bar = view.section.querySelector(".scale canvas");
   const brush = bar.getContext("2d");
   for (let x = 0; x < bar.width; x++) {
     const value = ((x + 0.5) / bar.width) * 2 - 1;
-    brush.fillStyle = `rgb(${colourOf(value, 1, state.tone)})`;
+    brush.fillStyle = `rgb(${colourOf(value, 1, state.tone, LIGHT)})`;
     brush.fillRect(x, 0, 1, bar.height);
   }
   view.section.querySelector(".low").textContent = `−${maps.limit.toPrecision(2)}`;

@@ -19,7 +19,7 @@ def render_lens(result: LensResult) -> str:
     """One self-contained HTML page of what :func:`diffattn.probes.lens.lens` returned."""
     return render(
         "lens.html",
-        scripts=[script("lens.js")],
+        scripts=[script("maps.js"), script("lens.js")],
         data={"data": dataclasses.replace(result, picture=None).to_json()},
         names=[model.name for model in result.models],
         layers=[layer.layer for layer in result.models[0].layers],
