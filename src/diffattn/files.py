@@ -35,7 +35,9 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 # The name of the program, which stands near the beginning of each page and picture that it writes.
 GENERATOR = "diffattn"
-_OUR_FILES = (f'<meta name="generator" content="{GENERATOR}">'.encode(), f"Software\0{GENERATOR}".encode())
+_PAGE_MARK = f'<meta name="generator" content="{GENERATOR}">'
+# A page that carries models is UTF-16.
+_OUR_FILES = (_PAGE_MARK.encode(), _PAGE_MARK.encode("utf-16-le"), f"Software\0{GENERATOR}".encode())
 
 
 def writable_folder(path: Path) -> Path:

@@ -14,6 +14,17 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page in")
 
 
+# Not for the whole session: the loop that drives it would run on under every later test of the process.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as tools:
+        running = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield running
+        running.close()
+
+
 def charts_of(page: str) -> dict[str, Any]:
     """The specifications of a page's charts, by the id of their element."""
     found = re.search(r'<script type="application/json" id="charts">(.*?)</script>', page, re.DOTALL)
@@ -33,17 +44,30 @@ def opened(
     """A page of Chromium that shows this text; nothing may go wrong in it, and it may ask nothing of the network."""
     file = folder / "page.html"
     file.write_text(text, encoding="utf-8")
+    with opened_file(browser, file, width=width, scheme=scheme, address=address) as page:
+        if 'id="charts"' in text:
+            page.wait_for_selector("html[data-charts]", state="attached")
+        yield page
+
+
+@contextmanager
+def opened_file(
+    browser: Any, file: Path, *, width: int = 1400, scheme: str = "light", address: str = "", before: str = ""
+) -> Iterator[Any]:
+    """The same of a file; the text ``before`` is a script that runs before those of the page."""
     page = browser.new_page(viewport={"width": width, "height": 1200}, color_scheme=scheme)
+    if before:
+        page.add_init_script(before)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on(
         "request",
-        lambda request: problems.append(request.url) if not request.url.startswith(("file:", "data:")) else None,
+        lambda request: (
+            problems.append(request.url) if not request.url.startswith(("file:", "data:", "blob:")) else None
+        ),
     )
     page.goto(file.as_uri() + address)
-    if 'id="charts"' in text:
-        page.wait_for_selector("html[data-charts]", state="attached")
     yield page
     page.close()
     assert problems == []

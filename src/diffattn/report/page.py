@@ -20,12 +20,18 @@ HERE = Path(__file__).parent
 
 
 def render(
-    template: str, *, scripts: Sequence[str] = (), data: Mapping[str, object] | None = None, **values: object
+    template: str,
+    *,
+    folder: Path = HERE,
+    scripts: Sequence[str] = (),
+    data: Mapping[str, object] | None = None,
+    **values: object,
 ) -> str:
     """One self-contained HTML page: a template that extends ``base.html``, filled with ``values``.
 
     Args:
-        template: the name of a file here.
+        template: the name of a file in ``folder``.
+        folder: where the template lies; what it extends may lie here. Default: here.
         scripts: code that the page runs, in this order. Nothing else may run: their hashes are in the page's policy.
         data: JSON-able values for the scripts, each in an element that has its key as ``id``.
         values: what the template names.
@@ -37,7 +43,11 @@ def render(
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader([folder, HERE]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     css = Markup((HERE / "page.css").read_text(encoding="utf-8") + look_css())
     return environment.get_template(template).render(
@@ -63,7 +73,8 @@ def render_charts(
         data: what else the page's script reads.
     """
     found = {key: charts.specification(chart) for key, chart in drawn.items()}
-    return render(template, scripts=[vega(), script("charts.js")], data={"charts": found} | dict(data or {}), **values)
+    content = {"charts": found} | dict(data or {})
+    return render(template, folder=HERE, scripts=[vega(), script("charts.js")], data=content, **values)
 
 
 def script(name: str) -> str:
