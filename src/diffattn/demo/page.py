@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from diffattn.demo.packing import pack
-from diffattn.report.page import render
+from diffattn.report.page import render, script
 
 HERE = Path(__file__).parent
-SCRIPTS = ("unpack.js", "demo.js")
+SCRIPTS = ("unpack.js", "looks.js", "demo.js", "cost.js")
 """The files that the page runs, in this order."""
-WORKER = ("jspi.js",)
+WORKER = ("jspi.js", "engine.js")
 """The files that its worker runs: together they are the text of the element ``worker``."""
 
 
@@ -31,7 +31,7 @@ def render_demo(data: Mapping[str, object], blobs: Mapping[str, bytes]) -> bytes
     page = render(
         "demo.html",
         folder=HERE,
-        scripts=[_text(name) for name in SCRIPTS],
+        scripts=[script("maps.js"), *(_text(name) for name in SCRIPTS)],
         data={"data": data},
         demo_css=Markup(_text("demo.css")),
         worker=Markup("\n".join(_text(name) for name in WORKER)),
