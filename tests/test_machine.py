@@ -29,3 +29,13 @@ def test_a_system_without_cpuinfo_names_its_architecture(monkeypatch: pytest.Mon
     monkeypatch.setattr(Path, "read_text", absent)
     assert machine.processor_facts() == {}
     assert processor_name() == (platform.processor() or platform.machine())
+
+
+def test_a_board_whose_processor_has_no_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Linux tells it of a Raspberry Pi."""
+    files = {
+        "/proc/cpuinfo": "processor\t: 0\nCPU part\t: 0xd0b\n\nSerial\t: 48343bbbe3ae743b\n",
+        "/proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda self, **options: files[str(self)])
+    assert processor_name() == "Raspberry Pi 5 Model B Rev 1.0"

@@ -59,9 +59,19 @@ def processor_facts() -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """The processor's name as the system prints it, or else its architecture."""
+    """The processor's name as the system prints it, or else the board's, or else the architecture."""
     facts = processor_facts()
-    return facts.get("model name", platform.machine()) if facts else platform.processor() or platform.machine()
+    if "model name" in facts:
+        return facts["model name"]
+    # Of Arm's processors Linux tells numbers alone; the board, such as a Raspberry Pi, has a name.
+    return _board() or (platform.machine() if facts else platform.processor() or platform.machine())
+
+
+def _board() -> str:
+    try:
+        return Path("/proc/device-tree/model").read_text(encoding="utf-8").strip("\0 \n")
+    except (OSError, ValueError):
+        return ""
 
 
 @dataclass(frozen=True)

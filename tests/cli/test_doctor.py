@@ -1,16 +1,20 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.machine_rows import machine_row
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffattn.cli.main import main
 from diffattn.ops.cpu import build, compiling
 from diffattn.ops.triton import configs
 from diffattn.ops.triton import operator as fused_triton
+from diffattn.results.machine import MachineRow
+from diffattn.study import machine_benchmark
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +62,45 @@ def test_for_a_person(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert f"cache folder: {tmp_path}/cache, " in printed.err
     assert printed.err.endswith(" MB, can be written\n")
     assert f"{torch.get_num_threads()} threads" in printed.err
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> MachineRow:
+    """What a measurement that takes no time gives."""
+    row = machine_row()
+    monkeypatch.setattr(machine_benchmark, "benchmark_machine", lambda on_stage: row)
+    return row
+
+
+def test_a_benchmark_is_one_line_on_stdout_and_a_table_for_a_person(
+    capsys: pytest.CaptureFixture[str], measured: MachineRow
+) -> None:
+    assert main(["doctor", "--benchmark"]) == 0
+    printed = capsys.readouterr()
+    said = printed.err.split()
+    assert printed.out.count("\n") == 1
+    assert MachineRow.from_json(json.loads(printed.out)) == measured
+    assert "memory: reads 10 GB/s, copies 11 GB/s; disk: 0.09 GB/s; products: float32 70 GFLOP/s" in " ".join(said)
+    assert re.search(r"onnxruntime +diff_v2 +8 +writing behind 2,048 tokens +57 +50%", printed.err), printed.err
+    assert "is not installed" not in printed.err
+
+
+def test_a_benchmark_with_json_is_part_of_the_one_object(
+    capsys: pytest.CaptureFixture[str], measured: MachineRow
+) -> None:
+    assert MachineRow.from_json(facts(capsys, "--benchmark")["benchmark"]) == measured
+    assert "benchmark" not in facts(capsys)
+
+
+def test_a_benchmark_without_onnxruntime_says_what_installs_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = machine_row(onnxruntime=None, speeds=machine_row().speeds[:4])
+    monkeypatch.setattr(machine_benchmark, "benchmark_machine", lambda on_stage: row)
+    assert main(["doctor", "--benchmark"]) == 0
+    assert "onnxruntime is not installed, so only torch was measured: pip install 'diffattn[onnx]'" in (
+        capsys.readouterr().err.replace("\n", " ")
+    )
 
 
 def test_a_cache_folder_that_cannot_be_written_is_said(

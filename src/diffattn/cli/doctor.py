@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from json import dumps
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffattn.results.machine import MachineRow
 
 
-def doctor(*, build: bool = False, json: bool = False) -> int:
+def doctor(*, build: bool = False, benchmark: bool = False, json: bool = False) -> int:
     """Say what diffattn uses on this machine: versions, processor, kernel, GPU, cache.
 
     Examples:
         diffattn doctor --build
+        diffattn doctor --benchmark
 
     Args:
         build: Compile the fused kernel now, also where it was compiled before; exit status 1 where that fails.
+        benchmark: Measure this machine with small models, which takes a minute or two, and print the result as one
+            line of JSON on stdout. docs/small_machines.md says where to post it.
     """
     from diffattn.cli.terminal.board import Board
     from diffattn.cli.terminal.console import print_json
@@ -33,7 +40,19 @@ def doctor(*, build: bool = False, json: bool = False) -> int:
                 compile_kernel(force=True)
             except UnsupportedError as error:
                 failure = str(error)
+        row = None
+        if benchmark:
+            from diffattn.study.machine_benchmark import benchmark_machine
+
+            row = benchmark_machine(on_stage=board)
         facts = examine() | ({"build_failure": failure} if build else {})
+    if row is not None:
+        _show(row)
+        # The line alone on stdout; with --json it is a part of the one object.
+        if json:
+            facts["benchmark"] = row.to_json()
+        else:
+            print(dumps(row.to_json(), ensure_ascii=True))
     if json:
         print_json(facts)
     else:
@@ -45,6 +64,40 @@ def doctor(*, build: bool = False, json: bool = False) -> int:
     if failure is not None:
         print(f"diffattn: {failure}", file=sys.stderr)
     return 0 if failure is None else 1
+
+
+def _show(row: MachineRow) -> None:
+    """Shows a person what was measured."""
+    from diffattn.cli.terminal.screen import say
+    from diffattn.cli.terminal.table import show
+    from diffattn.humanize import flops
+
+    rates = row.rates
+    read, copied, disk = (f"{rate / 1e9:.3g} GB/s" for rate in (rates.read, rates.copy, rates.disk))
+    say(
+        f"memory: reads {read}, copies {copied}; disk: {disk}; products: float32 {flops(rates.fp32)}/s, bfloat16 "
+        f"{flops(rates.bf16)}/s; the whole took {row.seconds:.0f} s",
+        "Reached is the share of the tokens per second that the planner allows with these rates.",
+    )
+    if row.onnxruntime is None:
+        say("onnxruntime is not installed, so only torch was measured: pip install 'diffattn[onnx]'")
+    show(speed_table(row))
+
+
+def speed_table(row: MachineRow) -> list[list[str]]:
+    """Returns the speeds as a table; the first row is the header."""
+    head = ["engine", "attention", "bits", "work", "tokens/s", "reached"]
+    work = {"prefill": "reading {} tokens", "decoding": "writing behind {} tokens"}
+    return [
+        head,
+        *(
+            [
+                speed.engine, speed.attention, str(speed.bits), work[speed.phase].format(f"{speed.tokens:,}"),
+                f"{speed.tokens_per_second.median:.3g}", f"{speed.reached:.0%}",
+            ]
+            for speed in row.speeds
+        ),
+    ]  # fmt: skip
 
 
 def lines(facts: dict[str, Any]) -> list[str]:

@@ -170,8 +170,9 @@ MACHINES: dict[str, Machine] = {
         1.7e10,
         8 * GiB,
         4.5e8,
-        "Raspberry Pi 5 product brief: 4 Cortex-A76 cores at 2.4 GHz (16 float32 FLOPs per cycle and core; no BF16), "
-        "32-bit LPDDR4X-4267 (17 GB/s), the 8 GB model, PCIe 2.0 x1 (assumed 450 MB/s from NVMe)",
+        "Raspberry Pi 5 product brief: 4 Cortex-A76 cores at 2.4 GHz, 32-bit LPDDR4X-4267 (17 GB/s), the 8 GB model, "
+        "PCIe 2.0 x1 (assumed 450 MB/s from NVMe); Arm Cortex-A76 Software Optimization Guide: two pipes of 128 bits, "
+        "so 16 float32 FLOPs per cycle and core, twice that in FP16, no BF16; what is reached: docs/small_machines.md",
     ),
 }
 
