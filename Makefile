@@ -5,7 +5,7 @@ READY := .venv/ready
 # pip, which says what it is at.
 INSTALL = $(PYTHON) tools/install.py
 
-.PHONY: help setup compare test test-full test-gpu-offline test-vllm test-ray asan wheels dist docs portable check benchmarks ladder study gates rates ablation test-lowest test-newest
+.PHONY: help setup compare demo test test-full test-gpu-offline test-vllm test-ray asan wheels dist docs portable check benchmarks ladder study gates rates ablation test-lowest test-newest
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,12 @@ $(READY): pyproject.toml constraints.txt
 
 compare: $(READY) ## the main job: train softmax, V1 and V2, and write a report
 	$(BIN)/diffattn compare $(ARGS)
+
+# Of the newest comparison: its first V2 model beside the softmax model that it replaces.
+NEWEST = $(patsubst %/softmax-seed0/model/config.json,%,$(firstword $(shell ls -t runs/*/softmax-seed0/model/config.json 2>/dev/null)))
+demo: $(READY) ## a web page in which models of the newest make compare run
+	@test -n "$(NEWEST)" || { echo "make: no finished comparison in runs given, one wanted: make compare" >&2; exit 2; }
+	$(BIN)/diffattn demo $(NEWEST)/diff_v2-seed0/model $(NEWEST)/softmax-seed0/model --out demo.html $(ARGS)
 
 # One torch thread in each of two processes: two threads in one are slower on tensors of this size.
 test: $(READY) ## all tests

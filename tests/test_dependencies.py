@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "diffattn"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Rooms and files that run only where an extra is installed.
-EXTRA = {"convert/inputs/gguf.py": "gguf", "export": "onnx",
+EXTRA = {"convert/inputs/gguf.py": "gguf", "export": "onnx", "demo": "demo",
          "serve": "serve", "probes/lm_eval_private.py": "eval", "train/trackers": "track",
          "train/spread/ray_cluster.py": "ray", "train/spread/ray_launch.py": "ray"}  # fmt: skip
 # Not asked for by the core: vLLM is installed in an environment apart, Triton comes with torch for a GPU, and with the

@@ -12,6 +12,7 @@ from diffattn.model.registration import register
 if TYPE_CHECKING:
     from diffattn.convert.convert import convert as _convert
     from diffattn.data.packing import prepare_data as prepare_data
+    from diffattn.demo.build import build_demo as build_demo
     from diffattn.export.fixed import FixedDecoder as FixedDecoder
     from diffattn.export.onnx import export_onnx as export_onnx
     from diffattn.export.run import OnnxDecoder as OnnxDecoder
@@ -81,6 +82,7 @@ _HOME = {
     "Recipe": "train.recipe:Recipe",
     "Setting": "plan.setting:Setting",
     "ablation": "scaling.ablation:ablation",
+    "build_demo": "demo.build:build_demo",
     "build_pair": "model.pairing:build_pair",
     "check_sharded": "model.sharding:check_sharded",
     "compare": "study.compare:compare",

@@ -21,6 +21,8 @@ VERBS = {
     "eval of seeds": "eval outliers {model} v1={model},{folder}",
     "lens": "lens {folder} --text Oslo",
     "lens of two": "lens {model} {folder} --text Oslo",
+    "demo": "demo {folder} --out made.html",
+    "demo of two": "demo {model} {folder} --out made.html",
     "plan": "plan --model {folder}",
     "plan of a variant": "plan --model softmax:{folder}",
     "train": "train --from {folder} --out made",

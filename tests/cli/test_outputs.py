@@ -27,6 +27,7 @@ INTO_A_FILE = {
     "plan": "plan --html {out}",
     "lens --html": "lens {model} --text {word} --html {out}",
     "lens --png": "lens {model} --text {word} --html other.html --png {out}",
+    "demo": "demo {model} --out {out}",
     "scale fit --html": "scale fit figure3a --bootstrap 100 --html {out}",
     "scale fit --png": "scale fit figure3a --bootstrap 100 --png {out}",
     "eval outliers": "eval outliers {model} --text {text} --png {out}",
@@ -138,7 +139,7 @@ def test_an_option_without_a_name_is_the_folder_one_stands_in(
 @pytest.mark.parametrize("verb", INTO_A_FILE)
 def test_a_file_of_anothers_is_refused(verb: str, places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     command = INTO_A_FILE[verb]
-    option = "--png" if "--png {out}" in command else "--html"
+    option = command[: command.index(" {out}")].rpartition(" ")[2]
     for content in ("<html><body>mine</body></html>", "mine" * 5000, "\n"):
         Path("page").write_text(content)
         line = refused(command, capsys, out="page", **places)

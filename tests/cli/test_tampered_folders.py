@@ -285,6 +285,7 @@ VERBS = {
     "train": ["train", "--from", "MODEL", "--text", "corpus.txt", "--out", "made"],
     "serve": ["serve", "MODEL", "--port", "0"],
     "plan": ["plan", "--model", "MODEL"],
+    "demo": ["demo", "MODEL", "--out", "made/demo.html"],
 }
 KINDS = {
     "an ε that is no number": (fields(rms_norm_eps=NAN), "rms_norm_eps=nan"),
@@ -315,7 +316,7 @@ def test_every_verb_says_it_in_one_line_and_writes_nothing(
     assert not [path for path in Path("made").rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("verb", ["lens", "eval", "convert", "export", "train"])
+@pytest.mark.parametrize("verb", ["lens", "eval", "convert", "export", "train", "demo"])
 def test_weights_that_are_no_numbers_are_found_by_every_verb_that_reads_them(
     verb: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,10 +1,11 @@
-"""The verb ``diffattn lens``."""
+"""The verbs ``diffattn lens`` and ``diffattn demo``: pages in which a model is looked at, and in which it runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
+from diffattn.demo.options import DemoOptions
 from diffattn.model.options import LoadOptions
 from diffattn.probes.options import LensOptions
 
@@ -59,4 +60,43 @@ def lens(
     board.note(f"{html} shows {len(seen.tokens)} tokens; open it in a browser")
     if json:
         print_json(seen.to_json())
+    return 0
+
+
+def demo(
+    models: Annotated[tuple[str, ...], {"value": "MODEL"}],
+    options: DemoOptions,
+    *,
+    out: Annotated[Path, {"value": "FILE"}] = Path("demo.html"),
+    json: bool = False,
+) -> int:
+    """Write a web page in which models run: one file that needs no server and no network.
+
+    Who opens it types a text, watches the models continue it, and sees their attention maps grow. Two models, such as
+    a differential one and the softmax model that it replaces, are shown beside each other.
+
+    Examples:
+        diffattn demo runs/v2/model runs/softmax/model --out demo.html
+
+    Args:
+        models: One or two model folders.
+        out: File to write the page into.
+    """
+    from diffattn.cli.arguments import command_line
+    from diffattn.cli.terminal.board import Board
+    from diffattn.cli.terminal.console import print_json
+    from diffattn.files import check_files, write_bytes
+    from diffattn.humanize import size
+
+    check_files(out=out)
+    with Board(keep=False) as board:
+        board.importing()
+        from diffattn.demo.build import build_demo
+
+        done = build_demo(models, **vars(options), command=command_line(), on_stage=board)
+    write_bytes(out, done.page)
+    board.note(f"{out} is {size(len(done.page))} and holds {' and '.join(model['name'] for model in done.models)}; "
+               "open it in a browser")  # fmt: skip
+    if json:
+        print_json(done.to_json())
     return 0

@@ -36,6 +36,7 @@ VERBS = {
     **{f"eval {study}": _STUDY for study in OURS},
     "eval ablation": "diffattn.cli.scale:ablation",
     "lens": "diffattn.cli.lens:lens",
+    "demo": "diffattn.cli.lens:demo",
     "doctor": "diffattn.cli.doctor:doctor",
 }
 GROUPS = {

@@ -1,0 +1,27 @@
+"""Texts that two programs that cut text into tokens are likely to cut differently."""
+
+HOSTILE = {
+    "nothing": "",
+    "a space": " ",
+    "spaces": "  two  spaces  ",
+    "a run of spaces": " " * 3000,
+    "ends of lines": "tabs\tand\r\nlines\n\n\n \r \r\r\n",
+    "emoji": "🦁🦁🏽‍🚀👩‍👩‍👧‍👦 🇳🇴 ☺️",
+    "a run of emoji": "👨‍👩‍👧" * 300,
+    "marks that join a letter": "e\u0301 é Å Å ﬁ ½ ① a\u0300\u0301\u0302b" + "e\u0301" * 500,
+    "the end of a text": "<|endoftext|>",
+    "specials in a text": "a<|endoftext|>b <|endoftext|> c<|endoftext <|endoftext|><|endoftext|>",
+    "specials of others": "<s></s><unk><pad>[CLS][SEP]<0x0A>",
+    "a run of a letter": "x" * 5000,
+    "a run of words": "ab " * 2000,
+    "numbers": "1234567890 3.14 1,000 ٣٤٥ Ⅷ",
+    "short forms": "don't they'll WE'VE I'm ''''s's't",
+    "scripts": "日本語のテキスト 中文 한국어 العربية עברית हिन्दी ไทย \u0e3f",
+    "characters that are not seen": "\0\x01\x7f\x85\xa0\u200b\u2028\u2029\ufeff a\u00adb \u180e\u1680\u3000x",
+    "characters beyond 16 bits": "𝒳𝓎 𐍈 \U0010ffff",
+    "a sign for no character": "\ufffd\u0378",
+    "letters whose case changes their number": "İıſK ẞß ǅ",
+    "names of JavaScript": "constructor __proto__ toString hasOwnProperty",
+    "signs": "___---===!?.,;:'\"_ ▁ ▁▁x Ġ Ċ",
+    "a needle": "The magic number of Oslo is 70035.",
+}
