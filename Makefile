@@ -5,7 +5,7 @@ READY := .venv/ready
 # pip, which says what it is at.
 INSTALL = $(PYTHON) tools/install.py
 
-.PHONY: help setup compare demo test test-full test-gpu-offline test-vllm test-ray asan wheels dist docs portable check benchmarks ladder study gates rates ablation test-lowest test-newest
+.PHONY: help setup compare demo test test-full test-gpu-offline test-vllm test-ray asan wheels dist docs portable check benchmarks consumer ladder study gates rates ablation test-lowest test-newest
 .DEFAULT_GOAL := help
 
 help:
@@ -103,6 +103,28 @@ benchmarks: $(READY) ## measured ratios of this machine
 	$(BIN)/python -m benchmarks.training_step --out benchmarks/results/training_step.jsonl
 	$(BIN)/python -m benchmarks.attention --out benchmarks/results/attention.jsonl
 	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup.jsonl
+
+# llama.cpp is built from its sources, for this processor: a quarter of an hour of two cores, once. Then what has no row yet is
+# measured: half an hour of two idle cores, most of it to export the models. PAIR is two trained folders of ours, of which one
+# is softmax, and TEXT the text that they were trained on; without them SmolLM2-135M alone.
+LLAMA_BUILD := $(CURDIR)/.venv-consumer/build
+CONSUMER := .venv-consumer/bin/python -m benchmarks.consumer --llama-bench $(LLAMA_BUILD)/bin/llama-bench \
+	--out benchmarks/results/consumer.jsonl
+consumer: .venv-consumer/ready ## small machines: our models beside llama.cpp, in .venv-consumer
+	.venv-consumer/bin/python -m pytest -q tests/benchmarks/test_consumer.py
+	$(CONSUMER) $(ARGS) smollm2
+	$(if $(PAIR),$(CONSUMER) $(ARGS) $(PAIR) --name 30M --text $(TEXT))
+	$(BIN)/python -m benchmarks.machines
+
+.venv-consumer/ready: $(READY) benchmarks/consumer_requirements.txt
+	$(BIN)/python -m venv .venv-consumer
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$(.venv-consumer/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	@echo "make: building llama.cpp in .venv-consumer, a quarter of an hour"
+	@CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=ON" $(INSTALL) .venv-consumer/bin/python --no-deps \
+		--config-settings build-dir=$(LLAMA_BUILD) --config-settings "build.targets=llama;llama-bench" \
+		--requirement benchmarks/consumer_requirements.txt
+	@touch $@
 
 # That train at once, for the targets that take hours: one a core, and on a GPU no more than it holds.
 PROCESSES := 2

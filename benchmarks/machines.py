@@ -16,6 +16,7 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import consumer_tables
 from diffattn.errors import ConfigError, DiffattnError
 from diffattn.files import parse_json, write_text
 from diffattn.humanize import size
@@ -144,7 +145,10 @@ def page_with(page: str, tables: dict[str, str]) -> str:
 
 def tables() -> dict[str, str]:
     """Returns the tables of the page by what they are made of."""
-    return {"planner": plan_table(), "rows": table(read())}
+    return {
+        "planner": plan_table(), "llama.cpp": consumer_tables.table(), "verdicts": consumer_tables.verdicts(),
+        "rows": table(read()),
+    }  # fmt: skip
 
 
 def write_page() -> None:

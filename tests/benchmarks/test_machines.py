@@ -24,7 +24,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty list of rows, and a page of its own."""
     monkeypatch.setattr(machines, "ROWS", tmp_path / "machines.jsonl")
     monkeypatch.setattr(machines, "PAGE", tmp_path / "page.md")
-    begins = [machines.BEGIN.format(name) for name in ("planner", "rows")]
+    begins = [machines.BEGIN.format(name) for name in machines.tables()]
     (tmp_path / "page.md").write_text("\n\n".join(f"{begin}\n\nold\n\n{machines.END}" for begin in begins))
     return tmp_path / "machines.jsonl"
 

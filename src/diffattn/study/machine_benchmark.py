@@ -127,7 +127,7 @@ def benchmark_machine(*, on_stage: OnStage = unseen, sizes: Sizes | None = None)
     assert machine.flops is not None
     assert machine.bandwidth is not None
     assert machine.disk is not None
-    read = _read_rate(sizes.megabytes)
+    read = read_rate(sizes.megabytes)
     rates = Rates(read=_rounded(read), copy=_rounded(machine.bandwidth), disk=_rounded(machine.disk),
                   fp32=_rounded(machine.flops["fp32"]), bf16=_rounded(machine.flops["bf16"]))  # fmt: skip
     # Decoding reads and does not write, which some machines do faster.
@@ -178,7 +178,8 @@ def _celsius() -> tuple[float, ...]:
     return (degrees,) if degrees >= 0 else ()
 
 
-def _read_rate(megabytes: int) -> float:
+def read_rate(megabytes: int) -> float:
+    """Returns the bytes of main memory that are read per second where nothing is written: the best of several sums."""
     values = torch.ones(megabytes << 18)
     seconds = []
     for _ in range(4):
