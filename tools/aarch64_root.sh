@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# A folder in which qemu-aarch64 runs Python with PyTorch: FOLDER/root is Debian 12 for aarch64, FOLDER/site the packages.
-# Needs debootstrap, dpkg and pip, and 6 GB: PyTorch's wheel for this machine wants its CUDA libraries to be imported.
+# A folder in which qemu-aarch64 runs Python with PyTorch and onnxruntime: FOLDER/root is Debian 12 for aarch64,
+# FOLDER/site the packages. Needs debootstrap, dpkg and pip, and 6 GB: PyTorch's wheel for this machine wants its CUDA
+# libraries to be imported. With the word onnxruntime behind the folder it is that package alone, and 0.6 GB.
 set -euo pipefail
-[ $# = 1 ] || { echo "tools/aarch64_root.sh: $# arguments given; wanted: tools/aarch64_root.sh FOLDER" >&2; exit 2; }
+packages="torch numpy pytest pytest-timeout hypothesis tyro rich onnxruntime"
+[ "${2:-}" = onnxruntime ] && packages="numpy onnxruntime"
+[ -n "${1:-}" ] && [ $# -le 2 ] && [ "${2:-onnxruntime}" = onnxruntime ] || {
+    echo "tools/aarch64_root.sh: '$*' given; wanted: tools/aarch64_root.sh FOLDER [onnxruntime]" >&2
+    exit 2
+}
 python=${PYTHON:-.venv/bin/python}
 root=$1/root site=$1/site
 mkdir -p "$root" "$site"
@@ -19,7 +25,7 @@ trap 'rm -f "$constraints"' EXIT
 # Without the local part of the version, which this machine's builds of PyTorch have.
 sed 's/^\(torch==[0-9.]*\).*/\1/' constraints.txt >"$constraints"
 "$python" -m pip install --quiet --no-compile --target "$site" "${platforms[@]}" --python-version 3.11 --only-binary=:all: \
-    --constraint "$constraints" torch numpy pytest pytest-timeout hypothesis tyro rich
+    --constraint "$constraints" $packages
 
 # PyTorch's cpuinfo and oneDNN read what the processor is from these, and end the process where they are this machine's.
 cpu=$root/sys/devices/system/cpu

@@ -3,7 +3,8 @@
 Each case is a compiler and a processor. The kernel is compiled for the processor's instruction set as on first use, and
 its reference cases (`tests/ops/cpu/test_operator.py`) run on it: on this processor, which PyTorch takes for an older
 one, or under qemu, where the processor of the case is all there is. One JSON line per case; a case whose compiler or
-emulator is absent is a line too, with what is absent.
+emulator is absent is a line too, with what is absent. Exported models in onnxruntime are cases too
+(`portability_onnx.py`).
 
     apt-get install g++-11 g++-12 clang-14 g++-aarch64-linux-gnu qemu-user debootstrap
     tools/aarch64_root.sh build/aarch64
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -32,6 +34,7 @@ import torch
 from benchmarks.rows import Writer, provenance
 from diffattn.errors import UnsupportedError
 from diffattn.ops.cpu import compiling
+from tools import portability_onnx
 
 ROOT = Path(__file__).parents[1]
 TESTS = ["tests/ops/cpu/test_operator.py", "-k", "test_forward_and_gradients"]
@@ -103,6 +106,13 @@ def run(case: Case, aarch64: Path | None) -> dict[str, object]:
             "tests": counts[-1] if counts else "no test ran",
             "test_seconds": round(time.monotonic() - began, 1),
         }
+
+
+def run_onnx(processor: portability_onnx.Processor, aarch64: Path | None) -> dict[str, object]:
+    """Run exported models in onnxruntime on an emulated processor, where both are there; what came of it."""
+    if aarch64 is None or shutil.which("qemu-aarch64") is None:
+        return {"absent": "--aarch64 FOLDER" if aarch64 is None else "qemu-aarch64"}
+    return portability_onnx.run(processor, aarch64)
 
 
 def _compile(case: Case, work: Path, cache: Path, aarch64: Path | None) -> dict[str, object]:
@@ -180,12 +190,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     writer = Writer(options.out, keep=bool(options.only))
+    aarch64 = options.aarch64.resolve() if options.aarch64 else None
+    cases = {case.name: partial(run, case, aarch64) for case in CASES}
+    for board, processor in portability_onnx.BOARDS.items():
+        cases[f"onnxruntime, {board}, qemu {processor.qemu}"] = partial(run_onnx, processor, aarch64)
     failed = []
-    for case in CASES:
-        if options.only in case.name:
-            row = run(case, options.aarch64.resolve() if options.aarch64 else None)
-            writer({"benchmark": "portability", "case": case.name, **row, **provenance("tools.portability")})
-            failed += [case.name] if not row.get("passed", "absent" in row) else []
+    for name, measured in cases.items():
+        if options.only in name:
+            row = measured()
+            writer({"benchmark": "portability", "case": name, **row, **provenance("tools.portability")})
+            failed += [name] if not row.get("passed", "absent" in row) else []
     if failed:
         sys.exit(f"tools.portability: failed: {'; '.join(failed)}")
 
