@@ -14,6 +14,10 @@ from benchmarks import machines
 from diffattn.cli.arguments import parse
 from diffattn.cli.main import load
 from diffattn.errors import ConfigError
+from diffattn.plan.estimate import estimate
+from diffattn.plan.hardware import MACHINES
+from diffattn.plan.named_model import parse_model
+from diffattn.plan.setting import Setting, precision_of
 
 ROOT = Path(__file__).parents[2]
 LINE = json.dumps(machine_row().to_json())
@@ -40,6 +44,26 @@ def test_the_page_has_the_tables_that_the_rows_and_the_planner_make() -> None:
     assert machines.read()
 
 
+def test_what_others_reached_stands_beside_what_the_planner_allows() -> None:
+    page = " ".join(machines.PAGE.read_text(encoding="utf-8").split())
+    setting = Setting(context=128, machine=machines.BOARD, precision=precision_of("fp32", weights="int4"))
+    pi, shares = MACHINES[machines.BOARD], []
+    for name, allowed, reached in (("llama-3.2-3B", "10.4", 4.88), ("llama-3.1-8B", "4.49", 2.17)):
+        model = parse_model(name)
+        planned = estimate(model.built, model.attention, setting).decoding.tokens_per_second
+        assert planned is not None
+        assert f"{planned:.3g}" == allowed
+        shares.append(f"{reached / planned:.0%}")
+    assert f"allows 10.4 and 4.49: {shares[0]} and {shares[1]}" in page
+    assert pi.flops is not None
+    assert pi.bandwidth is not None
+    assert f"counted by the file, {4.88 * 1.87 * 2**30 / pi.bandwidth:.0%} of the memory's rate" in page
+    assert f"11.4 GB/s on each, which is {11.4e9 / pi.bandwidth:.0%}" in page
+    # Half as many numbers of 64 bits fit into a register.
+    double = pi.flops["fp32"] / 2
+    assert f"36.7 of {double / 1e9:.1f} GFLOP/s in float64, which is {36.7e9 / double:.0%}" in page
+
+
 def test_a_posted_text_is_kept_once_and_shown(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     posted = tmp_path / "posted.txt"
     posted.write_text(f"### The row\n\n```json\n{LINE}\n```\n\n### What may have held it back\n\nno fan\n")
@@ -60,6 +84,7 @@ def test_a_posted_text_is_kept_once_and_shown(kept: Path, tmp_path: Path, monkey
         ("hello", "a text with 0 rows; wanted one"),
         (f"{LINE}\n{LINE}", "a text with 2 rows; wanted one"),
         (LINE[:-40], "a row that is no JSON"),
+        ('{"benchmark": ' + "[" * 100_000, "a row that is no JSON"),
         (LINE.replace("81.0", "99.0"), "a row that was changed after it was measured"),
         ('{"benchmark": "machine"}', "a row of benchmark 'machine', form None"),
         ('{"benchmark": "machine", "benchmark": "machine"}', "a row that is no JSON"),

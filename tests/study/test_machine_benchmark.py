@@ -4,10 +4,12 @@ import json
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from diffattn.errors import ConfigError
 from diffattn.machine import cores
 from diffattn.plan.cost import match_parameters
 from diffattn.plan.estimate import estimate
@@ -74,6 +76,16 @@ def test_without_onnxruntime_torch_alone_is_measured(monkeypatch: pytest.MonkeyP
     row = benchmark_machine(sizes=SIZES)
     assert row.onnxruntime is None
     assert {speed.engine for speed in row.speeds} == {"torch"}
+
+
+def test_a_full_disk_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_benchmark.shutil, "disk_usage", lambda folder: SimpleNamespace(free=9_000_000))
+    stages: list[Stage] = []
+    with pytest.raises(
+        ConfigError, match=r"9 MB free in the temporary folder .*; wanted 500 MB .*: free some, or name"
+    ):
+        benchmark_machine(on_stage=stages.append, sizes=SIZES)
+    assert stages == []
 
 
 class Clock:

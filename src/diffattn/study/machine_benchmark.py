@@ -12,6 +12,7 @@ import datetime
 import importlib.util
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 
-from diffattn.errors import UnsupportedError
+from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.export.onnx import export_onnx
 from diffattn.export.run import OnnxDecoder
 from diffattn.machine import cores, processor_name
@@ -49,6 +50,8 @@ ATTENTIONS = ("softmax", "diff_v1", "diff_v2")
 EXPORTED = ("softmax", "diff_v2")
 ONNX_BITS = 8
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+# Bytes of two checkpoints and their exports, which are written beside each other, and some more.
+SPACE = 500_000_000
 SHAPE = ModelShape(
     hidden_size=1024, num_layers=2, num_heads=16, head_dim=64, intermediate_size=2816, vocab_size=8192,
     max_position_embeddings=4096, name="benchmark",
@@ -117,9 +120,10 @@ def benchmark_machine(*, on_stage: OnStage = unseen, sizes: Sizes | None = None)
         sizes: what is measured. Default: the sizes of ``FORM``.
 
     Raises:
-        ConfigError: the folder of temporary files cannot be written.
+        ConfigError: the folder of temporary files has too little space.
     """
     sizes = sizes or Sizes()
+    _check_space()
     _compile(on_stage)
     began, load, warm = time.perf_counter(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, _celsius()
     on_stage(Stage("measuring memory, disk and arithmetic"))
@@ -158,6 +162,15 @@ def benchmark_machine(*, on_stage: OnStage = unseen, sizes: Sizes | None = None)
 def has_onnxruntime() -> bool:
     """Returns whether models can be exported and run in onnxruntime here."""
     return all(importlib.util.find_spec(name) is not None for name in PACKAGES)
+
+
+def _check_space() -> None:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < SPACE:
+        raise ConfigError(f"{free / 1e6:.0f} MB free in the temporary folder {folder}",
+                          f"{SPACE / 1e6:.0f} MB for the models that are measured",
+                          "free some, or name another folder: TMPDIR=/path/to/folder")  # fmt: skip
 
 
 def _compile(on_stage: OnStage) -> None:
