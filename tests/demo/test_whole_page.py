@@ -18,6 +18,8 @@ from diffattn.demo.tokenizer import page_tokenizer
 from diffattn.plan.shape import ModelShape
 
 LARGEST = 12_000_000
+# What the models wrote, in a browser that can suspend WebAssembly and in one that cannot.
+WRITTEN: dict[bool, list[str]] = {}
 pytestmark = [
     pytest.mark.full,
     needs_chromium,
@@ -176,6 +178,26 @@ def test_no_request_leaves_whatever_is_tried(pair, browser, tmp_path):
     context.close()
     assert not {"open", "loaded", "sent", 200, True} & set(tried.values()), tried
     assert [url for url in asked if not url.startswith(("file:", "blob:"))] == []
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_models_write_the_same_where_a_browser_cannot_suspend_webassembly(own, pair, browser, tmp_path):
+    page = pair.page.decode("utf-16")
+    lacking = "delete WebAssembly.Suspending; delete WebAssembly.promising; delete WebAssembly.SuspendError;"
+    place = '<script type="text/plain" id="worker">'
+    assert page.count(place) == 1
+    file = tmp_path / "page.html"
+    file.write_text(page if own else page.replace(place, f"{place}{lacking}"), encoding="utf-16")
+    with opened_file(browser, file) as shown:
+        shown.wait_for_selector("#state[data-state=ready]", timeout=120_000)
+        assert "WebAssembly" in shown.inner_text("#state")
+        shown.click("#write")
+        shown.wait_for_selector("#stop:not([disabled])")
+        shown.wait_for_selector("#state[data-state=ready]", timeout=120_000)
+        texts = shown.locator(".card .text").all_inner_texts()
+    WRITTEN[own] = texts
+    assert len(texts) == 2
+    assert all(found == texts for found in WRITTEN.values())
 
 
 def test_licences_are_in_the_page(pair, browser, tmp_path, programs):

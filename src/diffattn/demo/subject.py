@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from diffattn.checkpoint_files import folder_name, read_config, read_tensors
 from diffattn.data.needles import NeedlePrompt
+from diffattn.demo.embedding import plain_embedding
 from diffattn.demo.options import DEMO_BITS
 from diffattn.errors import ConfigError, UnsupportedError
 from diffattn.export.onnx import export_onnx
@@ -126,10 +127,13 @@ def best_head(model: PreTrainedModel, ids: Sequence[int], answer: tuple[int, int
 
 
 def graph(folder: str | Path, bits: int, on_stage: OnStage) -> tuple[bytes, dict[str, int]]:
-    """Returns the model as an ONNX file with a cache and the maps of all layers, and the bytes of weights and file."""
+    """Returns the model as an ONNX file with a cache and the maps of all layers, and the bytes of weights and file.
+
+    The browser's engine lacks the operator by which a quantised embedding is looked up, so others take its place.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         done = export_onnx(
             folder, Path(scratch) / "onnx", bits=None if bits == FLOATS else bits, maps="all", on_stage=on_stage
         )
-        content = (done.folder / MODEL_FILE).read_bytes()
-        return content, {"bits": done.bits, "weight_bytes": done.weight_bytes, "file_bytes": done.file_bytes}
+        content = plain_embedding((done.folder / MODEL_FILE).read_bytes())
+        return content, {"bits": done.bits, "weight_bytes": done.weight_bytes, "file_bytes": len(content)}
