@@ -54,7 +54,7 @@ function buildLens(view) {
   const { model, lens } = view;
   const differential = model.noise_heads > 0;
   lens.querySelector(".what").textContent = differential
-    ? "The first look finds what matters, and noise with it. The second look has learned where the noise is, and λ says how much of it is taken away. What is left is what the model uses."
+    ? "The first look finds what matters, and noise with it. The second look is there for the noise, and λ says how much of it is taken away. What is left is what the model uses."
     : "One look, and all of it is used: there is no second look to take the noise away.";
   const parts = differential
     ? [["found", "First look", "signal and noise"], ["taken", "λ × second look", "taken away"], ["used", "What is used", "first look − λ × second look"]]
@@ -213,16 +213,15 @@ function readOut() {
 
 /* The text. */
 
-function addWord(view, label, kind) {
+function addWord(view, token, kind) {
   const word = document.createElement("span");
   const s = view.words.length;
-  word.textContent = label;
+  word.textContent = token.replaceAll("\n", "↵\n");
   if (kind) word.classList.add(kind);
   word.addEventListener("click", () => { if (s < view.room.count) { state.query = s; state.key = null; for (const each of views) draw(each); } });
-  // A break after a space or a line's end lets the text wrap.
-  view.card.querySelector(".text").append(word, /[·↵]$/.test(label) || kind === "new" ? document.createElement("wbr") : "");
+  view.card.querySelector(".text").append(word);
   view.words.push(word);
-  view.labels.push(label);
+  view.labels.push(token.replaceAll(" ", "·").replaceAll("\n", "↵"));
 }
 
 /** The tokens that hold a part of the text, from the places where tokens end. */
@@ -233,25 +232,21 @@ function tokensOf(text, part, ends) {
   return [holding.indexOf(true), holding.lastIndexOf(true) + 1];
 }
 
-function begin({ labels, ends, ids, room }) {
+function begin({ tokens, ends, ids, room }) {
   Object.assign(state, { query: null, key: null });
   for (const view of views) {
     Object.assign(view, { words: [], labels: [], maps: null, given: ids.length, total: ids.length + room - 1, first: 0, spent: 0, steps: 0 });
     view.room = roomFor(view.model, view.total);
     view.answer = tokensOf(state.text, state.prompt?.answer, ends);
     view.card.querySelector(".text").replaceChildren();
-    labels.forEach((label, i) => {
-      // A line may break before each word.
-      if (label.startsWith("·")) view.card.querySelector(".text").append(document.createElement("wbr"));
-      addWord(view, label, view.answer && i >= view.answer[0] && i < view.answer[1] ? "answer" : null);
-    });
+    tokens.forEach((token, i) => addWord(view, token, view.answer && i >= view.answer[0] && i < view.answer[1] ? "answer" : null));
   }
 }
 
-function grow({ index, label, reads, seconds, bytes: cache }) {
+function grow({ index, token, reads, seconds, bytes: cache }) {
   const view = views[index];
   takeIn(view.model, view.room, reads, view.steps ? 1 : view.given);
-  addWord(view, label, "new");
+  addWord(view, token, "new");
   if (view.steps++) view.spent += seconds;
   else view.first = seconds;
   number(view, "first", `${view.first.toFixed(2)} s`);
@@ -269,7 +264,7 @@ async function start(wanted) {
   engine = new Worker(URL.createObjectURL(new Blob([$("worker").textContent], { type: "text/javascript" })));
   engine.onmessage = ({ data }) => hear(data);
   engine.onerror = (event) => say(`The models cannot be started: ${event.message}.`, "failed");
-  engine.postMessage({ kind: "load", files, facts: DATA.models, wanted });
+  engine.postMessage({ kind: "load", files, facts: DATA.models, check: DATA.check, wanted });
   busy(true);
   $("write").disabled = true;
 }
@@ -281,13 +276,13 @@ function hear(message) {
 
 const ENGINES = { wasm: "WebAssembly, on one thread of the processor", webgpu: "WebGPU, on the graphics card" };
 
-function ready({ engine: name, webgpu, reason }) {
+function ready({ engine: name, webgpu, reason, same }) {
   for (const radio of document.querySelectorAll("[name=engine]")) {
     radio.checked = radio.value === name;
     radio.disabled = radio.value === "webgpu" && !webgpu;
   }
-  const why = reason ? ` WebGPU failed here (${reason}).` : "";
-  state.idle = `Ready: runs on ${ENGINES[name]}.${why}`;
+  const notes = [reason && ` WebGPU failed here (${reason}).`, !same && " Unusual letters are cut into other tokens here than where the models were trained."];
+  state.idle = `Ready: runs on ${ENGINES[name]}.${notes.filter(Boolean).join("")}`;
   $("state").dataset.engine = name;
   // The maps of the text are there before anybody has pressed a key.
   write(1);
@@ -353,6 +348,19 @@ for (const radio of document.querySelectorAll("[name=engine]")) {
 dark.addEventListener("change", () => { for (const view of views) draw(view); });
 new ResizeObserver(() => { for (const view of views) draw(view); }).observe($("lenses"));
 
+/* About the page. */
+
+for (const { name, version, licence, blob } of DATA.packages) {
+  const part = document.createElement("details");
+  const title = document.createElement("summary");
+  title.textContent = `${name} ${version}, licence ${licence}`;
+  const text = document.createElement("pre");
+  part.append(title, text);
+  part.addEventListener("toggle", async () => { text.textContent ||= new TextDecoder().decode(await unpack(blob)); });
+  $("licences").append(part);
+}
+$("command").textContent = DATA.command;
+
 /** The bytes of a module that uses one SIMD instruction: a browser without SIMD does not take it for one. */
 const SIMD = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
 
@@ -362,7 +370,8 @@ async function open() {
     say("This browser cannot run the models: it has no WebAssembly with SIMD. Please open the page in Chrome, Edge or Firefox of 2023 or later, or Safari 16.4 or later.", "failed");
     return;
   }
-  const names = [...document.querySelectorAll("script[id^='blob-']")].map((element) => element.id.slice("blob-".length));
+  const licences = new Set(DATA.packages.map((each) => each.blob));
+  const names = [...document.querySelectorAll("script[id^='blob-']")].map((element) => element.id.slice("blob-".length)).filter((name) => !licences.has(name));
   const found = await Promise.all(names.map(unpack));
   files = Object.fromEntries(names.map((name, i) => [name, found[i]]));
   say("Starting the models …", "busy");

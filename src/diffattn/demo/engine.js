@@ -20,7 +20,7 @@ function imported(bytes) {
   return import(URL.createObjectURL(new Blob([bytes], { type: "text/javascript" })));
 }
 
-async function load({ files, facts, wanted }) {
+async function load({ files, facts, check, wanted }) {
   // The stand-in lets WebAssembly run, but WebGPU has to wait.
   const waits = allowWasmWithoutSuspending();
   ort = await imported(files.ort);
@@ -32,7 +32,8 @@ async function load({ files, facts, wanted }) {
   const { Tokenizer } = await imported(files.tokenizers);
   tokenizer = new Tokenizer(json("tokenizer"), json("tokenizer-config"));
   const card = waits && (await navigator.gpu?.requestAdapter().catch(() => null));
-  engine = card && wanted !== "wasm" ? "webgpu" : "wasm";
+  // A card that the processor plays is slower than the processor itself.
+  engine = card && (wanted === "webgpu" || (wanted === "auto" && !card.info?.isFallbackAdapter)) ? "webgpu" : "wasm";
   let reason = "";
   try {
     models = await opened(files, facts);
@@ -42,13 +43,15 @@ async function load({ files, facts, wanted }) {
     engine = "wasm";
     models = await opened(files, facts);
   }
-  postMessage({ kind: "ready", engine, webgpu: Boolean(card), reason });
+  const cut = tokenizer.encode(check.text).ids;
+  const same = cut.length === check.ids.length && cut.every((id, i) => id === check.ids[i]);
+  postMessage({ kind: "ready", engine, webgpu: Boolean(card), reason, same });
 }
 
 async function opened(files, facts) {
   const found = [];
   for (const model of facts) {
-    const options = { executionProviders: [engine] };
+    const options = { executionProviders: [engine], logSeverityLevel: 3 };
     if (engine === "webgpu") options.preferredOutputLocation = places(model);
     const session = await ort.InferenceSession.create(files[model.blob], options);
     const past = session.inputMetadata.filter((input) => input.name.startsWith("past_key_values."));
@@ -122,10 +125,6 @@ function chosen(logits, temperature) {
   return Math.max(0, weights.findIndex((weight) => (left -= weight) < 0));
 }
 
-function label(id) {
-  return tokenizer.decode([id], { skip_special_tokens: false }).replaceAll(" ", "·").replaceAll("\n", "↵");
-}
-
 function decoded(ids) {
   return tokenizer.decode(ids, { skip_special_tokens: false });
 }
@@ -149,7 +148,7 @@ async function write({ run, text, most, temperature, context }) {
   const room = Math.min(most, context - ids.length + 1);
   // Where each token ends in the text, in characters; one that ends within a character ends behind it.
   const ends = ids.map((_, i) => decoded(ids.slice(0, i + 1)).length);
-  postMessage({ kind: "read", run, ids, labels: ids.map(label), ends, room });
+  postMessage({ kind: "read", run, ids, tokens: ids.map((id) => decoded([id])), ends, room });
   const texts = models.map(() => ({ past: null, length: 0, written: [], ended: false }));
   for (let i = 0; i < room; i++) {
     for (const [index, model] of models.entries()) {
@@ -161,7 +160,7 @@ async function write({ run, text, most, temperature, context }) {
       const seconds = (performance.now() - began) / 1000;
       own.written.push(id);
       own.ended = model.stop.includes(id);
-      postMessage({ kind: "step", run, index, id, label: label(id), text: decoded(own.written), reads, seconds, bytes: own.bytes });
+      postMessage({ kind: "step", run, index, id, token: decoded([id]), reads, seconds, bytes: own.bytes });
       await pause();
     }
   }

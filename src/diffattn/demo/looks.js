@@ -52,9 +52,11 @@ function growMaps(model, room, maps, layer, head) {
   const first = noise ? sharing * (signals + 1) + (head % signals) : head;
   const second = sharing * (signals + 1) + signals;
   const groupOf = (query) => Math.floor((query * groups) / (heads + noise));
+  const window = model.windows[layer] ?? Infinity;
   for (let t = maps.count; t < room.count; t++) {
     const row = (map) => map.subarray(t * maps.stride, t * maps.stride + t + 1);
-    const look = (query, keys, into) => softmaxRow(own.queries[query].subarray(t * width, (t + 1) * width), keys[groupOf(query)], t + 1, scale, into);
+    const from = Math.max(0, t + 1 - window);
+    const look = (query, keys, into) => softmaxRow(own.queries[query].subarray(t * width, (t + 1) * width), keys[groupOf(query)].subarray(from * width), t + 1 - from, scale, into.subarray(from));
     look(first, own.keys[0], row(maps.found));
     if (!noise) continue;
     const [found, taken, used] = [row(maps.found), row(maps.taken), row(maps.used)];
