@@ -100,7 +100,7 @@ def test_a_graph_with_maps_is_the_graph_without_them_and_more():
 
 def assert_same_maps(model, session):
     ids = tokens(2, LENGTH).numpy()
-    queries, lam, keys = read(session, ids, (6, 1, 1, 3), LAYER)
+    queries, lam, keys = read(session, ids, (8, 1, 1, 1), LAYER)
     (signal, *noise), expected_lam = models_maps(model, ids, LAYER)
     maps = drawn(queries, keys, model.config)
     shared = model.config.signals_per_noise
@@ -145,7 +145,7 @@ def test_reading_maps_leaves_the_model_as_it_was():
     with onnx_maps.read_maps(model, [0]) as read, torch.no_grad():
         model(tokens(2, 5))
     assert set(vars(attention)) == before
-    assert [tuple(each.shape) for each in read] == [(2, 12, 5, 10), (2, 1, 6)]
+    assert [tuple(each.shape) for each in read] == [(2, 12, 5, 8), (2, 1, 6)]
 
 
 def test_the_verb_passes_layers_on_and_names_them_in_its_result(tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from diffattn.export.fixed import FixedDecoder
 from diffattn.export.genai import genai_config
-from diffattn.export.graph import save, to_graph
+from diffattn.export.graph import save, shares_buffers, to_graph
 from diffattn.export.run import PAST, PRESENT
 
 # What the tools warn of is theirs.
@@ -105,8 +105,8 @@ def test_openvino(model, tmp_path):
 def test_onnxruntime_genai(model, tmp_path):
     genai = pytest.importorskip("onnxruntime_genai")
     expected = greedy(model)
-    save(to_graph(model), tmp_path)
-    (tmp_path / "genai_config.json").write_text(json.dumps(genai_config(model)))
+    save(graph := to_graph(model), tmp_path)
+    (tmp_path / "genai_config.json").write_text(json.dumps(genai_config(model, shared=shares_buffers(graph))))
     options = genai.GeneratorParams(loaded := genai.Model(os.fspath(tmp_path)))
     options.set_search_options(max_length=PROMPT.shape[1] + NEW)
     generator = genai.Generator(loaded, options)

@@ -10,21 +10,26 @@ import onnx_ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from support.small_folders import TOKENS, small_tokenizer
-from support.small_models import SHAPE, small_model
+from support.small_models import SHAPE, small_model, tokens
 
 from diffattn.export.graph import save, to_graph
 from diffattn.export.run import MAPS, OnnxDecoder
 from diffattn.model.loading import load_model
 from diffattn.model.modeling import DiffTransformerForCausalLM
+from diffattn.plan.shape import ModelShape
 
 ATTENTIONS = ("softmax", "diff_v1", "diff_v2", "dex")
+# onnxruntime's kernel that shares the buffers of a cache wants widths that 8 divides.
+EXPORTED = dataclasses.replace(SHAPE, head_dim=8)
 
 
-def model_of(attention: str, num_layers: int = 2, **config) -> DiffTransformerForCausalLM:
+def model_of(
+    attention: str, num_layers: int = 2, *, shape: ModelShape = EXPORTED, **config
+) -> DiffTransformerForCausalLM:
     """With a DEX that subtracts something, of heads that are not all."""
     if attention == "dex":
         config.setdefault("dex_heads", [[0, 3, 11], [5]][:num_layers])
-    model = small_model(attention, shape=dataclasses.replace(SHAPE, num_layers=num_layers), **config)
+    model = small_model(attention, shape=dataclasses.replace(shape, num_layers=num_layers), **config)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name.endswith("dex.weight"):
             torch.nn.init.normal_(tensor, std=0.3)
@@ -35,7 +40,7 @@ def model_of(attention: str, num_layers: int = 2, **config) -> DiffTransformerFo
 
 def small_checkpoint(path: Path) -> Path:
     """The folder of a V1 model of one layer in bfloat16, with a tokenizer."""
-    shape = dataclasses.replace(SHAPE, num_layers=1, vocab_size=TOKENS)
+    shape = dataclasses.replace(EXPORTED, num_layers=1, vocab_size=TOKENS)
     small_model("diff_v1", shape=shape).bfloat16().save_pretrained(path)
     small_tokenizer().save_pretrained(path)
     return path
@@ -123,3 +128,16 @@ def copy(graph: Any) -> Any:
 def decoder(graph: Any, folder: Path) -> OnnxDecoder:
     save(graph, folder)
     return OnnxDecoder(folder, threads=1)
+
+
+def padded(batch, length, padding):
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row in range(batch):
+        mask[row, : padding * row // max(1, batch - 1)] = 0
+    return tokens(batch, length), mask
+
+
+@torch.no_grad()
+def whole(model, ids, mask):
+    """By the model's own attention, the fused kernel where there is one."""
+    return model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits

@@ -8,11 +8,16 @@ from diffattn.export.run import MODEL_FILE, PAST, PRESENT
 from diffattn.model.modeling import DiffTransformerForCausalLM
 
 
-def genai_config(model: DiffTransformerForCausalLM) -> dict[str, Any]:
+def genai_config(model: DiffTransformerForCausalLM, *, shared: bool) -> dict[str, Any]:
     """Returns what ``onnxruntime-genai`` has to know of a graph with a cache: sizes, names, special tokens.
 
     Its table of architectures has no name of ours. ``llama`` stands for a decoder whose inputs and outputs are these;
     what the layers compute, the graph says.
+
+    Args:
+        model: the model that was exported.
+        shared: whether the graph writes into the cache that it is given, for which the engine then makes one buffer of
+            as many places as a text may have.
 
     Source: the documentation of onnxruntime-genai; release 0.18 was tried.
     """
@@ -46,10 +51,9 @@ def genai_config(model: DiffTransformerForCausalLM) -> dict[str, Any]:
                 },
             },
         },
-        # The graph returns a longer cache than it takes, so the two cannot share their memory.
         "search": {
             "do_sample": False,
             "max_length": config.max_position_embeddings,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": shared,
         },
     }

@@ -1,16 +1,19 @@
 """One of our models as an ONNX graph, with or without a key/value cache, for batches and lengths of any size.
 
-The graph holds what the model does under the standard call, one ``Attention`` node of opset 23 per layer, grouped as
-the call is, so that no key is repeated and no operator of our own is needed:
+The graph holds what the model does under the standard call, one attention node per layer (``attention.py``), grouped
+as the call is, so that no key is repeated and no operator of our own is needed:
 
     in     input_ids (B, T), attention_mask (B, P + T), position_ids (B, T), all int64,
-           past_key_values.N.key and .value (B, G, P, W) of each layer N, float32; P may be 0
-    out    logits (B, T, V), present.N.key and .value (B, G, P + T, W), float32
+           past_key_values.N.key and .value (B, G, P, W) of each layer N, float32; P may be 0,
+           num_logits_to_keep (), int64, which need not be given: 1; 0 for all
+    out    logits (B, kept, V), present.N.key and .value (B, G, P + T, W), float32
 
            and of layers whose maps are asked for maps.N.query (B, n, T, d) and maps.N.lambda (B, T or 1, H), float32
 
-These are the names that optimum and transformers.js use. Without a cache there is no past and no present. The mask is
-computed from its inputs: no length is written down. λ of V1, its norm's scale and DEX's λ·W_D are constants by then.
+These are the names that optimum and transformers.js use. Where past and present share their
+buffers (``SHARED_KEY`` of the file's properties is ``yes``), both may be longer than P + T. Without a cache there is no
+past, no present and no number of logits: all are returned. The mask is computed from its inputs: no length is written
+down. λ of V1, its norm's scale and DEX's λ·W_D are constants by then.
 
 Shape suffixes as in ``diffattn.model.attention``.
 """
@@ -26,16 +29,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffattn.errors import UnsupportedError
+from diffattn.export.attention import GROUPED, REPEATED, SHARED, SharedCache, added, can_share
 from diffattn.export.maps import check_maps, map_names, read_maps
-from diffattn.export.run import DATA_FILE, MODEL_FILE, PAST, PRESENT, require
+from diffattn.export.run import DATA_FILE, HEAD, KEEP, MODEL_FILE, PAST, PRESENT, SHARED_KEY, require
 from diffattn.model.configuration import DiffTransformerConfig
 from diffattn.model.masks.layers import layer_masks
 from diffattn.model.modeling import DiffTransformerForCausalLM
@@ -43,19 +45,20 @@ from diffattn.model.transformers_private import attention_implementation
 
 # The first with Attention and RMSNormalization.
 OPSET = 23
-GROUPED, REPEATED = "onnx_grouped", "onnx_repeated"
 BATCH, NEW, EARLIER = "batch_size", "sequence_length", "past_sequence_length"
-# A protobuf message may hold 2 GiB; the graph itself is far below the difference.
-LARGEST_FILE = 2_000_000_000
+# Weights beside the graph are read from the file where they lie, which onnxruntime cannot do with those in the graph:
+# it holds the whole file in memory, and then a copy of each. Below this size one file is handier.
+LARGEST_FILE = 32_000_000
 
 
 class FlatDecoder(nn.Module):
     """Our model with the cache as a flat list of tensors, which a graph can have as inputs and outputs."""
 
-    def __init__(self, model: DiffTransformerForCausalLM, *, cache: bool, maps: Sequence[int]) -> None:
+    def __init__(self, model: DiffTransformerForCausalLM, *, cache: bool, shared: bool, maps: Sequence[int]) -> None:
         super().__init__()
         self.model = model
         self.cache = cache
+        self.shared = shared
         self.maps = maps
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> Any:
@@ -63,49 +66,26 @@ class FlatDecoder(nn.Module):
 
         Without a cache it returns logits alone.
         """
-        cache = DynamicCache(list(zip(past[0::2], past[1::2], strict=True))) if self.cache else None
+        pairs = list(zip(past[0::2], past[1::2], strict=True))
+        cache: Any = DynamicCache(pairs) if self.cache and not self.shared else None
+        options: dict[str, Any] = {}
+        if self.shared:
+            cache = options["buffers"] = SharedCache(pairs, attention_mask, input_ids.shape[1])
         # A row is one sequence. From positions the model would look for several, by operators that ONNX lacks.
         x = self.model.model.embed_tokens(input_ids)
         masks = layer_masks(self.model.config, x, attention_mask, None, cache, {})
+        if self.shared:
+            masks = {kind: added(mask) for kind, mask in masks.items()}
         given = {"inputs_embeds": x, "attention_mask": masks, "position_ids": position_ids}
         if cache is None:
             return self.model(**given, use_cache=False).logits
         with read_maps(self.model, self.maps) as read:
-            logits = self.model(**given, past_key_values=cache, use_cache=True).logits
-        return logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)), *read
-
-
-def grouped_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The standard call whose key heads serve groups of query heads as they are: ``sdpa`` repeats them on the CPU."""
-    assert attention_mask is not None
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return output.transpose(1, 2), None
-
-
-def repeated_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """The standard call with a key and a value head for each query head, for engines that cannot group them."""
-    times = query.shape[1] // key.shape[1]
-    # As an expansion, which engines know as the repetition of heads.
-    key, value = (x[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2) for x in (key, value))
-    return grouped_attention(module, query, key, value, attention_mask, **kwargs)
-
-
-for _name, _function in ((GROUPED, grouped_attention), (REPEATED, repeated_attention)):
-    ALL_ATTENTION_FUNCTIONS.register(_name, _function)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_name, sdpa_mask)
+            logits = self.model(**given, past_key_values=cache, use_cache=True, **options).logits
+        if self.shared:
+            present = [cache.present[layer] for layer in range(len(pairs))]
+        else:
+            present = [(layer.keys, layer.values) for layer in cache.layers]
+        return logits, *(tensor for pair in present for tensor in pair), *read
 
 
 def to_graph(
@@ -141,13 +121,15 @@ def to_graph(
     past_names = [f"{PAST}.{i}.{kind}" for i in range(config.num_hidden_layers) for kind in ("key", "value")]
     if not cache:
         past_names, P = [], 0
+    shared = cache and not repeat_heads and can_share(config)
     past = tuple(torch.zeros(B, config.num_key_value_heads, P, config.head_dim) for _ in past_names)
     ids, mask, positions = (torch.ones(B, size, dtype=torch.long) for size in (T, P + T, T))
     batch, new, earlier = (torch.export.Dim(name) for name in (BATCH, NEW, EARLIER))
     shapes = ({0: batch, 1: new}, {0: batch, 1: torch.export.Dim.AUTO if cache else new}, {0: batch, 1: new})
-    with attention_implementation(model, REPEATED if repeat_heads else GROUPED), _quiet(), torch.no_grad():
+    implementation = REPEATED if repeat_heads else SHARED if shared else GROUPED
+    with attention_implementation(model, implementation), _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            FlatDecoder(model, cache=cache, maps=maps).eval(),
+            FlatDecoder(model, cache=cache, shared=shared, maps=maps).eval(),
             (ids, mask, positions, *past),
             input_names=["input_ids", "attention_mask", "position_ids", *past_names],
             output_names=["logits", *(name.replace(PAST, PRESENT) for name in past_names), *map_names(config, maps)],
@@ -162,7 +144,9 @@ def to_graph(
     _name_weights(graph)
     # The one matrix with two uses left is a tied embedding's, of which the optimizer would make a transposed copy.
     optimize_ir(graph, should_fold=lambda node: False if node.op_type == "Transpose" else None)
-    _describe(graph, config, cache)
+    if cache:
+        _keep_last(graph)
+    _describe(graph, config, cache, shared)
     return graph
 
 
@@ -173,6 +157,11 @@ def save(graph: Any, folder: Path) -> None:
     for name in (MODEL_FILE, DATA_FILE):
         (folder / name).unlink(missing_ok=True)
     onnx_ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE if weight_bytes(graph) > LARGEST_FILE else None)
+
+
+def shares_buffers(graph: Any) -> bool:
+    """Returns whether the graph writes new keys and values into the cache that it is given."""
+    return graph.metadata_props.get(SHARED_KEY) == "yes"
 
 
 def weight_bytes(graph: Any) -> int:
@@ -207,7 +196,7 @@ def _name_weights(graph: Any) -> None:
         graph.graph.remove(node, safe=True)
     for node in graph.graph:
         if node.op_type == "MatMul":
-            node.name = (node.inputs[1].name if node.inputs[1].is_initializer() else "lm_head").removesuffix(".weight")
+            node.name = (node.inputs[1].name if node.inputs[1].is_initializer() else HEAD).removesuffix(".weight")
 
 
 def _transposed(tensor: Any) -> Any:
@@ -220,8 +209,34 @@ def _is_table(weight: Any) -> bool:
     return any(node.op_type == "Gather" for node, _ in weight.uses())
 
 
-def _describe(graph: Any, config: DiffTransformerConfig, cache: bool) -> None:
-    """Names the one length that the tracer has no name for, says what made the file, and leaves out paths of ours."""
+def _keep_last(graph: Any) -> None:
+    """Computes the logits of the last tokens alone, of one unless the caller says of how many."""
+    import onnx_ir
+
+    def constant(name: str, value: Any) -> Any:
+        array = np.array(value, np.int64)
+        made = onnx_ir.val(name, const_value=onnx_ir.tensor(array, name=name))
+        graph.graph.register_initializer(made)
+        return made
+
+    kept = constant(KEEP, 1)
+    # An input that has a value already is one that the caller may leave out.
+    graph.graph.inputs.append(kept)
+    negative = onnx_ir.node("Neg", [kept])
+    start = onnx_ir.node("Reshape", [negative.outputs[0], constant(f"{KEEP}_shape", [1])])
+    end, axis = constant(f"{KEEP}_end", [np.iinfo(np.int64).max]), constant(f"{KEEP}_axis", [1])
+    head = next(node for node in graph.graph if node.name == HEAD)
+    last = onnx_ir.node("Slice", [head.inputs[0], start.outputs[0], end, axis])
+    graph.graph.insert_before(head, [negative, start, last])
+    head.replace_input_with(0, last.outputs[0])
+    logits = head.outputs[0]
+    # A size that is written down tells onnxruntime-genai that it need not look for the last; onnxruntime itself gives
+    # as many as it is asked for.
+    logits.shape = onnx_ir.Shape((logits.shape[0], 1, logits.shape[2]))
+
+
+def _describe(graph: Any, config: DiffTransformerConfig, cache: bool, shared: bool) -> None:
+    """Names the lengths that the tracer has no names for, says what made the file, and leaves out paths of ours."""
     import onnx_ir
 
     version = importlib.metadata.version("diffattn")
@@ -235,6 +250,8 @@ def _describe(graph: Any, config: DiffTransformerConfig, cache: bool) -> None:
     graph.graph.metadata_props.clear()
     graph.metadata_props.clear()
     graph.metadata_props.update(diffattn=version, attention=config.attention)
+    if shared:
+        graph.metadata_props[SHARED_KEY] = "yes"
     graph.producer_name, graph.producer_version = "diffattn", version
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from diffattn.checkpoint_files import companions, copy_companions, read_config
 from diffattn.errors import ConfigError, UnsupportedError
+from diffattn.export.attention import GROUPED
 from diffattn.export.check import CheckReport, Expected, OnnxCheckError, check_float32, check_quantized
 from diffattn.export.genai import genai_config
-from diffattn.export.graph import GROUPED, OPSET, save, to_graph, weight_bytes
+from diffattn.export.graph import OPSET, save, shares_buffers, to_graph, weight_bytes
 from diffattn.export.maps import layers_of
 from diffattn.export.options import BITS, ExportOptions
 from diffattn.export.quantize import check_block_size, quantize
@@ -118,7 +119,7 @@ def export_onnx(
                 report = _passed(check_quantized(model, partial, bits, report, expected, block_size=block_size))
         _save_companions(model.config, source, partial, cache)
         if cache:
-            write_json(partial / "genai_config.json", genai_config(model))
+            write_json(partial / "genai_config.json", genai_config(model, shared=shares_buffers(graph)))
         sizes = [(partial / name).stat().st_size for name in (MODEL_FILE, DATA_FILE) if (partial / name).exists()]
     return OnnxExport(
         target, model.config.attention, cache, bits or 32, block_size if bits else None, layers, OPSET,

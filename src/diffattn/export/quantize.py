@@ -19,11 +19,10 @@ import numpy.typing as npt
 from diffattn.errors import ConfigError
 from diffattn.export import onnxruntime_private
 from diffattn.export.options import BITS
-from diffattn.export.run import require
+from diffattn.export.run import HEAD, require
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 TABLE = "model.embed_tokens.weight"
-HEAD = "lm_head"
 MICROSOFT = "com.microsoft"
 
 

@@ -21,7 +21,10 @@ from diffattn.errors import CheckpointError, ConfigError, UnsupportedError, one_
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-PAST, PRESENT, MAPS = "past_key_values", "present", "maps"
+PAST, PRESENT, MAPS, KEEP = "past_key_values", "present", "maps", "num_logits_to_keep"
+HEAD = "lm_head"
+SHARED_KEY = "shares_cache_buffers"
+LEAST_PLACES = 64
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
@@ -42,10 +45,18 @@ def require(*packages: str) -> None:
 
 @dataclass
 class Cache:
-    """Keys and values of all layers as onnxruntime's own values: key 0, value 0, key 1, ...; each (B, G, S, W)."""
+    """Keys and values of all layers as onnxruntime's own values: key 0, value 0, key 1, ...; each (B, G, places, W).
+
+    Where a graph writes into them, there may be more places than tokens, and a cache that goes on has the same values
+    as the one before. Each stays what it was: of two that go on from one, the second gets values of its own.
+    """
 
     values: list[Any]
+    """Keys and values."""
     length: int
+    """Tokens of which they are."""
+    written: list[int]
+    """The tokens that the values hold by now: one number, which all caches with the same values share."""
 
 
 class OnnxDecoder:
@@ -75,6 +86,8 @@ class OnnxDecoder:
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}", "a whole number from 1", "leave it out for onnxruntime's choice")
         options = onnxruntime.SessionOptions()
+        # Mistakes come as exceptions. It warns that the number of logits is no constant, as it should be.
+        options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
         # Threads that spin while they wait take the time of whatever shares the cores.
@@ -101,20 +114,34 @@ class OnnxDecoder:
                 f"{str(file)!r} is no decoder", "a model that takes input_ids and gives logits", "export it again"
             )
         self._past_shapes = [shapes[name] for name in self.past_names]
+        self._keeps = any(value.name == KEEP for value in self.session.get_overridable_initializers())
+        self.shares_buffers = self.session.get_modelmeta().custom_metadata_map.get(SHARED_KEY) == "yes"
+        self._bound: tuple[Any, Any] | None = None
 
     @property
     def has_cache(self) -> bool:
         """True where the graph takes keys and values of earlier tokens and returns those of all."""
         return bool(self.past_names)
 
-    def empty_cache(self, batch: int) -> Cache:
-        """Returns a cache of length 0 for ``batch`` rows."""
-        return Cache(
-            [self._value(np.zeros((batch, heads, 0, width), np.float32)) for _, heads, _, width in self._past_shapes], 0
-        )
+    def empty_cache(self, batch: int, places: int = 0) -> Cache:
+        """Returns a cache of length 0 for ``batch`` rows.
+
+        Args:
+            batch: rows.
+            places: tokens that it will hold; where a graph writes into a cache, it then need not grow.
+        """
+        return Cache([self._value(array) for array in self._zeros(batch, places if self.shares_buffers else 0)], 0, [0])
+
+    def _zeros(self, batch: int, places: int) -> list[Floats]:
+        return [np.zeros((batch, heads, places, width), np.float32) for _, heads, _, width in self._past_shapes]
 
     def logits(
-        self, input_ids: Ids, attention_mask: Ids | None = None, cache: Cache | None = None
+        self,
+        input_ids: Ids,
+        attention_mask: Ids | None = None,
+        cache: Cache | None = None,
+        *,
+        last: int = 0,
     ) -> tuple[Floats, Cache]:
         """Returns the logits of new tokens, and the cache of all tokens so far.
 
@@ -122,9 +149,10 @@ class OnnxDecoder:
             input_ids: (B, T).
             attention_mask: (B, P + T), 1 for a token and 0 for padding, which may stand on the left; ``None`` for ones.
             cache: what the last call returned. Default: none yet.
+            last: the tokens at the end whose logits are wanted; 0 for all.
 
         Returns:
-            (B, T, V) in float32, and the cache; of a graph without one, an empty cache.
+            (B, T or ``last``, V) in float32, and the cache; of a graph without one, an empty cache.
         """
         batch, new = input_ids.shape
         cache = self.empty_cache(batch) if cache is None else cache
@@ -139,10 +167,52 @@ class OnnxDecoder:
         # Positions count tokens, not padding, as in transformers' generate.
         positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, cache.length :]
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+        if self.shares_buffers and min(batch - 1, new - 1, cache.length) > 0:
+            # onnxruntime's kernel takes several tokens behind a cache in one row only.
+            return self._one_by_one(input_ids, attention_mask, cache, last)
         feed = {name: self._value(np.ascontiguousarray(given[name], np.int64)) for name in self.inputs}
-        feed |= dict(zip(self.past_names, cache.values, strict=True))
-        logits, *present = self.session.run_with_ort_values(self.outputs, feed)
-        return logits.numpy(), Cache(present, cache.length + new if self.has_cache else 0)
+        if self._keeps:
+            feed[KEEP] = self._value(np.array(last, np.int64))
+        if self.shares_buffers:
+            logits, cache = self._run_in_place(feed, cache, cache.length + new)
+        else:
+            feed |= dict(zip(self.past_names, cache.values, strict=True))
+            found, *present = self.session.run_with_ort_values(self.outputs, feed)
+            length = cache.length + new if self.has_cache else 0
+            logits, cache = found.numpy(), Cache(present, length, [length])
+        return (logits if self._keeps else logits[:, -last:]), cache
+
+    def _one_by_one(self, input_ids: Ids, attention_mask: Ids, cache: Cache, last: int) -> tuple[Floats, Cache]:
+        found = []
+        for place in range(input_ids.shape[1]):
+            seen = attention_mask[:, : cache.length + 1]
+            logits, cache = self.logits(input_ids[:, place : place + 1], seen, cache)
+            found.append(logits)
+        return np.concatenate(found[-last:], axis=1), cache
+
+    def _run_in_place(self, feed: dict[str, Any], cache: Cache, length: int) -> tuple[Floats, Cache]:
+        """Runs with one buffer for past and present of each key and value."""
+        values, written = cache.values, cache.written
+        batch, _, places, _ = values[0].shape()
+        if length > places or written[0] != cache.length:
+            # Doubled, so that all copies together are no more than the buffers.
+            grown = self._zeros(batch, max(length, 2 * places, LEAST_PLACES) if length > places else places)
+            for array, value in zip(grown, values, strict=True):
+                array[:, :, : cache.length] = value.numpy()[:, :, : cache.length]
+            values, written = [self._value(array) for array in grown], [cache.length]
+        if self._bound is None or self._bound[0] is not values:
+            binding = self.session.io_binding()
+            for name, value in zip(self.past_names, values, strict=True):
+                binding.bind_ortvalue_input(name, value)
+                binding.bind_ortvalue_output(name.replace(PAST, PRESENT), value)
+            self._bound = values, binding
+        binding = self._bound[1]
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits")
+        self.session.run_with_iobinding(binding)
+        written[0] = length
+        return binding.get_outputs()[-1].numpy(), Cache(values, length, written)
 
     def generate(
         self,
@@ -174,10 +244,10 @@ class OnnxDecoder:
             )
         random = np.random.default_rng(seed)
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
-        text, cache, going = input_ids, None, np.ones(len(input_ids), bool)
+        text, going = input_ids, np.ones(len(input_ids), bool)
+        cache = self.empty_cache(len(input_ids), input_ids.shape[1] + max_new_tokens)
         for _ in range(max_new_tokens):
-            new = text[:, cache.length :] if cache is not None else text
-            logits, cache = self.logits(new, mask, cache)
+            logits, cache = self.logits(text[:, cache.length :], mask, cache, last=1)
             token = _choose(logits[:, -1], temperature, top_p, random)
             if len(stop):
                 token = np.where(going, token, stop[0])
