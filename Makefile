@@ -113,7 +113,7 @@ CONSUMER := .venv-consumer/bin/python -m benchmarks.consumer --llama-bench $(LLA
 consumer: .venv-consumer/ready ## small machines: our models beside llama.cpp, in .venv-consumer
 	.venv-consumer/bin/python -m pytest -q tests/benchmarks/test_consumer.py
 	$(CONSUMER) $(ARGS) smollm2
-	$(if $(PAIR),$(CONSUMER) $(ARGS) $(PAIR) --name 30M --text $(TEXT))
+	$(if $(PAIR),$(CONSUMER) $(ARGS) $(PAIR) --name 30M --text $(TEXT) --tokens 16384)
 	$(BIN)/python -m benchmarks.machines
 
 .venv-consumer/ready: $(READY) benchmarks/consumer_requirements.txt

