@@ -112,6 +112,18 @@ def test_mistakes_are_one_line(words: list[str], says: str, folders: Path, capsy
     assert not Path("demo.html").exists()
 
 
+def test_a_model_that_reads_too_little_for_the_hidden_number_begins_with_another_text(
+    folders: Path, tmp_path: Path
+) -> None:
+    model = reader("softmax")
+    model.config.max_position_embeddings = 20
+    model.save_pretrained(tmp_path / "model")
+    haystack().tokenizer.save_pretrained(tmp_path / "model")
+    Path("demo.html").write_bytes(build.build_demo([tmp_path / "model"]).page)
+    (prompt,) = told("demo.html")["prompts"]
+    assert (prompt["answer"], prompt["heads"]) == (None, [{"layer": 0, "head": 0}])
+
+
 def test_other_bits_are_refused_in_python(folders: Path) -> None:
     with pytest.raises(ConfigError, match=r"bits is 3; wanted one of 8, 4, 32"):
         build.build_demo([folders / "softmax"], bits=3)

@@ -10,7 +10,7 @@ from typing import Any
 from diffattn.demo.options import DEMO_BITS, DemoOptions
 from diffattn.demo.page import render_demo
 from diffattn.demo.panel import panel
-from diffattn.demo.prompts import NEW_TOKENS, answer_tokens, ready_prompts
+from diffattn.demo.prompts import answer_tokens, ready_prompts
 from diffattn.demo.runtime import PACKAGES, runtime
 from diffattn.demo.subject import best_head, check_models, facts, graph
 from diffattn.demo.tokenizer import check_same, page_tokenizer
@@ -80,11 +80,15 @@ def build_demo(
     tokenizer = loaded[0][1]
     contexts = [positions_of(model.config) for model, _ in loaded]
     context = min(positions for positions in contexts if positions is not None)
-    prompts = ready_prompts(text, answer, tokenizer, context - NEW_TOKENS)
-    asking, sought = next((prompt.text, prompt.answer) for prompt in prompts if prompt.answer is not None)
-    ids, span = tokenizer(asking)["input_ids"], answer_tokens(asking, sought, tokenizer)
-    on_stage(Stage("looking for the heads that show it best"))
-    heads = [best_head(model, ids, span) for model, _ in loaded]
+    # Behind a text there is room for what is written.
+    prompts = ready_prompts(text, answer, tokenizer, context - min(64, context // 4))
+    asking = next((prompt for prompt in prompts if prompt.answer is not None), prompts[0])
+    ids = tokenizer(asking.text)["input_ids"]
+    heads = [{"layer": 0, "head": 0}] * len(folders)
+    if asking.answer is not None:
+        on_stage(Stage("looking for the heads that show it best"))
+        span = answer_tokens(asking.text, asking.answer, tokenizer)
+        heads = [best_head(model, ids, span) for model, _ in loaded]
     models = [facts(model, ids, tokenizer.eos_token_id) for model, _ in loaded]
     del loaded
     found = runtime(None if packages is None else Path(packages), on_stage)

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diffattn.config_fields import shown
 from diffattn.data.needles import Needle, question
-from diffattn.errors import ConfigError, DataError, UnsupportedError
+from diffattn.errors import ConfigError, DataError
 
 NEEDLE = Needle("Oslo", "70035")
 # Before the hidden sentence, and behind it.
@@ -22,8 +22,6 @@ _BEHIND = (
     "In the evening the people went home by the old road.",
     "It had rained for three days.",
 )
-# Room for what the page writes behind a text.
-NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,15 @@ def ready_prompts(
         ConfigError: an empty text, one that is too long, or an answer without a text.
         DataError: an answer that is not in the text.
     """
-    beginning = Prompt("The beginning of a story", "Once upon a time there was", None)
+    offered = [
+        hidden_number(tokenizer, longest),
+        Prompt("The beginning of a story", "Once upon a time there was", None),
+    ]
+    ready = [prompt for prompt in offered if prompt is not None]
     if text is None:
         if answer is not None:
             raise ConfigError(f"the answer {shown(answer)} without a text", "the text that it is in", "give --text too")
-        return [hidden_number(tokenizer, longest), beginning]
+        return ready
     if not text.strip():
         raise ConfigError("the text is empty", "some words", "change --text")
     if answer is not None and (not answer.strip() or answer not in text):
@@ -68,24 +70,20 @@ def ready_prompts(
             f"the text has {count:,} tokens", f"at most {longest:,}, so that the models can write behind it",
             "give a shorter text",
         )  # fmt: skip
-    return [Prompt("Your text", text, answer), hidden_number(tokenizer, longest), beginning]
+    return [Prompt("Your text", text, answer), *ready]
 
 
-def hidden_number(tokenizer: PreTrainedTokenizerBase, longest: int) -> Prompt:
+def hidden_number(tokenizer: PreTrainedTokenizerBase, longest: int) -> Prompt | None:
     """Returns the text that hides a number, with fewer sentences around it where a model can read no more tokens.
 
-    Raises:
-        UnsupportedError: a model that cannot read the hidden sentence and its question.
+    Of a model that cannot even read the hidden sentence and its question it returns None.
     """
     for count in range(len(_BEFORE), -1, -1):
         sentences = [*_BEFORE[:count], NEEDLE.sentence, *_BEHIND[:count], question([NEEDLE])]
         text = " ".join(sentences)
         if len(tokenizer(text)["input_ids"]) <= longest:
             return Prompt("A number hidden in noise", text, NEEDLE.number)
-    raise UnsupportedError(
-        f"a model that reads {longest + NEW_TOKENS} tokens", "one that reads a question and what it asks for",
-        "take a model with a longer context",
-    )  # fmt: skip
+    return None
 
 
 def answer_tokens(text: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
