@@ -16,10 +16,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from diffattn.export.run import Cache
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -85,20 +88,27 @@ class Onnx:
         from diffattn.export.run import OnnxDecoder
 
         self.decoder = OnnxDecoder(path, threads=threads)
+        # As llama.cpp's: made once, with all its places.
+        self.empty = self.decoder.empty_cache(1, PLACES)
         self.begin()
 
     def read(self, ids: Ids, every: bool) -> Floats:
-        logits, self.cache = self.decoder.logits(ids[None], None, self.cache)
-        return logits[0] if every else logits[0, -1:]
+        logits, self.cache = self.decoder.logits(ids[None], None, self.cache, last=0 if every else 1)
+        return logits[0]
 
     def begin(self) -> None:
-        self.cache: Any = None
+        self._take(self.empty)
 
     def keep(self) -> None:
         self.kept = self.cache
 
     def back(self) -> None:
-        self.cache = self.kept
+        self._take(self.kept)
+
+    def _take(self, cache: Cache) -> None:
+        """Go on from an earlier cache in its own buffers: what was written behind it is given up, not kept apart."""
+        cache.written[0] = cache.length
+        self.cache = cache
 
 
 class LlamaCpp:
