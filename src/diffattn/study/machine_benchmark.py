@@ -108,8 +108,8 @@ class OnnxEngine:
 
     def read(self, ids: Any, cache: Any) -> tuple[Any, Any]:
         """Reads tokens as :meth:`Engine.read` says."""
-        logits, cache = self.decoder.logits(ids, None, cache)
-        return logits[:, -1:].argmax(-1), cache
+        logits, cache = self.decoder.logits(ids, None, cache, last=1)
+        return logits.argmax(-1), cache
 
 
 def benchmark_machine(*, on_stage: OnStage = unseen, sizes: Sizes | None = None) -> MachineRow:
