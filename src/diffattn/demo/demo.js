@@ -54,7 +54,7 @@ function buildLens(view) {
   const { model, lens } = view;
   const differential = model.noise_heads > 0;
   lens.querySelector(".what").textContent = differential
-    ? "The first look finds what matters, and noise with it. The second look is there for the noise, and λ says how much of it is taken away. What is left is what the model uses."
+    ? "The first look is meant to find what matters, and finds noise too; the second is meant to learn the noise, and λ says how much of it is taken away. What is left is used. In small models that we studied, the second look often found the number instead: blue is worth a look too."
     : "One look, and all of it is used: there is no second look to take the noise away.";
   const parts = differential
     ? [["found", "First look", "signal and noise"], ["taken", "λ × second look", "taken away"], ["used", "What is used", "first look − λ × second look"]]
