@@ -111,9 +111,10 @@ LLAMA_BUILD := $(CURDIR)/.venv-consumer/build
 CONSUMER := .venv-consumer/bin/python -m benchmarks.consumer --llama-bench $(LLAMA_BUILD)/bin/llama-bench \
 	--out benchmarks/results/consumer.jsonl
 consumer: .venv-consumer/ready ## small machines: our models beside llama.cpp, in .venv-consumer
+	@test -z "$(PAIR)" || test -f "$(TEXT)" || { echo "make: TEXT='$(TEXT)' given, a text file wanted: make consumer PAIR='softmax/model diff_v2/model' TEXT=eltec_eng.txt.xz" >&2; exit 2; }
 	.venv-consumer/bin/python -m pytest -q tests/benchmarks/test_consumer.py
-	$(CONSUMER) $(ARGS) smollm2
-	$(if $(PAIR),$(CONSUMER) $(ARGS) $(PAIR) --name 30M --text $(TEXT) --tokens 16384)
+	$(CONSUMER) smollm2 $(ARGS)
+	$(if $(PAIR),$(CONSUMER) $(PAIR) --name 30M --text $(TEXT) --tokens 16384 $(ARGS))
 	$(BIN)/python -m benchmarks.machines
 
 .venv-consumer/ready: $(READY) benchmarks/consumer_requirements.txt
@@ -122,7 +123,7 @@ consumer: .venv-consumer/ready ## small machines: our models beside llama.cpp, i
 		> "$$(.venv-consumer/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
 	@echo "make: building llama.cpp in .venv-consumer, a quarter of an hour"
 	@CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=ON" $(INSTALL) .venv-consumer/bin/python --no-deps \
-		--config-settings build-dir=$(LLAMA_BUILD) --config-settings "build.targets=llama;llama-bench" \
+		--config-settings build-dir=$(LLAMA_BUILD) --config-settings "build.targets=llama;llama-bench;mtmd" \
 		--requirement benchmarks/consumer_requirements.txt
 	@touch $@
 
