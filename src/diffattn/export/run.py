@@ -66,13 +66,17 @@ class OnnxDecoder:
         path: the folder, or its ``model.onnx``.
         threads: threads of onnxruntime within one operator; ``None`` for as many as it chooses.
         optimize: whether onnxruntime may rewrite the graph when it loads; else every node runs as it was exported.
+        profile: where onnxruntime writes down how long each operator takes, and its time, behind this name. Default:
+            nowhere.
 
     Raises:
         UnsupportedError: onnxruntime is missing.
         CheckpointError: there is no such file, or it is no decoder's graph.
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None, optimize: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, *, threads: int | None = None, optimize: bool = True, profile: Path | None = None
+    ) -> None:
         require("onnxruntime")
         import onnxruntime
 
@@ -92,6 +96,8 @@ class OnnxDecoder:
             options.intra_op_num_threads = threads
         # Threads that spin while they wait take the time of whatever shares the cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
@@ -103,7 +109,7 @@ class OnnxDecoder:
                 "a model that diffattn export wrote",
                 "export it again",
             ) from error
-        self._value = onnxruntime.OrtValue.ortvalue_from_numpy
+        self.value = onnxruntime.OrtValue.ortvalue_from_numpy
         shapes = {value.name: value.shape for value in self.session.get_inputs()}
         self.past_names = [name for name in shapes if name.startswith(f"{PAST}.")]
         self.inputs = [name for name in shapes if name not in self.past_names]
@@ -130,7 +136,7 @@ class OnnxDecoder:
             batch: rows.
             places: tokens that it will hold; where a graph writes into a cache, it then need not grow.
         """
-        return Cache([self._value(array) for array in self._zeros(batch, places if self.shares_buffers else 0)], 0, [0])
+        return Cache([self.value(array) for array in self._zeros(batch, places if self.shares_buffers else 0)], 0, [0])
 
     def _zeros(self, batch: int, places: int) -> list[Floats]:
         return [np.zeros((batch, heads, places, width), np.float32) for _, heads, _, width in self._past_shapes]
@@ -170,9 +176,9 @@ class OnnxDecoder:
         if self.shares_buffers and min(batch - 1, new - 1, cache.length) > 0:
             # onnxruntime's kernel takes several tokens behind a cache in one row only.
             return self._one_by_one(input_ids, attention_mask, cache, last)
-        feed = {name: self._value(np.ascontiguousarray(given[name], np.int64)) for name in self.inputs}
+        feed = {name: self.value(np.ascontiguousarray(given[name], np.int64)) for name in self.inputs}
         if self._keeps:
-            feed[KEEP] = self._value(np.array(last, np.int64))
+            feed[KEEP] = self.value(np.array(last, np.int64))
         if self.shares_buffers:
             logits, cache = self._run_in_place(feed, cache, cache.length + new)
         else:
@@ -199,7 +205,7 @@ class OnnxDecoder:
             grown = self._zeros(batch, max(length, 2 * places, LEAST_PLACES) if length > places else places)
             for array, value in zip(grown, values, strict=True):
                 array[:, :, : cache.length] = value.numpy()[:, :, : cache.length]
-            values, written = [self._value(array) for array in grown], [cache.length]
+            values, written = [self.value(array) for array in grown], [cache.length]
         if self._bound is None or self._bound[0] is not values:
             binding = self.session.io_binding()
             for name, value in zip(self.past_names, values, strict=True):
