@@ -29,7 +29,7 @@ def test_the_same_bytes_give_the_same_text():
 @needs_chromium
 @pytest.mark.parametrize("wrong", ["", "charset"])
 def test_a_browser_unpacks_what_was_packed(wrong, browser, tmp_path):
-    page = render_demo({"models": [], "prompts": [], "plan": None}, CONTENTS)
+    page = render_demo({"models": [], "prompts": [], "plan": None, "packages": []}, CONTENTS)
     if wrong:
         # A mark at the beginning wins over what the page says of itself.
         head = "<head>".encode("utf-16-le")

@@ -66,7 +66,7 @@ def encoded(numbers: torch.Tensor) -> str:
 def steps_of(model, ids: list[int], tokenizer) -> tuple[list[dict], list[int]]:
     """What the engine would say of each token that the model writes, and all tokens that it has read by then."""
     layers = list(range(model.config.num_hidden_layers))
-    decoder = FlatDecoder(model, cache=True, maps=layers).eval()
+    decoder = FlatDecoder(model, cache=True, shared=False, maps=layers).eval()
     config, text, fresh, steps = model.config, list(ids), list(ids), []
     past = [torch.zeros(1, config.num_key_value_heads, 0, config.head_dim) for _ in layers for _ in "kv"]
     # The model's own kernel does several steps at once, of which the maps' numbers are within.
