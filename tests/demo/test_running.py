@@ -169,9 +169,19 @@ def test_too_long_a_text_and_none_are_one_line_and_writing_can_be_stopped(page_o
             assert line in page.inner_text("#state")
         page.fill("#text", TEXT)
         page.evaluate("document.getElementById('most').append(new Option(190, 190, true, true))")
-        page.click("#write")
-        page.wait_for_selector(".text span.new")
-        page.click("#stop")
+        # Within the page: this model is done before a click from outside comes.
+        page.evaluate(
+            """() => new Promise((done) => {
+                const seen = new MutationObserver(() => {
+                    if (!document.querySelector(".text span.new")) return;
+                    seen.disconnect();
+                    document.getElementById("stop").click();
+                    done();
+                });
+                seen.observe(document.body, {childList: true, subtree: true});
+                document.getElementById("write").click();
+            })"""
+        )
         page.wait_for_selector("#state[data-state=ready]")
         assert 1 <= page.locator(".text span.new").count() < 190
 
