@@ -33,7 +33,8 @@ def test_the_readme_is_read_in_one_sitting() -> None:
 def test_what_was_found_stands_in_the_pages() -> None:
     (found,) = re.findall(r"^## What we found\n(.*?)^## ", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     pages = "".join(
-        (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("findings", "scaling", "plan", "small_machines")
+        (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        for name in ("findings", "scaling", "plan", "small_machines")
     )
     numbers = re.findall(r"\d+\.\d+", found)
     assert len(numbers) > 12
