@@ -33,6 +33,7 @@ ROOMS = {
     "convert": "Converting",
     "generate": "Generating",
     "export": "Export",
+    "demo": "A page in which models run",
     "serve": "Serving",
     "scaling": "Scaling and ablations",
     "probes": "Studies of a model",
