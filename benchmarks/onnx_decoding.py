@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.consumer_forms import file_bytes
 from benchmarks.rows import Writer, in_turns, pairwise, provenance, spread
 from diffattn.export.run import Cache, OnnxDecoder
 
@@ -55,17 +56,6 @@ class Decoding:
     @property
     def cache_bytes(self) -> int:
         return sum(4 * int(np.prod(value.shape())) for value in self.values)
-
-
-def read_bandwidth(megabytes: int = 512, repeats: int = 5) -> float:
-    """Bytes per second of a sum over numbers that no cache holds, on one thread: the best of several runs."""
-    numbers = np.ones(megabytes << 18, np.float32)
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        numbers.sum()
-        seconds.append(time.perf_counter() - began)
-    return numbers.nbytes / min(seconds)
 
 
 def operators(folder: Path, threads: int, cached: int, steps: int = 8) -> dict[str, float]:
@@ -109,10 +99,6 @@ def measure_memory(folder: Path, threads: int, cached: int) -> int:
     return held("VmHWM") - before
 
 
-def file_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("model.onnx*"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="*", help="exported folders; the same model in several forms")
@@ -125,10 +111,16 @@ def main() -> None:
     if arguments.memory:
         print(measure_memory(arguments.memory, arguments.threads, max(arguments.cached)))
         return
+    # Not in the process whose memory is told.
+    import torch
+
+    from diffattn.study.machine_benchmark import read_rate
+
     row_of = Writer(arguments.out, keep=True)
     origin = provenance("benchmarks.onnx_decoding", threads=arguments.threads)
     origin["versions"]["onnxruntime"] = version("onnxruntime")
-    bandwidth = read_bandwidth()
+    torch.set_num_threads(arguments.threads)
+    bandwidth = read_rate(512)
     least = min(arguments.cached)
     decodings: dict[tuple[Path, int], Decoding] = {}
     for folder in arguments.folders:

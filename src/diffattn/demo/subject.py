@@ -97,7 +97,6 @@ def facts(model: PreTrainedModel, ids: Sequence[int], end: int | None) -> dict[s
         "width": first.queries[0].shape[3],
         "key_width": sum(key.shape[3] for key in keys),
         "scale": first.scale,
-        "depth": len(calls),
         "layers": list(range(len(calls))),
         "windows": [config.layer_window(layer) for layer in range(len(calls))],
         "parameters": model.num_parameters(),
